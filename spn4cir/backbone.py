@@ -1,0 +1,83 @@
+"""What a backbone is: two methods to write, two derived, and a promise about the image side."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor, nn
+
+from spn4cir.types import Composed, ImageFeatures, Tokens
+
+
+class Backbone(nn.Module, ABC):
+    """A composed retrieval model. Shapes: see ``spn4cir.types``.
+
+    A subclass sets ``name``, ``options`` (what rebuilds it), ``transform`` (RGB image → (3, H, W)) and ``tokenize``
+    (B texts → tokens), and writes ``encode_image``, ``compose`` and ``image_side``.
+    """
+
+    name: ClassVar[str]
+    options: dict[str, Any]
+    transform: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[Sequence[str]], Tokens]
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """(B, 3, H, W) → reference (B, L, D) and target (B, K, E), the latter of unit norm."""
+
+    @abstractmethod
+    def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
+        """Reference features (B, L, D) and modification texts → queries (B, E) of unit norm."""
+
+    @abstractmethod
+    def image_side(self) -> list[nn.Module | nn.Parameter]:
+        """Everything that ``encode_image`` reads; ``compose`` may not read a trainable part of it."""
+
+    def extra_loss(self, composed: Composed, targets: ImageFeatures) -> Tensor | None:
+        """Further terms of a published model's stage 1, summed; None where there are none."""
+        return None
+
+    def encode_query(self, pixels: Tensor, tokens: Tokens) -> Tensor:
+        """Reference images (B, 3, H, W) and texts → queries (B, E)."""
+        return self.compose(self.encode_image(pixels).reference, tokens).query
+
+    def encode_target(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, K, E)."""
+        return self.encode_image(pixels).target
+
+    def freeze_image_side(self) -> None:
+        """From here on ``encode_image`` never moves: no gradient, and eval mode whatever ``train`` says.
+
+        This is what makes a bank of its outputs valid.
+        """
+        self._frozen = True
+        for part in self.image_side():
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether ``freeze_image_side`` was called."""
+        return getattr(self, "_frozen", False)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """As in torch, but a frozen image side stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            for part in self.image_side():
+                if isinstance(part, nn.Module):
+                    part.eval()
+        return self
+
+    def image_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the image side, by their full names."""
+        parts = {id(part) for part in self.image_side()}
+        state = {
+            f"{prefix}.{name}": value
+            for prefix, module in self.named_modules()
+            if id(module) in parts
+            for name, value in module.state_dict().items()
+        }
+        state |= {name: value.detach() for name, value in self.named_parameters() if id(value) in parts}
+        return dict(sorted(state.items()))

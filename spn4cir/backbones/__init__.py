@@ -1,0 +1,20 @@
+"""Backbones by name. A new one is one file here, one line in ``BACKBONES`` and one test."""
+
+from typing import Any
+
+from spn4cir.backbone import Backbone
+from spn4cir.backbones.clip4cir import CLIP4CIR
+from spn4cir.errors import InputError
+
+BACKBONES: dict[str, type[Backbone]] = {"clip4cir": CLIP4CIR}
+
+
+def build_backbone(name: str, **options: Any) -> Backbone:
+    """A backbone by name, with its own options.
+
+    Raises:
+        InputError: for an unknown name or option.
+    """
+    if name not in BACKBONES:
+        raise InputError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
+    return BACKBONES[name](**options)

@@ -1,0 +1,124 @@
+"""Runs on disk: one native format, written to the side and renamed; nothing is pickled.
+
+A run folder holds ``config.yaml``, ``model.json`` (backbone and options), ``model.safetensors`` (best weights),
+``last.safetensors`` (weights, optimiser and progress, to resume from), ``metrics.jsonl``, and ``result.json`` once complete.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spn4cir.backbone import Backbone
+from spn4cir.backbones import build_backbone
+from spn4cir.errors import InputError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none of it."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write tensors and a JSON note, the whole file or none of it."""
+    beside = path.with_name(path.name + ".tmp")
+    whole = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    save_file(whole, beside, {"about": json.dumps(about)})
+    os.replace(beside, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``write_tensors`` wrote. Raises ``InputError`` if the file is missing or broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load weights; every key must be accounted for. Raises ``InputError`` that names what is not."""
+    own = module.state_dict()
+    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    parts = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys()), "of another shape": sorted(wrong)}
+    report = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in parts.items() if keys)
+    if report:
+        raise InputError(f"{source} does not fit this model: {report}")
+    module.load_state_dict(state)
+
+
+def save_model(folder: Path, backbone: Backbone, about: dict[str, Any]) -> None:
+    """Write a backbone so that ``load_model`` rebuilds it without any other file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = {"format": 1, "backbone": backbone.name, "options": backbone.options, **about}
+    write_text(folder / "model.json", json.dumps(note, indent=1) + "\n")
+    write_tensors(folder / "model.safetensors", backbone.state_dict(), note)
+
+
+def load_model(folder: Path) -> Backbone:
+    """The backbone of a run or checkpoint folder, on the CPU, in eval mode.
+
+    Raises:
+        InputError: if the folder holds no complete model.
+    """
+    note_path, weights = folder / "model.json", folder / "model.safetensors"
+    for path in (note_path, weights):
+        if not path.is_file():
+            raise InputError(f"{folder} holds no model: {path.name} is missing")
+    try:
+        note = json.loads(note_path.read_text(encoding="utf-8"))
+        name, options = note["backbone"], note["options"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{note_path} is damaged: {error}") from None
+    backbone = build_backbone(name, **{**options, "pretrained": None}, load_weights=False)
+    backbone.options = options
+    load_strictly(backbone, read_tensors(weights)[0], weights)
+    return backbone.eval()
+
+
+def runs_root() -> Path:
+    """Where runs lie: ``runs`` in the working folder, or SPN4CIR_RUNS."""
+    return Path(os.environ.get("SPN4CIR_RUNS", "runs"))
+
+
+def newest_run(dataset: str, backbone: str, stage: int | None = None) -> Path | None:
+    """The newest completed run of a dataset and backbone, or None."""
+    folder = runs_root() / dataset / backbone
+    done = folder.glob(f"stage{stage or '*'}-*/result.json")
+    return max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name), default=Path("/")).parent if any(
+        folder.glob(f"stage{stage or '*'}-*/result.json")
+    ) else None
+
+
+def save_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+    """Everything that the next step depends on. Random numbers are keyed by step, so none are stored."""
+    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    state = optimizer.state_dict()
+    for index, values in state["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    write_tensors(path, tensors, {"progress": progress, "groups": state["param_groups"]})
+
+
+def load_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put back what ``save_progress`` wrote and return the progress."""
+    tensors, about = read_tensors(path)
+    weights = {name.removeprefix("module."): v for name, v in tensors.items() if name.startswith("module.")}
+    load_strictly(module, weights, path)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
+    progress: dict[str, Any] = about["progress"]
+    return progress

@@ -1,0 +1,86 @@
+"""Commands: thin, with heavy imports inside the functions so that ``--help`` is instant."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from spn4cir.config import TrainConfig, parse
+from spn4cir.errors import InputError, run_command
+
+
+def recipe(stage: int, default: Path, text: str | None) -> None:
+    """Run a training stage from the command line.
+
+    Args:
+        stage: 1 or 2.
+        default: YAML file of the recipe that runs without arguments.
+        text: what ``--help`` says: a sentence, a blank line, examples.
+    """
+
+    def main() -> None:
+        config = parse(TrainConfig, default, text=text or "")
+        if config.resume:  # a run is continued with its own settings
+            saved = Path(config.resume) / "config.yaml"
+            if not saved.is_file():
+                raise InputError(f"--resume {config.resume} is no run folder: config.yaml is missing")
+            config = parse(TrainConfig, saved, text=text or "")
+        from spn4cir.train import train
+
+        train(config, stage)
+
+    run_command(main)
+
+
+def evaluate_command() -> None:
+    """``spn4cir-eval``: evaluate a run, or the embedded weights where there is none."""
+    run_command(_evaluate)
+
+
+def _evaluate() -> None:
+    parser = argparse.ArgumentParser(
+        prog="spn4cir-eval",
+        description="Evaluate the newest run of a dataset, or the embedded weights where there is none.",
+        epilog="examples:\n  spn4cir-eval --split val\n  spn4cir-eval --split test --ablate --json result.json\n"
+        "  spn4cir-eval --run runs/emoji/clip4cir/stage2-20260101-123000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
+    parser.add_argument("--dataset", default="emoji", help="name of the dataset (default: emoji)")
+    parser.add_argument("--data-root", help="where its files lie")
+    parser.add_argument("--backbone", default="clip4cir", help="whose newest run is meant (default: clip4cir)")
+    parser.add_argument("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
+    parser.add_argument("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
+    parser.add_argument("--batch-size", type=int, default=256, help="images encoded at once (default: 256)")
+    args = parser.parse_args()
+
+    from spn4cir import checkpoints
+    from spn4cir.backbones import build_backbone
+    from spn4cir.datasets import load_dataset
+    from spn4cir.evaluate import evaluate, git_commit, table
+    from spn4cir.images import ImageSource
+
+    dataset = load_dataset(args.dataset, args.data_root)
+    benchmark = dataset.benchmark(args.split)
+    run = args.run or checkpoints.newest_run(args.dataset, args.backbone)
+    backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone)
+    device = _device()
+    images = ImageSource(dataset.path, backbone.transform)
+    result: dict[str, Any] = evaluate(
+        backbone.to(device), benchmark, images, ablate=args.ablate, batch_size=args.batch_size
+    )
+    result = {"protocol": result["protocol"], "run": str(run) if run else None, **result, "git": git_commit()}
+    shown = sys.stderr if args.json == "-" else sys.stdout
+    print(f"model {run or 'embedded weights, not trained on any triplet'}\n{table(result)}", file=shown)
+    if args.json == "-":
+        print(json.dumps(result, indent=1))
+    elif args.json:
+        checkpoints.write_text(Path(args.json), json.dumps(result, indent=1) + "\n")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

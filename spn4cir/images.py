@@ -1,0 +1,223 @@
+"""Images: from a file to pixels, the identity of pixels, and the batches that training sees."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from spn4cir.errors import InputError
+from spn4cir.types import Tokens, Triplet
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode a file as RGB; transparent parts become white.
+
+    Raises:
+        InputError: if the file is missing or does not decode.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                return Image.alpha_composite(white, picture).convert("RGB")
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"image {path} is missing") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} does not decode: {error}") from None
+
+
+def pixel_hash(picture: Image.Image) -> str:
+    """Hash of size and pixels: equal exactly for images that look the same to a model."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+def target_pad(picture: Image.Image, ratio: float = 1.25) -> Image.Image:
+    """Pad an elongated image with black until its longer side is at most ``ratio`` times the shorter one.
+
+    Source: Baldrati et al., "Effective conditioned and composed image retrieval", CVPR 2022.
+    """
+    w, h = picture.size
+    if max(w, h) / min(w, h) < ratio:
+        return picture
+    side = max(w, h) / ratio
+    across, down = max(int((side - w) / 2), 0), max(int((side - h) / 2), 0)
+    padded = Image.new("RGB", (w + 2 * across, h + 2 * down))
+    padded.paste(picture, (across, down))
+    return padded
+
+
+@dataclass(frozen=True)
+class Transform:
+    """RGB image → (3, size, size): pad, resize the shorter side (bicubic), centre crop, normalise."""
+
+    size: int
+    pad_ratio: float | None = 1.25
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        if self.pad_ratio is not None:
+            picture = target_pad(picture, self.pad_ratio)
+        resized = TF.resize(picture, [self.size], InterpolationMode.BICUBIC)
+        pixels = TF.to_tensor(TF.center_crop(resized, [self.size, self.size]))
+        return TF.normalize(pixels, list(self.mean), list(self.std))
+
+
+class ImageSource:
+    """Image ids to pixels, for one transform; keeps what it decoded if told to.
+
+    Args:
+        path: image id → file.
+        transform: RGB image → (3, H, W).
+        keep: keep decoded pixels in memory (for small datasets).
+    """
+
+    def __init__(self, path: Callable[[str], Path], transform: Callable[[Image.Image], Tensor], keep: bool = False):
+        self.path, self.transform = path, transform
+        self._kept: dict[str, Tensor] | None = {} if keep else None
+
+    def __call__(self, image_id: str) -> Tensor:
+        """(3, H, W). Raises ``InputError`` naming the file if it is missing or does not decode."""
+        if self._kept is None:
+            return self.transform(open_image(self.path(image_id)))
+        if image_id not in self._kept:
+            self._kept[image_id] = self.transform(open_image(self.path(image_id)))
+        return self._kept[image_id]
+
+    def stack(self, image_ids: Sequence[str]) -> Tensor:
+        """(B, 3, H, W)."""
+        return torch.stack([self(i) for i in image_ids])
+
+
+@dataclass
+class TripletBatch:
+    """What one training step sees.
+
+    ``reference`` and ``target`` (B,) are rows: of ``pixels`` (U, 3, H, W), the unique images of this batch, in stage 1;
+    of the bank, ``pixels`` being None, in stage 2. ``identity`` (B,) is equal for equal target pixels.
+    """
+
+    tokens: Tokens
+    reference: Tensor
+    target: Tensor
+    identity: Tensor
+    pixels: Tensor | None = None
+
+    def to(self, device: torch.device) -> "TripletBatch":
+        """The same batch on another device."""
+        return replace(
+            self,
+            tokens={name: value.to(device) for name, value in self.tokens.items()},
+            reference=self.reference.to(device),
+            target=self.target.to(device),
+            identity=self.identity.to(device),
+            pixels=None if self.pixels is None else self.pixels.to(device),
+        )
+
+
+class TripletRows(TorchDataset[tuple[Triplet, str]]):
+    """Triplets with the text that this epoch draws for each: the same whatever the workers, processes or resumes."""
+
+    def __init__(self, triplets: Sequence[Triplet], seed: int):
+        self.triplets, self.seed = triplets, seed
+
+    def __len__(self) -> int:
+        return len(self.triplets)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Triplet, str]:  # type: ignore[override]
+        epoch, item = key
+        triplet = self.triplets[item]
+        return triplet, random.Random(f"{self.seed}/{epoch}/{item}").choice(triplet.modifications)
+
+
+@dataclass
+class TripletCollate:
+    """Rows to a ``TripletBatch``. With ``rows`` (image id → bank row) no image is opened."""
+
+    tokenize: Callable[[Sequence[str]], Tokens]
+    identity: dict[str, int]
+    images: ImageSource | None = None
+    rows: dict[str, int] | None = None
+
+    def __call__(self, items: list[tuple[Triplet, str]]) -> TripletBatch:
+        rows, pixels = self.rows, None
+        if rows is None:
+            assert self.images is not None, "without bank rows, images are needed"
+            unique = list(dict.fromkeys(i for t, _ in items for i in (t.reference, t.target)))
+            rows, pixels = {i: n for n, i in enumerate(unique)}, self.images.stack(unique)
+        return TripletBatch(
+            tokens=self.tokenize([text for _, text in items]),
+            reference=torch.tensor([rows[t.reference] for t, _ in items]),
+            target=torch.tensor([rows[t.target] for t, _ in items]),
+            identity=torch.tensor([self.identity[t.target] for t, _ in items]),
+            pixels=pixels,
+        )
+
+
+class TripletSampler(Sampler[list[tuple[int, int]]]):
+    """This process's share of each batch of one epoch, a pure function of (seed, epoch).
+
+    An epoch is one pass over the annotated triplets if ``generated_share`` is set, that share of each batch being
+    generated; without it the two lists are concatenated. The last incomplete batch is dropped.
+
+    Args:
+        annotated, generated: item numbers.
+        batch_size: triplets of one optimiser step, over all processes.
+        generated_share: in [0, 1), or None.
+        seed: of the run.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        annotated: Sequence[int],
+        generated: Sequence[int],
+        batch_size: int,
+        generated_share: float | None,
+        seed: int,
+        process: tuple[int, int] = (0, 1),
+    ):
+        mixed = generated_share is not None and annotated and generated
+        self.main = list(annotated) if mixed else [*annotated, *generated]
+        self.side = list(generated) if mixed else []
+        self.from_side = round(batch_size * generated_share) if mixed and generated_share else 0
+        self.from_main = batch_size - self.from_side
+        self.batch_size, self.seed, (self.rank, self.world_size) = batch_size, seed, process
+        self.epoch, self.skip = 0, 0
+        if batch_size % self.world_size:
+            raise InputError(f"batch_size {batch_size} does not divide over {self.world_size} processes")
+        if len(self) == 0:
+            raise InputError(f"{len(self.main)} triplets do not fill one batch of {batch_size}: lower batch_size")
+
+    def __len__(self) -> int:
+        return len(self.main) // self.from_main if self.from_main else 0
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """All batches of one epoch, over all processes."""
+        main = random.Random(f"{self.seed}/{epoch}/order").sample(self.main, len(self.main))
+        needed = len(self) * self.from_side
+        side: list[int] = []
+        for turn in range(-(-needed // len(self.side)) if self.side else 0):
+            side += random.Random(f"{self.seed}/{epoch}/generated/{turn}").sample(self.side, len(self.side))
+        return [
+            main[n * self.from_main : (n + 1) * self.from_main] + side[n * self.from_side : (n + 1) * self.from_side]
+            for n in range(len(self))
+        ]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // self.world_size
+        for batch in self.batches(self.epoch)[self.skip :]:
+            yield [(self.epoch, item) for item in batch[self.rank * share : (self.rank + 1) * share]]

@@ -1,0 +1,141 @@
+"""A training run: its folder, its log, its best and its last state."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from tqdm import tqdm
+
+from spn4cir import checkpoints
+from spn4cir.backbone import Backbone
+from spn4cir.config import TrainConfig, write_yaml
+from spn4cir.errors import InputError
+from spn4cir.evaluate import git_commit, table
+
+FREE_ON_RESUME = {"resume", "workers", "trackers", "keep_pixels", "output", "init"}  # may differ from the first start
+NEXT = {1: "accelerate launch recipes/stage2.py", 2: "spn4cir-eval --split val --ablate"}
+
+
+class Run:
+    """One run folder; only the main process writes."""
+
+    def __init__(self, folder: Path, stage: int, accelerator: Accelerator):
+        self.folder, self.stage, self.accelerator = folder, stage, accelerator
+        self.main = accelerator.is_main_process
+        self.started = time.time()
+        self.best_result: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, config: TrainConfig, stage: int, accelerator: Accelerator) -> "Run":
+        """A new folder, or with ``config.resume`` that one. Raises ``InputError`` if it cannot be continued so."""
+        if config.resume:
+            run = cls(Path(config.resume), stage, accelerator)
+            run._check(config)
+        else:
+            name = f"stage{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+            default = checkpoints.runs_root() / config.dataset / config.backbone / name
+            named = [config.output or str(_unused(default))]
+            broadcast_object_list(named)
+            run = cls(Path(named[0]), stage, accelerator)
+            if run.main and (run.folder / "last.safetensors").exists():
+                raise InputError(f"{run.folder} already holds a run: continue it with --resume {run.folder}, or choose another --output")
+            if run.main:
+                run.folder.mkdir(parents=True, exist_ok=True)
+                write_yaml(config, run.folder / "config.yaml")
+        if config.trackers:
+            accelerator.project_configuration.set_directories(str(run.folder))
+            flat = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+            accelerator.init_trackers("spn4cir", flat)
+        return run
+
+    def _check(self, config: TrainConfig) -> None:
+        import yaml
+
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            raise InputError(f"{self.folder} is no run folder: config.yaml is missing")
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for name, value in dataclasses.asdict(config).items():
+            if name not in FREE_ON_RESUME and before.get(name) != value:
+                raise InputError(f"--resume {self.folder} continues the same run, but {name} was {before.get(name)!r}, now {value!r}")
+
+    @property
+    def title(self) -> str:
+        """What the progress bar says."""
+        return f"stage {self.stage}"
+
+    def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Progress so far; weights and optimiser are put back if the folder has any."""
+        path = self.folder / "last.safetensors"
+        state: dict[str, Any] = {"stage": self.stage, "step": 0, "best": None}
+        if path.is_file():
+            state = checkpoints.load_progress(path, module, optimizer)
+            if state["stage"] != self.stage:
+                raise InputError(f"{self.folder} is a stage {state['stage']} run, not stage {self.stage}")
+            if self.main:
+                self._cut_log(state["step"])
+        return state
+
+    def _cut_log(self, step: int) -> None:
+        """Drop what was logged after the state that is continued from, and a torn last line."""
+        path = self.folder / "metrics.jsonl"
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] <= step:
+                kept.append(line + "\n")
+        checkpoints.write_text(path, "".join(kept))
+
+    def log(self, row: dict[str, Any], bar: "tqdm[Any]") -> None:
+        """Append a line to metrics.jsonl, and send it to the trackers."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        shown = {name: row[name] for name in ("loss", "R@1", "R@10") if name in row}
+        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+
+    def keep_best(self, backbone: Backbone, result: dict[str, Any], score: float, state: dict[str, Any]) -> None:
+        """Save the model if it is the best so far."""
+        if state["best"] is None or score > state["best"]["score"]:
+            state["best"] = {"score": score, "step": state["step"], "result": result}
+            checkpoints.save_model(self.folder, backbone, {"stage": self.stage, "step": state["step"]})
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Write what a resume needs."""
+        checkpoints.save_progress(self.folder / "last.safetensors", module, optimizer, state)
+
+    def finish(self, state: dict[str, Any]) -> None:
+        """Mark the run as complete and say what came out and what to do next."""
+        if self.main:
+            best = state["best"]
+            note = {
+                "stage": self.stage,
+                "steps": state["step"],
+                "best_step": best["step"],
+                **best["result"],
+                "git": git_commit(),
+                "seconds": round(time.time() - self.started, 1),
+            }
+            checkpoints.write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
+            print(f"\nstage {self.stage}: best of val at step {best['step']} of {state['step']} (selected on this split)")
+            print(table(best["result"]))
+            print(f"\nsaved in {self.folder}\nnext: {NEXT[self.stage]}", flush=True)
+        self.accelerator.end_training()
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or with a number behind it if that is taken."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free

@@ -1,0 +1,181 @@
+"""The one loop, for both stages: build, step, evaluate, save."""
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from spn4cir import bank as banks
+from spn4cir import checkpoints
+from spn4cir.backbone import Backbone
+from spn4cir.backbones import build_backbone
+from spn4cir.config import TrainConfig
+from spn4cir.datasets import load_dataset
+from spn4cir.datasets.generated import read_generated
+from spn4cir.errors import InputError
+from spn4cir.evaluate import encode_gallery, evaluate, selection_score
+from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler, open_image, pixel_hash
+from spn4cir.objective import Objective
+from spn4cir.run import Run
+from spn4cir.types import Dataset, Triplet
+
+
+def train(config: TrainConfig, stage: int) -> Path:
+    """Train one stage and return the run folder.
+
+    Stage 1 trains query and target side with the batch's targets as candidates. Stage 2 freezes the image side and
+    scores each query against a bank of all candidates.
+
+    Args:
+        config: everything that decides the run.
+        stage: 1 or 2.
+
+    Raises:
+        InputError: before anything is written, if data, weights or settings do not fit.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.trackers or None)
+    torch.manual_seed(config.seed)
+    dataset = load_dataset(config.dataset, config.data_root)
+    triplets = load_triplets(config, dataset)
+    backbone = load_backbone(config, stage).to(accelerator.device)
+    images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
+    candidates = training_images(config, dataset, triplets)
+    hashes = hash_pixels(dataset, candidates, accelerator)
+    benchmark = dataset.benchmark("val")
+
+    bank = None
+    if stage == 2:
+        backbone.freeze_image_side()
+        with accelerator.main_process_first():
+            root = checkpoints.runs_root() / "banks"
+            bank = banks.load_or_build(
+                backbone, images, candidates, hashes, root, config.eval_batch_size, config.bank_dtype
+            )
+    objective = Objective(backbone, config.temperature, config.learn_temperature, bank and bank.to(accelerator.device))
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
+    main, side = split_rows(triplets)
+    process = (accelerator.process_index, accelerator.num_processes)
+    sampler = TripletSampler(main, side, config.batch_size, config.generated_share, config.seed, process)
+    identity = banks.assign_rows([t.target for t in triplets], hashes)
+    collate = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows)
+    loader = DataLoader(
+        TripletRows(triplets, config.seed), batch_sampler=sampler, collate_fn=collate, num_workers=config.workers
+    )
+    steps = min(len(sampler) * config.epochs, config.max_steps or sys.maxsize)
+    run = Run.open(config, stage, accelerator)
+    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    state = run.resume(objective, optimizer)
+
+    gallery = encode_gallery(backbone, benchmark, images, config.eval_batch_size) if stage == 2 and run.main else None
+    bar = tqdm(total=steps, initial=state["step"], desc=run.title, unit="step", disable=not run.main)
+    while state["step"] < steps:
+        sampler.epoch, sampler.skip = divmod(state["step"], len(sampler))
+        losses: list[torch.Tensor] = []
+        backbone.train()
+        for batch in loader:
+            torch.manual_seed((config.seed << 40) + state["step"] * 4096 + accelerator.process_index)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * schedule(config, state["step"], steps)
+            loss = prepared(batch.to(accelerator.device))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            state["step"] += 1
+            bar.update()
+            if state["step"] >= steps or (config.save_every and state["step"] % config.save_every == 0):
+                break
+        mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # the only device sync of an epoch
+        if not math.isfinite(mean_loss):
+            raise InputError(f"the loss is {mean_loss} at step {state['step']}: lower lr, now {config.lr}")
+        epoch, inside = divmod(state["step"], len(sampler))
+        row = {"step": state["step"], "epoch": epoch, "loss": mean_loss, "temperature": objective.temperature.item()}
+        due = state["step"] >= steps or (not inside and config.eval_every and epoch % config.eval_every == 0)
+        if run.main:
+            if due:
+                result = evaluate(backbone, benchmark, images, gallery, batch_size=config.eval_batch_size)
+                run.keep_best(backbone, result, selection_score(benchmark, result["metrics"]), state)
+                row |= result["metrics"]
+            run.log(row, bar)
+            run.save(objective, optimizer, state)
+        accelerator.wait_for_everyone()
+    bar.close()
+    run.finish(state)
+    return run.folder
+
+
+def schedule(config: TrainConfig, step: int, steps: int) -> float:
+    """Factor of the learning rate at a step: linear warm-up, then constant or cosine to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def load_triplets(config: TrainConfig, dataset: Dataset) -> list[Triplet]:
+    """Annotated triplets, cut to the limit, then generated ones. Raises ``InputError`` if there are none."""
+    triplets = dataset.triplets()[: config.annotated]
+    if config.generated:
+        default = Path("data") / dataset.name / "generated" / "triplets.json"
+        path = default if config.generated == "auto" else Path(config.generated)
+        triplets += read_generated(path, dataset.training_images())
+    if not triplets:
+        raise InputError("no triplets to train on: raise annotated, or give generated ones")
+    return triplets
+
+
+def training_images(config: TrainConfig, dataset: Dataset, triplets: Sequence[Triplet]) -> list[str]:
+    """Images of the bank, in a fixed order; each must exist."""
+    named = list(dict.fromkeys(i for t in triplets for i in (t.reference, t.target)))
+    for image_id in named:
+        if not dataset.path(image_id).is_file():
+            raise InputError(f"image {dataset.path(image_id)} is missing")
+    return named if config.candidates == "named" else list(dict.fromkeys([*named, *dataset.training_images()]))
+
+
+def hash_pixels(dataset: Dataset, image_ids: Iterable[str], accelerator: Accelerator) -> dict[str, str]:
+    """Image id → hash of its pixels; decodes each image once, so a broken one is found before training."""
+    bar = tqdm(image_ids, "check images", unit="image", leave=False, disable=not accelerator.is_main_process)
+    return {image_id: pixel_hash(open_image(dataset.path(image_id))) for image_id in bar}
+
+
+def split_rows(triplets: Sequence[Triplet]) -> tuple[list[int], list[int]]:
+    """Item numbers of annotated and of generated triplets."""
+    return (
+        [n for n, t in enumerate(triplets) if not t.generated],
+        [n for n, t in enumerate(triplets) if t.generated],
+    )
+
+
+def load_backbone(config: TrainConfig, stage: int) -> Backbone:
+    """The model to start from: ``init``, else for stage 2 the newest stage 1, else a new one from its options."""
+    if config.init:
+        return checkpoints.load_model(Path(config.init))
+    if stage == 1:
+        return build_backbone(config.backbone, **config.backbone_options)
+    run = checkpoints.newest_run(config.dataset, config.backbone, stage=1)
+    if run is None:
+        where = checkpoints.runs_root() / config.dataset / config.backbone
+        raise InputError(
+            f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
+            "run accelerate launch recipes/stage1.py first, or give --init FOLDER"
+        )
+    config.init = str(run)
+    return checkpoints.load_model(run)
+
+
+def parameter_groups(objective: Objective, config: TrainConfig) -> list[dict[str, Any]]:
+    """Trainable parameters; only matrices decay."""
+    trainable = [p for p in objective.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
