@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.errors import InputError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+from spn4cir.files import write_text
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -93,11 +87,9 @@ def runs_root() -> Path:
 
 def newest_run(dataset: str, backbone: str, stage: int | None = None) -> Path | None:
     """The newest completed run of a dataset and backbone, or None."""
-    folder = runs_root() / dataset / backbone
-    done = folder.glob(f"stage{stage or '*'}-*/result.json")
-    return max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name), default=Path("/")).parent if any(
-        folder.glob(f"stage{stage or '*'}-*/result.json")
-    ) else None
+    done = (runs_root() / dataset / backbone).glob(f"stage{stage or '*'}-*/result.json")
+    newest = max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name), default=None)
+    return newest and newest.parent
 
 
 def save_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from spn4cir.config import TrainConfig, parse
 from spn4cir.errors import InputError, run_command
+from spn4cir.files import write_text
 
 
 def recipe(stage: int, default: Path, text: str | None) -> None:
@@ -77,7 +78,7 @@ def _evaluate() -> None:
     if args.json == "-":
         print(json.dumps(result, indent=1))
     elif args.json:
-        checkpoints.write_text(Path(args.json), json.dumps(result, indent=1) + "\n")
+        write_text(Path(args.json), json.dumps(result, indent=1) + "\n")
 
 
 def _device() -> str:

@@ -17,6 +17,7 @@ from spn4cir.backbone import Backbone
 from spn4cir.config import TrainConfig, write_yaml
 from spn4cir.errors import InputError
 from spn4cir.evaluate import git_commit, table
+from spn4cir.files import write_text
 
 FREE_ON_RESUME = {"resume", "workers", "trackers", "keep_pixels", "output", "init"}  # may differ from the first start
 NEXT = {1: "accelerate launch recipes/stage2.py", 2: "spn4cir-eval --split val --ablate"}
@@ -93,7 +94,7 @@ class Run:
                 continue
             if row["step"] <= step:
                 kept.append(line + "\n")
-        checkpoints.write_text(path, "".join(kept))
+        write_text(path, "".join(kept))
 
     def log(self, row: dict[str, Any], bar: "tqdm[Any]") -> None:
         """Append a line to metrics.jsonl, and send it to the trackers."""
@@ -125,7 +126,7 @@ class Run:
                 "git": git_commit(),
                 "seconds": round(time.time() - self.started, 1),
             }
-            checkpoints.write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
+            write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
             print(f"\nstage {self.stage}: best of val at step {best['step']} of {state['step']} (selected on this split)")
             print(table(best["result"]))
             print(f"\nsaved in {self.folder}\nnext: {NEXT[self.stage]}", flush=True)

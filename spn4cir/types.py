@@ -4,15 +4,18 @@ Shape legend, used everywhere: B batch · N candidates · L reference tokens · 
 E embedding width · Q queries · G gallery images.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from spn4cir.errors import InputError
 
-Tokens = dict[str, Tensor]
+if TYPE_CHECKING:  # so that commands can name these types without waiting for torch
+    from torch import Tensor
+
+Tokens: TypeAlias = "dict[str, Tensor]"
 """Tokenised texts: each value has B rows."""
 
 

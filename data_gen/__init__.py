@@ -1,0 +1,1 @@
+"""From images alone to triplets: deduplicate, caption, match pairs, write the modification text."""

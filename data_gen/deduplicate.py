@@ -1,0 +1,39 @@
+"""Step 1: find images whose pixels are equal; the first of each class stands for all.
+
+examples:
+  python data_gen/deduplicate.py --dataset emoji
+"""
+
+from data_gen.files import digest, is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.settings import GenerateConfig, command
+from spn4cir.types import Dataset
+
+
+def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
+    """Write images.jsonl: one row per training image, with its pixel hash and canonical image."""
+    from tqdm import tqdm
+
+    from spn4cir.images import open_image, pixel_hash
+
+    out, ids = config.file("images.jsonl"), dataset.training_images()
+    made_by = digest({"step": "deduplicate", "ids": ids})
+    if is_done(out, made_by):
+        print(f"deduplicate: {out} is done")
+        return
+    first: dict[str, str] = {}
+    rows = []
+    for image_id in tqdm(ids, "deduplicate", unit="image"):
+        pixels = pixel_hash(open_image(dataset.path(image_id)))
+        rows.append({"image_id": image_id, "pixels": pixels, "canonical": first.setdefault(pixels, image_id)})
+    write_jsonl(out, rows)
+    mark_done(out, made_by, images=len(rows), unique=len(first))
+    print(f"deduplicate: {len(rows)} images, {len(first)} unique → {out}")
+
+
+def canonical_images(config: GenerateConfig) -> list[str]:
+    """One image of each class, in the dataset's order."""
+    return list(dict.fromkeys(row["canonical"] for row in read_jsonl(config.file("images.jsonl"))))
+
+
+if __name__ == "__main__":
+    command(deduplicate, __doc__)

@@ -1,0 +1,29 @@
+"""Make triplets from images alone: deduplicate, caption, match pairs, write the text; what is done is skipped.
+
+examples:
+  python data_gen/make_triplets.py --dataset emoji
+  python data_gen/make_triplets.py --dataset emoji --templates '[instead, unlike]' --output /tmp/other
+"""
+
+from data_gen.caption import caption
+from data_gen.deduplicate import deduplicate
+from data_gen.files import read_jsonl
+from data_gen.match_pairs import match_pairs
+from data_gen.settings import GenerateConfig, command
+from data_gen.write_text import write_text
+from spn4cir.types import Dataset
+
+
+def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
+    """All four steps."""
+    for step in (deduplicate, caption, match_pairs, write_text):
+        step(config, dataset)
+    rows = read_jsonl(config.file("triplets.jsonl"))
+    print("\nfor example:")
+    for row in rows[:: max(1, len(rows) // 8)][:8]:
+        print(f"  {row['captions'][0]}  +  «{row['modification']}»  →  {row['captions'][1]}")
+    print("\nnext: accelerate launch recipes/stage2.py --generated auto --generated-share 0.5")
+
+
+if __name__ == "__main__":
+    command(make_triplets, __doc__)
