@@ -33,7 +33,7 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
         scores = vectors[start : start + ROWS] @ vectors.T  # (b, N)
         for n in range(len(scores)):
             scores[n, start + n] = float("-inf")  # never itself
-        values, found = scores.sort(1, descending=True, stable=True)
+        values, found = scores.sort(dim=1, descending=True, stable=True)
         for n, image_id in enumerate(ids[start : start + ROWS]):
             ranks = [r for r in range(lo, hi) if (image_id, ids[found[n, r - 1]]) not in annotated]
             draw = random.Random(f"{config.seed}/{image_id}")

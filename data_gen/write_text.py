@@ -19,16 +19,21 @@ from spn4cir.types import Dataset, Triplet
 def difference(reference: str, target: str, draw: random.Random) -> str:
     """What changes: the words that only the target's caption has, or, if it has none, what is gone.
 
+    Captions without a common word have no difference worth naming: the text would be the whole target caption, and a
+    model could learn from it to ignore the reference.
+
     Args:
         reference: caption of the reference image.
         target: caption of the target image.
         draw: picks among several phrasings.
 
     Returns:
-        The text; empty if the captions hold the same words.
+        The text; empty if the captions hold the same words, or no word in common.
     """
     before, after = (re.findall(r"[^\s,.;:!?]+", text) for text in (reference, target))
     low_before, low_after = ({word.lower() for word in words} for words in (before, after))
+    if not low_before & low_after:
+        return ""
     new = " ".join(word for word in after if word.lower() not in low_before)
     gone = " ".join(word for word in before if word.lower() not in low_after)
     if new and gone:
@@ -73,7 +78,7 @@ def write_text(config: GenerateConfig, dataset: Dataset) -> None:
         if texts[0].lower() == texts[1].lower():
             dropped["the two captions are equal"] += 1
         elif not text:
-            dropped["the text is empty"] += 1
+            dropped[f"{template} has nothing to say"] += 1
         else:
             rows.append({**pair, "modification": text, "template": template, "captions": texts})
             entries.append(published_shape(Triplet(pair["reference"], pair["target"], (text,)), (texts[0], texts[1])))

@@ -89,7 +89,7 @@ def top_k(query: Tensor, gallery: Tensor, k: int, excluded: Tensor | None = None
             for column in excluded[start : start + CHUNK].to(scores.device).T:
                 held = (column >= 0).nonzero()[:, 0]
                 scores[held, column[held]] = -torch.inf
-        found.append(scores.sort(1, descending=True, stable=True).indices[:, :k])
+        found.append(scores.sort(dim=1, descending=True, stable=True).indices[:, :k])
         found[-1] = torch.stack([scores.gather(1, found[-1]), found[-1].to(scores.dtype)])
     both = torch.cat(found, 1)
     return both[0], both[1].long()

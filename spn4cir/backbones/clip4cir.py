@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +52,9 @@ class CLIP4CIR(Backbone):
         for scalar in ("logit_scale", "logit_bias"):  # the loss has its own temperature
             if getattr(self.clip, scalar, None) is not None:
                 getattr(self.clip, scalar).requires_grad_(False)
+        sample = self._tokenizer(["a"])[0]  # begin, word, end, padding
+        self._padding = int(sample[-1])
+        self._end = int(sample[sample != self._padding][-1])
         size = self.clip.visual.image_size
         mean, std = self.clip.visual.image_mean, self.clip.visual.image_std
         self.transform = Transform(size[0] if isinstance(size, tuple) else size, mean=tuple(mean), std=tuple(std))
@@ -69,8 +73,23 @@ class CLIP4CIR(Backbone):
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, 1, E) and texts → queries (B, E)."""
-        text = self.clip.encode_text(tokens["text"])  # (B, E)
+        text = self._encode_text(tokens["text"])  # (B, E)
         return Composed(F.normalize(reference[:, 0].float() + text.float(), dim=-1))
+
+    def _encode_text(self, text: Tensor) -> Tensor:
+        """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows.
+
+        With causal attention no position sees what comes after it, so cutting the tail changes nothing but the time.
+        """
+        clip = self.clip
+        if not isinstance(clip, open_clip.CLIP) or clip.attn_mask is None or not isinstance(clip.text_projection, Tensor):
+            return clip.encode_text(text)  # type: ignore[no-any-return]
+        used = int((text != self._padding).any(0).nonzero().max()) + 1
+        text = text[:, :used]  # (B, T)
+        x = clip.token_embedding(text) + clip.positional_embedding[:used]
+        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:used, :used]))  # (B, T, width)
+        ends = (text == self._end).int().argmax(1)
+        return x[torch.arange(len(x), device=x.device), ends] @ clip.text_projection  # type: ignore[no-any-return]
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """The visual tower."""

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints JSON, with a straightforward baseline or control beside it."""
