@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ def settings(stage: int, annotated: int, seed: int) -> TrainConfig:
     )
 
 
-def run_setting(annotated: int, seed: int, generated: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """Train all rows of one setting and evaluate each."""
+def run_setting(
+    annotated: int, seed: int, generated: str, folder: Path, rows: Iterable[str] = ROWS
+) -> dict[str, dict[str, Any]]:
+    """Train the rows of one setting and evaluate each; runs that are complete in ``folder`` are reused."""
     from spn4cir.train import train
 
-    positives = {"generated": generated, "generated_share": SHARE[annotated]}
+    positives: dict[str, Any] = {"generated": generated, "generated_share": SHARE[annotated]}
     first, second = settings(1, annotated, seed), settings(2, annotated, seed)
     plans: dict[str, tuple[int, TrainConfig]] = {
         "stage1": (1, first),
@@ -60,7 +63,9 @@ def run_setting(annotated: int, seed: int, generated: str, folder: Path) -> dict
     }
     found = {}
     for name, (stage, config) in plans.items():
-        output = folder / name
+        if name not in rows:
+            continue
+        output = folder / name.replace(" ", "-")
         if not (output / "result.json").is_file():
             resume = str(output) if (output / "last.safetensors").is_file() else None
             train(replace(config, output=str(output), resume=resume), stage)
@@ -98,7 +103,9 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"mean": round(statistics.mean(values), 2), "sd": deviation and round(deviation, 2), "seeds": values}
 
 
-def summarise(settings_found: dict[str, dict[int, dict[str, dict[str, Any]]]], embedded: dict[str, Any]) -> dict[str, Any]:
+def summarise(
+    settings_found: dict[str, dict[int, dict[str, dict[str, Any]]]], embedded: dict[str, Any]
+) -> dict[str, Any]:
     """``{setting: {row: {"test R@1": {mean, sd, seeds}, …}}}``."""
     summary: dict[str, Any] = {}
     for setting, by_seed in settings_found.items():
@@ -145,7 +152,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--annotated", type=int, nargs="+", default=[2000, 300], choices=sorted(STAGE1_STEPS))
     parser.add_argument("--generated", default="auto", help="file of generated triplets (default: made if missing)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="where runs lie; what is there is reused")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/claims"), help="where runs lie; what is there is reused"
+    )
     parser.add_argument("--output", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
 

@@ -46,7 +46,9 @@ class Captioner:
             raise InputError(f"captioner {model!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
         self.processor.tokenizer.padding_side = "left"  # answers must follow their prompts directly
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        self.text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        self.text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
         self.max_new_tokens = max_new_tokens
 
     def __call__(self, pictures: "list[Image.Image]") -> list[str]:

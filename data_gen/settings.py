@@ -1,5 +1,6 @@
 """Settings of the four steps."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class GenerateConfig:
         words: how long a caption should be.
         max_new_tokens: bound of one caption.
         caption_batch_size: images captioned at once.
-        matcher: "embedded", or an open_clip model by name, as of backbone clip4cir, with its pretrained tag behind a colon.
+        matcher: "embedded", or an open_clip model and its pretrained tag, such as ViT-L-14-quickgelu:openai.
         window: similarity ranks [lo, hi) from which a partner is drawn, 1 being the most similar other image.
         pairs_per_image: partners of each image.
         templates: how the text is made, one drawn for each pair: "difference", "instead", "unlike" or "target".
@@ -44,7 +45,9 @@ class GenerateConfig:
     matcher: str = "embedded"
     window: list[int] = field(default_factory=lambda: [1, 20])
     pairs_per_image: int = 4
-    templates: list[Literal["difference", "instead", "unlike", "target"]] = field(default_factory=lambda: ["difference"])
+    templates: list[Literal["difference", "instead", "unlike", "target"]] = field(
+        default_factory=lambda: ["difference"]
+    )
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ def command(step: Callable[[GenerateConfig, Dataset], None], text: str | None) -
 
     def main() -> None:
         argv = sys.argv[1:]
-        named = [b for a, b in zip(argv, argv[1:], strict=False) if a == "--dataset"]
+        named = [b for a, b in itertools.pairwise(argv) if a == "--dataset"]
         named += [a.partition("=")[2] for a in argv if a.startswith("--dataset=")]
         preset = PRESETS / f"triplets_{Path(named[-1]).name if named else 'emoji'}.yaml"
         if not preset.is_file():

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def _build(
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     beside.mkdir(parents=True)
     try:
-        files: list[np.ndarray] = []  # type: ignore[type-arg]
+        files: list[np.memmap[Any, Any]] = []
         device = next(backbone.parameters()).device
         bar = tqdm(total=len(order), desc="bank", unit="image", leave=False)
         for start in range(0, len(order), batch_size):
@@ -108,7 +109,7 @@ def _build(
             bar.update(len(features.target))
         bar.close()
         for file in files:
-            file.flush()  # type: ignore[attr-defined]
+            file.flush()
         (beside / "bank.json").write_text(json.dumps({"images": len(order), "ids": len(rows), "dtype": dtype}) + "\n")
         if not folder.exists():
             os.rename(beside, folder)

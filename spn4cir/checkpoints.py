@@ -1,7 +1,8 @@
 """Runs on disk: one native format, written to the side and renamed; nothing is pickled.
 
 A run folder holds ``config.yaml``, ``model.json`` (backbone and options), ``model.safetensors`` (best weights),
-``last.safetensors`` (weights, optimiser and progress, to resume from), ``metrics.jsonl``, and ``result.json`` once complete.
+``last.safetensors`` (weights, optimiser and progress, to resume from), ``metrics.jsonl``, and ``result.json`` once it
+is complete.
 """
 
 import json
@@ -44,7 +45,11 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> 
     """Load weights; every key must be accounted for. Raises ``InputError`` that names what is not."""
     own = module.state_dict()
     wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    parts = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys()), "of another shape": sorted(wrong)}
+    parts = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(wrong),
+    }
     report = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in parts.items() if keys)
     if report:
         raise InputError(f"{source} does not fit this model: {report}")

@@ -163,7 +163,9 @@ def _read(path: Path, kind: type[Any]) -> dict[str, Any]:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
-            raise InputError(f"config file {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise InputError(
+                f"config file {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
     return values
 
 

@@ -44,7 +44,8 @@ def encode_gallery(backbone: Backbone, benchmark: Benchmark, images: ImageSource
     """
     device = next(backbone.parameters()).device
     used = {query.reference for query in benchmark.queries}
-    targets, references, row = [], [], {}
+    targets, references = [], []
+    row: dict[str, int] = {}
     bar = tqdm(total=len(benchmark.gallery), desc=f"encode {benchmark.name}", unit="image", leave=False)
     for start in range(0, len(benchmark.gallery), batch_size):
         ids = benchmark.gallery[start : start + batch_size]
@@ -120,7 +121,9 @@ def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> tuple[R
     return ranks, torch.cat(subset_ranks).cpu().numpy()
 
 
-def metrics_of(benchmark: Benchmark, ranks: Ranks, subset_ranks: Ranks | None) -> tuple[dict[str, float], dict[str, Any]]:
+def metrics_of(
+    benchmark: Benchmark, ranks: Ranks, subset_ranks: Ranks | None
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics over all queries, with macro means over groups, and the same by group."""
 
     def of(rows: Any) -> dict[str, float]:

@@ -29,9 +29,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
-                return Image.alpha_composite(white, picture).convert("RGB")
+                return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
             return picture.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} is missing") from None
@@ -69,11 +68,13 @@ class Transform:
     std: tuple[float, ...] = STD
 
     def __call__(self, picture: Image.Image) -> Tensor:
+        """RGB image → (3, size, size)."""
         if self.pad_ratio is not None:
             picture = target_pad(picture, self.pad_ratio)
         resized = TF.resize(picture, [self.size], InterpolationMode.BICUBIC)
         pixels = TF.to_tensor(TF.center_crop(resized, [self.size, self.size]))
-        return TF.normalize(pixels, list(self.mean), list(self.std))
+        normalised: Tensor = TF.normalize(pixels, list(self.mean), list(self.std))
+        return normalised
 
 
 class ImageSource:
@@ -137,7 +138,7 @@ class TripletRows(TorchDataset[tuple[Triplet, str]]):
     def __len__(self) -> int:
         return len(self.triplets)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Triplet, str]:  # type: ignore[override]
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Triplet, str]:
         epoch, item = key
         triplet = self.triplets[item]
         return triplet, random.Random(f"{self.seed}/{epoch}/{item}").choice(triplet.modifications)
@@ -153,6 +154,7 @@ class TripletCollate:
     rows: dict[str, int] | None = None
 
     def __call__(self, items: list[tuple[Triplet, str]]) -> TripletBatch:
+        """B triplets with the text drawn for each → one batch."""
         rows, pixels = self.rows, None
         if rows is None:
             assert self.images is not None, "without bank rows, images are needed"

@@ -1,4 +1,4 @@
-"""The one module given to accelerate: its ``forward`` returns the loss, so that gradients of all processes are reduced."""
+"""The one module given to accelerate: ``forward`` returns the loss, so that gradients of all processes are reduced."""
 
 import torch
 import torch.distributed as dist
@@ -17,14 +17,14 @@ class _Gather(torch.autograd.Function):
     """Concatenate equally sized tensors of all processes; each gets back the summed gradient of its own part."""
 
     @staticmethod
-    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.rows = len(local)
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient[dist.get_rank() * ctx.rows :][: ctx.rows]
@@ -34,7 +34,7 @@ def gather(local: Tensor) -> Tensor:
     """(B, …) of each process → (all B, …), in rank order; the tensor itself where there is one process."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return local
-    gathered: Tensor = _Gather.apply(local)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(local)
     return gathered
 
 
@@ -63,16 +63,14 @@ class Objective(nn.Module):
             self._from_batch(batch) if self.bank is None else self._from_bank(self.bank, batch)
         )
         composed = self.backbone.compose(reference, batch.tokens)
-        temperature = self.temperature
+        temperature: Tensor = self.temperature
         if temperature.requires_grad:
             temperature = temperature.clamp(*TEMPERATURE_BOUNDS)
         loss = info_nce(composed.query, candidates, positives, temperature, ignore)
         extra = None if targets is None else self.backbone.extra_loss(composed, targets)
         return loss if extra is None else loss + extra
 
-    def _from_batch(
-        self, batch: TripletBatch
-    ) -> tuple[Tensor, ImageFeatures | None, Tensor, Tensor, Tensor | None]:
+    def _from_batch(self, batch: TripletBatch) -> tuple[Tensor, ImageFeatures | None, Tensor, Tensor, Tensor | None]:
         """Stage 1: encode the batch's images; candidates are the targets of all processes."""
         assert batch.pixels is not None, "stage 1 needs pixels"
         features = self.backbone.encode_image(batch.pixels)  # (U, …)
@@ -84,9 +82,7 @@ class Objective(nn.Module):
         same = batch.identity[:, None] == identity  # (B, N) duplicates of a query's own target
         return features.reference[batch.reference], targets, candidates, positives, same.nonzero().T
 
-    def _from_bank(
-        self, bank: Bank, batch: TripletBatch
-    ) -> tuple[Tensor, None, Tensor, Tensor, None]:
+    def _from_bank(self, bank: Bank, batch: TripletBatch) -> tuple[Tensor, None, Tensor, Tensor, None]:
         """Stage 2: everything about images is a row of the bank; all rows are candidates."""
         reference = bank.reference[batch.reference].float()
         return reference, None, bank.target, batch.target, None

@@ -45,7 +45,7 @@ class Run:
             broadcast_object_list(named)
             run = cls(Path(named[0]), stage, accelerator)
             if run.main and (run.folder / "last.safetensors").exists():
-                raise InputError(f"{run.folder} already holds a run: continue it with --resume {run.folder}, or choose another --output")
+                raise InputError(f"{run.folder} already holds a run: give --resume {run.folder}, or another --output")
             if run.main:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 write_yaml(config, run.folder / "config.yaml")
@@ -64,7 +64,9 @@ class Run:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
         for name, value in dataclasses.asdict(config).items():
             if name not in FREE_ON_RESUME and before.get(name) != value:
-                raise InputError(f"--resume {self.folder} continues the same run, but {name} was {before.get(name)!r}, now {value!r}")
+                raise InputError(
+                    f"--resume {self.folder} continues the same run, but {name} was {before.get(name)!r}, now {value!r}"
+                )
 
     @property
     def title(self) -> str:
@@ -127,7 +129,9 @@ class Run:
                 "seconds": round(time.time() - self.started, 1),
             }
             write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
-            print(f"\nstage {self.stage}: best of val at step {best['step']} of {state['step']} (selected on this split)")
+            print(
+                f"\nstage {self.stage}: best of val at step {best['step']} of {state['step']} (selected on this split)"
+            )
             print(table(best["result"]))
             print(f"\nsaved in {self.folder}\nnext: {NEXT[self.stage]}", flush=True)
         self.accelerator.end_training()

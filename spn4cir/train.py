@@ -63,7 +63,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     process = (accelerator.process_index, accelerator.num_processes)
     sampler = TripletSampler(main, side, config.batch_size, config.generated_share, config.seed, process)
     identity = banks.assign_rows([t.target for t in triplets], hashes)
-    collate = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows)
+    collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None)
     loader = DataLoader(
         TripletRows(triplets, config.seed), batch_sampler=sampler, collate_fn=collate, num_workers=config.workers
     )

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone
-from spn4cir.images import Transform
 from spn4cir.errors import InputError
+from spn4cir.images import Transform
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "clip"
@@ -23,8 +23,8 @@ class CLIP4CIR(Backbone):
     move. Texts longer than CLIP's context are cut at it.
 
     Args:
-        model: ``embedded`` (the small model that ships), or any model of open_clip by name, such as ``RN50x4-quickgelu``,
-            ``ViT-B-16-quickgelu``, ``ViT-L-14-quickgelu``, ``local-dir:FOLDER`` or ``hf-hub:NAME``.
+        model: ``embedded`` (the small model that ships), or any model of open_clip by name, such as
+            ``RN50x4-quickgelu``, ``ViT-L-14-quickgelu``, ``local-dir:FOLDER`` or ``hf-hub:NAME``.
         pretrained: a tag of open_clip (``openai``) or a weights file; None gives random weights, except where ``model``
             brings its own.
         load_weights: False builds the architecture alone, for a checkpoint to fill.
@@ -60,7 +60,7 @@ class CLIP4CIR(Backbone):
         self.transform = Transform(size[0] if isinstance(size, tuple) else size, mean=tuple(mean), std=tuple(std))
         self.eval()
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:  # type: ignore[override]
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``{"text": (B, context)}``. Raises ``ValueError`` for an empty text."""
         if not all(text.strip() for text in texts):
             raise ValueError("an empty modification text cannot be composed")
@@ -82,7 +82,11 @@ class CLIP4CIR(Backbone):
         With causal attention no position sees what comes after it, so cutting the tail changes nothing but the time.
         """
         clip = self.clip
-        if not isinstance(clip, open_clip.CLIP) or clip.attn_mask is None or not isinstance(clip.text_projection, Tensor):
+        if (
+            not isinstance(clip, open_clip.CLIP)
+            or clip.attn_mask is None
+            or not isinstance(clip.text_projection, Tensor)
+        ):
             return clip.encode_text(text)  # type: ignore[no-any-return]
         used = int((text != self._padding).any(0).nonzero().max()) + 1
         text = text[:, :used]  # (B, T)
@@ -99,4 +103,3 @@ class CLIP4CIR(Backbone):
         """Stays in eval mode: CLIP has no dropout, and its BatchNorm statistics are not to move."""
         nn.Module.train(self, False)
         return self
-

@@ -128,10 +128,20 @@ def phrasings(attribute: str, target: Attributes, names: set[str]) -> list[str]:
     if attribute == "tone":
         if value == "default":
             return ["with the default yellow skin", "in plain yellow", "without a skin tone", "make the skin yellow"]
-        return [f"with {value} skin tone", f"{value} skin instead", f"make the skin tone {value}", f"but {value} skinned"]
+        return [
+            f"with {value} skin tone",
+            f"{value} skin instead",
+            f"make the skin tone {value}",
+            f"but {value} skinned",
+        ]
     if attribute == "gender":
         if value == "person":
-            return ["as a gender-neutral person", "make it gender neutral", "neither man nor woman", "as a person of any gender"]
+            return [
+                "as a gender-neutral person",
+                "make it gender neutral",
+                "neither man nor woman",
+                "as a person of any gender",
+            ]
         other = "male" if value == "man" else "female"
         return [f"as a {value}", f"make it a {value}", f"but {other}", f"the {other} version"]
     if attribute == "direction":
@@ -157,7 +167,7 @@ def phrasings(attribute: str, target: Attributes, names: set[str]) -> list[str]:
         return [f"but {value}", f"make them {value}", f"now {value}"]
     if value.startswith(("with ", "in ")):
         return [f"but {value}", f"now {value}", value, f"the same person {value}"]
-    if "color" in target or "gender" in target and not {f"person {value}", f"people {value}"} & names:
+    if "color" in target or ("gender" in target and not {f"person {value}", f"people {value}"} & names):
         noun = "a royal with a crown" if value == "royal" else article(value)
         return [f"but {noun}", f"as {noun}", f"make it {noun}", f"change into {noun}"]
     if "gender" in target:  # an activity, such as "person swimming"
@@ -174,7 +184,10 @@ def load_names() -> dict[str, str]:
     ids = {path.stem for path in folder.glob("*.png")}
     names: dict[str, str] = {}
     for symbol, data in emoji.EMOJI_DATA.items():
-        for image_id in ("-".join(f"{ord(c):x}" for c in symbol), "-".join(f"{ord(c):x}" for c in symbol if ord(c) != 0xFE0F)):
+        for image_id in (
+            "-".join(f"{ord(c):x}" for c in symbol),
+            "-".join(f"{ord(c):x}" for c in symbol if ord(c) != 0xFE0F),
+        ):
             if image_id in ids:
                 names.setdefault(image_id, data["en"].strip(":").replace("_", " "))
     components = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}
@@ -228,7 +241,9 @@ def build() -> None:
     for group_name in sorted(eligible):
         members = sorted(eligible[group_name])
         rng.shuffle(members)
-        share = round((0.25 if group_name == "age" else HELD_OUT_SHARE) * len(members))  # few have an age, and it has a floor too
+        share = round(
+            (0.25 if group_name == "age" else HELD_OUT_SHARE) * len(members)
+        )  # few have an age, and it has a floor too
         targets["val"] += members[:share]
         targets["test"] += members[share : 2 * share]
     held_out = set(targets["val"]) | set(targets["test"])
@@ -236,6 +251,7 @@ def build() -> None:
 
     def subset(reference: str, target: str) -> list[str]:
         """The six images that share the most attributes: reference, target and the four nearest to the target."""
+
         def shared(i: str) -> int:
             return sum(attributes[i].get(k) == v for k, v in attributes[target].items())
 
@@ -256,7 +272,12 @@ def build() -> None:
         target, key = rng.choice(candidates)
         reference = rng.choice([r for r in neighbours[target][key] if r in train_set])
         text = rng.choice(phrasings(key, attributes[target], known))
-        annotated[reference, target] = {"reference": reference, "target": target, "modification": text, "attribute": key}
+        annotated[reference, target] = {
+            "reference": reference,
+            "target": target,
+            "modification": text,
+            "attribute": key,
+        }
     write_jsonl(HERE / "train.jsonl", list(annotated.values()))
 
     for split in ("val", "test"):
@@ -265,7 +286,8 @@ def build() -> None:
         rng.shuffle(order)
         pool = [(r, t, key) for t in order for key in sorted(neighbours[t]) for r in neighbours[t][key] if r in usable]
         rng.shuffle(pool)
-        chosen, spare = [], []
+        chosen: list[tuple[str, str, str]] = []
+        spare: list[tuple[str, str, str]] = []
         taken: Counter[tuple[str, str]] = Counter()
         for reference, target, key in pool:
             taken[target, key] += 1
@@ -291,7 +313,14 @@ def build() -> None:
     (HERE / "images.json").write_text(
         json.dumps({"train": train, "val": sorted(targets["val"]), "test": sorted(targets["test"])}, indent=0) + "\n"
     )
-    print("train", len(train), "images of", len(names), "; with a pixel copy:", sum(copies[h] > 1 for h in hashes.values()))
+    print(
+        "train",
+        len(train),
+        "images of",
+        len(names),
+        "; with a pixel copy:",
+        sum(copies[h] > 1 for h in hashes.values()),
+    )
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:

@@ -1,0 +1,159 @@
+"""The whole system on real images: captions → pairs → triplets → stage 1 → stage 2 → evaluation → a picture.
+
+Runs one seed of one setting of ``benchmarks.claims`` and prints it beside the three-seed result that is kept. A demo
+that was interrupted goes on where it was; one that was complete starts over.
+
+examples:
+  python -m benchmarks.demo
+  python -m benchmarks.demo --annotated 2000 --output runs/demo-2000
+"""
+
+import argparse
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.claims import RESULT, ROOT, ROWS, STAGE1_STEPS, measure, run_setting
+from spn4cir.config import parse
+from spn4cir.errors import run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spn4cir.types import Benchmark
+
+SHOWN = ("embedded", "stage1", "stage2", "stage2+p")
+COLUMNS = ("R@1", "R@5", "R@10", "macro R@1", "Rs@1")
+TOP = 5
+
+
+def main() -> None:
+    """Generate, train, evaluate, print, draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=(__doc__ or "").partition("examples:")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--annotated", type=int, default=300, choices=sorted(STAGE1_STEPS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    args = parser.parse_args()
+    picture = args.output / "report.png"
+    if picture.is_file():
+        shutil.rmtree(args.output)
+
+    from data_gen.make_triplets import make_triplets
+    from data_gen.settings import GenerateConfig
+    from spn4cir.datasets import load_dataset
+
+    started = time.time()
+    generated = args.output / "triplets"
+    print(f"1/3 triplets from images alone → {generated}", flush=True)
+    preset = ROOT / "recipes" / "triplets_emoji.yaml"
+    make_triplets(parse(GenerateConfig, preset, ["--output", str(generated)]), load_dataset("emoji"))
+    print(f"\n2/3 both stages, with and without them, from {args.annotated} annotated triplets", flush=True)
+    runs = args.output / "runs"
+    found = run_setting(args.annotated, args.seed, str(generated / "triplets.json"), runs, SHOWN)
+    found["embedded"] = measure(None)
+    print("\n3/3 example queries before and after", flush=True)
+    draw(picture, [("stage 1", runs / "stage1"), ("stage 2 with generated positives", runs / "stage2+p")], args.seed)
+    print("\n" + text_table(found, args.annotated))
+    print(f"\n{time.time() - started:.0f} s; example queries in {picture}, runs in {runs}")
+    print(f"next: spn4cir-eval --run {runs / 'stage2+p'} --split test --ablate")
+
+
+def text_table(found: dict[str, dict[str, Any]], annotated: int) -> str:
+    """This seed's figures, and beside them the kept mean and spread over three seeds."""
+    kept = json.loads(RESULT.read_text())["summary"][str(annotated)] if RESULT.is_file() else {}
+    width = max(len(ROWS[name]) for name in SHOWN)
+    lines = [f"emoji/val, {annotated} annotated triplets, one seed" + (f"{'three seeds':>36}" if kept else "")]
+    lines.append(" " * width + "".join(f"{name:>10}" for name in COLUMNS) + (f"{'R@1':>16}" if kept else ""))
+    for name in SHOWN:
+        metrics = found[name]["val"]["metrics"]
+        line = f"{ROWS[name]:<{width}}" + "".join(f"{metrics[column]:10.2f}" for column in COLUMNS)
+        if kept:
+            cell = kept[name]["val R@1"]
+            spread = f" ± {cell['sd']:.2f}" if cell["sd"] is not None else " " * 7
+            line += f"{cell['mean']:9.2f}{spread}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def draw(path: Path, models: list[tuple[str, Path]], seed: int) -> None:
+    """A picture of queries with their first results by two models, the target framed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from spn4cir.datasets import load_dataset
+    from spn4cir.images import open_image
+
+    dataset = load_dataset("emoji")
+    benchmark = dataset.benchmark("val")
+    ranked = [first_results(folder) for _, folder in models]
+    queries = choose(benchmark, ranked, seed)
+    figure, axes = pyplot.subplots(len(queries), 2 * TOP + 2, figsize=(15, 1.35 * len(queries) + 0.9))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, (number, why) in zip(axes, queries, strict=True):
+        query = benchmark.queries[number]
+        line[0].imshow(open_image(dataset.path(query.reference)))
+        line[0].set_title(why, fontsize=8, color="grey", loc="left")
+        line[0].text(
+            1.08, 0.5, f"+ “{query.modification}”", transform=line[0].transAxes, va="center", fontsize=9, wrap=True
+        )
+        for side, rows in enumerate(ranked):
+            for place, row in enumerate(rows[number][:TOP].tolist()):
+                image_id = benchmark.gallery[row]
+                axis = line[2 + side * TOP + place]
+                axis.imshow(open_image(dataset.path(image_id)))
+                if image_id in query.targets:
+                    axis.set_axis_on()
+                    axis.set(xticks=[], yticks=[])
+                    for spine in axis.spines.values():
+                        spine.set(color="green", linewidth=3)
+    for side, (name, _) in enumerate(models):
+        axes[0][2 + side * TOP].set_title(f"first {TOP} by {name}", fontsize=10, loc="left")
+    figure.tight_layout(w_pad=0.3, h_pad=0.4)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def first_results(run: Path) -> "Tensor":
+    """(Q, TOP) gallery rows of the val queries, best first, by a run."""
+    from spn4cir import checkpoints
+    from spn4cir.datasets import load_dataset
+    from spn4cir.evaluate import compose_queries, encode_gallery, padded_rows
+    from spn4cir.images import ImageSource
+    from spn4cir.search import top_k
+
+    backbone, dataset = checkpoints.load_model(run), load_dataset("emoji")
+    benchmark = dataset.benchmark("val")
+    gallery = encode_gallery(backbone, benchmark, ImageSource(dataset.path, backbone.transform))
+    row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
+    references = padded_rows([[query.reference] for query in benchmark.queries], row)
+    return top_k(compose_queries(backbone, benchmark.queries, gallery), gallery.target, TOP, references)[1]
+
+
+def choose(benchmark: "Benchmark", ranked: "list[Tensor]", seed: int) -> list[tuple[int, str]]:
+    """Query numbers with the reason for each: drawn at random, three the second model mends, one it breaks."""
+    row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
+    hits = [
+        [row[query.targets[0]] == int(rows[number][0]) for number, query in enumerate(benchmark.queries)]
+        for rows in ranked
+    ]
+    numbers = list(range(len(benchmark.queries)))
+    random.Random(seed).shuffle(numbers)
+    mended = [(n, "mended") for n in numbers if hits[1][n] and not hits[0][n]][:3]
+    broken = [(n, "broken") for n in numbers if hits[0][n] and not hits[1][n]][:1]
+    taken = {n for n, _ in mended + broken}
+    return [(n, "at random") for n in numbers if n not in taken][:3] + mended + broken
+
+
+if __name__ == "__main__":
+    run_command(main)
