@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from spn4cir.datasets.emoji import Emoji
+from spn4cir.datasets.external import EXTERNAL
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
@@ -15,6 +16,8 @@ def load_dataset(name: str, root: str | None = None) -> Dataset:
     Raises:
         InputError: for an unknown name, or when its files are not there.
     """
+    if name in EXTERNAL:
+        raise EXTERNAL[name].refuse(root)
     if name not in DATASETS:
-        raise InputError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
+        raise InputError(f"unknown dataset {name!r}; known: {', '.join([*DATASETS, *EXTERNAL])}")
     return DATASETS[name](root)
