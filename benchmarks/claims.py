@@ -31,9 +31,9 @@ ROWS = {
     "embedded": "embedded weights, no training",
     "stage1": "stage 1",
     "stage1+p": "stage 1, generated positives",
-    "stage1 longer": "stage 1, as many steps as both stages",
     "stage2": "stage 1 → stage 2, negatives only",
-    "stage2+p": "stage 1 → stage 2, negatives and generated positives",
+    "stage2+p": "stage 1 → stage 2, generated positives",
+    "both+p": "stage 1 → stage 2, generated positives in both",
 }
 
 
@@ -57,15 +57,15 @@ def run_setting(
     plans: dict[str, tuple[int, TrainConfig]] = {
         "stage1": (1, first),
         "stage1+p": (1, replace(first, **positives)),
-        "stage1 longer": (1, replace(first, max_steps=STAGE1_STEPS[annotated] + STAGE2_STEPS)),
         "stage2": (2, replace(second, init=str(folder / "stage1"))),
         "stage2+p": (2, replace(second, init=str(folder / "stage1"), **positives)),
+        "both+p": (2, replace(second, init=str(folder / "stage1+p"), **positives)),
     }
     found = {}
     for name, (stage, config) in plans.items():
         if name not in rows:
             continue
-        output = folder / name.replace(" ", "-")
+        output = folder / name
         if not (output / "result.json").is_file():
             resume = str(output) if (output / "last.safetensors").is_file() else None
             train(replace(config, output=str(output), resume=resume), stage)
@@ -111,7 +111,11 @@ def summarise(
     for setting, by_seed in settings_found.items():
         rows: dict[str, Any] = {}
         for name in ROWS:
-            measured = [embedded] if name == "embedded" else [found[name] for found in by_seed.values()]
+            measured = (
+                [embedded] if name == "embedded" else [found[name] for found in by_seed.values() if name in found]
+            )
+            if not measured:
+                continue
             columns = {
                 f"{split} {metric}": spread([round(m[split]["metrics"][metric], 4) for m in measured])
                 for split in ("val", "test")
@@ -132,6 +136,8 @@ def markdown(summary: dict[str, Any]) -> str:
         names = ["val R@1", "val R@10", "test R@1", "test R@10", "test macro R@1", "test Rs@1"]
         lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for key, label in ROWS.items():
+            if key not in rows:
+                continue
             cells = []
             for name in names:
                 cell = rows[key][name]
@@ -152,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--annotated", type=int, nargs="+", default=[2000, 300], choices=sorted(STAGE1_STEPS))
     parser.add_argument("--generated", default="auto", help="file of generated triplets (default: made if missing)")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="default: all")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/claims"), help="where runs lie; what is there is reused"
     )
@@ -170,7 +177,7 @@ def main() -> None:
     for annotated in args.annotated:
         for seed in args.seeds:
             folder = args.runs / f"{annotated}-seed{seed}"
-            found.setdefault(str(annotated), {})[seed] = run_setting(annotated, seed, args.generated, folder)
+            found.setdefault(str(annotated), {})[seed] = run_setting(annotated, seed, args.generated, folder, args.rows)
     summary = summarise(found, measure(None))
     report = {
         "what": "percent, mean and standard deviation over seeds; last state of each run, nothing selected",
