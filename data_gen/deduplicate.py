@@ -16,7 +16,8 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     from spn4cir.images import open_image, pixel_hash
 
     out, ids = config.file("images.jsonl"), dataset.training_images()
-    made_by = digest({"step": "deduplicate", "ids": ids})
+    stats = [dataset.path(i).stat() for i in ids if dataset.path(i).is_file()]  # a missing file is named when it is opened
+    made_by = digest({"step": "deduplicate", "ids": ids, "files": [(s.st_size, s.st_mtime_ns) for s in stats]})
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return

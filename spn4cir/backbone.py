@@ -1,4 +1,4 @@
-"""What a backbone is: two methods to write, two derived, and a promise about the image side."""
+"""What a backbone is: two methods to write, two derived, and a promise about its image side."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

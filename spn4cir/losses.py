@@ -35,6 +35,8 @@ def info_nce(
     positives = positives.view(len(query), -1)  # (B, P)
     owner, slot = (positives >= 0).nonzero(as_tuple=True)  # (T,) terms
     label = positives[owner, slot]
+    if ignore is None and positives.shape[1] == 1:
+        return F.cross_entropy(logits[owner], label)
     terms = logits[owner]  # (T, N)
     hidden = torch.zeros_like(terms, dtype=torch.bool)
     if ignore is not None:

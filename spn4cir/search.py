@@ -18,7 +18,8 @@ def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     n, k, e = candidates.shape
-    products = query.to(wide) @ candidates.reshape(n * k, e).to(wide).T  # (B, N·K)
+    with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
+        products = query.to(wide) @ candidates.reshape(n * k, e).to(wide).T  # (B, N·K)
     return products.view(len(query), n, k).amax(2)
 
 
@@ -76,20 +77,26 @@ def top_k(query: Tensor, gallery: Tensor, k: int, excluded: Tensor | None = None
     Args:
         query: (Q, E).
         gallery: (G, K, E).
-        k: how many, at most G.
+        k: how many, at most G less the excluded.
         excluded: (Q, X) gallery rows left out, padded with -1, or None.
 
     Returns:
         Scores and rows, both (Q, k).
+
+    Raises:
+        ValueError: if there are not k rows to rank.
     """
-    found = []
+    left = len(gallery) - (0 if excluded is None else excluded.shape[1])
+    if not 1 <= k <= left:
+        raise ValueError(f"k must be from 1 to {left}, the number of rows to rank, got {k}")
+    best, rows = [], []
     for start in range(0, len(query), CHUNK):
         scores = scores_of(query[start : start + CHUNK], gallery)
         if excluded is not None:
             for column in excluded[start : start + CHUNK].to(scores.device).T:
                 held = (column >= 0).nonzero()[:, 0]
                 scores[held, column[held]] = -torch.inf
-        found.append(scores.sort(dim=1, descending=True, stable=True).indices[:, :k])
-        found[-1] = torch.stack([scores.gather(1, found[-1]), found[-1].to(scores.dtype)])
-    both = torch.cat(found, 1)
-    return both[0], both[1].long()
+        order = scores.sort(dim=1, descending=True, stable=True)
+        best.append(order.values[:, :k])
+        rows.append(order.indices[:, :k])
+    return torch.cat(best), torch.cat(rows)

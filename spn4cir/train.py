@@ -79,7 +79,7 @@ def train(config: TrainConfig, stage: int) -> Path:
         losses: list[torch.Tensor] = []
         backbone.train()
         for batch in loader:
-            torch.manual_seed((config.seed << 40) + state["step"] * 4096 + accelerator.process_index)
+            torch.manual_seed((config.seed * 1_000_003 + state["step"] * 4096 + accelerator.process_index) % 2**63)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * schedule(config, state["step"], steps)
             loss = prepared(batch.to(accelerator.device))
