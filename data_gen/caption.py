@@ -70,7 +70,7 @@ def caption(config: GenerateConfig, dataset: Dataset) -> None:
     from spn4cir.images import open_image
 
     out, ids = config.file("captions.jsonl"), canonical_images(config)
-    prompt = config.prompt.format(words=config.words)
+    prompt = config.prompt.replace("{words}", str(config.words))
     settings = {"captioner": config.captioner, "prompt": prompt, "max_new_tokens": config.max_new_tokens}
     made_by = digest({"step": "caption", **settings}, config.file("images.jsonl"))
     if is_done(out, made_by):
@@ -78,11 +78,13 @@ def caption(config: GenerateConfig, dataset: Dataset) -> None:
         return
     partial = config.file(f"captions.{made_by}.partial.jsonl")
     known = {row["image_id"]: row["caption"] for row in read_jsonl(partial)} if partial.is_file() else {}
-    todo = [i for i in ids if i not in known]
     captioner, file = Captioner(config.captioner, prompt, config.max_new_tokens), Appender(partial)
-    bar = tqdm(total=len(ids), initial=len(known), desc="caption", unit="image")
-    for start in range(0, len(todo), config.caption_batch_size):
-        batch = todo[start : start + config.caption_batch_size]
+    bar = tqdm(total=len(ids), desc="caption", unit="image")
+    for start in range(0, len(ids), config.caption_batch_size):
+        batch = ids[start : start + config.caption_batch_size]
+        if known.keys() >= set(batch):
+            bar.update(len(batch))
+            continue  # a torn batch is done again as a whole: bits may depend on what is captioned together
         answers = captioner([open_image(dataset.path(i)) for i in batch])
         known |= dict(zip(batch, answers, strict=True))
         file.add({"image_id": i, "caption": text} for i, text in zip(batch, answers, strict=True))

@@ -4,6 +4,8 @@ examples:
   python data_gen/deduplicate.py --dataset emoji
 """
 
+from pathlib import Path
+
 from data_gen.files import digest, is_done, mark_done, read_jsonl, write_jsonl
 from data_gen.settings import GenerateConfig, command
 from spn4cir.types import Dataset
@@ -16,8 +18,7 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     from spn4cir.images import open_image, pixel_hash
 
     out, ids = config.file("images.jsonl"), dataset.training_images()
-    stats = [dataset.path(i).stat() for i in ids if dataset.path(i).is_file()]  # a missing file is named when it is opened
-    made_by = digest({"step": "deduplicate", "ids": ids, "files": [(s.st_size, s.st_mtime_ns) for s in stats]})
+    made_by = digest({"step": "deduplicate", "ids": ids, "files": [_stamp(dataset.path(i)) for i in ids]})
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
@@ -29,6 +30,11 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     write_jsonl(out, rows)
     mark_done(out, made_by, images=len(rows), unique=len(first))
     print(f"deduplicate: {len(rows)} images, {len(first)} unique → {out}")
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of an image file, by which a change is noticed; empty if it is missing."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
 
 
 def canonical_images(config: GenerateConfig) -> list[str]:

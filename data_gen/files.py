@@ -19,14 +19,14 @@ def read_jsonl(path: Path) -> list[Row]:
         InputError: if the file is missing, or another line is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run the step before this one") from None
     rows = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn, or nothing
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: expected an object")

@@ -2,7 +2,7 @@
 
 examples:
   python data_gen/make_triplets.py --dataset emoji
-  python data_gen/make_triplets.py --dataset emoji --templates '[instead, unlike]' --output /tmp/other
+  python data_gen/make_triplets.py --dataset emoji --templates '[instead, unlike]' --output data/emoji/other
 """
 
 from data_gen.caption import caption

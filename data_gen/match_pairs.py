@@ -5,12 +5,16 @@ examples:
 """
 
 import random
+from typing import TYPE_CHECKING
 
 from data_gen.deduplicate import canonical_images
-from data_gen.files import digest, is_done, mark_done, write_jsonl
+from data_gen.files import digest, is_done, mark_done, read_jsonl, write_jsonl
 from data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROWS = 512  # images compared with all others at once
 
@@ -22,7 +26,10 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     if hi > len(ids):
         raise InputError(f"window [{lo}, {hi}) reaches beyond the {len(ids) - 1} other images of {dataset.name}")
     settings = {"matcher": config.matcher, "window": [lo, hi], "per_image": config.pairs_per_image, "seed": config.seed}
-    annotated = {(t.reference, t.target) for t in dataset.triplets()}
+    canonical = {row["image_id"]: row["canonical"] for row in read_jsonl(config.file("images.jsonl"))}
+    annotated = {
+        (canonical.get(t.reference, t.reference), canonical.get(t.target, t.target)) for t in dataset.triplets()
+    }
     made_by = digest({"step": "match", "annotated": sorted(annotated), **settings}, config.file("images.jsonl"))
     if is_done(out, made_by):
         print(f"match: {out} is done")
@@ -47,7 +54,7 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     print(f"match: {len(rows)} pairs of ranks [{lo}, {hi}) → {out}")
 
 
-def encode(config: GenerateConfig, dataset: Dataset, ids: list[str]):  # type: ignore[no-untyped-def]
+def encode(config: GenerateConfig, dataset: Dataset, ids: list[str]) -> "Tensor":
     """(N, E) unit vectors of images by the matcher."""
     import torch
     from tqdm import tqdm

@@ -79,9 +79,9 @@ def command(step: Callable[[GenerateConfig, Dataset], None], text: str | None) -
         argv = sys.argv[1:]
         named = [b for a, b in itertools.pairwise(argv) if a == "--dataset"]
         named += [a.partition("=")[2] for a in argv if a.startswith("--dataset=")]
-        preset = PRESETS / f"triplets_{Path(named[-1]).name if named else 'emoji'}.yaml"
+        preset = PRESETS / f"triplets_{Path(named[-1]).name if named else GenerateConfig.dataset}.yaml"
         if not preset.is_file():
-            preset = PRESETS / "triplets_emoji.yaml"
+            preset = PRESETS / f"triplets_{GenerateConfig.dataset}.yaml"
         config = parse(GenerateConfig, preset, argv, text or "")
         from spn4cir.datasets import load_dataset
 

@@ -62,7 +62,7 @@ def write_text(config: GenerateConfig, dataset: Dataset) -> None:
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))
     settings = {"templates": list(config.templates), "seed": config.seed}
     made_by = digest({"step": "write", **settings}, pairs, captions)
-    if is_done(out, made_by):
+    if is_done(out, made_by) and config.file("triplets.jsonl").is_file():
         print(f"write: {out} is done")
         return
     caption = {row["image_id"]: row["caption"] for row in read_jsonl(captions)}

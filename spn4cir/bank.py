@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,27 +32,26 @@ class Bank:
         return Bank(self.reference.to(device), self.target.to(device), self.rows, self.fingerprint)
 
 
-def assign_rows(image_ids: Sequence[str], hashes: Mapping[str, str]) -> dict[str, int]:
+def assign_rows(hashes: Mapping[str, str]) -> dict[str, int]:
     """Image id → row; images with equal pixels share one, so they are never each other's negatives."""
     row_of_hash: dict[str, int] = {}
-    return {i: row_of_hash.setdefault(hashes[i], len(row_of_hash)) for i in image_ids}
+    return {i: row_of_hash.setdefault(pixels, len(row_of_hash)) for i, pixels in hashes.items()}
 
 
-def fingerprint(backbone: Backbone, image_ids: Sequence[str], hashes: Mapping[str, str], dtype: str) -> str:
+def fingerprint(backbone: Backbone, hashes: Mapping[str, str], dtype: str) -> str:
     """What a bank depends on: image-side weights, preprocessing, pixels in order, storage type."""
     digest = hashlib.sha256(f"1/{backbone.name}/{backbone.transform!r}/{dtype}".encode())
     for name, value in backbone.image_state().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for image_id in image_ids:
-        digest.update(f"{image_id} {hashes[image_id]}\n".encode())
+    for image_id, pixels in hashes.items():
+        digest.update(f"{image_id} {pixels}\n".encode())
     return digest.hexdigest()[:24]
 
 
 def load_or_build(
     backbone: Backbone,
     images: ImageSource,
-    image_ids: Sequence[str],
     hashes: Mapping[str, str],
     root: Path,
     batch_size: int = 256,
@@ -65,8 +64,7 @@ def load_or_build(
     Args:
         backbone: its image side must be frozen.
         images: pixels by image id.
-        image_ids: which images, in order; those with equal pixels share a row.
-        hashes: image id → hash of its pixels.
+        hashes: which images, in order, each with the hash of its pixels; those with equal pixels share a row.
         root: folder of banks.
         batch_size: images encoded at once.
         dtype: ``float32`` or ``float16``.
@@ -76,8 +74,8 @@ def load_or_build(
     """
     if not backbone.frozen:
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")
-    name = fingerprint(backbone, image_ids, hashes, dtype)
-    rows = assign_rows(image_ids, hashes)
+    name = fingerprint(backbone, hashes, dtype)
+    rows = assign_rows(hashes)
     folder = root / name
     if not (folder / "bank.json").is_file():
         _build(backbone, images, rows, folder, batch_size, dtype)
@@ -94,6 +92,8 @@ def _build(
         first.setdefault(row, image_id)
     order = [first[row] for row in range(len(first))]
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    for leftover in (folder, beside):  # of a process that was killed: without bank.json nothing here is whole
+        shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         files: list[np.memmap[Any, Any]] = []
@@ -111,7 +111,6 @@ def _build(
         for file in files:
             file.flush()
         (beside / "bank.json").write_text(json.dumps({"images": len(order), "ids": len(rows), "dtype": dtype}) + "\n")
-        if not folder.exists():
-            os.rename(beside, folder)
+        os.rename(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -76,8 +76,8 @@ def load_model(folder: Path) -> Backbone:
             raise InputError(f"{folder} holds no model: {path.name} is missing")
     try:
         note = json.loads(note_path.read_text(encoding="utf-8"))
-        name, options = note["backbone"], note["options"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        name, options = str(note["backbone"]), dict(note["options"])
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{note_path} is damaged: {error}") from None
     backbone = build_backbone(name, **{**options, "pretrained": None}, load_weights=False)
     backbone.options = options

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from spn4cir.errors import InputError
+from spn4cir.files import write_text
 
 T = TypeVar("T")
 
@@ -87,8 +89,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "lr", "temperature", "eval_batch_size"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("warmup_steps", "eval_every", "save_every", "workers", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise InputError(f"max_steps must be at least 1, or null for no bound, got {self.max_steps}")
         if self.generated_share is not None and not 0 <= self.generated_share < 1:
             raise InputError(f"generated_share must be in [0, 1), got {self.generated_share}")
         if self.annotated is not None and self.annotated < 0:
@@ -118,8 +125,10 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
     )
     parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default.name} beside this script)")
     parser.add_class_arguments(kind)
-    parser.set_defaults(_read(path, kind))
+    values = _read(path, kind)
     try:
+        parser.parse_object(values)  # a default is not checked, so check first
+        parser.set_defaults(values)
         values = parser.parse_args(arguments).as_dict()
     except Exception as error:  # jsonargparse raises several kinds
         raise InputError(f"{path} and options: {' '.join(str(error).split())}") from None
@@ -159,16 +168,18 @@ def _read(path: Path, kind: type[Any]) -> dict[str, Any]:
         raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must hold keys and values")
-    known = [f.name for f in dataclasses.fields(kind)]
+    known = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             raise InputError(
                 f"config file {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
+        if values[key] is None and known[key].default is not None:
+            raise InputError(f"config file {path}: {key} cannot be null")
     return values
 
 
 def write_yaml(config: Any, path: Path) -> None:
     """A dataclass as YAML, so that it can be given back as ``--config``."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

@@ -199,10 +199,12 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         self.from_main = batch_size - self.from_side
         self.batch_size, self.seed, (self.rank, self.world_size) = batch_size, seed, process
         self.epoch, self.skip = 0, 0
-        if self.from_main < 1:
-            raise InputError(f"generated_share {generated_share} leaves no annotated triplet in a batch of {batch_size}")
         if batch_size % self.world_size:
             raise InputError(f"batch_size {batch_size} does not divide over {self.world_size} processes")
+        if self.from_main == 0:
+            raise InputError(
+                f"generated_share {generated_share} of a batch of {batch_size} leaves no annotated triplet"
+            )
         if len(self) == 0:
             raise InputError(f"{len(self.main)} triplets do not fill one batch of {batch_size}: lower batch_size")
 

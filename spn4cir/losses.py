@@ -34,6 +34,8 @@ def info_nce(
     logits = scores_of(query, candidates) / temperature  # (B, N)
     positives = positives.view(len(query), -1)  # (B, P)
     owner, slot = (positives >= 0).nonzero(as_tuple=True)  # (T,) terms
+    if len(owner) == 0:
+        raise ValueError("no query has a positive: the mean over no terms is undefined")
     label = positives[owner, slot]
     if ignore is None and positives.shape[1] == 1:
         return F.cross_entropy(logits[owner], label)

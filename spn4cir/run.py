@@ -30,11 +30,14 @@ class Run:
         self.folder, self.stage, self.accelerator = folder, stage, accelerator
         self.main = accelerator.is_main_process
         self.started = time.time()
-        self.best_result: dict[str, Any] = {}
 
     @classmethod
     def open(cls, config: TrainConfig, stage: int, accelerator: Accelerator) -> "Run":
-        """A new folder, or with ``config.resume`` that one. Raises ``InputError`` if it cannot be continued so."""
+        """Name the folder, or take that of ``config.resume``; nothing is written yet.
+
+        Raises:
+            InputError: if the folder holds another run, or none that these settings continue.
+        """
         if config.resume:
             run = cls(Path(config.resume), stage, accelerator)
             run._check(config)
@@ -44,16 +47,19 @@ class Run:
             named = [config.output or str(_unused(default))]
             broadcast_object_list(named)
             run = cls(Path(named[0]), stage, accelerator)
-            if run.main and (run.folder / "last.safetensors").exists():
+            if (run.folder / "config.yaml").exists():
                 raise InputError(f"{run.folder} already holds a run: give --resume {run.folder}, or another --output")
-            if run.main:
-                run.folder.mkdir(parents=True, exist_ok=True)
-                write_yaml(config, run.folder / "config.yaml")
-        if config.trackers:
-            accelerator.project_configuration.set_directories(str(run.folder))
-            flat = {name: str(value) for name, value in dataclasses.asdict(config).items()}
-            accelerator.init_trackers("spn4cir", flat)
         return run
+
+    def start(self, config: TrainConfig) -> None:
+        """Make the folder, save the settings, start the trackers."""
+        if self.main and not config.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_yaml(config, self.folder / "config.yaml")
+        if config.trackers:
+            self.accelerator.project_configuration.set_directories(str(self.folder))
+            flat = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+            self.accelerator.init_trackers("spn4cir", flat)
 
     def _check(self, config: TrainConfig) -> None:
         import yaml
@@ -81,8 +87,10 @@ class Run:
             state = checkpoints.load_progress(path, module, optimizer)
             if state["stage"] != self.stage:
                 raise InputError(f"{self.folder} is a stage {state['stage']} run, not stage {self.stage}")
-            if self.main:
-                self._cut_log(state["step"])
+            if self.accelerator.scaler is not None and "scaler" in state:
+                self.accelerator.scaler.load_state_dict(state.pop("scaler"))
+        if self.main:
+            self._cut_log(state["step"])
         return state
 
     def _cut_log(self, step: int) -> None:
@@ -114,7 +122,9 @@ class Run:
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Write what a resume needs."""
-        checkpoints.save_progress(self.folder / "last.safetensors", module, optimizer, state)
+        scaler = self.accelerator.scaler  # of the gradients, under fp16
+        progress = state if scaler is None else {**state, "scaler": scaler.state_dict()}
+        checkpoints.save_progress(self.folder / "last.safetensors", module, optimizer, progress)
 
     def finish(self, state: dict[str, Any]) -> None:
         """Mark the run as complete and say what came out and what to do next."""

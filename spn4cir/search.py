@@ -42,12 +42,10 @@ def rank_of_target(query: Tensor, gallery: Tensor, targets: Tensor, excluded: Te
     """
     if bool((targets < 0).all(1).any()):
         raise ValueError("a query without a target has no rank")
-    ranks = []
+    ranks = [torch.zeros(0, dtype=torch.long, device=query.device)]
     for start in range(0, len(query), CHUNK):
         rows = slice(start, start + CHUNK)
-        scores = scores_of(query[rows], gallery)  # (b, G)
-        if not bool(torch.isfinite(scores).all()):
-            raise ValueError("scores are not finite: an embedding holds NaN or infinity")
+        scores = _finite(scores_of(query[rows], gallery))  # (b, G)
         wanted = targets[rows].to(scores.device)
         best = _at(scores, wanted).amax(1, keepdim=True)  # (b, 1)
         ahead = scores >= best
@@ -56,6 +54,13 @@ def rank_of_target(query: Tensor, gallery: Tensor, targets: Tensor, excluded: Te
                 _clear(ahead, rows_to_skip)
         ranks.append(ahead.sum(1) + 1)
     return torch.cat(ranks)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """The scores, if all are finite."""
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("scores are not finite: an embedding holds NaN or infinity")
+    return scores
 
 
 def _at(scores: Tensor, rows: Tensor) -> Tensor:
@@ -77,26 +82,24 @@ def top_k(query: Tensor, gallery: Tensor, k: int, excluded: Tensor | None = None
     Args:
         query: (Q, E).
         gallery: (G, K, E).
-        k: how many, at most G less the excluded.
+        k: how many; all G where it is more.
         excluded: (Q, X) gallery rows left out, padded with -1, or None.
 
     Returns:
-        Scores and rows, both (Q, k).
+        Scores and rows, both (Q, k); excluded rows come last, with a score of minus infinity.
 
     Raises:
-        ValueError: if there are not k rows to rank.
+        ValueError: if a score is not finite.
     """
-    left = len(gallery) - (0 if excluded is None else excluded.shape[1])
-    if not 1 <= k <= left:
-        raise ValueError(f"k must be from 1 to {left}, the number of rows to rank, got {k}")
-    best, rows = [], []
+    k = min(k, len(gallery))
+    scores_found, rows_found = [gallery.new_zeros(0, k)], [torch.zeros(0, k, dtype=torch.long, device=gallery.device)]
     for start in range(0, len(query), CHUNK):
-        scores = scores_of(query[start : start + CHUNK], gallery)
+        scores = _finite(scores_of(query[start : start + CHUNK], gallery))  # (b, G)
         if excluded is not None:
             for column in excluded[start : start + CHUNK].to(scores.device).T:
                 held = (column >= 0).nonzero()[:, 0]
                 scores[held, column[held]] = -torch.inf
-        order = scores.sort(dim=1, descending=True, stable=True)
-        best.append(order.values[:, :k])
-        rows.append(order.indices[:, :k])
-    return torch.cat(best), torch.cat(rows)
+        values, rows = scores.sort(dim=1, descending=True, stable=True)
+        scores_found.append(values[:, :k])
+        rows_found.append(rows[:, :k])
+    return torch.cat(scores_found), torch.cat(rows_found)

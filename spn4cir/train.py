@@ -49,27 +49,27 @@ def train(config: TrainConfig, stage: int) -> Path:
     hashes = hash_pixels(dataset, candidates, accelerator)
     benchmark = dataset.benchmark("val")
 
+    main, side = split_rows(triplets)
+    process = (accelerator.process_index, accelerator.num_processes)
+    sampler = TripletSampler(main, side, config.batch_size, config.generated_share, config.seed, process)
+    steps = min(len(sampler) * config.epochs, config.max_steps or sys.maxsize)
+    run = Run.open(config, stage, accelerator)
+
     bank = None
     if stage == 2:
         backbone.freeze_image_side()
         with accelerator.main_process_first():
             root = checkpoints.runs_root() / "banks"
-            bank = banks.load_or_build(
-                backbone, images, candidates, hashes, root, config.eval_batch_size, config.bank_dtype
-            )
+            bank = banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, config.bank_dtype)
     objective = Objective(backbone, config.temperature, config.learn_temperature, bank and bank.to(accelerator.device))
     optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
-    main, side = split_rows(triplets)
-    process = (accelerator.process_index, accelerator.num_processes)
-    sampler = TripletSampler(main, side, config.batch_size, config.generated_share, config.seed, process)
-    identity = banks.assign_rows([t.target for t in triplets], hashes)
+    identity = banks.assign_rows({t.target: hashes[t.target] for t in triplets})
     collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None)
     loader = DataLoader(
         TripletRows(triplets, config.seed), batch_sampler=sampler, collate_fn=collate, num_workers=config.workers
     )
-    steps = min(len(sampler) * config.epochs, config.max_steps or sys.maxsize)
-    run = Run.open(config, stage, accelerator)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
+    run.start(config)
     state = run.resume(objective, optimizer)
 
     gallery = encode_gallery(backbone, benchmark, images, config.eval_batch_size) if stage == 2 and run.main else None

@@ -1,5 +1,6 @@
 """Backbones by name. A new one is one file here, one line in ``BACKBONES`` and one test."""
 
+import inspect
 from typing import Any
 
 from spn4cir.backbone import Backbone
@@ -17,4 +18,8 @@ def build_backbone(name: str, **options: Any) -> Backbone:
     """
     if name not in BACKBONES:
         raise InputError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
+    known = inspect.signature(BACKBONES[name]).parameters
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise InputError(f"backbone {name} has no option {unknown[0]!r}; known: {', '.join(known)}")
     return BACKBONES[name](**options)

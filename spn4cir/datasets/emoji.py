@@ -64,6 +64,8 @@ class Emoji:
 
     def label(self, image_id: str) -> str:
         """The Unicode name."""
+        if image_id not in self._names:
+            raise InputError(f"emoji: unknown image id {image_id!r}")
         return self._names[image_id]
 
     @cached_property

@@ -68,6 +68,7 @@ def write_folder(folder: Path, names: list[str], size: int, patch: int) -> None:
 
 
 def main() -> None:
+    """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=128)

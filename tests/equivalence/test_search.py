@@ -1,0 +1,191 @@
+"""Ranks, first k and recalls against loops over exact integers; and what a model that knows nothing scores."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spn4cir import search
+from spn4cir.backbone import Backbone
+from spn4cir.evaluate import evaluate, metrics_of, rank_queries
+from spn4cir.images import ImageSource, Transform
+from spn4cir.metrics import recall_at
+from spn4cir.search import rank_of_target, top_k
+from spn4cir.types import Benchmark, Composed, ImageFeatures, Query, Tokens
+
+G = 30
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    """Small whole numbers: dot products are exact in any order, and many are equal."""
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def score(query: list[float], vectors: list[list[float]]) -> float:
+    return max(sum(a * b for a, b in zip(query, v, strict=True)) for v in vectors)
+
+
+def slow_rank(query: list[float], gallery: list, targets: list[int], excluded: list[int]) -> int:  # type: ignore[type-arg]
+    """One more than the images that are ranked, answer nothing and score no less than the best answer."""
+    best = max(score(query, gallery[t]) for t in targets if t >= 0 and t not in excluded)
+    others = [j for j in range(len(gallery)) if j not in targets and j not in excluded]
+    return 1 + sum(score(query, gallery[j]) >= best for j in others)
+
+
+def rows(width: int, count: int, avoid: Tensor | None = None) -> Tensor:
+    """(count, width) distinct rows, some padded with -1, none of those in ``avoid``."""
+    draw, found = random.Random(width), []
+    for n in range(count):
+        free = [j for j in range(G) if avoid is None or j not in avoid[n].tolist()]
+        real = draw.randint(1, width)
+        found.append(draw.sample(free, real) + [-1] * (width - real))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("several", [1, 3])
+def test_ranks_equal_the_loop(vectors: int, several: int) -> None:
+    """Ties, several targets, several excluded images, and a ragged second chunk of queries."""
+    count = search.CHUNK + 11
+    query, gallery = integers(count, 4), integers(G, vectors, 4, seed=1)
+    targets = rows(several, count)
+    excluded = rows(2, count, avoid=targets)
+    slow = [
+        slow_rank(q, gallery.tolist(), t, x)
+        for q, t, x in zip(query.tolist(), targets.tolist(), excluded.tolist(), strict=True)
+    ]
+    assert rank_of_target(query, gallery, targets, excluded).tolist() == slow
+    assert rank_of_target(query, gallery, targets).tolist() != slow  # negative control: exclusion matters
+
+
+def test_ties_and_other_targets_matter() -> None:
+    """Negative control: strict comparison, or letting other targets stand in the way, gives other ranks."""
+    query, gallery = integers(50, 4), integers(G, 1, 4, seed=1)
+    targets = rows(3, 50)
+    ranks = rank_of_target(query, gallery, targets)
+    scores = query @ gallery[:, 0].T
+    best = scores.gather(1, targets.clamp(min=0)).masked_fill(targets < 0, -torch.inf).amax(1, keepdim=True)
+    assert not torch.equal(ranks, (scores > best).sum(1) + 1)
+    assert not torch.equal(ranks, (scores >= best).sum(1))
+
+
+def test_an_excluded_target_is_no_answer() -> None:
+    """A target that the ranking leaves out cannot lend its score to the others."""
+    query, gallery = torch.tensor([[1.0]]), torch.tensor([[[9.0]], [[5.0]], [[1.0]]])
+    assert rank_of_target(query, gallery, torch.tensor([[0, 2]]), torch.tensor([[0]])).tolist() == [2]
+    assert rank_of_target(query, gallery, torch.tensor([[0, 2]])).tolist() == [1]
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_top_k_equals_sorting(vectors: int) -> None:
+    """Best first, equal scores by row, excluded images absent, a ragged second chunk."""
+    count = search.CHUNK + 5
+    query, gallery = integers(count, 4), integers(G, vectors, 4, seed=1)
+    excluded = rows(2, count)
+    scores, found = top_k(query, gallery, 7, excluded)
+    for q, skip, s, row in zip(query.tolist(), excluded.tolist(), scores.tolist(), found.tolist(), strict=True):
+        ranked = sorted((-score(q, vectors), j) for j, vectors in enumerate(gallery.tolist()) if j not in skip)[:7]
+        assert row == [j for _, j in ranked] and s == [-negative for negative, _ in ranked]
+    assert not torch.equal(top_k(query, gallery, 7)[1], found)  # negative control
+
+
+def test_the_rank_is_the_place_in_the_sorted_list() -> None:
+    """The two searches agree where scores differ."""
+    torch.manual_seed(0)
+    query, gallery = torch.randn(40, 8), torch.randn(G, 2, 8)
+    targets = torch.randint(0, G, (40, 1))
+    places = (top_k(query, gallery, G)[1] == targets).int().argmax(1) + 1
+    assert torch.equal(places, rank_of_target(query, gallery, targets))
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small chunks give what one gives."""
+    query, gallery, targets = integers(20, 4), integers(G, 1, 4, seed=1), rows(2, 20)
+    whole = rank_of_target(query, gallery, targets), top_k(query, gallery, 5)[1]
+    monkeypatch.setattr(search, "CHUNK", 3)
+    assert torch.equal(whole[0], rank_of_target(query, gallery, targets))
+    assert torch.equal(whole[1], top_k(query, gallery, 5)[1])
+
+
+def toy_benchmark(exclude: bool = True) -> Benchmark:
+    draw = random.Random(3)
+    ids = tuple(f"g{n}" for n in range(G))
+    queries = []
+    for n in range(25):
+        reference, *others = draw.sample(ids, 6)
+        queries.append(Query(reference, "x", (others[0],), f"group {n % 3}", (reference, *others)))
+    return Benchmark("loop/val", ids, tuple(queries), exclude, (1, 5, 10), (1, 2, 3))
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+def test_benchmark_ranks_and_metrics_equal_loops(exclude: bool) -> None:
+    """Gallery ranks, ranks within the subset, recalls, groups and their macro mean."""
+    benchmark, query, gallery = toy_benchmark(exclude), integers(25, 4), integers(G, 1, 4, seed=1)
+    row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
+    ranks, few = [], []
+    for q, vector in zip(benchmark.queries, query.tolist(), strict=True):
+        skip, goal, vectors = [row[q.reference]] if exclude else [], [row[q.targets[0]]], gallery.tolist()
+        ranks.append(slow_rank(vector, vectors, goal, skip))
+        few.append(slow_rank(vector, vectors, goal, skip + [j for i, j in row.items() if i not in q.subset]))
+    fast, fast_few = rank_queries(benchmark, query, gallery)
+    assert fast.tolist() == ranks and fast_few is not None and fast_few.tolist() == few
+    metrics, groups = metrics_of(benchmark, fast, fast_few)
+    assert metrics["R@5"] == pytest.approx(100 * sum(r <= 5 for r in ranks) / 25)
+    assert metrics["Rs@2"] == pytest.approx(100 * sum(r <= 2 for r in few) / 25)
+    parts = [[r for r, q in zip(ranks, benchmark.queries, strict=True) if q.group == name] for name in groups]
+    wanted = [100 * sum(r <= 5 for r in part) / len(part) for part in parts]
+    assert [group["R@5"] for group in groups.values()] == pytest.approx(wanted)
+    assert metrics["macro R@5"] == pytest.approx(sum(wanted) / 3)
+    assert rank_queries(toy_benchmark(not exclude), query, gallery)[0].tolist() != ranks  # negative control
+
+
+class Constant(Backbone):
+    """Every image and every query is the same vector."""
+
+    name, options, transform = "constant", {}, Transform(8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector = torch.nn.Parameter(torch.tensor([0.6, 0.8]))
+
+    def tokenize(self, texts) -> Tokens:  # type: ignore[no-untyped-def, override]
+        return {"text": torch.zeros(len(texts), 1)}
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        vectors = self.vector.expand(len(pixels), 1, 2)
+        return ImageFeatures(vectors, vectors)
+
+    def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
+        return Composed(self.vector.expand(len(reference), 2))
+
+    def image_side(self):  # type: ignore[no-untyped-def]
+        return [self.vector]
+
+
+def test_a_constant_model_scores_below_chance(toy) -> None:  # type: ignore[no-untyped-def]
+    """Ties never favour the target, so it is ranked last: recall is 0 at each k below the number of ranked images.
+
+    A collapsed model thus scores at most chance, k / ranked, and cannot look good by ties.
+    """
+    benchmark = toy.benchmark("val")
+    result = evaluate(Constant(), benchmark, ImageSource(toy.path, Transform(8)))
+    assert len(result["metrics"]) == 8 and set(result["metrics"].values()) == {0.0}
+    ranked = len(benchmark.gallery) - 1  # the reference is left out
+    same = torch.ones(20, 2), torch.ones(48, 1, 2)
+    ranks = rank_queries(benchmark, *same)[0]
+    assert set(ranks.tolist()) == {ranked} and recall_at(ranks, ranked - 1) == 0 and recall_at(ranks, ranked) == 100
+
+
+def test_a_random_model_scores_chance() -> None:
+    """Recall at k is k / (G - 1) within four standard errors, the reference being left out; another k is far off."""
+    torch.manual_seed(0)
+    count, size = 3000, 101
+    picks = torch.stack([torch.randperm(size)[:2] for _ in range(count)])
+    ranks = rank_of_target(torch.randn(count, 64), torch.randn(size, 1, 64), picks[:, :1], picks[:, 1:]).numpy()
+    for k in (1, 10, 50):
+        chance = k / (size - 1)
+        error = 100 * np.sqrt(chance * (1 - chance) / count)
+        assert abs(recall_at(ranks, k) - 100 * chance) < 4 * error
+        assert abs(recall_at(ranks, 2 * k) - 100 * chance) > 4 * error  # negative control

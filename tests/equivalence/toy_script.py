@@ -1,0 +1,97 @@
+"""What tests run in processes of their own, on the toy dataset.
+
+killed:    toy_script.py killed TOY INIT OUTPUT      a stage 1 run that kills itself before step 5
+processes: toy_script.py processes TOY INIT OUTPUT   one step's loss and gradients, then a run, of both stages
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from accelerate import Accelerator
+from conftest import Toy, toy_config
+from torch import Tensor
+
+import spn4cir.train as loop
+from spn4cir import bank as banks
+from spn4cir.checkpoints import load_model, write_tensors
+from spn4cir.datasets import DATASETS
+from spn4cir.images import ImageSource, TripletCollate, open_image, pixel_hash
+from spn4cir.objective import Objective
+
+# TRAIN[:20] are the targets of triplets 0 to 19 and again of 20 to 39: with four rows a process, equal targets meet
+# on different processes; 17 has target TRAIN[0], the twin of TRAIN[1], which is the target of 0.
+BATCH = [0, 3, 4, 9, 20, 23, 17, 8]
+
+
+def first_step(toy: Toy, init: Path, stage: int, root: Path, rows: list[int]) -> dict[str, Tensor]:
+    """Loss and gradients of one batch, shared among the processes there are; the mean of all."""
+    accelerator = Accelerator()
+    backbone, triplets = load_model(init), toy.triplets()
+    hashes = {i: pixel_hash(open_image(toy.path(i))) for i in toy.training_images()}
+    images, bank = ImageSource(toy.path, backbone.transform), None
+    if stage == 2:
+        backbone.freeze_image_side()
+        with accelerator.main_process_first():
+            bank = banks.load_or_build(backbone, images, {i: hashes[i] for i in toy.training_images()}, root)
+    identity = banks.assign_rows({i: hashes[i] for i in toy.training_images()})
+    share = len(rows) // accelerator.num_processes
+    own = rows[accelerator.process_index * share :][:share]
+    items = [(triplets[n], triplets[n].modifications[n % 2]) for n in own]
+    batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows)(items)
+    objective = Objective(backbone, 0.1, learn_temperature=True, bank=bank)
+    prepared = accelerator.prepare(objective)
+    loss = prepared(batch)
+    accelerator.backward(loss)
+    gradients = {n: p.grad.clone() for n, p in objective.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
+    return {"loss": accelerator.reduce(loss.detach(), "mean"), **gradients}
+
+
+def runs(toy: Toy, init: Path, output: Path) -> None:
+    """A few steps of each stage, in folders ``stage1`` and ``stage2``.
+
+    With its usual eps, AdamW blows up what is only rounding: a gradient of zero becomes a step of +lr or -lr.
+    """
+    for stage in (1, 2):
+        config = toy_config(
+            toy.folder, init=str(init), output=str(output / f"stage{stage}"), max_steps=4, eps=1e-2, lr=0.1
+        )
+        loop.train(config, stage)
+
+
+def processes(toy: Toy, init: Path, output: Path) -> None:
+    """Both, in the processes that torchrun started."""
+    accelerator = Accelerator()
+    assert accelerator.num_processes == int(os.environ["WORLD_SIZE"]) == 2, accelerator.num_processes
+    assert torch.distributed.get_backend() == "gloo"
+    Accelerator.end_training = lambda self: None  # it ends the process group, which the next run here still needs
+    for stage in (1, 2):
+        found = first_step(toy, init, stage, output / "banks", BATCH)
+        if accelerator.is_main_process:
+            write_tensors(output / f"step{stage}.safetensors", found, {"world": accelerator.num_processes})
+    runs(toy, init, output)
+    torch.distributed.destroy_process_group()
+
+
+def killed(toy: Toy, init: Path, output: Path) -> None:
+    """A run that dies as by a power cut."""
+    schedule = loop.schedule
+
+    def die(config, step, steps):  # type: ignore[no-untyped-def]
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return schedule(config, step, steps)
+
+    loop.schedule = die
+    loop.train(toy_config(toy.folder, init=str(init), output=str(output), annotated=24, save_every=2), 1)
+
+
+if __name__ == "__main__":
+    DATASETS[Toy.name] = Toy
+    what, *folders = sys.argv[1:]
+    paths = [Path(folder) for folder in folders]
+    {"killed": killed, "processes": processes}[what](Toy(str(paths[0])), *paths[1:])

@@ -1,0 +1,102 @@
+"""Generated triplets in the published shapes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spn4cir.datasets.generated import published_shape, read_generated
+from spn4cir.errors import InputError
+from spn4cir.types import Triplet
+
+FASHIONIQ = {"candidate": "a", "target": "b", "captions": ["red", "in red"], "caption1": "x", "caption2": "y"}
+CIRR = {
+    "reference": "a", "target_hard": "b", "caption": ["red", "in red"], "pairid": 0, "img_set": {"members": ["-"]},
+}  # fmt: skip
+
+
+def written(tmp_path: Path, *entries: Any) -> Path:
+    path = tmp_path / "made.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("entry", [FASHIONIQ, CIRR], ids=["fashioniq", "cirr"])
+def test_published_shapes(tmp_path: Path, entry: dict[str, Any]) -> None:
+    """Both shapes give the same triplet, marked as generated; what is not needed is ignored."""
+    expected = [Triplet("a", "b", ("red", "in red"), generated=True)]
+    assert read_generated(written(tmp_path, entry)) == expected
+    assert read_generated(written(tmp_path, entry), known=["a", "b"]) == expected
+
+
+def test_one_text_may_stand_alone(tmp_path: Path) -> None:
+    """A text in the place of a list of one."""
+    assert read_generated(written(tmp_path, {**CIRR, "caption": "red"}))[0].modifications == ("red",)
+
+
+def test_shapes_may_be_mixed_and_order_stays(tmp_path: Path) -> None:
+    """Entries come in the order of the file."""
+    found = read_generated(written(tmp_path, {**CIRR, "reference": "c"}, FASHIONIQ, CIRR))
+    assert [t.reference for t in found] == ["c", "a", "a"]
+
+
+def test_an_empty_list(tmp_path: Path) -> None:
+    """No entries are no triplets."""
+    assert read_generated(written(tmp_path)) == []
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    """published_shape and read_generated are inverse."""
+    triplet = Triplet("a", "b", ("red ä",), generated=True)
+    entry = published_shape(triplet, ("one", "two"))
+    assert (entry["caption1"], entry["caption2"]) == ("one", "two")
+    assert read_generated(written(tmp_path, entry)) == [triplet]
+
+
+@pytest.mark.parametrize(("change", "field"), [
+    ({"target": None}, "target"), ({"target": "z"}, "target"), ({"target": 3}, "target"),
+    ({"candidate": "z"}, "candidate"),
+    ({"candidate": ["a"]}, "candidate"), ({"captions": []}, "captions"), ({"captions": ["red", " "]}, "captions"),
+    ({"captions": ""}, "captions"), ({"captions": [3]}, "captions"), ({"captions": None}, "captions"),
+    ({"captions": {"a": "b"}}, "captions"),
+])  # fmt: skip
+def test_damage_is_named(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+    """Each kind of damage names file, entry and field, in one line."""
+    path = written(tmp_path, FASHIONIQ, {**FASHIONIQ, **change})
+    with pytest.raises(InputError) as error:
+        read_generated(path, known=["a", "b"])
+    message = str(error.value)
+    assert str(path) in message and "entry 1" in message and repr(field) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(("entry", "field"), [
+    *[({k: v for k, v in FASHIONIQ.items() if k != gone}, gone) for gone in ("target", "captions")],
+    *[({k: v for k, v in CIRR.items() if k != gone}, gone) for gone in ("reference", "target_hard", "caption")],
+])  # fmt: skip
+def test_missing_fields_are_named(tmp_path: Path, entry: dict[str, Any], field: str) -> None:
+    """A field that is not there is named in the words of the shape."""
+    with pytest.raises(InputError, match=f"entry 0: '{field}' is missing"):
+        read_generated(written(tmp_path, entry))
+
+
+@pytest.mark.parametrize("entry", [3, "a", None, ["a", "b", "red"]])
+def test_entries_that_are_no_objects(tmp_path: Path, entry: Any) -> None:
+    """File and entry are named."""
+    with pytest.raises(InputError, match=r"made\.json, entry 1: expected an object"):
+        read_generated(written(tmp_path, FASHIONIQ, entry))
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"\xff\xfe", b"{}", b"3", b'"text"'])
+def test_files_that_are_no_lists(tmp_path: Path, content: bytes) -> None:
+    """Broken JSON, other encodings and other JSON name the file."""
+    path = tmp_path / "made.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"made\.json"):
+        read_generated(path)
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    """The message names the file and the command."""
+    with pytest.raises(InputError, match=r"absent\.json are missing: make them with python data_gen/make_triplets\.py"):
+        read_generated(tmp_path / "absent.json")

@@ -1,0 +1,31 @@
+"""Files written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from spn4cir.files import write_text
+
+
+def test_writes_and_replaces(tmp_path: Path) -> None:
+    """The text stands in the file, as UTF-8, and nothing beside it."""
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    write_text(path, "new ä\n")
+    assert path.read_bytes() == "new ä\n".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_crash_in_the_middle_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the rename, the old text is still whole."""
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"

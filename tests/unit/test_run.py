@@ -1,0 +1,109 @@
+"""A run's folder and log."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from spn4cir.checkpoints import save_progress
+from spn4cir.config import TrainConfig, write_yaml
+from spn4cir.errors import InputError
+from spn4cir.run import Run
+
+
+def alone(main: bool = True) -> Accelerator:
+    """What Run asks of accelerate, for one process."""
+    return cast(Accelerator, SimpleNamespace(is_main_process=main, scaler=None))
+
+
+def logged(folder: Path, *steps: int, tail: str = "") -> Path:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": s / 10}) + "\n" for s in steps) + tail)
+    return path
+
+
+def saved_at(folder: Path, step: int, stage: int = 1) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A last.safetensors after so many steps, and what to load it into."""
+    module = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    save_progress(folder / "last.safetensors", module, optimizer, {"stage": stage, "step": step, "best": None})
+    return module, optimizer
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("tail", ["", '{"st', '{"step": 30, "loss": 0.', '{"step": 30, "loss": 3.0}'])
+def test_resume_cuts_the_log(tmp_path: Path, tail: str) -> None:
+    """Rows after the resumed step and a torn last line disappear; what is kept is untouched."""
+    path = logged(tmp_path, 10, 20, 25, tail=tail)
+    kept = "".join(path.read_text().splitlines(keepends=True)[:2])
+    state = Run(tmp_path, 1, alone()).resume(*saved_at(tmp_path, 20))
+    assert state["step"] == 20
+    assert path.read_text() == kept
+
+
+def test_a_whole_last_line_without_newline_is_kept_whole(tmp_path: Path) -> None:
+    """If just the newline is missing, the row counts and the next one does not stick to it."""
+    path = logged(tmp_path, 10, tail='{"step": 20, "loss": 2.0}')
+    Run(tmp_path, 1, alone()).resume(*saved_at(tmp_path, 20))
+    assert steps_in(path) == [10, 20] and path.read_text().endswith("\n")
+
+
+def test_resume_before_the_first_save_starts_the_log_anew(tmp_path: Path) -> None:
+    """Killed between the first row and the first save, a run starts at step 0: the row would stand there twice."""
+    path = logged(tmp_path, 10)
+    module = nn.Linear(2, 2)
+    state = Run(tmp_path, 1, alone()).resume(module, torch.optim.AdamW(module.parameters()))
+    assert state == {"stage": 1, "step": 0, "best": None}
+    assert steps_in(path) == []
+
+
+def test_a_new_run_has_no_log_to_cut(tmp_path: Path) -> None:
+    """Without a log nothing fails."""
+    module = nn.Linear(2, 2)
+    assert Run(tmp_path, 1, alone()).resume(module, torch.optim.AdamW(module.parameters()))["step"] == 0
+    assert Run(tmp_path, 1, alone()).resume(*saved_at(tmp_path, 20))["step"] == 20
+
+
+def test_only_the_main_process_cuts(tmp_path: Path) -> None:
+    """Another process reads the state and leaves the log alone."""
+    path = logged(tmp_path, 10, 20, 30)
+    assert Run(tmp_path, 1, alone(main=False)).resume(*saved_at(tmp_path, 20))["step"] == 20
+    assert steps_in(path) == [10, 20, 30]
+
+
+def test_resume_of_the_other_stage(tmp_path: Path) -> None:
+    """A stage 2 run is not continued as stage 1."""
+    with pytest.raises(InputError, match="is a stage 2 run, not stage 1"):
+        Run(tmp_path, 1, alone()).resume(*saved_at(tmp_path, 20, stage=2))
+
+
+def opened(folder: Path, **changes: Any) -> Run:
+    """Resume a folder whose config was the default."""
+    folder.mkdir(exist_ok=True)
+    write_yaml(TrainConfig(), folder / "config.yaml")
+    return Run.open(TrainConfig(resume=str(folder), **changes), 1, alone())
+
+
+def test_resume_with_the_same_settings(tmp_path: Path) -> None:
+    """What does not decide the result may differ."""
+    assert opened(tmp_path, workers=3, keep_pixels=True).folder == tmp_path
+
+
+def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
+    """What decides the result may not: the message names setting, old and new value."""
+    with pytest.raises(InputError, match=r"batch_size was 128, now 64"):
+        opened(tmp_path, batch_size=64)
+
+
+def test_resume_of_no_run(tmp_path: Path) -> None:
+    """A folder without config.yaml is no run."""
+    with pytest.raises(InputError, match=r"config\.yaml is missing"):
+        Run.open(TrainConfig(resume=str(tmp_path)), 1, alone())

@@ -1,0 +1,164 @@
+"""Scores, ranks and the first k."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spn4cir import search
+from spn4cir.search import CHUNK, rank_of_target, scores_of, top_k
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def gallery_of(scores: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """Queries and a gallery whose scores are exactly these, (Q, G)."""
+    table = torch.tensor(scores)  # (Q, G)
+    return torch.eye(len(table)), table.T[:, None].contiguous()  # (Q, Q), (G, 1, Q)
+
+
+def naive_rank(scores: Tensor, targets: list[int], excluded: list[int]) -> int:
+    """Best target's place if equal scores stand ahead of it, its fellow targets and the excluded left out."""
+    best = max(float(scores[t]) for t in targets)
+    others = [g for g in range(len(scores)) if g not in targets and g not in excluded]
+    return 1 + sum(float(scores[g]) >= best for g in others)
+
+
+def test_scores_are_the_maximum_over_vectors() -> None:
+    """K vectors per candidate: the best dot product counts."""
+    query, candidates = unit(5, 8), unit(7, 3, 8, seed=1)
+    naive = torch.stack([torch.stack([(c @ q).max() for c in candidates]) for q in query])
+    torch.testing.assert_close(scores_of(query, candidates), naive)
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    (torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64),
+])  # fmt: skip
+def test_scores_are_float32_or_wider(given: torch.dtype, kept: torch.dtype) -> None:
+    """Half precision is widened before the product; double stays double."""
+    assert scores_of(unit(2, 4).to(given), unit(3, 1, 4).to(given)).dtype == kept
+
+
+def test_rank_against_a_naive_loop() -> None:
+    """Several targets, several exclusions, padding: the ranks of a plain loop over the definition."""
+    query, gallery = unit(9, 6), unit(30, 2, 6, seed=1)
+    picks = torch.Generator().manual_seed(2)
+    rows = [torch.randperm(30, generator=picks)[:5].tolist() for _ in range(9)]
+    targets = torch.tensor([[r[0], r[1], -1] if n % 2 else [-1, r[0], -1] for n, r in enumerate(rows)])
+    excluded = torch.tensor([[r[2], -1] if n % 3 else [r[2], r[3]] for n, r in enumerate(rows)])
+    scores = scores_of(query, gallery)
+    expected = [
+        naive_rank(s, [t for t in ts if t >= 0], [x for x in xs if x >= 0])
+        for s, ts, xs in zip(scores, targets.tolist(), excluded.tolist(), strict=True)
+    ]
+    assert rank_of_target(query, gallery, targets, excluded).tolist() == expected
+    assert rank_of_target(query, gallery, targets).tolist() != expected  # the exclusions do matter
+
+
+def test_ties_never_favour_the_target() -> None:
+    """A model that gives everything one score is last, not first."""
+    query, gallery = gallery_of([[0.5, 0.5, 0.5, 0.5]])
+    for row in range(4):
+        assert rank_of_target(query, gallery, torch.tensor([[row]])).tolist() == [4]
+
+
+def test_other_targets_do_not_stand_in_the_way() -> None:
+    """The best of several targets counts, and an equal second target is not ahead of it."""
+    query, gallery = gallery_of([[0.9, 0.8, 0.8, 0.1]])
+    assert rank_of_target(query, gallery, torch.tensor([[1, 2]])).tolist() == [2]
+    assert rank_of_target(query, gallery, torch.tensor([[3, 2]])).tolist() == [3]
+
+
+def test_excluding_the_reference() -> None:
+    """A reference that scores best costs a place only where the protocol keeps it."""
+    query, gallery = gallery_of([[0.9, 0.8]])
+    target = torch.tensor([[1]])
+    assert rank_of_target(query, gallery, target).tolist() == [2]
+    assert rank_of_target(query, gallery, target, torch.tensor([[0]])).tolist() == [1]
+
+
+def test_an_excluded_target_still_has_a_rank() -> None:
+    """A target that is also excluded (reference equal to target) is counted once, not as negative."""
+    query, gallery = gallery_of([[0.9, 0.8, 0.95]])
+    assert rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[0]])).tolist() == [2]
+
+
+def test_ranks_over_several_chunks() -> None:
+    """The chunked loop equals one query at a time, a ragged last chunk included."""
+    count = CHUNK + 3
+    query, gallery = unit(count, 4).double(), unit(11, 1, 4, seed=1).double()
+    targets = torch.arange(count)[:, None] % 11
+    excluded = (targets + 1) % 11
+    singly = [rank_of_target(query[n : n + 1], gallery, targets[n : n + 1], excluded[n : n + 1]) for n in range(count)]
+    assert torch.equal(rank_of_target(query, gallery, targets, excluded), torch.cat(singly))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_have_no_rank(value: float) -> None:
+    """A broken embedding is a ValueError, not a good rank."""
+    query, gallery = unit(2, 4), unit(3, 1, 4)
+    gallery[1, 0, 2] = value
+    with pytest.raises(ValueError, match="finite"):
+        rank_of_target(query, gallery, torch.tensor([[0], [1]]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_have_no_first_k(value: float) -> None:
+    """Nor does a search answer with a NaN on top, which sorting puts first."""
+    query, gallery = unit(2, 4), unit(3, 1, 4)
+    gallery[1, 0, 2] = value
+    with pytest.raises(ValueError, match="finite"):
+        top_k(query, gallery, 2)
+
+
+def test_a_query_without_target_has_no_rank() -> None:
+    """All padding is a ValueError."""
+    with pytest.raises(ValueError, match="without a target"):
+        rank_of_target(unit(2, 4), unit(3, 1, 4), torch.tensor([[0, -1], [-1, -1]]))
+
+
+def test_no_queries_give_no_answers() -> None:
+    """Zero queries are zero ranks and zero rows, not an error of concatenation."""
+    gallery = unit(3, 1, 4)
+    assert rank_of_target(unit(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long)).shape == (0,)
+    scores, rows = top_k(unit(0, 4), gallery, 2)
+    assert scores.shape == rows.shape == (0, 2)
+
+
+def test_top_k_is_sorted_and_stable() -> None:
+    """Best first, equal scores by row."""
+    query, gallery = gallery_of([[0.1, 0.7, 0.3, 0.7, 0.7]])
+    scores, rows = top_k(query, gallery, 4)
+    assert rows.tolist() == [[1, 3, 4, 2]] and rows.dtype == torch.int64
+    torch.testing.assert_close(scores, torch.tensor([[0.7, 0.7, 0.7, 0.3]]))
+
+
+def test_top_k_leaves_the_excluded_out() -> None:
+    """Excluded rows do not come up, padding excludes nothing."""
+    query, gallery = gallery_of([[0.1, 0.7, 0.3], [0.9, 0.2, 0.3]])
+    assert top_k(query, gallery, 2, torch.tensor([[1], [-1]]))[1].tolist() == [[2, 0], [0, 2]]
+
+
+def test_top_k_over_several_chunks() -> None:
+    """The chunked loop equals one query at a time."""
+    query, gallery = unit(CHUNK + 3, 4).double(), unit(11, 1, 4, seed=1).double()
+    rows = top_k(query, gallery, 3)[1]
+    assert rows.shape == (CHUNK + 3, 3)
+    assert torch.equal(rows, torch.cat([top_k(query[n : n + 1], gallery, 3)[1] for n in range(len(query))]))
+
+
+def test_k_beyond_the_gallery_gives_the_whole_gallery() -> None:
+    """More than there is gives all there is."""
+    scores, rows = top_k(unit(2, 4), unit(3, 1, 4), 10)
+    assert scores.shape == (2, 3)
+    assert [sorted(found) for found in rows.tolist()] == [[0, 1, 2]] * 2
+
+
+def test_top_k_rows_do_not_pass_through_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows stay integers, whatever holds the scores: float32 would round them from 2²⁴ on, as float16 does from 2¹¹."""
+    scores = torch.zeros(1, 4099, dtype=torch.float16)
+    scores[0, 4097] = 1
+    monkeypatch.setattr(search, "scores_of", lambda query, gallery: scores)
+    assert top_k(torch.zeros(1, 1), torch.zeros(4099, 1, 1), 1)[1].tolist() == [[4097]]
