@@ -98,16 +98,15 @@ def _build(
     try:
         files: list[np.memmap[Any, Any]] = []
         device = next(backbone.parameters()).device
-        bar = tqdm(total=len(order), desc="bank", unit="image", leave=False)
-        for start in range(0, len(order), batch_size):
-            features = backbone.encode_image(images.stack(order[start : start + batch_size]).to(device))
-            for number, (part, values) in enumerate(zip(features._fields, features, strict=True)):
-                if start == 0:
-                    shape = (len(order), *values.shape[1:])
-                    files.append(np.lib.format.open_memmap(beside / f"{part}.npy", "w+", np.dtype(dtype), shape))
-                files[number][start : start + len(values)] = values.float().cpu().numpy()
-            bar.update(len(features.target))
-        bar.close()
+        with tqdm(total=len(order), desc="bank", unit="image", leave=False) as bar:
+            for start in range(0, len(order), batch_size):
+                features = backbone.encode_image(images.stack(order[start : start + batch_size]).to(device))
+                for number, (part, values) in enumerate(zip(features._fields, features, strict=True)):
+                    if start == 0:
+                        shape = (len(order), *values.shape[1:])
+                        files.append(np.lib.format.open_memmap(beside / f"{part}.npy", "w+", np.dtype(dtype), shape))
+                    files[number][start : start + len(values)] = values.float().cpu().numpy()
+                bar.update(len(features.target))
         for file in files:
             file.flush()
         (beside / "bank.json").write_text(json.dumps({"images": len(order), "ids": len(rows), "dtype": dtype}) + "\n")

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from spn4cir.config import TrainConfig, parse
 from spn4cir.errors import InputError, run_command
@@ -39,8 +39,15 @@ def evaluate_command() -> None:
     run_command(_evaluate)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
 def _evaluate() -> None:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="spn4cir-eval",
         description="Evaluate the newest run of a dataset, or the embedded weights where there is none.",
         epilog="examples:\n  spn4cir-eval --split val\n  spn4cir-eval --split test --ablate --json result.json\n"
@@ -56,6 +63,10 @@ def _evaluate() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
     parser.add_argument("--batch-size", type=int, default=256, help="images encoded at once (default: 256)")
     args = parser.parse_args()
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
+        raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} is missing")
 
     from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone

@@ -46,16 +46,15 @@ def encode_gallery(backbone: Backbone, benchmark: Benchmark, images: ImageSource
     used = {query.reference for query in benchmark.queries}
     targets, references = [], []
     row: dict[str, int] = {}
-    bar = tqdm(total=len(benchmark.gallery), desc=f"encode {benchmark.name}", unit="image", leave=False)
-    for start in range(0, len(benchmark.gallery), batch_size):
-        ids = benchmark.gallery[start : start + batch_size]
-        features = backbone.encode_image(images.stack(ids).to(device))
-        targets.append(features.target.float())
-        held = [n for n, i in enumerate(ids) if i in used]
-        row |= {ids[n]: len(row) + m for m, n in enumerate(held)}
-        references.append(features.reference[held])
-        bar.update(len(ids))
-    bar.close()
+    with tqdm(total=len(benchmark.gallery), desc=f"encode {benchmark.name}", unit="image", leave=False) as bar:
+        for start in range(0, len(benchmark.gallery), batch_size):
+            ids = benchmark.gallery[start : start + batch_size]
+            features = backbone.encode_image(images.stack(ids).to(device))
+            targets.append(features.target.float())
+            held = [n for n, i in enumerate(ids) if i in used]
+            row |= {ids[n]: len(row) + m for m, n in enumerate(held)}
+            references.append(features.reference[held])
+            bar.update(len(ids))
     return Gallery(torch.cat(targets), torch.cat(references), row)
 
 

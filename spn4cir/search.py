@@ -46,12 +46,14 @@ def rank_of_target(query: Tensor, gallery: Tensor, targets: Tensor, excluded: Te
     for start in range(0, len(query), CHUNK):
         rows = slice(start, start + CHUNK)
         scores = _finite(scores_of(query[rows], gallery))  # (b, G)
-        wanted = targets[rows].to(scores.device)
-        best = _at(scores, wanted).amax(1, keepdim=True)  # (b, 1)
-        ahead = scores >= best
-        for rows_to_skip in (wanted, excluded[rows].to(scores.device) if excluded is not None else None):
-            if rows_to_skip is not None:
-                _clear(ahead, rows_to_skip)
+        wanted, ranked = targets[rows].to(scores.device), torch.ones_like(scores, dtype=torch.bool)
+        if excluded is not None:
+            _clear(ranked, excluded[rows].to(scores.device))
+        best = _at(scores.masked_fill(~ranked, -torch.inf), wanted).amax(1, keepdim=True)  # (b, 1)
+        if bool(best.isneginf().any()):
+            raise ValueError("a query whose targets are all excluded has no rank")
+        _clear(ranked, wanted)
+        ahead = ranked & (scores >= best)
         ranks.append(ahead.sum(1) + 1)
     return torch.cat(ranks)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from spn4cir import bank as banks
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
-from spn4cir.backbones import build_backbone
+from spn4cir.backbones import build_backbone, check_backbone
 from spn4cir.config import TrainConfig
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.generated import read_generated
@@ -48,6 +48,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     candidates = training_images(config, dataset, triplets)
     hashes = hash_pixels(dataset, candidates, accelerator)
     benchmark = dataset.benchmark("val")
+    hash_pixels(dataset, [i for i in benchmark.gallery if i not in hashes], accelerator)  # to find broken ones now
 
     main, side = split_rows(triplets)
     process = (accelerator.process_index, accelerator.num_processes)
@@ -143,8 +144,8 @@ def training_images(config: TrainConfig, dataset: Dataset, triplets: Sequence[Tr
 
 def hash_pixels(dataset: Dataset, image_ids: Iterable[str], accelerator: Accelerator) -> dict[str, str]:
     """Image id → hash of its pixels; decodes each image once, so a broken one is found before training."""
-    bar = tqdm(image_ids, "check images", unit="image", leave=False, disable=not accelerator.is_main_process)
-    return {image_id: pixel_hash(open_image(dataset.path(image_id))) for image_id in bar}
+    with tqdm(image_ids, "check images", unit="image", leave=False, disable=not accelerator.is_main_process) as bar:
+        return {image_id: pixel_hash(open_image(dataset.path(image_id))) for image_id in bar}
 
 
 def split_rows(triplets: Sequence[Triplet]) -> tuple[list[int], list[int]]:
@@ -161,6 +162,7 @@ def load_backbone(config: TrainConfig, stage: int) -> Backbone:
         return checkpoints.load_model(Path(config.init))
     if stage == 1:
         return build_backbone(config.backbone, **config.backbone_options)
+    check_backbone(config.backbone)
     run = checkpoints.newest_run(config.dataset, config.backbone, stage=1)
     if run is None:
         where = checkpoints.runs_root() / config.dataset / config.backbone

@@ -10,14 +10,19 @@ from spn4cir.errors import InputError
 BACKBONES: dict[str, type[Backbone]] = {"clip4cir": CLIP4CIR}
 
 
+def check_backbone(name: str) -> None:
+    """Raises ``InputError`` for an unknown name."""
+    if name not in BACKBONES:
+        raise InputError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
+
+
 def build_backbone(name: str, **options: Any) -> Backbone:
     """A backbone by name, with its own options.
 
     Raises:
         InputError: for an unknown name or option.
     """
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
+    check_backbone(name)
     known = inspect.signature(BACKBONES[name]).parameters
     unknown = [option for option in options if option not in known]
     if unknown:

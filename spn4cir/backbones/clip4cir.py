@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
-import torch
+from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,7 +54,6 @@ class CLIP4CIR(Backbone):
                 getattr(self.clip, scalar).requires_grad_(False)
         sample = self._tokenizer(["a"])[0]  # begin, word, end, padding
         self._padding = int(sample[-1])
-        self._end = int(sample[sample != self._padding][-1])
         size = self.clip.visual.image_size
         mean, std = self.clip.visual.image_mean, self.clip.visual.image_std
         self.transform = Transform(size[0] if isinstance(size, tuple) else size, mean=tuple(mean), std=tuple(std))
@@ -85,15 +84,19 @@ class CLIP4CIR(Backbone):
         if (
             not isinstance(clip, open_clip.CLIP)
             or clip.attn_mask is None
+            or clip.text_pool_type not in ("argmax", "eos")
             or not isinstance(clip.text_projection, Tensor)
         ):
             return clip.encode_text(text)  # type: ignore[no-any-return]
-        used = int((text != self._padding).any(0).nonzero().max()) + 1
+        used = (
+            int((text != self._padding).any(0).nonzero().max()) + 2
+        )  # one more, as some models pad with the end token
         text = text[:, :used]  # (B, T)
+        used = text.shape[1]
         x = clip.token_embedding(text) + clip.positional_embedding[:used]
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:used, :used]))  # (B, T, width)
-        ends = (text == self._end).int().argmax(1)
-        return x[torch.arange(len(x), device=x.device), ends] @ clip.text_projection  # type: ignore[no-any-return]
+        pooled = text_global_pool(x, text, clip.text_pool_type, eos_token_id=clip.text_eos_id)  # (B, width)
+        return pooled @ clip.text_projection  # type: ignore[no-any-return]
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """The visual tower."""

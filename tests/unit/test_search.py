@@ -79,10 +79,12 @@ def test_excluding_the_reference() -> None:
     assert rank_of_target(query, gallery, target, torch.tensor([[0]])).tolist() == [1]
 
 
-def test_an_excluded_target_still_has_a_rank() -> None:
-    """A target that is also excluded (reference equal to target) is counted once, not as negative."""
-    query, gallery = gallery_of([[0.9, 0.8, 0.95]])
-    assert rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[0]])).tolist() == [2]
+def test_an_excluded_target_has_no_rank() -> None:
+    """A query whose only target is left out of the ranking is refused, not counted."""
+    gallery, query = torch.eye(3)[:, None], torch.eye(3)[:1]
+    with pytest.raises(ValueError, match="no rank"):
+        rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[0]]))
+    assert rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[1]])).tolist() == [1]
 
 
 def test_ranks_over_several_chunks() -> None:
