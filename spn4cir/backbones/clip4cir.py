@@ -1,6 +1,8 @@
 """CLIP4CIR: the query is the sum of what CLIP makes of the reference image and of the text."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import open_clip
@@ -14,6 +16,26 @@ from spn4cir.images import Transform
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "clip"
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """Collect open_clip's warnings that there are no weights: no news while a checkpoint is loaded, else an error."""
+    texts: list[str] = []
+
+    def pass_on(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "no CLIP weights" in text or text.startswith("No pretrained weights"):
+            texts.append(text)
+            return False
+        return True
+
+    root = logging.getLogger()
+    root.addFilter(pass_on)
+    try:
+        yield texts
+    finally:
+        root.removeFilter(pass_on)
 
 
 class CLIP4CIR(Backbone):
@@ -43,12 +65,15 @@ class CLIP4CIR(Backbone):
         self.options = {"model": model, "pretrained": pretrained}
         located = f"local-dir:{EMBEDDED}" if model == "embedded" else model
         try:
-            self.clip = open_clip.create_model(
-                located, pretrained=pretrained, load_weights=load_weights, weights_only=True
-            )
-            self._tokenizer = open_clip.get_tokenizer(located)
+            with _missing_weights() as missing:
+                self.clip = open_clip.create_model(
+                    located, pretrained=pretrained, load_weights=load_weights, weights_only=True
+                )
+                self._tokenizer = open_clip.get_tokenizer(located)
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"clip4cir: cannot load model {model!r}, pretrained {pretrained!r}: {error}") from None
+        if load_weights and missing and located.startswith("local-dir:"):
+            raise InputError(f"clip4cir: {located.removeprefix('local-dir:')} holds a config but no weights")
         for scalar in ("logit_scale", "logit_bias"):  # the loss has its own temperature
             if getattr(self.clip, scalar, None) is not None:
                 getattr(self.clip, scalar).requires_grad_(False)
