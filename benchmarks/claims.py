@@ -67,7 +67,7 @@ def run_setting(
             continue
         output = folder / name
         if not (output / "result.json").is_file():
-            resume = str(output) if (output / "last.safetensors").is_file() else None
+            resume = str(output) if (output / "config.yaml").is_file() else None
             train(replace(config, output=str(output), resume=resume), stage)
         found[name] = measure(output)
     return found
