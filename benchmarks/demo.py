@@ -5,7 +5,7 @@ that was interrupted goes on where it was; one that was complete starts over.
 
 examples:
   python -m benchmarks.demo
-  python -m benchmarks.demo --annotated 2000 --output runs/demo-2000
+  python -m benchmarks.demo --annotated 300 --output runs/demo-300
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
         epilog=(__doc__ or "").partition("examples:")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--annotated", type=int, default=300, choices=sorted(STAGE1_STEPS))
+    parser.add_argument("--annotated", type=int, default=2000, choices=sorted(STAGE1_STEPS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()

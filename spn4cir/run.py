@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
@@ -49,6 +50,13 @@ class Run:
             run = cls(Path(named[0]), stage, accelerator)
             if (run.folder / "config.yaml").exists():
                 raise InputError(f"{run.folder} already holds a run: give --resume {run.folder}, or another --output")
+        accelerator.project_configuration.set_directories(str(run.folder))
+        try:
+            accelerator.log_with = filter_trackers(list(config.trackers), str(run.folder))
+        except ValueError as error:
+            raise InputError(f"trackers: {error}") from None
+        if len(accelerator.log_with) < len(config.trackers):
+            raise InputError(f"trackers: of {config.trackers} not all are installed; pip install what is missing")
         return run
 
     def start(self, config: TrainConfig) -> None:
@@ -57,7 +65,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_yaml(config, self.folder / "config.yaml")
         if config.trackers:
-            self.accelerator.project_configuration.set_directories(str(self.folder))
             flat = {name: str(value) for name, value in dataclasses.asdict(config).items()}
             self.accelerator.init_trackers("spn4cir", flat)
 

@@ -39,7 +39,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     Raises:
         InputError: before anything is written, if data, weights or settings do not fit.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.trackers or None)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
     dataset = load_dataset(config.dataset, config.data_root)
     triplets = load_triplets(config, dataset)
