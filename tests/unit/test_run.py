@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 from spn4cir.checkpoints import save_progress
@@ -18,7 +19,9 @@ from spn4cir.run import Run
 
 def alone(main: bool = True) -> Accelerator:
     """What Run asks of accelerate, for one process."""
-    return cast(Accelerator, SimpleNamespace(is_main_process=main, scaler=None))
+    return cast(
+        Accelerator, SimpleNamespace(is_main_process=main, scaler=None, project_configuration=ProjectConfiguration())
+    )
 
 
 def logged(folder: Path, *steps: int, tail: str = "") -> Path:
