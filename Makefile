@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test check clean
 
@@ -22,7 +23,7 @@ check: $(VENV)/.installed  ## style and types
 	$(BIN)/mypy
 
 test: check  ## all checks and tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
