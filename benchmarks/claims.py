@@ -14,12 +14,14 @@ import platform
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spn4cir.config import TrainConfig, parse
-from spn4cir.errors import run_command
+from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,7 @@ ROWS = {
     "embedded": "embedded weights, no training",
     "stage1": "stage 1",
     "stage1+p": "stage 1, generated positives",
+    "longer": "stage 1, for as many steps as both stages",
     "stage2": "stage 1 → stage 2, negatives only",
     "stage2+p": "stage 1 → stage 2, generated positives",
     "both+p": "stage 1 → stage 2, generated positives in both",
@@ -57,6 +60,7 @@ def run_setting(
     plans: dict[str, tuple[int, TrainConfig]] = {
         "stage1": (1, first),
         "stage1+p": (1, replace(first, **positives)),
+        "longer": (1, replace(first, max_steps=STAGE1_STEPS[annotated] + STAGE2_STEPS)),
         "stage2": (2, replace(second, init=str(folder / "stage1"))),
         "stage2+p": (2, replace(second, init=str(folder / "stage1"), **positives)),
         "both+p": (2, replace(second, init=str(folder / "stage1+p"), **positives)),
@@ -66,11 +70,24 @@ def run_setting(
         if name not in rows:
             continue
         output = folder / name
+        check_reuse(output, replace(config, output=str(output)))
         if not (output / "result.json").is_file():
             resume = str(output) if (output / "config.yaml").is_file() else None
             train(replace(config, output=str(output), resume=resume), stage)
         found[name] = measure(output)
     return found
+
+
+def check_reuse(folder: Path, config: TrainConfig) -> None:
+    """Raises ``InputError`` if a folder holds a run of other settings."""
+    saved = folder / "config.yaml"
+    if saved.is_file():
+        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        different = [name for name, value in asdict(config).items() if name != "resume" and before.get(name) != value]
+        if different:
+            raise InputError(
+                f"{folder} was trained with another {', '.join(different)}: delete it, or use another folder"
+            )
 
 
 def measure(run: Path | None) -> dict[str, Any]:

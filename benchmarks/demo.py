@@ -56,7 +56,7 @@ def main() -> None:
     preset = ROOT / "recipes" / "triplets_emoji.yaml"
     make_triplets(parse(GenerateConfig, preset, ["--output", str(generated)]), load_dataset("emoji"))
     print(f"\n2/3 both stages, with and without them, from {args.annotated} annotated triplets", flush=True)
-    runs = args.output / "runs"
+    runs = args.output / f"{args.annotated}-seed{args.seed}"
     found = run_setting(args.annotated, args.seed, str(generated / "triplets.json"), runs, SHOWN)
     found["embedded"] = measure(None)
     print("\n3/3 example queries before and after", flush=True)

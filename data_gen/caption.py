@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_gen.deduplicate import canonical_images
-from data_gen.files import Appender, digest, is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.files import Appender, digest, is_done, mark_done, read_jsonl, weights_digest, write_jsonl
 from data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
@@ -72,7 +72,8 @@ def caption(config: GenerateConfig, dataset: Dataset) -> None:
     out, ids = config.file("captions.jsonl"), canonical_images(config)
     prompt = config.prompt.replace("{words}", str(config.words))
     settings = {"captioner": config.captioner, "prompt": prompt, "max_new_tokens": config.max_new_tokens}
-    made_by = digest({"step": "caption", **settings}, config.file("images.jsonl"))
+    weights = weights_digest(EMBEDDED if config.captioner == "embedded" else Path(config.captioner))
+    made_by = digest({"step": "caption", "weights": weights, **settings}, config.file("images.jsonl"))
     if is_done(out, made_by):
         print(f"caption: {out} is done")
         return

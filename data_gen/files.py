@@ -35,7 +35,8 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """All rows or none."""
+    """All rows or none; a note of what made the file before goes first, so that it never speaks for these rows."""
+    path.with_suffix(".done.json").unlink(missing_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -65,6 +66,8 @@ def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
     """A short name for settings and the content of input files."""
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in inputs:
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run the step before this one")
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
@@ -72,7 +75,23 @@ def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
 def is_done(path: Path, made_by: str) -> bool:
     """Whether ``path`` was finished by exactly these settings and inputs."""
     note = path.with_suffix(".done.json")
-    return path.is_file() and note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("made_by") == made_by
+    try:
+        return path.is_file() and json.loads(note.read_text(encoding="utf-8"))["made_by"] == made_by
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # no note, or a damaged one: do it again
+
+
+def weights_digest(folder: Path) -> str | None:
+    """A short name for the weights in a model folder, by names, sizes and ends of files; None if it is no folder."""
+    if not folder.is_dir():
+        return None
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            total.update(f"{path.name}{path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(max(path.stat().st_size - (1 << 20), 0))
+            total.update(file.read())
+    return total.hexdigest()[:16]
 
 
 def mark_done(path: Path, made_by: str, **about: Any) -> None:

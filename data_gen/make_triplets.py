@@ -6,9 +6,9 @@ examples:
 """
 
 from data_gen.caption import caption
-from data_gen.deduplicate import deduplicate
+from data_gen.deduplicate import canonical_images, deduplicate
 from data_gen.files import read_jsonl
-from data_gen.match_pairs import match_pairs
+from data_gen.match_pairs import check_window, match_pairs
 from data_gen.settings import GenerateConfig, command
 from data_gen.write_text import write_text
 from spn4cir.types import Dataset
@@ -16,13 +16,17 @@ from spn4cir.types import Dataset
 
 def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     """All four steps."""
-    for step in (deduplicate, caption, match_pairs, write_text):
+    deduplicate(config, dataset)
+    check_window(config, len(canonical_images(config)))  # before hours of captioning
+    for step in (caption, match_pairs, write_text):
         step(config, dataset)
     rows = read_jsonl(config.file("triplets.jsonl"))
     print("\nfor example:")
     for row in rows[:: max(1, len(rows) // 8)][:8]:
         print(f"  {row['captions'][0]}  +  «{row['modification']}»  →  {row['captions'][1]}")
-    print("\nnext: accelerate launch recipes/stage2.py --generated auto --generated-share 0.5")
+    print(
+        f"\nnext: accelerate launch recipes/stage2.py --generated {config.file('triplets.json')} --generated-share 0.25"
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ examples:
 """
 
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_gen.deduplicate import canonical_images
-from data_gen.files import digest, is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.files import digest, is_done, mark_done, read_jsonl, weights_digest, write_jsonl
 from data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
@@ -16,6 +17,7 @@ from spn4cir.types import Dataset
 if TYPE_CHECKING:
     from torch import Tensor
 
+EMBEDDED = Path(__file__).parent.parent / "spn4cir" / "embedded" / "clip"
 ROWS = 512  # images compared with all others at once
 
 
@@ -23,14 +25,15 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     """Write pairs.jsonl: reference, target, and the target's rank and similarity as seen from the reference."""
     out, ids = config.file("pairs.jsonl"), canonical_images(config)
     lo, hi = config.window
-    if hi > len(ids):
-        raise InputError(f"window [{lo}, {hi}) reaches beyond the {len(ids) - 1} other images of {dataset.name}")
+    check_window(config, len(ids))
     settings = {"matcher": config.matcher, "window": [lo, hi], "per_image": config.pairs_per_image, "seed": config.seed}
     canonical = {row["image_id"]: row["canonical"] for row in read_jsonl(config.file("images.jsonl"))}
     annotated = {
         (canonical.get(t.reference, t.reference), canonical.get(t.target, t.target)) for t in dataset.triplets()
     }
-    made_by = digest({"step": "match", "annotated": sorted(annotated), **settings}, config.file("images.jsonl"))
+    named = {"embedded": str(EMBEDDED)}.get(config.matcher, config.matcher.removeprefix("local-dir:"))
+    about = {"annotated": sorted(annotated), "weights": weights_digest(Path(named))}
+    made_by = digest({"step": "match", **about, **settings}, config.file("images.jsonl"))
     if is_done(out, made_by):
         print(f"match: {out} is done")
         return
@@ -54,6 +57,13 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     print(f"match: {len(rows)} pairs of ranks [{lo}, {hi}) → {out}")
 
 
+def check_window(config: GenerateConfig, images: int) -> None:
+    """Raises ``InputError`` if the window reaches beyond the other images."""
+    lo, hi = config.window
+    if hi > images:
+        raise InputError(f"window [{lo}, {hi}) reaches beyond the {images - 1} other images of {config.dataset}")
+
+
 def encode(config: GenerateConfig, dataset: Dataset, ids: list[str]) -> "Tensor":
     """(N, E) unit vectors of images by the matcher."""
     import torch
@@ -63,6 +73,10 @@ def encode(config: GenerateConfig, dataset: Dataset, ids: list[str]) -> "Tensor"
     from spn4cir.images import ImageSource
 
     name, _, tag = config.matcher.partition(":")
+    if config.matcher.startswith(("local-dir:", "hf-hub:")):
+        name, tag = config.matcher, ""
+    elif not tag and name != "embedded":
+        raise InputError(f"matcher {name!r} needs a tag of pretrained weights behind a colon, such as {name}:openai")
     matcher = build_backbone("clip4cir", model=name, pretrained=tag or None).eval()
     matcher.to("cuda" if torch.cuda.is_available() else "cpu")
     images, found = ImageSource(dataset.path, matcher.transform), []

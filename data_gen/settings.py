@@ -68,7 +68,10 @@ class GenerateConfig:
 
     def file(self, name: str) -> Path:
         """A file of that folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output {self.folder} cannot be made: {error.strerror}") from None
         return self.folder / name
 
 

@@ -79,8 +79,16 @@ def load_or_build(
     folder = root / name
     if not (folder / "bank.json").is_file():
         _build(backbone, images, rows, folder, batch_size, dtype)
-    arrays = [np.load(folder / f"{part}.npy", mmap_mode="c", allow_pickle=False) for part in ("reference", "target")]
+    try:
+        arrays = _open(folder)
+    except (ValueError, OSError):  # damaged since it was written: as good as none
+        _build(backbone, images, rows, folder, batch_size, dtype)
+        arrays = _open(folder)
     return Bank(torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]), rows, name)
+
+
+def _open(folder: Path) -> "list[np.memmap[Any, Any]]":
+    return [np.load(folder / f"{part}.npy", mmap_mode="c", allow_pickle=False) for part in ("reference", "target")]
 
 
 @torch.no_grad()

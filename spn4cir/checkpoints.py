@@ -26,6 +26,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     beside = path.with_name(path.name + ".tmp")
     whole = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     save_file(whole, beside, {"about": json.dumps(about)})
+    beside.chmod(0o644)  # as other files are
     os.replace(beside, path)
 
 
@@ -37,6 +38,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The JSON note of ``write_tensors`` alone. Raises ``InputError`` if the file is broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            note: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
+            return note
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a complete safetensors file: {error}") from None
 

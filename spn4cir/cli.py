@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from spn4cir.config import TrainConfig, parse
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
@@ -55,7 +57,7 @@ def _evaluate() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
-    parser.add_argument("--dataset", default="emoji", help="name of the dataset (default: emoji)")
+    parser.add_argument("--dataset", help=f"default: that of --run, else {TrainConfig.dataset}")
     parser.add_argument("--data-root", help="where its files lie")
     parser.add_argument("--backbone", default="clip4cir", help="whose newest run is meant (default: clip4cir)")
     parser.add_argument("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
@@ -65,6 +67,8 @@ def _evaluate() -> None:
     args = parser.parse_args()
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.json not in (None, "-") and Path(args.json).is_dir():
+        raise InputError(f"--json {args.json} is a folder: give a file")
     if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
         raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} is missing")
 
@@ -74,6 +78,9 @@ def _evaluate() -> None:
     from spn4cir.evaluate import evaluate, git_commit, table
     from spn4cir.images import ImageSource
 
+    saved = args.run / "config.yaml" if args.run else None
+    of_run = yaml.safe_load(saved.read_text(encoding="utf-8"))["dataset"] if saved and saved.is_file() else None
+    args.dataset = args.dataset or of_run or TrainConfig.dataset
     dataset = load_dataset(args.dataset, args.data_root)
     benchmark = dataset.benchmark(args.split)
     run = args.run or checkpoints.newest_run(args.dataset, args.backbone)

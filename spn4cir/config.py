@@ -88,7 +88,7 @@ class TrainConfig:
     trackers: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "lr", "temperature", "eval_batch_size"):
+        for name in ("batch_size", "epochs", "lr", "temperature", "eps", "eval_batch_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_steps", "eval_every", "save_every", "workers", "weight_decay"):
@@ -98,6 +98,10 @@ class TrainConfig:
             raise InputError(f"max_steps must be at least 1, or null for no bound, got {self.max_steps}")
         if self.generated_share is not None and not 0 <= self.generated_share < 1:
             raise InputError(f"generated_share must be in [0, 1), got {self.generated_share}")
+        if self.generated_share and not self.generated:
+            raise InputError(f"generated_share {self.generated_share} needs generated: a file of triplets, or auto")
+        if not 0 <= self.beta2 < 1:
+            raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
         if self.annotated is not None and self.annotated < 0:
             raise InputError(f"annotated must be 0 or more, got {self.annotated}")
 
@@ -164,8 +168,8 @@ def _read(path: Path, kind: type[Any]) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise InputError(f"config file {path} is missing") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"config file {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must hold keys and values")
     known = {f.name: f for f in dataclasses.fields(kind)}

@@ -201,6 +201,8 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         self.epoch, self.skip = 0, 0
         if batch_size % self.world_size:
             raise InputError(f"batch_size {batch_size} does not divide over {self.world_size} processes")
+        if mixed and generated_share and not self.from_side:
+            raise InputError(f"generated_share {generated_share} of a batch of {batch_size} is less than one triplet")
         if self.from_main == 0:
             raise InputError(
                 f"generated_share {generated_share} of a batch of {batch_size} leaves no annotated triplet"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from spn4cir.errors import InputError
 from spn4cir.evaluate import git_commit, table
 from spn4cir.files import write_text
 
-FREE_ON_RESUME = {"resume", "workers", "trackers", "keep_pixels", "output", "init"}  # may differ from the first start
-NEXT = {1: "accelerate launch recipes/stage2.py", 2: "spn4cir-eval --split val --ablate"}
+FREE_ON_RESUME = {"resume", "workers", "trackers", "keep_pixels"}  # may differ from the first start
+NEXT = {1: "accelerate launch recipes/stage2.py --init {}", 2: "spn4cir-eval --run {} --split test --ablate"}
 
 
 class Run:
@@ -50,6 +51,9 @@ class Run:
             run = cls(Path(named[0]), stage, accelerator)
             if (run.folder / "config.yaml").exists():
                 raise InputError(f"{run.folder} already holds a run: give --resume {run.folder}, or another --output")
+        there = next(p for p in [run.folder, *run.folder.absolute().parents] if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(f"the run folder {run.folder} cannot be made: {there} is no folder, or not writable")
         accelerator.project_configuration.set_directories(str(run.folder))
         try:
             accelerator.log_with = filter_trackers(list(config.trackers), str(run.folder))
@@ -59,11 +63,15 @@ class Run:
             raise InputError(f"trackers: of {config.trackers} not all are installed; pip install what is missing")
         return run
 
-    def start(self, config: TrainConfig) -> None:
-        """Make the folder, save the settings, start the trackers."""
+    def start(self, config: TrainConfig, module: nn.Module) -> None:
+        """Make the folder, save the settings, start the trackers, and say what is trained where."""
         if self.main and not config.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_yaml(config, self.folder / "config.yaml")
+        if self.main:
+            trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            total = sum(p.numel() for p in module.parameters())
+            print(f"stage {self.stage}: {trained:,} of {total:,} parameters train; if stopped, --resume {self.folder}")
         if config.trackers:
             flat = {name: str(value) for name, value in dataclasses.asdict(config).items()}
             self.accelerator.init_trackers("spn4cir", flat)
@@ -74,6 +82,12 @@ class Run:
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise InputError(f"{self.folder} is no run folder: config.yaml is missing")
+        if (self.folder / "result.json").is_file():
+            raise InputError(f"{self.folder} is complete: there is nothing to resume")
+        last = self.folder / "last.safetensors"
+        stage = checkpoints.read_note(last)["progress"]["stage"] if last.is_file() else self.stage
+        if stage != self.stage:
+            raise InputError(f"{self.folder} is a stage {stage} run: resume it with recipes/stage{stage}.py")
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
         for name, value in dataclasses.asdict(config).items():
             if name not in FREE_ON_RESUME and before.get(name) != value:
@@ -86,14 +100,23 @@ class Run:
         """What the progress bar says."""
         return f"stage {self.stage}"
 
-    def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Progress so far; weights and optimiser are put back if the folder has any."""
+    def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer, bank: str | None = None) -> dict[str, Any]:
+        """Progress so far; weights and optimiser are put back if the folder has any.
+
+        Args:
+            module: what is trained.
+            optimizer: its optimiser.
+            bank: fingerprint of the bank in use.
+
+        Raises:
+            InputError: if the run was trained against another bank.
+        """
         path = self.folder / "last.safetensors"
-        state: dict[str, Any] = {"stage": self.stage, "step": 0, "best": None}
+        state: dict[str, Any] = {"stage": self.stage, "step": 0, "best": None, "bank": bank}
         if path.is_file():
+            if checkpoints.read_note(path)["progress"].get("bank") != bank:
+                raise InputError(f"{self.folder} was trained against another bank: its images or its init have changed")
             state = checkpoints.load_progress(path, module, optimizer)
-            if state["stage"] != self.stage:
-                raise InputError(f"{self.folder} is a stage {state['stage']} run, not stage {self.stage}")
             if self.accelerator.scaler is not None and "scaler" in state:
                 self.accelerator.scaler.load_state_dict(state.pop("scaler"))
         if self.main:
@@ -143,14 +166,14 @@ class Run:
                 "best_step": best["step"],
                 **best["result"],
                 "git": git_commit(),
-                "seconds": round(time.time() - self.started, 1),
+                "seconds": round(time.time() - self.started, 1),  # since the start or the last resume
             }
             write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
             print(
                 f"\nstage {self.stage}: best of val at step {best['step']} of {state['step']} (selected on this split)"
             )
             print(table(best["result"]))
-            print(f"\nsaved in {self.folder}\nnext: {NEXT[self.stage]}", flush=True)
+            print(f"\nsaved in {self.folder}\nnext: {NEXT[self.stage].format(self.folder)}", flush=True)
         self.accelerator.end_training()
 
 

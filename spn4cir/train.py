@@ -41,6 +41,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
+    run = Run.open(config, stage, accelerator)
     dataset = load_dataset(config.dataset, config.data_root)
     triplets = load_triplets(config, dataset)
     backbone = load_backbone(config, stage).to(accelerator.device)
@@ -54,7 +55,6 @@ def train(config: TrainConfig, stage: int) -> Path:
     process = (accelerator.process_index, accelerator.num_processes)
     sampler = TripletSampler(main, side, config.batch_size, config.generated_share, config.seed, process)
     steps = min(len(sampler) * config.epochs, config.max_steps or sys.maxsize)
-    run = Run.open(config, stage, accelerator)
 
     bank = None
     if stage == 2:
@@ -70,8 +70,8 @@ def train(config: TrainConfig, stage: int) -> Path:
         TripletRows(triplets, config.seed), batch_sampler=sampler, collate_fn=collate, num_workers=config.workers
     )
     prepared, optimizer = accelerator.prepare(objective, optimizer)
-    run.start(config)
-    state = run.resume(objective, optimizer)
+    run.start(config, objective)
+    state = run.resume(objective, optimizer, bank.fingerprint if bank else None)
 
     gallery = encode_gallery(backbone, benchmark, images, config.eval_batch_size) if stage == 2 and run.main else None
     bar = tqdm(total=steps, initial=state["step"], desc=run.title, unit="step", disable=not run.main)

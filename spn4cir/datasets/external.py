@@ -24,8 +24,10 @@ class External:
         root = self.root(given)
         missing = [name for name in self.files if not (root / name).exists()]
         if missing:
-            return InputError(f"{self.name}: {root} lacks {', '.join(missing)}; get them from {self.source}")
-        return InputError(f"{self.name}: found in {root}, but this version reads only the embedded dataset emoji")
+            return InputError(
+                f"{self.name}: {root} lacks {', '.join(missing)}, from {self.source}; this version reads only emoji yet"
+            )
+        return InputError(f"{self.name}: found in {root}, but this version reads only the embedded dataset emoji yet")
 
 
 EXTERNAL = {
