@@ -64,7 +64,7 @@ def test_resume_before_the_first_save_starts_the_log_anew(tmp_path: Path) -> Non
     path = logged(tmp_path, 10)
     module = nn.Linear(2, 2)
     state = Run(tmp_path, 1, alone()).resume(module, torch.optim.AdamW(module.parameters()))
-    assert state == {"stage": 1, "step": 0, "best": None}
+    assert state == {"stage": 1, "step": 0, "best": None, "bank": None}
     assert steps_in(path) == []
 
 
@@ -84,8 +84,30 @@ def test_only_the_main_process_cuts(tmp_path: Path) -> None:
 
 def test_resume_of_the_other_stage(tmp_path: Path) -> None:
     """A stage 2 run is not continued as stage 1."""
-    with pytest.raises(InputError, match="is a stage 2 run, not stage 1"):
-        Run(tmp_path, 1, alone()).resume(*saved_at(tmp_path, 20, stage=2))
+    saved_at(tmp_path, 20, stage=2)
+    with pytest.raises(InputError, match="is a stage 2 run"):
+        opened(tmp_path)
+
+
+def test_a_complete_run_is_not_resumed(tmp_path: Path) -> None:
+    """It would rewrite its result."""
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(InputError, match="is complete"):
+        opened(tmp_path)
+
+
+def test_another_bank_is_refused(tmp_path: Path) -> None:
+    """A resumed stage 2 scores against the bank that it began with."""
+    module, optimizer = saved_at(tmp_path, 20)
+    with pytest.raises(InputError, match="another bank"):
+        Run(tmp_path, 1, alone()).resume(module, optimizer, bank="abc")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    """Said before anything is loaded."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        Run.open(TrainConfig(output=str(tmp_path / "file" / "run")), 1, alone())
 
 
 def opened(folder: Path, **changes: Any) -> Run:

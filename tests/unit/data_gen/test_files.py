@@ -108,6 +108,10 @@ def test_done_is_of_these_settings(path: Path) -> None:
     mark_done(path, "x", rows=3)
     assert not is_done(path, "x")  # no file
     write_jsonl(path, ROWS)
+    assert not is_done(path, "x")  # the note was of what stood there before
+    mark_done(path, "x", rows=3)
     assert is_done(path, "x") and not is_done(path, "y")
+    path.with_suffix(".done.json").write_text("{torn")
+    assert not is_done(path, "x")
     path.with_suffix(".done.json").unlink()
     assert not is_done(path, "x")
