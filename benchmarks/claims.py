@@ -33,10 +33,12 @@ ROWS = {
     "embedded": "embedded weights, no training",
     "stage1": "stage 1",
     "stage1+p": "stage 1, generated positives",
-    "longer": "stage 1, for as many steps as both stages",
     "stage2": "stage 1 → stage 2, negatives only",
     "stage2+p": "stage 1 → stage 2, generated positives",
     "both+p": "stage 1 → stage 2, generated positives in both",
+    "longer": "stage 1, for as many steps as both stages",
+    "longer2": "longer stage 1 → stage 2, negatives only",
+    "longer2+p": "longer stage 1 → stage 2, generated positives",
 }
 
 
@@ -60,10 +62,12 @@ def run_setting(
     plans: dict[str, tuple[int, TrainConfig]] = {
         "stage1": (1, first),
         "stage1+p": (1, replace(first, **positives)),
-        "longer": (1, replace(first, max_steps=STAGE1_STEPS[annotated] + STAGE2_STEPS)),
         "stage2": (2, replace(second, init=str(folder / "stage1"))),
         "stage2+p": (2, replace(second, init=str(folder / "stage1"), **positives)),
         "both+p": (2, replace(second, init=str(folder / "stage1+p"), **positives)),
+        "longer": (1, replace(first, max_steps=STAGE1_STEPS[annotated] + STAGE2_STEPS)),
+        "longer2": (2, replace(second, init=str(folder / "longer"))),
+        "longer2+p": (2, replace(second, init=str(folder / "longer"), **positives)),
     }
     found = {}
     for name, (stage, config) in plans.items():
