@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import shutil
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,20 +98,21 @@ def draw(path: Path, models: list[tuple[str, Path]], seed: int) -> None:
     benchmark = dataset.benchmark("val")
     ranked = [first_results(folder) for _, folder in models]
     queries = choose(benchmark, ranked, seed)
-    figure, axes = pyplot.subplots(len(queries), 2 * TOP + 2, figsize=(15, 1.35 * len(queries) + 0.9))
+    widths = [1, 1.6] + [1] * TOP + [0.25] + [1] * TOP  # reference, text, results, gap, results
+    size = (13.5, 1.1 * len(queries) + 0.4)
+    figure, axes = pyplot.subplots(len(queries), len(widths), figsize=size, gridspec_kw={"width_ratios": widths})
     for axis in axes.flat:
         axis.set_axis_off()
     for line, (number, why) in zip(axes, queries, strict=True):
         query = benchmark.queries[number]
         line[0].imshow(open_image(dataset.path(query.reference)))
         line[0].set_title(why, fontsize=8, color="grey", loc="left")
-        line[0].text(
-            1.08, 0.5, f"+ “{query.modification}”", transform=line[0].transAxes, va="center", fontsize=9, wrap=True
-        )
+        text = textwrap.fill(f"+ “{query.modification}”", 18)
+        line[1].text(0, 0.5, text, transform=line[1].transAxes, va="center", fontsize=9)
         for side, rows in enumerate(ranked):
             for place, row in enumerate(rows[number][:TOP].tolist()):
                 image_id = benchmark.gallery[row]
-                axis = line[2 + side * TOP + place]
+                axis = line[2 + side * (TOP + 1) + place]
                 axis.imshow(open_image(dataset.path(image_id)))
                 if image_id in query.targets:
                     axis.set_axis_on()
@@ -118,8 +120,8 @@ def draw(path: Path, models: list[tuple[str, Path]], seed: int) -> None:
                     for spine in axis.spines.values():
                         spine.set(color="green", linewidth=3)
     for side, (name, _) in enumerate(models):
-        axes[0][2 + side * TOP].set_title(f"first {TOP} by {name}", fontsize=10, loc="left")
-    figure.tight_layout(w_pad=0.3, h_pad=0.4)
+        axes[0][2 + side * (TOP + 1)].set_title(f"first {TOP} by {name}", fontsize=10, loc="left")
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.01, wspace=0.08, hspace=0.28)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
