@@ -53,25 +53,42 @@ def _evaluate() -> None:
         prog="spn4cir-eval",
         description="Evaluate the newest run of a dataset, or the embedded weights where there is none.",
         epilog="examples:\n  spn4cir-eval --split val\n  spn4cir-eval --split test --ablate --json result.json\n"
-        "  spn4cir-eval --run runs/emoji/clip4cir/stage2-20260101-123000",
+        "  spn4cir-eval --run runs/emoji/clip4cir/stage2-20260101-123000\n"
+        "  spn4cir-eval --dataset fashioniq --protocol fashioniq/original-noref\n"
+        "  spn4cir-eval --dataset cirr --split test1 --submission submission\n"
+        "  spn4cir-eval --combine seed0.json seed1.json seed2.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
+    parser.add_argument("--protocol", help="id of a protocol of that split (default: that of the run, else the dataset's)")
     parser.add_argument("--dataset", help=f"default: that of --run, else {TrainConfig.dataset}")
     parser.add_argument("--data-root", help="where its files lie")
     parser.add_argument("--backbone", default="clip4cir", help="whose newest run is meant (default: clip4cir)")
     parser.add_argument("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
     parser.add_argument("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
+    parser.add_argument("--submission", metavar="DIR", type=Path, help="write what the evaluation server takes instead")
+    parser.add_argument("--combine", metavar="FILE", type=Path, nargs="+", help="mean and deviation of such JSON results")
     parser.add_argument("--batch-size", type=int, default=256, help="images encoded at once (default: 256)")
     args = parser.parse_args()
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.json not in (None, "-") and Path(args.json).is_dir():
-        raise InputError(f"--json {args.json} is a folder: give a file")
-    if args.json not in (None, "-") and not Path(args.json).parent.is_dir():
-        raise InputError(f"--json {args.json}: the folder {Path(args.json).parent} is missing")
+    if args.json not in (None, "-"):
+        _check_output("--json", Path(args.json))
+    if args.combine:
+        return _combine(args.combine)
+    return _evaluate_run(args)
 
+
+def _check_output(option: str, path: Path) -> None:
+    """Raises ``InputError`` before any work if a file cannot be written there."""
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder: give a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} is missing")
+
+
+def _evaluate_run(args: argparse.Namespace) -> None:
     from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone
     from spn4cir.datasets import load_dataset
@@ -79,27 +96,171 @@ def _evaluate() -> None:
     from spn4cir.images import ImageSource
 
     saved = args.run / "config.yaml" if args.run else None
-    of_run = yaml.safe_load(saved.read_text(encoding="utf-8"))["dataset"] if saved and saved.is_file() else None
-    args.dataset = args.dataset or of_run or TrainConfig.dataset
-    dataset = load_dataset(args.dataset, args.data_root)
-    benchmark = dataset.benchmark(args.split)
-    run = args.run or checkpoints.newest_run(args.dataset, args.backbone)
+    of_run = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved and saved.is_file() else {}
+    name = args.dataset or of_run.get("dataset") or TrainConfig.dataset
+    dataset = load_dataset(name, args.data_root or (of_run.get("data_root") if name == of_run.get("dataset") else None))
+    if args.protocol is None and of_run.get("protocol") in dataset.protocols.get(args.split, ()):
+        args.protocol = of_run["protocol"]
+    benchmark = dataset.benchmark(args.split, args.protocol)
+    if not benchmark.answered and not args.submission:
+        raise InputError(f"{benchmark.name}: its targets are not public: give --submission DIR and ask its server")
+    run = args.run or checkpoints.newest_run(name, args.backbone)
     backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone)
-    device = _device()
+    backbone.to(_device())
     images = ImageSource(dataset.path, backbone.transform)
-    result: dict[str, Any] = evaluate(
-        backbone.to(device), benchmark, images, ablate=args.ablate, batch_size=args.batch_size
-    )
-    result = {"protocol": result["protocol"], "run": str(run) if run else None, **result, "git": git_commit()}
     shown = sys.stderr if args.json == "-" else sys.stdout
-    print(f"model {run or 'embedded weights, not trained on any triplet'}\n{table(result)}", file=shown)
+    print(f"model {run or 'embedded weights, not trained on any triplet'}", file=shown)
+    print("".join(f"{note}\n" for note in dataset.notes()), end="", file=shown)
+    if args.submission:
+        return _submit(args.submission, dataset, backbone, benchmark, images, args.batch_size)
+    result: dict[str, Any] = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size)
+    result = {"protocol": result["protocol"], "run": str(run) if run else None, **result, "git": git_commit()}
+    print(table(result), file=shown)
     if args.json == "-":
         print(json.dumps(result, indent=1))
     elif args.json:
         write_text(Path(args.json), json.dumps(result, indent=1) + "\n")
+    return None
 
 
 def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _combine(paths: list[Path]) -> None:
+    """Mean and standard deviation of results of one protocol."""
+    from spn4cir.evaluate import combine
+
+    results = []
+    for path in paths:
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            results.append({key: result[key] for key in ("protocol", "data", "metrics")})
+        except OSError as error:
+            raise InputError(f"--combine {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--combine {path} is no result of spn4cir-eval --json: {error}") from None
+    print(f"protocol {results[0]['protocol']}, {len(results)} results, mean ± standard deviation")
+    for name, (mean, deviation) in combine(results).items():
+        print(f"{name:<12}{mean:8.2f} ± {deviation:.2f}")
+
+
+def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: Any, batch_size: int) -> None:
+    """Rank without targets, and write the files of an evaluation server."""
+    from spn4cir.evaluate import rank_images
+
+    if benchmark.answered:
+        raise InputError(f"--submission is for a split whose targets are not public, and {benchmark.name} is none")
+    if benchmark.name.endswith("+skip"):
+        raise InputError(f"a submission needs every image of {benchmark.name.removesuffix('+skip')}: some are on the skip list")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--submission {folder} is a file: give a folder")
+    ranked, within = rank_images(backbone, benchmark, images, 50, batch_size)
+    for path in dataset.write_submission(folder, ranked, within):
+        print(dataset.check_submission(path))
+
+
+def data_command() -> None:
+    """``spn4cir-data``: check a dataset, find equal images, validate a submission."""
+    run_command(_data)
+
+
+def _data() -> None:
+    parser = _Parser(
+        prog="spn4cir-data",
+        description="Look after a dataset's files.",
+        epilog="examples:\n  spn4cir-data check --dataset cirr\n"
+        "  spn4cir-data check --dataset fashioniq --data-root FOLDER --write-skip-list --json report.json\n"
+        "  spn4cir-data deduplicate --dataset fashioniq\n"
+        "  spn4cir-data validate-submission submission/recall_submission.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    check = commands.add_parser("check", help="what is there, what is broken, and whether training can run")
+    check.set_defaults(run=_check)
+    check.add_argument("--json", metavar="FILE", help="write the whole report as JSON; - for standard output")
+    check.add_argument("--write-skip-list", action="store_true", help="leave missing and broken images out from now on")
+    same = commands.add_parser("deduplicate", help="write which images have equal pixels, as optimized_images.json")
+    same.set_defaults(run=_deduplicate)
+    same.add_argument("--output", type=Path, help="file (default: optimized_images.json in the dataset's folder)")
+    for command in (check, same):
+        command.add_argument("--dataset", default=TrainConfig.dataset, help=f"default: {TrainConfig.dataset}")
+        command.add_argument("--workers", type=int, help="images decoded at once (default: one per core)")
+    valid = commands.add_parser("validate-submission", help="check a file for CIRR's evaluation server, offline")
+    valid.set_defaults(run=_validate)
+    valid.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    valid.add_argument("--dataset", default="cirr", help="whose queries it answers (default: cirr)")
+    for command in (check, same, valid):
+        command.add_argument("--data-root", help="where the dataset's files lie")
+    args = parser.parse_args()
+    args.run(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.json not in (None, "-"):
+        _check_output("--json", Path(args.json))
+    from spn4cir.datasets import load_dataset
+    from spn4cir.datasets.skip import write_skip_list
+    from spn4cir.doctor import examine, skip_list, table
+
+    dataset = load_dataset(args.dataset, args.data_root)
+    report = examine(dataset, _pixel_cache(dataset.name), args.workers)
+    shown = sys.stderr if args.json == "-" else sys.stdout
+    if args.write_skip_list:
+        if dataset.root is None:
+            raise InputError(f"{dataset.name} is embedded: it needs no skip list")
+        reasons = skip_list(report)
+        path = write_skip_list(dataset.root, reasons)
+        dataset = load_dataset(args.dataset, args.data_root)
+        report = examine(dataset, _pixel_cache(dataset.name), args.workers)
+        print(f"{path}: {len(reasons)} images to leave out\n", file=shown)
+    print(table(report), file=shown)
+    text = json.dumps(report.as_json(), indent=1) + "\n"
+    if args.json == "-":
+        print(text, end="")
+    elif args.json:
+        write_text(Path(args.json), text)
+    if not report.can_train:
+        raise SystemExit(1)
+
+
+def _deduplicate(args: argparse.Namespace) -> None:
+    from spn4cir.datasets import load_dataset
+    from spn4cir.deduplicate import PUBLISHED_CLASSES, canonical_ids, inspect_images, write_optimized
+
+    dataset = load_dataset(args.dataset, args.data_root)
+    out = args.output or (dataset.root / PUBLISHED_CLASSES if dataset.root else None)
+    if out is None:
+        raise InputError(f"{dataset.name} is embedded: give --output FILE")
+    _check_output("--output", out)
+    named = [image_id for image_id in dataset.image_roles()[0].image_ids if image_id not in dataset.skipped]
+    if not named:
+        raise InputError(f"{dataset.name}: there are no training triplets that name an image")
+    paths = {image_id: dataset.path(image_id) for image_id in named}
+    found = inspect_images(paths, _pixel_cache(dataset.name), args.workers)
+    broken = [image_id for image_id, image in found.items() if image.problem]
+    if broken:
+        raise InputError(
+            f"{len(broken)} images are missing or broken, such as {paths[broken[0]]}: "
+            f"see spn4cir-data check --dataset {dataset.name}"
+        )
+    canonical = canonical_ids({image_id: image.pixels for image_id, image in found.items()})
+    write_optimized(out, canonical, paths)
+    print(f"{len(canonical)} images, {len(set(canonical.values()))} unique → {out}")
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from spn4cir.datasets import load_dataset
+
+    dataset = load_dataset(args.dataset, args.data_root)
+    for path in args.files:
+        print(dataset.check_submission(path))
+
+
+def _pixel_cache(name: str) -> Path:
+    """Pixels seen before, shared with training."""
+    from spn4cir.checkpoints import runs_root
+
+    return runs_root() / "pixels" / f"{name}.jsonl"

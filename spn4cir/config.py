@@ -24,11 +24,16 @@ class TrainConfig:
     Args:
         dataset: name of a dataset.
         data_root: where its files lie; null looks in SPN4CIR_DATA, then in data/<dataset>.
+        protocol: id that evaluation follows, such as fashioniq/original-noref; null takes the dataset's default.
+        selection: what picks the best checkpoint: "val", which is also reported, or "holdout", training triplets put aside.
+        holdout: fraction of the annotated triplets that selection: holdout puts aside.
+        select_by: metrics whose mean selects, such as [R@1, R@10]; null takes the protocol's.
         backbone: name of a backbone.
         backbone_options: its own options, such as {model: RN50x4-quickgelu, pretrained: openai}.
         init: a run or checkpoint folder to start from; stage 2 takes the newest stage 1 run if not set.
         annotated: how many annotated triplets to use, the first n; null for all.
-        generated: file of generated triplets to add; "auto" is where data_gen/make_triplets.py writes.
+        generated: file of generated triplets to add, as it stands or below the dataset's root; "auto" is where
+            data_gen/make_triplets.py writes.
         generated_share: share of each batch that is generated; null concatenates both lists.
         candidates: stage 2's bank: "all" training images, or only those "named" by a triplet.
         bank_dtype: how the bank is stored.
@@ -57,6 +62,10 @@ class TrainConfig:
 
     dataset: str = "emoji"
     data_root: str | None = None
+    protocol: str | None = None
+    selection: Literal["val", "holdout"] = "val"
+    holdout: float = 0.1
+    select_by: list[str] | None = None
     backbone: str = "clip4cir"
     backbone_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     init: str | None = None
@@ -98,6 +107,8 @@ class TrainConfig:
             raise InputError(f"max_steps must be at least 1, or null for no bound, got {self.max_steps}")
         if self.generated_share is not None and not 0 <= self.generated_share < 1:
             raise InputError(f"generated_share must be in [0, 1), got {self.generated_share}")
+        if not 0 < self.holdout < 1:
+            raise InputError(f"holdout must be between 0 and 1, got {self.holdout}")
         if self.generated_share and not self.generated:
             raise InputError(f"generated_share {self.generated_share} needs generated: a file of triplets, or auto")
         if not 0 <= self.beta2 < 1:

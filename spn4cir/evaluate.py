@@ -3,7 +3,7 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from spn4cir.backbone import Backbone
+from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
 from spn4cir.metrics import Ranks, macro_mean, recalls
-from spn4cir.search import rank_of_target
+from spn4cir.search import rank_of_target, top_k
 from spn4cir.types import Benchmark, Query
 
 QUERY_BATCH = 256
@@ -94,7 +95,7 @@ def padded_rows(lists: Sequence[Sequence[str]], row: dict[str, int]) -> Tensor:
 
 
 def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> tuple[Ranks, Ranks | None]:
-    """Ranks of the best target of each query, over the gallery and over its subset.
+    """Places of the best target of each query, in its gallery and in its subset.
 
     Args:
         benchmark: what is ranked, and whether the reference stays.
@@ -102,40 +103,55 @@ def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> tuple[R
         target: (G, K, E) of the gallery.
 
     Returns:
-        (Q,) ranks, and (Q,) ranks within the subset, or None where the benchmark has none.
+        (Q, 2) places, and (Q, 2) places within the subset, or None where the benchmark has none.
     """
     row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
-    queries = benchmark.queries
-    wanted = padded_rows([q.targets for q in queries], row)
-    excluded = padded_rows([[q.reference] for q in queries], row) if benchmark.exclude_reference else None
-    ranks = rank_of_target(query, target, wanted, excluded).cpu().numpy()
-    if not benchmark.subset_ks:
-        return ranks, None
-    subset_ranks = []
-    for n, q in enumerate(queries):
-        members = [i for i in q.subset if not (benchmark.exclude_reference and i == q.reference)]
-        local = {i: m for m, i in enumerate(members)}
-        few = target[[row[i] for i in members]]  # (6, K, E)
-        subset_ranks.append(rank_of_target(query[n : n + 1], few, padded_rows([q.targets], local)))
-    return ranks, torch.cat(subset_ranks).cpu().numpy()
+    ranks = np.zeros((len(benchmark.queries), 2), np.int64)
+    subset_ranks = np.zeros_like(ranks) if benchmark.subset_ks else None
+    for ids, asked in _by_gallery(benchmark):
+        whole = len(ids) == len(benchmark.gallery)
+        vectors = target if whole else target[[row[i] for i in ids]]  # (g, K, E)
+        local = row if whole else {image_id: n for n, image_id in enumerate(ids)}
+        queries = [benchmark.queries[n] for n in asked]
+        wanted = padded_rows([q.targets for q in queries], local)
+        excluded = padded_rows([[q.reference] for q in queries], local) if benchmark.exclude_reference else None
+        vector = query[asked]  # (q, E)
+        ranks[asked] = rank_of_target(vector, vectors, wanted, excluded).cpu().numpy()
+        if subset_ranks is not None:
+            members = padded_rows([q.subset for q in queries], local)
+            subset_ranks[asked] = rank_of_target(vector, vectors, wanted, excluded, members).cpu().numpy()
+    return ranks, subset_ranks
+
+
+def _by_gallery(benchmark: Benchmark) -> list[tuple[tuple[str, ...], list[int]]]:
+    """Each gallery with the numbers of the queries that are ranked over it."""
+    asked: dict[str, list[int]] = {}
+    for number, query in enumerate(benchmark.queries):
+        asked.setdefault(query.group if query.group in benchmark.group_gallery else "", []).append(number)
+    return [(benchmark.group_gallery.get(group, benchmark.gallery), numbers) for group, numbers in asked.items()]
 
 
 def metrics_of(
     benchmark: Benchmark, ranks: Ranks, subset_ranks: Ranks | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics over all queries, with macro means over groups, and the same by group."""
+    """Metrics of a benchmark and the same by group; over all queries, or as means over groups if it says so."""
 
     def of(rows: Any) -> dict[str, float]:
         found = recalls(ranks[rows], benchmark.ks)
         if subset_ranks is not None:
             found |= recalls(subset_ranks[rows], benchmark.subset_ks, "Rs")
+        if len(benchmark.selection) > 1:
+            found["Rmean"] = float(np.mean([found[name] for name in benchmark.selection]))
         return found
 
-    names = np.array([query.group for query in benchmark.queries])
+    names = np.array([query.group or "all" for query in benchmark.queries])
     groups = {str(name): {**of(names == name), "queries": int((names == name).sum())} for name in np.unique(names)}
     metrics = of(slice(None))
-    if len(groups) > 1:
-        metrics |= macro_mean(groups, [name for name in metrics if name.startswith("R@")])
+    means = macro_mean(groups, list(metrics))
+    if benchmark.mean_over_groups:
+        metrics = means
+    elif len(groups) > 1:
+        metrics |= {f"macro {name}": value for name, value in means.items() if name.startswith("R@")}
     return metrics, groups
 
 
@@ -159,7 +175,14 @@ def evaluate(
 
     Returns:
         ``{"protocol", "metrics", "groups", "ablation", "data"}``; percentages, 0 to 100.
+
+    Raises:
+        InputError: if the targets are not public, or no query is left.
     """
+    if not benchmark.queries:
+        raise InputError(f"{benchmark.name} has no query")
+    if not benchmark.answered:
+        raise InputError(f"{benchmark.name}: its targets are not public, so there is no recall to compute")
     was_training = backbone.training
     backbone.eval()
     gallery = gallery or encode_gallery(backbone, benchmark, images, batch_size)
@@ -184,9 +207,71 @@ def evaluate(
     }
 
 
-def selection_score(benchmark: Benchmark, metrics: dict[str, float]) -> float:
-    """The number that picks the best checkpoint: the mean of the benchmark's selection metrics."""
-    return float(np.mean([metrics[name] for name in benchmark.selection]))
+def rank_images(
+    backbone: Backbone, benchmark: Benchmark, images: ImageSource, k: int, batch_size: int = 256
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """By query name: the first k images of the gallery, and all images of the subset, best first, reference left out.
+
+    Args:
+        backbone: any; used in eval mode, its mode restored.
+        benchmark: whose queries have names; targets need not be known.
+        images: pixels by image id.
+        k: how many of the gallery.
+        batch_size: images encoded at once.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    gallery = encode_gallery(backbone, benchmark, images, batch_size)
+    query = compose_queries(backbone, benchmark.queries, gallery)
+    backbone.train(was_training)
+    row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
+    excluded = padded_rows([[q.reference] for q in benchmark.queries], row)
+    members = padded_rows([q.subset for q in benchmark.queries], row)
+
+    def named(found: tuple[Tensor, Tensor]) -> dict[str, list[str]]:
+        rows = zip(benchmark.queries, found[0].tolist(), found[1].tolist(), strict=True)
+        return {q.name: [benchmark.gallery[n] for s, n in zip(scores, ns, strict=True) if s > -np.inf] for q, scores, ns in rows}
+
+    width = members.shape[1]
+    return (
+        named(top_k(query, gallery.target, k, excluded)),
+        named(top_k(query, gallery.target, width, excluded, members)) if width else {},
+    )
+
+
+def check_selection(benchmark: Benchmark, names: Sequence[str]) -> None:
+    """Raises ``InputError`` for a metric that a benchmark does not have."""
+    known = [f"R@{k}" for k in benchmark.ks] + [f"Rs@{k}" for k in benchmark.subset_ks]
+    if len({query.group for query in benchmark.queries}) > 1 and not benchmark.mean_over_groups:
+        known += [f"macro R@{k}" for k in benchmark.ks]
+    for name in names:
+        if name not in known:
+            raise InputError(f"{benchmark.name} has no metric {name!r}; known: {', '.join(known)}")
+
+
+def selection_score(metrics: Mapping[str, float], names: Sequence[str]) -> float:
+    """The number that picks the best checkpoint: the mean of the named metrics."""
+    return float(np.mean([metrics[name] for name in names]))
+
+
+def combine(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each metric over results of one protocol on the same data.
+
+    Args:
+        results: as ``evaluate`` returns them, such as those of several seeds.
+
+    Raises:
+        InputError: if there are none, or two of them differ in protocol or data: such numbers do not belong together.
+    """
+    if not results:
+        raise InputError("there are no results to combine")
+    for key in ("protocol", "data"):
+        found = list(dict.fromkeys(str(result[key]) for result in results))
+        if len(found) > 1:
+            raise InputError(f"results of different {key} are never combined: {', '.join(found)}")
+    values = {name: [result["metrics"][name] for result in results] for name in results[0]["metrics"]}
+    spread = 1 if len(results) > 1 else 0
+    return {name: (float(np.mean(v)), float(np.std(v, ddof=spread))) for name, v in values.items()}
 
 
 def git_commit() -> str | None:
@@ -202,14 +287,17 @@ def git_commit() -> str | None:
     return told.stdout.strip()
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """A result as text for the terminal, protocol id first."""
     names = [name for name in result["metrics"] if not name.startswith("macro")]
-    rows = [(f"all ({sum(g['queries'] for g in result['groups'].values())} queries)", result["metrics"])]
+    groups = result["groups"]
     macro = {name: result["metrics"][f"macro {name}"] for name in names if f"macro {name}" in result["metrics"]}
+    total = sum(group["queries"] for group in groups.values())
+    several = len(groups) > 1
+    rows = [(f"all ({total} queries)" if macro or not several else "mean over groups", result["metrics"])]
     if macro:
         rows.append(("mean over groups", macro))
-    rows += [(f"  {name} ({group['queries']})", group) for name, group in result["groups"].items() if macro]
+    rows += [(f"  {name} ({group['queries']})", group) for name, group in groups.items() if several]
     rows += [(name, values) for name, values in result["ablation"].items()]
     width = max(len(label) for label, _ in rows)
     lines = [f"protocol {result['protocol']}", " " * width + "".join(f"{name:>8}" for name in names)]

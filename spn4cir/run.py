@@ -63,6 +63,11 @@ class Run:
             raise InputError(f"trackers: of {config.trackers} not all are installed; pip install what is missing")
         return run
 
+    def say(self, line: str) -> None:
+        """Print a line, once."""
+        if self.main:
+            print(line, flush=True)
+
     def start(self, config: TrainConfig, module: nn.Module) -> None:
         """Make the folder, save the settings, start the trackers, and say what is trained where."""
         if self.main and not config.resume:
@@ -156,22 +161,25 @@ class Run:
         progress = state if scaler is None else {**state, "scaler": scaler.state_dict()}
         checkpoints.save_progress(self.folder / "last.safetensors", module, optimizer, progress)
 
-    def finish(self, state: dict[str, Any]) -> None:
-        """Mark the run as complete and say what came out and what to do next."""
+    def finish(self, state: dict[str, Any], judge: str) -> None:
+        """Mark the run as complete and say what came out, what it was selected on (``judge``), and what to do next."""
         if self.main:
             best = state["best"]
             note = {
                 "stage": self.stage,
                 "steps": state["step"],
                 "best_step": best["step"],
+                "selected_on": judge,
                 **best["result"],
                 "git": git_commit(),
                 "seconds": round(time.time() - self.started, 1),  # since the start or the last resume
             }
             write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
-            print(
-                f"\nstage {self.stage}: best of val at step {best['step']} of {state['step']} (selected on this split)"
-            )
+            chosen = f"stage {self.stage}: step {best['step']} of {state['step']}"
+            if judge == best["result"]["protocol"]:
+                print(f"\n{chosen}, the best on {judge}: selected on what it reports, as published figures are")
+            else:
+                print(f"\n{chosen}, the best on {judge}, training triplets put aside; reported once on")
             print(table(best["result"]))
             print(f"\nsaved in {self.folder}\nnext: {NEXT[self.stage].format(self.folder)}", flush=True)
         self.accelerator.end_training()

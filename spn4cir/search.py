@@ -24,8 +24,10 @@ def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rank_of_target(query: Tensor, gallery: Tensor, targets: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """Rank of each query's best target. Ties never favour it: an equal score counts as ahead.
+def rank_of_target(
+    query: Tensor, gallery: Tensor, targets: Tensor, excluded: Tensor | None = None, members: Tensor | None = None
+) -> Tensor:
+    """Places that each query's best target can take among images of equal score, the best place being 1.
 
     Args:
         query: (Q, E).
@@ -33,28 +35,32 @@ def rank_of_target(query: Tensor, gallery: Tensor, targets: Tensor, excluded: Te
         targets: (Q, P) gallery rows that answer the query, padded with -1; the best one counts, and the query's other
             targets never stand in its way.
         excluded: (Q, X) gallery rows left out of the ranking, padded with -1, or None.
+        members: (Q, M) gallery rows that alone are ranked, padded with -1, or None for all.
 
     Returns:
-        (Q,) int64, the best place being 1.
+        (Q, 2) int64: first and last place, equal where no other image has the target's score.
 
     Raises:
-        ValueError: if a query has no target, or a score is not finite.
+        ValueError: if a query has no target that is ranked, or a score is not finite.
     """
     if bool((targets < 0).all(1).any()):
         raise ValueError("a query without a target has no rank")
-    ranks = [torch.zeros(0, dtype=torch.long, device=query.device)]
+    ranks = [torch.zeros(0, 2, dtype=torch.long, device=query.device)]
     for start in range(0, len(query), CHUNK):
         rows = slice(start, start + CHUNK)
         scores = _finite(scores_of(query[rows], gallery))  # (b, G)
-        wanted, ranked = targets[rows].to(scores.device), torch.ones_like(scores, dtype=torch.bool)
+        wanted = targets[rows].to(scores.device)
+        ranked = torch.full_like(scores, members is None, dtype=torch.bool)
+        if members is not None:
+            _mark(ranked, members[rows].to(scores.device), True)
         if excluded is not None:
-            _clear(ranked, excluded[rows].to(scores.device))
+            _mark(ranked, excluded[rows].to(scores.device), False)
         best = _at(scores.masked_fill(~ranked, -torch.inf), wanted).amax(1, keepdim=True)  # (b, 1)
         if bool(best.isneginf().any()):
-            raise ValueError("a query whose targets are all excluded has no rank")
-        _clear(ranked, wanted)
-        ahead = ranked & (scores >= best)
-        ranks.append(ahead.sum(1) + 1)
+            raise ValueError("a query whose targets are all left out has no rank")
+        _mark(ranked, wanted, False)
+        ahead = (ranked & (scores > best)).sum(1)
+        ranks.append(torch.stack([ahead + 1, (ranked & (scores >= best)).sum(1) + 1], 1))
     return torch.cat(ranks)
 
 
@@ -70,15 +76,17 @@ def _at(scores: Tensor, rows: Tensor) -> Tensor:
     return scores.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -torch.inf)
 
 
-def _clear(flags: Tensor, rows: Tensor) -> None:
-    """Set ``flags`` to False at padded rows, in place."""
+def _mark(flags: Tensor, rows: Tensor, value: bool) -> None:
+    """Set ``flags`` at padded rows, in place."""
     for column in rows.T:
-        held = column >= 0
-        flags[held.nonzero()[:, 0], column[held]] = False
+        held = (column >= 0).nonzero()[:, 0]
+        flags[held, column[held]] = value
 
 
 @torch.no_grad()
-def top_k(query: Tensor, gallery: Tensor, k: int, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def top_k(
+    query: Tensor, gallery: Tensor, k: int, excluded: Tensor | None = None, members: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k best gallery rows of each query, best first, equal scores by row.
 
     Args:
@@ -86,9 +94,10 @@ def top_k(query: Tensor, gallery: Tensor, k: int, excluded: Tensor | None = None
         gallery: (G, K, E).
         k: how many; all G where it is more.
         excluded: (Q, X) gallery rows left out, padded with -1, or None.
+        members: (Q, M) gallery rows that alone are searched, padded with -1, or None for all.
 
     Returns:
-        Scores and rows, both (Q, k); excluded rows come last, with a score of minus infinity.
+        Scores and rows, both (Q, k); rows that are left out come last, with a score of minus infinity.
 
     Raises:
         ValueError: if a score is not finite.
@@ -97,10 +106,12 @@ def top_k(query: Tensor, gallery: Tensor, k: int, excluded: Tensor | None = None
     scores_found, rows_found = [gallery.new_zeros(0, k)], [torch.zeros(0, k, dtype=torch.long, device=gallery.device)]
     for start in range(0, len(query), CHUNK):
         scores = _finite(scores_of(query[start : start + CHUNK], gallery))  # (b, G)
+        found = torch.full_like(scores, members is None, dtype=torch.bool)
+        if members is not None:
+            _mark(found, members[start : start + CHUNK].to(scores.device), True)
         if excluded is not None:
-            for column in excluded[start : start + CHUNK].to(scores.device).T:
-                held = (column >= 0).nonzero()[:, 0]
-                scores[held, column[held]] = -torch.inf
+            _mark(found, excluded[start : start + CHUNK].to(scores.device), False)
+        scores.masked_fill_(~found, -torch.inf)
         values, rows = scores.sort(dim=1, descending=True, stable=True)
         scores_found.append(values[:, :k])
         rows_found.append(rows[:, :k])

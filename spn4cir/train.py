@@ -1,8 +1,9 @@
 """The one loop, for both stages: build, step, evaluate, save."""
 
 import math
+import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from spn4cir.backbones import build_backbone, check_backbone
 from spn4cir.config import TrainConfig
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.generated import read_generated
+from spn4cir.deduplicate import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.errors import InputError
-from spn4cir.evaluate import encode_gallery, evaluate, selection_score
-from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler, open_image, pixel_hash
+from spn4cir.evaluate import check_selection, encode_gallery, evaluate, selection_score
+from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler
 from spn4cir.objective import Objective
 from spn4cir.run import Run
-from spn4cir.types import Dataset, Triplet
+from spn4cir.types import Benchmark, Dataset, Query, Triplet
 
 
 def train(config: TrainConfig, stage: int) -> Path:
@@ -43,13 +45,14 @@ def train(config: TrainConfig, stage: int) -> Path:
     torch.manual_seed(config.seed)
     run = Run.open(config, stage, accelerator)
     dataset = load_dataset(config.dataset, config.data_root)
-    triplets = load_triplets(config, dataset)
+    benchmark = dataset.benchmark("val", config.protocol)
+    triplets, judge = load_triplets(config, dataset, benchmark, run.say)
     backbone = load_backbone(config, stage).to(accelerator.device)
     images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
     candidates = training_images(config, dataset, triplets)
-    hashes = hash_pixels(dataset, candidates, accelerator)
-    benchmark = dataset.benchmark("val")
-    hash_pixels(dataset, [i for i in benchmark.gallery if i not in hashes], accelerator)  # to find broken ones now
+    with accelerator.main_process_first():  # the others find in the cache what the first has decoded
+        pixels = hash_pixels(dataset, [*candidates, *judge.gallery, *benchmark.gallery], run.say, show=run.main)
+    hashes = {image_id: pixels[image_id] for image_id in candidates}
 
     main, side = split_rows(triplets)
     process = (accelerator.process_index, accelerator.num_processes)
@@ -73,7 +76,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     run.start(config, objective)
     state = run.resume(objective, optimizer, bank.fingerprint if bank else None)
 
-    gallery = encode_gallery(backbone, benchmark, images, config.eval_batch_size) if stage == 2 and run.main else None
+    gallery = encode_gallery(backbone, judge, images, config.eval_batch_size) if stage == 2 and run.main else None
     bar = tqdm(total=steps, initial=state["step"], desc=run.title, unit="step", disable=not run.main)
     while state["step"] < steps:
         sampler.epoch, sampler.skip = divmod(state["step"], len(sampler))
@@ -100,14 +103,17 @@ def train(config: TrainConfig, stage: int) -> Path:
         due = state["step"] >= steps or (not inside and config.eval_every and epoch % config.eval_every == 0)
         if run.main:
             if due:
-                result = evaluate(backbone, benchmark, images, gallery, batch_size=config.eval_batch_size)
-                run.keep_best(backbone, result, selection_score(benchmark, result["metrics"]), state)
+                result = evaluate(backbone, judge, images, gallery, batch_size=config.eval_batch_size)
+                run.keep_best(backbone, result, selection_score(result["metrics"], config.select_by or judge.selection), state)
                 row |= result["metrics"]
             run.log(row, bar)
             run.save(objective, optimizer, state)
         accelerator.wait_for_everyone()
     bar.close()
-    run.finish(state)
+    if run.main and judge is not benchmark:  # selected on what was put aside; reported is the protocol, once
+        best = checkpoints.load_model(run.folder).to(accelerator.device)
+        state["best"]["result"] = evaluate(best, benchmark, images, batch_size=config.eval_batch_size)
+    run.finish(state, judge.name)
     return run.folder
 
 
@@ -121,31 +127,83 @@ def schedule(config: TrainConfig, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
-def load_triplets(config: TrainConfig, dataset: Dataset) -> list[Triplet]:
-    """Annotated triplets, cut to the limit, then generated ones. Raises ``InputError`` if there are none."""
-    triplets = dataset.triplets()[: config.annotated]
+def load_triplets(
+    config: TrainConfig, dataset: Dataset, benchmark: Benchmark, say: Callable[[str], None]
+) -> tuple[list[Triplet], Benchmark]:
+    """Annotated triplets, cut to the limit, then generated ones; and the benchmark that selects.
+
+    Raises:
+        InputError: if there are no triplets, or the benchmark lacks a metric to select by.
+    """
+    for note in dataset.notes():
+        say(note)
+    triplets, judge = dataset.triplets()[: config.annotated], benchmark
+    if config.selection == "holdout":
+        triplets, judge = put_aside(config, triplets)
+    check_selection(judge, config.select_by or ())
     if config.generated:
         default = Path("data") / dataset.name / "generated" / "triplets.json"
         path = default if config.generated == "auto" else Path(config.generated)
-        triplets += read_generated(path, dataset.training_images())
+        if dataset.root and not path.is_file() and (dataset.root / path).is_file():
+            path = dataset.root / path
+        generated, notes = read_generated(path, dataset.training_images(), dataset.skipped)
+        triplets += generated
+        for note in notes:
+            say(note)
     if not triplets:
         raise InputError("no triplets to train on: raise annotated, or give generated ones")
-    return triplets
+    return triplets, judge
+
+
+def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Triplet], Benchmark]:
+    """A fraction of the annotated triplets as a benchmark, the same whatever the seed and the stage, and the rest."""
+    count = max(1, round(len(triplets) * config.holdout))
+    if count >= len(triplets):
+        raise InputError(f"holdout {config.holdout} of {len(triplets)} triplets leaves none to train on")
+    aside = set(random.Random("holdout").sample(range(len(triplets)), count))
+    asked = [triplets[n] for n in sorted(aside)]
+    judge = Benchmark(
+        name=f"{config.dataset}/holdout-{config.holdout:g}",
+        gallery=tuple(dict.fromkeys(i for t in asked for i in (t.reference, t.target))),
+        queries=tuple(Query(t.reference, t.modifications[0], (t.target,)) for t in asked),
+        exclude_reference=True,
+        ks=(1, 5, 10, 50),
+        selection=("R@10", "R@50"),
+    )
+    return [t for n, t in enumerate(triplets) if n not in aside], judge
 
 
 def training_images(config: TrainConfig, dataset: Dataset, triplets: Sequence[Triplet]) -> list[str]:
-    """Images of the bank, in a fixed order; each must exist."""
+    """Images of the bank, in a fixed order."""
     named = list(dict.fromkeys(i for t in triplets for i in (t.reference, t.target)))
-    for image_id in named:
-        if not dataset.path(image_id).is_file():
-            raise InputError(f"image {dataset.path(image_id)} is missing")
     return named if config.candidates == "named" else list(dict.fromkeys([*named, *dataset.training_images()]))
 
 
-def hash_pixels(dataset: Dataset, image_ids: Iterable[str], accelerator: Accelerator) -> dict[str, str]:
-    """Image id → hash of its pixels; decodes each image once, so a broken one is found before training."""
-    with tqdm(image_ids, "check images", unit="image", leave=False, disable=not accelerator.is_main_process) as bar:
-        return {image_id: pixel_hash(open_image(dataset.path(image_id))) for image_id in bar}
+def hash_pixels(
+    dataset: Dataset, image_ids: Sequence[str], say: Callable[[str], None], show: bool = True
+) -> dict[str, str]:
+    """Image id → name of its pixels, equal where they are; or where the dataset's ``optimized_images.json`` says so.
+
+    Each image is decoded, unless it was before and has not changed since, so that a broken one is found before training.
+
+    Raises:
+        InputError: naming the first image that is missing or broken, and how to leave such images out.
+    """
+    paths = {image_id: dataset.path(image_id) for image_id in image_ids}
+    found = inspect_images(paths, checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl", show=show)
+    broken = [image_id for image_id, image in found.items() if image.problem]
+    if broken:
+        first = found[broken[0]]
+        more = f" (and {len(broken) - 1} more: see spn4cir-data check --dataset {dataset.name})" if broken[1:] else ""
+        what = "is missing" if first.problem == "missing" else f"does not decode: {first.detail}"
+        raise InputError(f"image {paths[broken[0]]} {what}{more}")
+    published = dataset.root and dataset.root / PUBLISHED_CLASSES
+    if not published or not published.is_file():
+        return {image_id: image.pixels for image_id, image in found.items()}
+    say(f"{dataset.name}: {published} says which images are equal")
+    canonical = read_optimized(published)
+    first_of = {image_id: canonical.get(image_id, image_id) for image_id in found}
+    return {i: found[first].pixels if first in found else f"as {first}" for i, first in first_of.items()}
 
 
 def split_rows(triplets: Sequence[Triplet]) -> tuple[list[int], list[int]]:

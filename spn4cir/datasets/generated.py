@@ -1,65 +1,75 @@
 """Generated triplets in the published JSON shapes: lists of reference, target and captions."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from spn4cir.datasets.files import Entry, read_entries
 from spn4cir.errors import InputError
 from spn4cir.types import Triplet
 
-KEYS = (("candidate", "target", "captions"), ("reference", "target_hard", "caption"))
+SHAPES = (
+    ("reference_name", "target_name", "captions"),  # out of domain, where ids are addresses
+    ("candidate", "target", "captions"),  # FashionIQ
+    ("reference", "target_hard", "caption"),  # CIRR
+)
 
 
-def read_generated(path: Path, known: Iterable[str] | None = None) -> list[Triplet]:
-    """Triplets of a generated file, FashionIQ's or CIRR's shape.
+def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()) -> tuple[list[Triplet], list[str]]:
+    """Triplets of a generated file, whoever made it.
 
     Args:
-        path: JSON list; each entry has ``candidate``, ``target``, ``captions`` or ``reference``, ``target_hard``,
-            ``caption`` (a list of texts).
-        known: image ids that may occur, or None for any.
+        path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
+            ``caption``, or ``reference_name``, ``target_name``, ``captions``: one text, or a list of which one is drawn.
+        known: image ids that may occur.
+        skipped: image ids whose triplets are left out.
+
+    Returns:
+        The triplets, and a line for each reason why some were left out.
 
     Raises:
         InputError: naming the file, the entry and the field.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"generated triplets {path} are missing: make them with python data_gen/make_triplets.py"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(entries, list):
-        raise InputError(f"{path} must hold a JSON list of triplets")
-    allowed = None if known is None else set(known)
-    return [_triplet(path, number, entry, allowed) for number, entry in enumerate(entries)]
+    if not path.is_file():
+        raise InputError(f"generated triplets {path} are missing: make them with python data_gen/make_triplets.py")
+    out, allowed = frozenset(skipped), frozenset(known)
+    triplets, empty, left_out = [], 0, 0
+    for entry in read_entries(path):
+        triplet = _triplet(entry, allowed | out)
+        if not triplet.modifications:
+            empty += 1
+        elif {triplet.reference, triplet.target} & out:
+            left_out += 1
+        else:
+            triplets.append(triplet)
+    notes = [f"{path}: {empty} triplets without any text are left out"] if empty else []
+    notes += [f"{path}: {left_out} triplets of skipped images are left out"] if left_out else []
+    return triplets, notes
 
 
-def _triplet(path: Path, number: int, entry: object, allowed: set[str] | None) -> Triplet:
-    where = f"{path}, entry {number}"
-    if not isinstance(entry, dict):
-        raise InputError(f"{where}: expected an object")
-    reference_key, target_key, text_key = KEYS[0] if "candidate" in entry else KEYS[1]
-    for key in (reference_key, target_key, text_key):
-        if key not in entry:
-            raise InputError(f"{where}: {key!r} is missing")
-    ids = entry[reference_key], entry[target_key]
-    for key, image_id in zip((reference_key, target_key), ids, strict=True):
-        if not isinstance(image_id, str) or (allowed is not None and image_id not in allowed):
-            raise InputError(f"{where}: {key!r} names {image_id!r}, which is no training image")
-    texts = entry[text_key]
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise InputError(f"{where}: {text_key!r} must be one or more texts that are not empty")
-    return Triplet(*ids, tuple(texts), generated=True)
+def _triplet(entry: Entry, allowed: frozenset[str]) -> Triplet:
+    """One entry; without modifications if it has no text that says anything."""
+    shape = next((shape for shape in SHAPES if shape[0] in entry), SHAPES[2])
+    ids = []
+    for key in shape[:2]:
+        image_id = entry.text(key)
+        if image_id not in allowed:
+            raise entry.error(key, f"{image_id[:60]!r} is no training image")
+        ids.append(image_id)
+    one = isinstance(entry.get(shape[2], object, "a text"), str)
+    texts = [entry.text(shape[2])] if one else entry.texts(shape[2])
+    return Triplet(ids[0], ids[1], tuple(text for text in texts if text.strip()), generated=True)
 
 
-def published_shape(triplet: Triplet, captions: tuple[str, str]) -> dict[str, object]:
-    """One entry in FashionIQ's published shape, ``captions`` being those of reference and target."""
-    return {
-        "target": triplet.target,
-        "candidate": triplet.reference,
-        "captions": list(triplet.modifications),
-        "caption1": captions[0],
-        "caption2": captions[1],
-    }
+def published_shape(dataset: str, triplet: Triplet, captions: tuple[str, str]) -> dict[str, object]:
+    """One entry as it is published for a dataset, ``captions`` being those of reference and target."""
+    texts, described = list(triplet.modifications), {"caption1": captions[0], "caption2": captions[1]}
+    if dataset == "cirr":
+        return {
+            "pairid": 0,
+            "reference": triplet.reference,
+            "target_hard": triplet.target,
+            "caption": texts,
+            "img_set": {"members": [""]},
+            **described,
+        }
+    return {"target": triplet.target, "candidate": triplet.reference, "captions": texts, **described}

@@ -1,0 +1,207 @@
+"""CIRR: real-life photographs from NLVR2, one caption for each pair, and groups of six similar images.
+
+Source: Liu et al., "Image retrieval on real-life images with pre-trained vision-and-language models", ICCV 2021.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from spn4cir.datasets.files import PLAIN, Entry, attempt, find_root, inner_path, read_entries, read_json
+from spn4cir.datasets.submission import check_submission, write_submission
+from spn4cir.errors import InputError
+from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Query, Triplet
+
+SPLITS = ("train", "val", "test1")
+ANNOTATIONS = ("cirr/captions", "captions")
+FOLDERS = ("train", "dev", "test1", "images/train", "images/dev", "images/test1")
+ALIASES = ("cirr_dataset", "CIRR")
+SOURCE = "github.com/Cuberick-Orion/CIRR (annotations, branch cirr_dataset; its README says how to get NLVR2's images)"
+PUBLISHED_TRIPLETS = {"train": 28225, "val": 4181, "test1": 4148}
+PUBLISHED_IMAGES = {"train": 16939, "val": 2297, "test1": 2315}
+GROUP = 6  # images of a subset, reference included
+
+
+class CIRR(Dataset):
+    """``cirr/captions/cap.rc2.{split}.json``, ``cirr/image_splits/split.rc2.{split}.json`` and NLVR2's image tree.
+
+    The two annotation folders may also lie in the root itself; the image tree may lie in ``images``.
+
+    Args:
+        root: folder of the dataset; None looks in SPN4CIR_DATA, then in data/cirr.
+
+    Raises:
+        InputError: if there is no such folder.
+    """
+
+    name = "cirr"
+    protocols = {"val": ("cirr/val",), "test1": ("cirr/test1",)}
+
+    def __init__(self, root: str | None = None):
+        self.root: Path = find_root(self.name, root, ALIASES, (ANNOTATIONS, FOLDERS), SOURCE)
+        self._annotations = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
+        tree = any((self.root / folder).is_dir() for folder in FOLDERS[:3])
+        self._pictures = self.root if tree or not (self.root / "images").is_dir() else self.root / "images"
+
+    def _captions(self, split: str) -> Path:
+        return self._annotations / "captions" / f"cap.rc2.{split}.json"
+
+    def _split_file(self, split: str) -> Path:
+        return self._annotations / "image_splits" / f"split.rc2.{split}.json"
+
+    def _listed(self, split: str) -> dict[str, PurePosixPath]:
+        """Images of a split file and their paths below the image tree."""
+        path = self._split_file(split)
+        listed = read_json(path, SOURCE)
+        if not isinstance(listed, dict):
+            raise InputError(f"{path}: expected an object of image names and paths")
+        for image_id in listed:
+            if not PLAIN.fullmatch(image_id):
+                raise InputError(f"{path}: {image_id[:60]!r} is no image id")
+        return {image_id: inner_path(path, image_id, value) for image_id, value in listed.items()}
+
+    @cached_property
+    def _files(self) -> dict[str, PurePosixPath]:
+        """Paths of all images of the split files that are there."""
+        found: dict[str, PurePosixPath] = {}
+        for split in SPLITS:
+            if self._split_file(split).exists():
+                found |= self._listed(split)
+        return found
+
+    def path(self, image_id: str) -> Path:
+        """The picture of an image; where it should lie, if it is missing."""
+        if image_id not in self._files:
+            raise InputError(f"{self.name}: unknown image id {image_id!r}")
+        if not any((self._pictures / folder).is_dir() for folder in FOLDERS[:3]):
+            raise InputError(f"{self.name}: {self.root} holds no pictures: expected train/, dev/, test1/, from {SOURCE}")
+        path = self._pictures / self._files[image_id]
+        others = (path.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".webp"))
+        return path if path.exists() else next((other for other in others if other.exists()), path)
+
+    def training_images(self) -> list[str]:
+        """All images of the train split file."""
+        return list(self._listed("train"))
+
+    def triplets(self) -> list[Triplet]:
+        """Annotated triplets with a caption, in file order."""
+        listed = self._listed("train")
+        rows = (
+            Triplet(
+                entry.image_id("reference", listed, self._split_file("train")),
+                entry.image_id("target_hard", listed, self._split_file("train")),
+                (entry.text("caption").strip(),),
+            )
+            for entry in read_entries(self._captions("train"), SOURCE)
+        )
+        return [triplet for triplet in rows if triplet.modifications[0]]
+
+    def notes(self) -> list[str]:
+        """How many training triplets have no caption."""
+        bare = sum(not entry.text("caption").strip() for entry in read_entries(self._captions("train"), SOURCE))
+        return [f"{self.name}: {bare} training triplets without a caption are left out"] if bare else []
+
+    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        """``cirr/val``, or ``cirr/test1``, whose targets only the evaluation server knows."""
+        chosen = self.choose_protocol(split, protocol)
+        listed, place = self._listed(split), self._split_file(split)
+        queries, seen = [], set()
+        for entry in read_entries(self._captions(split), SOURCE):
+            name = str(entry.number("pairid"))
+            if name in seen:
+                raise entry.error("pairid", f"{name} occurs twice")
+            seen.add(name)
+            targets = (entry.image_id("target_hard", listed, place),) if split != "test1" else ()
+            reference = entry.image_id("reference", listed, place)
+            members = tuple(entry.entry("img_set").image_ids("members", listed, place))
+            for image_id in (reference, *targets):
+                if image_id not in members:
+                    raise entry.error("img_set", f"its members lack {image_id!r}")
+            queries.append(Query(reference, entry.text("caption"), targets, "", members, name))
+        return Benchmark(
+            name=chosen,
+            gallery=tuple(listed),
+            queries=tuple(queries),
+            exclude_reference=True,
+            ks=(1, 5, 10, 50),
+            subset_ks=(1, 2, 3),
+            selection=("R@5", "Rs@1"),
+        )
+
+    def write_submission(
+        self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]
+    ) -> list[Path]:
+        """The two files that the evaluation server takes, checked after they are written."""
+        return write_submission(folder, ranked, within, self.benchmark("test1"))
+
+    def check_submission(self, path: Path) -> str:
+        """One line on a sound submission file."""
+        return check_submission(path, self.benchmark("test1"))
+
+    def image_roles(self) -> list[ImageRole]:
+        """What training triplets name, what val and test1 rank, and the rest; what cannot be read is left out."""
+        ignored: list[Check] = []
+        listed = {s: list(attempt(ignored, "", False, lambda s=s: self._listed(s)) or []) for s in SPLITS}  # type: ignore[misc]
+        triplets = attempt(ignored, "", False, self.triplets) or []
+        named = dict.fromkeys(i for t in triplets for i in (t.reference, t.target))
+        return [
+            ImageRole("named by training triplets", list(named), True),
+            ImageRole("val gallery", listed["val"], True),
+            ImageRole("other images of train", [i for i in listed["train"] if i not in named], False),
+            ImageRole("test1 gallery", listed["test1"], False),
+        ]
+
+    def checks(self) -> list[Check]:
+        """Counts by split, ids that no split lists, subsets of the wrong size, reference equal to target."""
+        checks: list[Check] = []
+        listed: dict[str, dict[str, PurePosixPath]] = {}
+        rows: dict[str, list[Entry]] = {}
+        for split in SPLITS:
+            needed = split != "test1"
+            ids = attempt(checks, f"{split}: split file", needed, lambda: self._listed(split))  # noqa: B023
+            if ids is not None:
+                listed[split] = ids
+                checks.append(_counted(f"{split}: images listed", len(ids), PUBLISHED_IMAGES[split]))
+            entries = attempt(checks, f"{split}: captions", needed, lambda: read_entries(self._captions(split), SOURCE))  # noqa: B023
+            if entries is not None:
+                rows[split] = entries
+                checks.append(_counted(f"{split}: triplets", len(entries), PUBLISHED_TRIPLETS[split]))
+        everything = {i for ids in listed.values() for i in ids}
+        for split, entries in rows.items():
+            found = attempt(checks, f"{split}: captions", split != "test1", lambda: _faults(entries, split, everything))  # noqa: B023
+            checks += found or []
+        return checks
+
+
+def _faults(entries: Sequence[Entry], split: str, listed: set[str]) -> list[Check]:
+    """What does not hold of the entries of one split, kind by kind."""
+    lost, wrong, outside, same, empty = [], [], [], [], []
+    for entry in entries:
+        pair = [entry.image_id("reference")] + ([entry.image_id("target_hard")] if split != "test1" else [])
+        members = entry.entry("img_set").texts("members") if "img_set" in entry else []
+        place = f"entry {entry.where}"
+        lost += [f"{place}: {i}" for i in [*pair, *members] if i not in listed]
+        if len(set(members)) != GROUP or len(members) != GROUP:
+            wrong.append(f"{place}: {len(set(members))} members")
+        outside += [f"{place}: {i}" for i in pair if i not in members]
+        if len(set(pair)) < len(pair):
+            same.append(place)
+        if not entry.text("caption").strip():
+            empty.append(place)
+    answered = "note" if split == "test1" else "problem"
+    asked = "problem" if split == "val" else "note"
+    kinds = (
+        ("ids in captions that no split lists", lost, answered),
+        (f"subsets without {GROUP} different members", wrong, "note"),
+        ("references or targets outside their subset", outside, asked),
+        ("reference equal to target", same, "note"),
+        ("empty captions", empty, "note"),
+    )
+    return [
+        Check(f"{split}: {what}", len(found), 0, level if found else "fact", tuple(found))  # type: ignore[arg-type]
+        for what, found, level in kinds
+    ]
+
+
+def _counted(what: str, found: int, published: int) -> Check:
+    return Check(what, found, published, "fact" if found == published else "note")

@@ -1,0 +1,197 @@
+"""FashionIQ: shop photographs of dresses, shirts and tops, with two captions for each pair.
+
+Source: Wu et al., "The Fashion IQ dataset: retrieving images by combining side information and relative natural language
+feedback", CVPR 2021.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from spn4cir.datasets.files import PLAIN, attempt, find_root, read_entries, read_ids
+from spn4cir.errors import InputError
+from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Query, Triplet
+
+CATEGORIES = ("dress", "shirt", "toptee")
+SPLITS = ("train", "val", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SOURCE = "github.com/XiaoxiaoGuo/fashion-iq (its README says how to fetch the images)"
+PUBLISHED_TRIPLETS = {"train": (5985, 5988, 6027), "val": (2017, 2038, 1961), "test": (2024, 2038, 2056)}
+PUBLISHED_IMAGES = {"train": (11452, 19036, 16121), "val": (3817, 6346, 5373), "test": (3818, 6346, 5374)}
+
+
+class FashionIQ(Dataset):
+    """``captions/cap.{category}.{split}.json``, ``image_splits/split.{category}.{split}.json`` and pictures.
+
+    Pictures are ``images/{id}.png``, or another suffix, or in a folder per category of ``images`` or ``resized_image``.
+
+    Args:
+        root: folder of the dataset; None looks in SPN4CIR_DATA, then in data/fashioniq.
+
+    Raises:
+        InputError: if there is no such folder.
+    """
+
+    name = "fashioniq"
+    protocols = {"val": ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")}
+
+    def __init__(self, root: str | None = None):
+        inside = (("captions", "image_splits"), ("images", "resized_image"))
+        self.root: Path = find_root(self.name, root, ("fashionIQ_dataset", "fashionIQ"), inside, SOURCE)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Picture by name without suffix; folders are listed once, and earlier suffixes win."""
+        folders = [self.root / "images", *(self.root / "images" / c for c in CATEGORIES)]
+        folders += [self.root / "resized_image" / c for c in CATEGORIES]
+        found: dict[str, tuple[int, Path]] = {}
+        for folder in (f for f in folders if f.is_dir()):
+            for item in os.scandir(folder):
+                stem, suffix = os.path.splitext(item.name)
+                if suffix.lower() in SUFFIXES:
+                    choice = (SUFFIXES.index(suffix.lower()), folder / item.name)
+                    if stem not in found or choice[0] < found[stem][0]:
+                        found[stem] = choice
+        return {stem: path for stem, (_, path) in found.items()}
+
+    def path(self, image_id: str) -> Path:
+        """The picture of an image; where it should lie, if it is missing."""
+        if not PLAIN.fullmatch(image_id):
+            raise InputError(f"{self.name}: {image_id!r} is no image id")
+        if not self._files:
+            raise InputError(
+                f"{self.name}: {self.root} holds no pictures: expected images/ID.png, or .jpg, from {SOURCE}"
+            )
+        return self._files.get(image_id, self.root / "images" / f"{image_id}.png")
+
+    def training_images(self) -> list[str]:
+        """All images of the train split files and of the training triplets."""
+        listed = [i for category in CATEGORIES for i in self._listed(category, "train")]
+        return list(dict.fromkeys([*self._named(), *listed]))
+
+    def triplets(self) -> list[Triplet]:
+        """Dress, shirt, toptee in file order; the text is one of both captions in either order, or one alone."""
+        rows = [row for category in CATEGORIES for row in self._rows(category, "train")]
+        return [Triplet(reference, target, texts) for reference, target, given in rows if (texts := _variants(given))]
+
+    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        """One gallery per category; metrics are means over the three."""
+        chosen = self.choose_protocol(split, protocol)
+        queries, galleries = [], {}
+        for category in CATEGORIES:
+            path, rows = self._captions(category, split), self._rows(category, split)
+            gallery = list(dict.fromkeys(i for reference, target, _ in rows for i in (reference, target)))
+            if not chosen.endswith("/val-union"):
+                gallery = self._listed(category, split)
+                known = set(gallery)
+                for number, row in enumerate(rows):
+                    for field, image_id in zip(("candidate", "target"), row[:2], strict=True):
+                        if image_id not in known:
+                            raise InputError(
+                                f"{path}, entry {number}, field {field!r}: {image_id!r} is not in "
+                                f"{self._split_file(category, split)}"
+                            )
+            galleries[category] = tuple(gallery)
+            queries += [Query(ref, " and ".join(texts), (target,), category) for ref, target, texts in rows]
+        return Benchmark(
+            name=chosen,
+            gallery=tuple(dict.fromkeys(i for ids in galleries.values() for i in ids)),
+            queries=tuple(queries),
+            exclude_reference=not chosen.endswith("/original"),
+            ks=(10, 50),
+            selection=("R@10", "R@50"),
+            group_gallery=galleries,
+            mean_over_groups=True,
+        )
+
+    def notes(self) -> list[str]:
+        """How many training triplets have no caption at all."""
+        bare = sum(not _variants(texts) for c in CATEGORIES for _, _, texts in self._rows(c, "train"))
+        return [f"{self.name}: {bare} training triplets without any caption are left out"] if bare else []
+
+    def _captions(self, category: str, split: str) -> Path:
+        return self.root / "captions" / f"cap.{category}.{split}.json"
+
+    def _split_file(self, category: str, split: str) -> Path:
+        return self.root / "image_splits" / f"split.{category}.{split}.json"
+
+    def _listed(self, category: str, split: str) -> list[str]:
+        return read_ids(self._split_file(category, split), SOURCE)
+
+    def _rows(self, category: str, split: str) -> list[tuple[str, str, list[str]]]:
+        """Reference, target ("" in test) and the two captions, stripped."""
+        rows = []
+        for entry in read_entries(self._captions(category, split), SOURCE):
+            texts = [text.strip(".?, ") for text in entry.texts("captions")]
+            if len(texts) != 2:
+                raise entry.error("captions", f"expected 2 captions, got {len(texts)}")
+            target = "" if split == "test" else entry.image_id("target")
+            rows.append((entry.image_id("candidate"), target, texts))
+        return rows
+
+    def _named(self) -> list[str]:
+        rows = [row for category in CATEGORIES for row in self._rows(category, "train")]
+        return list(dict.fromkeys(i for row in rows for i in row[:2]))
+
+    def image_roles(self) -> list[ImageRole]:
+        """What training triplets name, what val ranks, and the rest; what cannot be read is left out."""
+        ignored: list[Check] = []
+        named = attempt(ignored, "", False, self._named) or []
+        listed = {
+            split: list(dict.fromkeys(
+                i for c in CATEGORIES for i in attempt(ignored, "", False, lambda c=c, s=split: self._listed(c, s)) or []  # type: ignore[misc]
+            ))
+            for split in SPLITS
+        }  # fmt: skip
+        known = set(named)
+        return [
+            ImageRole("named by training triplets", named, True),
+            ImageRole("val galleries", listed["val"], True),
+            ImageRole("other images of train", [i for i in listed["train"] if i not in known], False),
+            ImageRole("test galleries", listed["test"], False),
+        ]
+
+    def checks(self) -> list[Check]:
+        """Counts by split and category, ids that no split lists, empty captions, overlap of val and train."""
+        checks: list[Check] = []
+        listed: dict[str, set[str]] = {split: set() for split in SPLITS}
+        used: dict[str, set[str]] = {split: set() for split in SPLITS}
+        same, empty = [], []
+        for split in SPLITS:
+            for number, category in enumerate(CATEGORIES):
+                needed = split == "val" or split == "train"
+                what = f"{split} {category}"
+                ids = attempt(checks, f"{what}: split file", split == "val", lambda: self._listed(category, split))  # noqa: B023
+                if ids is not None:
+                    checks.append(_counted(f"{what}: images listed", len(ids), PUBLISHED_IMAGES[split][number]))
+                    listed[split] |= set(ids)
+                rows = attempt(checks, f"{what}: captions", needed, lambda: self._rows(category, split))  # noqa: B023
+                if rows is not None:
+                    checks.append(_counted(f"{what}: triplets", len(rows), PUBLISHED_TRIPLETS[split][number]))
+                    used[split] |= {i for row in rows for i in row[:2] if i}
+                    same += [f"{what}, entry {n}" for n, row in enumerate(rows) if row[0] == row[1]]
+                    empty += [f"{what}, entry {n}" for n, row in enumerate(rows) if not all(row[2])]
+        everything = set().union(*listed.values())
+        for split in SPLITS:
+            lost = sorted(used[split] - everything) if listed[split] else []
+            level = "problem" if split == "val" else "note"
+            checks.append(Check(f"{split}: ids in captions that no split lists", len(lost), 0, level if lost else "fact", tuple(lost)))
+        checks.append(Check("reference equal to target", len(same), 0, "note" if same else "fact", tuple(same)))
+        checks.append(Check("triplets with an empty caption", len(empty), None, "note" if empty else "fact", tuple(empty)))
+        leaks = (("train triplets", used["train"], 400), ("train split files", listed["train"], 811))
+        for where, ids, published in leaks:
+            leak = sorted(listed["val"] & ids)
+            checks.append(Check(f"val gallery images also in {where}", len(leak), published, "note" if leak else "fact", tuple(leak)))
+        return checks
+
+
+def _variants(texts: list[str]) -> tuple[str, ...]:
+    """What training draws from: both captions in either order, or one of them; only the one that says something."""
+    first, second = texts
+    if first and second:
+        return f"{first} and {second}", f"{second} and {first}", first, second
+    return (first or second,) if first or second else ()
+
+
+def _counted(what: str, found: int, published: int) -> Check:
+    return Check(what, found, published, "fact" if found == published else "note")

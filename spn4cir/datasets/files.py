@@ -1,0 +1,168 @@
+"""Annotation files of others: where they lie, and their entries, field by field. Every error names the place."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from spn4cir.errors import InputError
+from spn4cir.types import Check
+
+T = TypeVar("T")
+PLAIN = re.compile(r"\w[\w.-]*")  # a file name without folders
+
+
+def find_root(name: str, given: str | None, aliases: Sequence[str], inside: Sequence[Sequence[str]], source: str) -> Path:
+    """The folder of a dataset: below ``given``, else below SPN4CIR_DATA, else below ``data``; or that folder itself.
+
+    Args:
+        name: of the dataset, and of its folder.
+        given: the folder that a person named, or None.
+        aliases: other names of the folder.
+        inside: groups of paths; a folder that holds one of each group is preferred to one of the first group only.
+        source: where the files come from.
+
+    Raises:
+        InputError: if no folder holds one of the first group, saying what is expected where.
+    """
+    base = Path(given) if given else Path(os.environ.get("SPN4CIR_DATA", "data"))
+    below = [base / folder for folder in (name, *aliases)]
+    places = [base, *below] if given else [*below, base]
+    for groups in (inside, inside[:1]):
+        for place in places:
+            if all(any((place / path).is_dir() for path in group) for group in groups):
+                return place
+    expected = " and ".join(" or ".join(f"{path}/" for path in group) for group in inside)
+    raise InputError(
+        f"{name}: {base if given else base / name} does not hold the dataset: expected there {expected}, from {source}"
+    )
+
+
+def read_json(path: Path, source: str = "") -> Any:
+    """The content of a JSON file. Raises ``InputError`` if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing{source and f': it comes from {source}'}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        raise InputError(f"{path} is not valid JSON, or cut short: {error}") from None
+
+
+class Entry:
+    """One object of an annotation file, whose fields are checked as they are read.
+
+    Args:
+        path: of the file.
+        where: number or key of the entry.
+        value: what the file holds there.
+
+    Raises:
+        InputError: if it is no object.
+    """
+
+    def __init__(self, path: Path, where: object, value: object):
+        self.path, self.where = path, where
+        if not isinstance(value, dict):
+            raise InputError(f"{path}, entry {where}: expected an object, got {_short(value)}")
+        self._value: dict[str, Any] = value
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._value
+
+    def error(self, key: str, what: str) -> InputError:
+        """The error to raise about a field."""
+        return InputError(f"{self.path}, entry {self.where}, field {key!r}: {what}")
+
+    def get(self, key: str, kind: type[T], what: str) -> T:
+        """A field of a type. Raises ``InputError`` if it is missing or of another type."""
+        if key not in self._value:
+            raise self.error(key, "is missing")
+        value = self._value[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise self.error(key, f"expected {what}, got {_short(value)}")
+        return value
+
+    def text(self, key: str) -> str:
+        """A text."""
+        return self.get(key, str, "a text")
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts."""
+        found: list[str] = self.get(key, list, "a list of texts")
+        for value in found:
+            if not isinstance(value, str):
+                raise self.error(key, f"expected a list of texts, got {_short(value)} in it")
+        return found
+
+    def number(self, key: str) -> int:
+        """A whole number."""
+        return self.get(key, int, "a whole number")
+
+    def entry(self, key: str) -> "Entry":
+        """An object inside this one."""
+        return Entry(self.path, f"{self.where}, field {key!r}", self.get(key, dict, "an object"))
+
+    def image_id(self, key: str, known: Container[str] | None = None, place: object = "") -> str:
+        """A name of an image: no path, and among ``known`` if that is given, which lies in ``place``."""
+        return self._named(key, self.text(key), known, place)
+
+    def image_ids(self, key: str, known: Container[str] | None = None, place: object = "") -> list[str]:
+        """A list of names of images."""
+        return [self._named(key, value, known, place) for value in self.texts(key)]
+
+    def _named(self, key: str, value: str, known: Container[str] | None, place: object) -> str:
+        if not PLAIN.fullmatch(value):
+            raise self.error(key, f"{_short(value)} is no image id: letters, digits, '.', '_' and '-' only")
+        if known is not None and value not in known:
+            raise self.error(key, f"{_short(value)} is not in {place}")
+        return value
+
+
+def read_entries(path: Path, source: str = "") -> list[Entry]:
+    """The objects of a JSON list. Raises ``InputError`` if it is no list, or one of them is no object."""
+    values = read_json(path, source)
+    if not isinstance(values, list):
+        raise InputError(f"{path}: expected a list, got {_short(values)}")
+    return [Entry(path, number, value) for number, value in enumerate(values)]
+
+
+def read_ids(path: Path, source: str = "") -> list[str]:
+    """A JSON list of image ids. Raises ``InputError`` for one that is no id, or that occurs twice."""
+    values = read_json(path, source)
+    if not isinstance(values, list):
+        raise InputError(f"{path}: expected a list of image ids, got {_short(values)}")
+    seen: set[str] = set()
+    for number, value in enumerate(values):
+        if not isinstance(value, str) or not PLAIN.fullmatch(value):
+            raise InputError(f"{path}, entry {number}: {_short(value)} is no image id")
+        if value in seen:
+            raise InputError(f"{path}, entry {number}: {value!r} occurs twice")
+        seen.add(value)
+    return values
+
+
+def inner_path(path: Path, key: str, value: object) -> PurePosixPath:
+    """A relative path given by a file, that stays below its root. Raises ``InputError`` otherwise."""
+    inner = PurePosixPath(value) if isinstance(value, str) and value and "\\" not in value else None
+    if inner is None or inner.is_absolute() or ".." in inner.parts or not inner.parts:
+        raise InputError(f"{path}, entry {key!r}: {_short(value)} is no path below the dataset's root")
+    return inner
+
+
+def attempt(checks: list[Check], what: str, needed: bool, read: Callable[[], T]) -> T | None:
+    """What ``read`` gives; or None, and its error among the checks."""
+    try:
+        return read()
+    except InputError as error:
+        checks.append(Check(what, 0, None, "problem" if needed else "note", (str(error),)))
+        return None
+
+
+def _short(value: object) -> str:
+    """A value as it stands in a message: one line, not too long."""
+    shown = json.dumps(value, default=str, ensure_ascii=True)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

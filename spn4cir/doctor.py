@@ -1,0 +1,131 @@
+"""The doctor: what of a dataset is there, what is broken, and whether training can run."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spn4cir.deduplicate import PUBLISHED_CLASSES, Inspected, canonical_ids, inspect_images, read_optimized
+from spn4cir.errors import InputError
+from spn4cir.types import Check, Dataset, ImageRole
+
+PROBLEMS = ("missing", "truncated", "unreadable")
+SHOWN = 3  # examples of a check in the terminal
+
+
+@dataclass
+class Report:
+    """What was found. ``broken`` are images and what is wrong with them, ``duplicates`` classes of equal images."""
+
+    dataset: str
+    root: str
+    checks: list[Check] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    duplicates: list[list[str]] = field(default_factory=list)
+
+    @property
+    def can_train(self) -> bool:
+        """Whether nothing stands in the way of training."""
+        return not any(check.level == "problem" for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for machines."""
+        return {"can_train": self.can_train, **asdict(self)}
+
+
+def examine(dataset: Dataset, cache: Path | None = None, workers: int | None = None) -> Report:
+    """Look at annotations and at every image, each decoded once.
+
+    Args:
+        dataset: any; images on its skip list count as left out, not as broken.
+        cache: file of pixels seen before, see ``inspect_images``.
+        workers: how many images are decoded at once.
+    """
+    report = Report(dataset.name, str(dataset.root or "embedded"), dataset.checks())
+    roles = dataset.image_roles()
+    ids = list(dict.fromkeys(i for role in roles for i in role.image_ids))
+    try:
+        paths = {image_id: dataset.path(image_id) for image_id in ids}
+    except InputError as error:  # no picture at all, or an id that no split lists
+        report.checks.append(Check("images", 0, len(ids), "problem", (str(error),)))
+        return report
+    found = inspect_images(paths, cache, workers)
+    report.broken = {i: image.problem for i, image in found.items() if image.problem}
+    for role in roles:
+        report.checks += _of_role(role, found, dataset.skipped)
+    if not any(check.level == "problem" for check in report.checks) and not dataset.triplets():
+        report.checks.append(Check("triplets that are left to train on", 0, None, "problem"))
+    report.duplicates, checks = _equal(dataset, roles, found)
+    report.checks += checks
+    return report
+
+
+def _of_role(role: ImageRole, found: Mapping[str, Inspected], skipped: frozenset[str]) -> list[Check]:
+    """How many images of a role are sound, and of each problem how many are not."""
+    broken = {i: found[i].problem for i in role.image_ids if found[i].problem}
+    checks = [Check(f"{role.name}: images that decode", len(role.image_ids) - len(broken), len(role.image_ids))]
+    for problem in PROBLEMS:
+        ids = [i for i, what in broken.items() if what == problem]
+        if ids:
+            level: Any = "problem" if role.needed and not set(ids) <= skipped else "note"
+            more = " (on the skip list)" if set(ids) <= skipped else ""
+            examples = tuple(f"{i}: {found[i].detail}" if found[i].detail else i for i in ids)
+            checks.append(Check(f"{role.name}: {problem}{more}", len(ids), 0, level, examples))
+    return checks
+
+
+def _equal(
+    dataset: Dataset, roles: list[ImageRole], found: Mapping[str, Inspected]
+) -> tuple[list[list[str]], list[Check]]:
+    """Classes of images with equal pixels, and what is to be known about them."""
+    hashes = {i: image.pixels for i, image in found.items() if not image.problem}
+    canonical = canonical_ids(hashes)
+    classes: dict[str, list[str]] = {}
+    for image_id, first in canonical.items():
+        classes.setdefault(first, []).append(image_id)
+    several = [ids for ids in classes.values() if len(ids) > 1]
+    copies = sum(len(ids) - 1 for ids in several)
+    examples = tuple(" = ".join(ids[:4]) for ids in several)
+    checks = [Check("images that are a copy of another", copies, None, "note" if copies else "fact", examples)]
+    for role in roles[1:]:
+        pixels = {hashes[i] for i in roles[0].image_ids if i in hashes}
+        leak = [i for i in role.image_ids if hashes.get(i) in pixels]
+        if leak and role.needed:
+            checks.append(Check(f"{role.name}: pixels also {roles[0].name}", len(leak), None, "note", tuple(leak)))
+    path = dataset.root / PUBLISHED_CLASSES if dataset.root else None
+    if path and path.is_file():
+        try:
+            listed = read_optimized(path)
+        except InputError as error:
+            return several, [*checks, Check(PUBLISHED_CLASSES, 0, None, "problem", (str(error),))]
+        wrong = [i for i, first in listed.items() if hashes.get(i) != hashes.get(first)]
+        apart = [i for i, first in canonical.items() if {i, first} <= listed.keys() and listed[i] != listed[first]]
+        what = f"{PUBLISHED_CLASSES}: images whose class disagrees with their pixels"
+        both = tuple(wrong + apart)
+        checks.append(Check(what, len(both), 0, "note" if both else "fact", both))
+    return several, checks
+
+
+def skip_list(report: Report) -> dict[str, str]:
+    """What to leave out: image id → reason. Raises ``InputError`` if that would be everything."""
+    if any(check.what == "images" and check.level == "problem" for check in report.checks):
+        raise InputError(f"{report.dataset}: no picture was found in {report.root}: there is nothing to skip")
+    return dict(report.broken)
+
+
+def table(report: Report) -> str:
+    """The report for the terminal: problems and notes with a few examples each."""
+    width = max(len(check.what) for check in report.checks)
+    lines = [f"{report.dataset} in {report.root}", "", f"{'':{width}}{'found':>8}{'expected':>10}"]
+    for check in report.checks:
+        expected = "" if check.expected is None else f"{check.expected:,}"
+        mark = "" if check.level == "fact" else f"  {check.level}"
+        lines.append(f"{check.what:{width}}{check.found:8,}{expected:>10}{mark}")
+        if check.level != "fact":
+            lines += [f"    {example}" for example in check.examples[:SHOWN]]
+            if len(check.examples) > SHOWN:
+                lines.append(f"    … {len(check.examples) - SHOWN:,} more")
+    levels = Counter(check.level for check in report.checks)
+    verdict = "training can run" if report.can_train else f"training cannot run: {levels['problem']} problems"
+    return "\n".join([*lines, "", f"{verdict}; {levels['note']} notes"])
