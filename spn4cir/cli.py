@@ -103,3 +103,32 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def import_command() -> None:
+    """``spn4cir-import``: convert published weights into a folder that all commands read."""
+    run_command(_import)
+
+
+def _import() -> None:
+    parser = _Parser(
+        prog="spn4cir-import",
+        description="Convert published weights into a folder for --run and --init. Prints what became of every name in "
+        "the file; anything unexplained is an error, and nothing that a file holds is run.",
+        epilog="examples:\n  spn4cir-import --backbone clip4cir fiq_stage1.pt --output runs/imported/fiq_stage1\n"
+        "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="weights as they are published, a file of torch.save")
+    parser.add_argument("--backbone", required=True, help="whose weights they are")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--model", help="architecture inside the backbone (default: recognised by the shapes)")
+    args = parser.parse_args()
+
+    from spn4cir.importers import import_published
+
+    import_published(args.file, args.output, args.backbone, {"model": args.model} if args.model else {})
+    print(
+        f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
+        f"      accelerate launch recipes/stage2.py --init {args.output}"
+    )
