@@ -81,7 +81,9 @@ def write_text(config: GenerateConfig, dataset: Dataset) -> None:
             dropped[f"{template} has nothing to say"] += 1
         else:
             rows.append({**pair, "modification": text, "template": template, "captions": texts})
-            entries.append(published_shape(dataset.name, Triplet(pair["reference"], pair["target"], (text,)), (texts[0], texts[1])))
+            entries.append(
+                published_shape(dataset.name, Triplet(pair["reference"], pair["target"], (text,)), (texts[0], texts[1]))
+            )
     write_jsonl(config.file("triplets.jsonl"), rows)
     write_file(out, json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
     mark_done(out, made_by, **settings, triplets=len(rows), dropped=dict(dropped))

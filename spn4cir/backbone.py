@@ -1,13 +1,48 @@
 """What a backbone is: two methods to write, two derived, and a promise about its image side."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
 
+from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
+
+PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
+"""How entries begin that only continuing a training needs."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a backbone makes of a published checkpoint.
+
+    ``options`` rebuild the backbone, ``state`` has the names of its ``state_dict``, ``ignored`` says why each other
+    name of the file is not needed, and ``container`` says in a few words what kind of file it is.
+    """
+
+    options: dict[str, Any]
+    state: dict[str, Tensor]
+    ignored: dict[str, str]
+    container: str
+
+    @staticmethod
+    def entry(content: Mapping[str, Any], key: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """The state dict under a key of a checkpoint, and what beside it may be ignored, with the reason.
+
+        Raises:
+            InputError: if it is no state dict, or if anything beside it is more than the progress of a training.
+        """
+        beside = [name for name in content if name != key]
+        for name in beside:
+            if not str(name).startswith(PROGRESS):
+                raise InputError(f"beside {key} there is {name!r}, which is unknown here")
+        state = content[key]
+        if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+            raise InputError(f"{key} is {type(state).__name__}, not a dictionary of named tensors")
+        return dict(state), dict.fromkeys(beside, "progress of its training")
 
 
 class Backbone(nn.Module, ABC):
@@ -37,6 +72,19 @@ class Backbone(nn.Module, ABC):
     def extra_loss(self, composed: Composed, targets: ImageFeatures) -> Tensor | None:
         """Further terms of a published model's stage 1, summed; None where there are none."""
         return None
+
+    @classmethod
+    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
+        """The published checkpoint of this model in our names.
+
+        Args:
+            content: the dictionary that the file holds.
+            options: what the user states; the rest is recognised.
+
+        Raises:
+            InputError: if this is none of the containers that the model was published in.
+        """
+        raise InputError(f"backbone {cls.name} has no importer of published weights")
 
     def encode_query(self, pixels: Tensor, tokens: Tokens) -> Tensor:
         """Reference images (B, 3, H, W) and texts → queries (B, E)."""

@@ -7,6 +7,7 @@ is complete.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,19 @@ def read_note(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a complete safetensors file: {error}") from None
 
 
-def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load weights; every key must be accounted for. Raises ``InputError`` that names what is not."""
-    own = module.state_dict()
+def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Which names of two state dicts do not fit together, under the word for how."""
     wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    parts = {
+    return {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
         "of another shape": sorted(wrong),
     }
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load weights; every key must be accounted for. Raises ``InputError`` that names what is not."""
+    parts = differences(module.state_dict(), state)
     report = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in parts.items() if keys)
     if report:
         raise InputError(f"{source} does not fit this model: {report}")

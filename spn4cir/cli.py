@@ -60,15 +60,15 @@ def _evaluate() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
-    parser.add_argument("--protocol", help="id of a protocol of that split (default: that of the run, else the dataset's)")
+    parser.add_argument("--protocol", help="id of a protocol of that split (default: the run's, else the dataset's)")
     parser.add_argument("--dataset", help=f"default: that of --run, else {TrainConfig.dataset}")
     parser.add_argument("--data-root", help="where its files lie")
     parser.add_argument("--backbone", default="clip4cir", help="whose newest run is meant (default: clip4cir)")
     parser.add_argument("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
     parser.add_argument("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
-    parser.add_argument("--submission", metavar="DIR", type=Path, help="write what the evaluation server takes instead")
-    parser.add_argument("--combine", metavar="FILE", type=Path, nargs="+", help="mean and deviation of such JSON results")
+    parser.add_argument("--submission", metavar="DIR", type=Path, help="write what an evaluation server takes instead")
+    parser.add_argument("--combine", metavar="FILE", type=Path, nargs="+", help="mean and deviation of JSON results")
     parser.add_argument("--batch-size", type=int, default=256, help="images encoded at once (default: 256)")
     args = parser.parse_args()
     if args.batch_size < 1:
@@ -154,7 +154,9 @@ def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: A
     if benchmark.answered:
         raise InputError(f"--submission is for a split whose targets are not public, and {benchmark.name} is none")
     if benchmark.name.endswith("+skip"):
-        raise InputError(f"a submission needs every image of {benchmark.name.removesuffix('+skip')}: some are on the skip list")
+        raise InputError(
+            f"a submission needs every image of {benchmark.name.removesuffix('+skip')}: some are on the skip list"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--submission {folder} is a file: give a folder")
     ranked, within = rank_images(backbone, benchmark, images, 50, batch_size)
@@ -264,3 +266,32 @@ def _pixel_cache(name: str) -> Path:
     from spn4cir.checkpoints import runs_root
 
     return runs_root() / "pixels" / f"{name}.jsonl"
+
+
+def import_command() -> None:
+    """``spn4cir-import``: convert published weights into a folder that all commands read."""
+    run_command(_import)
+
+
+def _import() -> None:
+    parser = _Parser(
+        prog="spn4cir-import",
+        description="Convert published weights into a folder for --run and --init. Prints what became of every name in "
+        "the file; anything unexplained is an error, and nothing that a file holds is run.",
+        epilog="examples:\n  spn4cir-import --backbone clip4cir fiq_stage1.pt --output runs/imported/fiq_stage1\n"
+        "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="weights as they are published, a file of torch.save")
+    parser.add_argument("--backbone", required=True, help="whose weights they are")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--model", help="architecture inside the backbone (default: recognised by the shapes)")
+    args = parser.parse_args()
+
+    from spn4cir.importers import import_published
+
+    import_published(args.file, args.output, args.backbone, {"model": args.model} if args.model else {})
+    print(
+        f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
+        f"      accelerate launch recipes/stage2.py --init {args.output}"
+    )

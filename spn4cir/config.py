@@ -25,8 +25,8 @@ class TrainConfig:
         dataset: name of a dataset.
         data_root: where its files lie; null looks in SPN4CIR_DATA, then in data/<dataset>.
         protocol: id that evaluation follows, such as fashioniq/original-noref; null takes the dataset's default.
-        selection: what picks the best checkpoint: "val", which is also reported, or "holdout", training triplets put aside.
-        holdout: fraction of the annotated triplets that selection: holdout puts aside.
+        selection: what picks the best checkpoint: "val", which is also reported, or "holdout".
+        holdout: fraction of the annotated triplets that selection: holdout puts aside for it.
         select_by: metrics whose mean selects, such as [R@1, R@10]; null takes the protocol's.
         backbone: name of a backbone.
         backbone_options: its own options, such as {model: RN50x4-quickgelu, pretrained: openai}.

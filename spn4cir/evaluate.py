@@ -230,7 +230,10 @@ def rank_images(
 
     def named(found: tuple[Tensor, Tensor]) -> dict[str, list[str]]:
         rows = zip(benchmark.queries, found[0].tolist(), found[1].tolist(), strict=True)
-        return {q.name: [benchmark.gallery[n] for s, n in zip(scores, ns, strict=True) if s > -np.inf] for q, scores, ns in rows}
+        return {
+            q.name: [benchmark.gallery[n] for s, n in zip(scores, ns, strict=True) if s > -np.inf]
+            for q, scores, ns in rows
+        }
 
     width = members.shape[1]
     return (

@@ -104,7 +104,9 @@ def train(config: TrainConfig, stage: int) -> Path:
         if run.main:
             if due:
                 result = evaluate(backbone, judge, images, gallery, batch_size=config.eval_batch_size)
-                run.keep_best(backbone, result, selection_score(result["metrics"], config.select_by or judge.selection), state)
+                run.keep_best(
+                    backbone, result, selection_score(result["metrics"], config.select_by or judge.selection), state
+                )
                 row |= result["metrics"]
             run.log(row, bar)
             run.save(objective, optimizer, state)
@@ -184,7 +186,7 @@ def hash_pixels(
 ) -> dict[str, str]:
     """Image id → name of its pixels, equal where they are; or where the dataset's ``optimized_images.json`` says so.
 
-    Each image is decoded, unless it was before and has not changed since, so that a broken one is found before training.
+    Each image is decoded, unless it was before and has not changed since: a broken one is found before training.
 
     Raises:
         InputError: naming the first image that is missing or broken, and how to leave such images out.

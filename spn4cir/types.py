@@ -7,7 +7,7 @@ E embedding width · Q queries · G gallery images.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
@@ -17,6 +17,7 @@ from spn4cir.errors import InputError
 if TYPE_CHECKING:  # so that commands can name these types without waiting for torch
     from torch import Tensor
 
+Level: TypeAlias = Literal["fact", "note", "problem"]
 Tokens: TypeAlias = "dict[str, Tensor]"
 """Tokenised texts: each value has B rows."""
 
@@ -107,9 +108,20 @@ class Check:
     what: str
     found: int
     expected: int | None = None
-    level: Literal["fact", "note", "problem"] = "fact"
+    level: Level = "fact"
     """``problem`` stands in the way of training; ``note`` is worth knowing."""
     examples: tuple[str, ...] = ()
+
+    @classmethod
+    def counted(cls, what: str, found: int, published: int) -> Check:
+        """A count beside the published one."""
+        return cls(what, found, published, "fact" if found == published else "note")
+
+    @classmethod
+    def listed(cls, what: str, examples: Iterable[str], level: Level = "note", expected: int | None = 0) -> Check:
+        """Things that were found; of that level if there are any."""
+        found = tuple(examples)
+        return cls(what, len(found), expected, level if found else "fact", found)
 
 
 class ImageRole(NamedTuple):
@@ -162,10 +174,14 @@ class Dataset(ABC):
 
     def image_roles(self) -> list[ImageRole]:
         """All images by what they are for; an image may have several roles."""
-        galleries = [ImageRole(f"{split} gallery", list(self.benchmark(split).gallery), True) for split in self.protocols]
+        galleries = [
+            ImageRole(f"{split} gallery", list(self.benchmark(split).gallery), True) for split in self.protocols
+        ]
         return [ImageRole("training images", self.training_images(), True), *galleries]
 
-    def write_submission(self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]) -> list[Path]:
+    def write_submission(
+        self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]
+    ) -> list[Path]:
         """Write what an evaluation server takes: by query name, the first images of the gallery and of the subset."""
         raise InputError(f"{self.name} has no evaluation server: there is no submission to write")
 

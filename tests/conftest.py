@@ -3,13 +3,14 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from PIL import Image
 
 from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Query, Triplet
+from spn4cir.types import Benchmark, Dataset, Query, Triplet
 
 IDS = [f"i{n:02d}" for n in range(47)]
 TWIN = "twin"  # the same pixels as i00, under another id
@@ -17,7 +18,7 @@ TRAIN = [TWIN, *IDS[:40]]
 COLOURS = ("red", "green", "blue", "yellow", "white")
 
 
-class Toy:
+class Toy(Dataset):
     """48 pictures of coloured blocks, 40 triplets whose 20 targets all occur twice, 20 queries.
 
     Args:
@@ -25,11 +26,12 @@ class Toy:
     """
 
     name = "toy"
+    protocols: ClassVar = {"val": ("toy/val",), "test": ("toy/test",)}
 
     def __init__(self, root: str | None = None):
         if root is None:
             raise InputError("toy needs --data-root")
-        self.folder = Path(root)
+        self.folder = self.root = Path(root)
 
     @classmethod
     def draw(cls, folder: Path) -> "Toy":
@@ -57,23 +59,19 @@ class Toy:
             for n in range(40)
         ]
 
-    def benchmark(self, split: str) -> Benchmark:
-        if split not in ("val", "test"):
-            raise InputError(f"toy has no split {split!r}; known: val, test")
+    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        chosen = self.choose_protocol(split, protocol)
         ids = (*IDS, TWIN)
         queries = tuple(
             Query(ids[n], f"in {COLOURS[n % 5]}", (ids[(5 * n + 3) % 48],), f"group {n % 2}", self._subset(ids, n))
             for n in range(20)
         )
-        return Benchmark(f"toy/{split}", ids, queries, exclude_reference=True, ks=(1, 5, 10), subset_ks=(1, 2))
+        return Benchmark(chosen, ids, queries, exclude_reference=True, ks=(1, 5, 10), subset_ks=(1, 2))
 
     @staticmethod
     def _subset(ids: tuple[str, ...], n: int) -> tuple[str, ...]:
         others = [i for i in ids if i not in (ids[n], ids[(5 * n + 3) % 48])]
         return (ids[n], ids[(5 * n + 3) % 48], *others[n : n + 4])
-
-    def label(self, image_id: str) -> str:
-        return image_id
 
 
 def toy_config(folder: Path, **changes: object) -> TrainConfig:

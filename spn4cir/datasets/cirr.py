@@ -4,13 +4,14 @@ Source: Liu et al., "Image retrieval on real-life images with pre-trained vision
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 from spn4cir.datasets.files import PLAIN, Entry, attempt, find_root, inner_path, read_entries, read_json
 from spn4cir.datasets.submission import check_submission, write_submission
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Query, Triplet
+from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Level, Query, Triplet
 
 SPLITS = ("train", "val", "test1")
 ANNOTATIONS = ("cirr/captions", "captions")
@@ -35,7 +36,7 @@ class CIRR(Dataset):
     """
 
     name = "cirr"
-    protocols = {"val": ("cirr/val",), "test1": ("cirr/test1",)}
+    protocols: ClassVar = {"val": ("cirr/val",), "test1": ("cirr/test1",)}
 
     def __init__(self, root: str | None = None):
         self.root: Path = find_root(self.name, root, ALIASES, (ANNOTATIONS, FOLDERS), SOURCE)
@@ -74,7 +75,9 @@ class CIRR(Dataset):
         if image_id not in self._files:
             raise InputError(f"{self.name}: unknown image id {image_id!r}")
         if not any((self._pictures / folder).is_dir() for folder in FOLDERS[:3]):
-            raise InputError(f"{self.name}: {self.root} holds no pictures: expected train/, dev/, test1/, from {SOURCE}")
+            raise InputError(
+                f"{self.name}: {self.root} holds no pictures: expected train/, dev/, test1/, from {SOURCE}"
+            )
         path = self._pictures / self._files[image_id]
         others = (path.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".webp"))
         return path if path.exists() else next((other for other in others if other.exists()), path)
@@ -141,7 +144,7 @@ class CIRR(Dataset):
     def image_roles(self) -> list[ImageRole]:
         """What training triplets name, what val and test1 rank, and the rest; what cannot be read is left out."""
         ignored: list[Check] = []
-        listed = {s: list(attempt(ignored, "", False, lambda s=s: self._listed(s)) or []) for s in SPLITS}  # type: ignore[misc]
+        listed = {split: list(attempt(ignored, "", False, partial(self._listed, split)) or []) for split in SPLITS}
         triplets = attempt(ignored, "", False, self.triplets) or []
         named = dict.fromkeys(i for t in triplets for i in (t.reference, t.target))
         return [
@@ -154,22 +157,23 @@ class CIRR(Dataset):
     def checks(self) -> list[Check]:
         """Counts by split, ids that no split lists, subsets of the wrong size, reference equal to target."""
         checks: list[Check] = []
-        listed: dict[str, dict[str, PurePosixPath]] = {}
+        everything: set[str] = set()
         rows: dict[str, list[Entry]] = {}
         for split in SPLITS:
             needed = split != "test1"
-            ids = attempt(checks, f"{split}: split file", needed, lambda: self._listed(split))  # noqa: B023
+            ids = attempt(checks, f"{split}: split file", needed, partial(self._listed, split))
             if ids is not None:
-                listed[split] = ids
-                checks.append(_counted(f"{split}: images listed", len(ids), PUBLISHED_IMAGES[split]))
-            entries = attempt(checks, f"{split}: captions", needed, lambda: read_entries(self._captions(split), SOURCE))  # noqa: B023
+                everything |= ids.keys()
+                checks.append(Check.counted(f"{split}: images listed", len(ids), PUBLISHED_IMAGES[split]))
+            entries = attempt(
+                checks, f"{split}: captions", needed, partial(read_entries, self._captions(split), SOURCE)
+            )
             if entries is not None:
                 rows[split] = entries
-                checks.append(_counted(f"{split}: triplets", len(entries), PUBLISHED_TRIPLETS[split]))
-        everything = {i for ids in listed.values() for i in ids}
+                checks.append(Check.counted(f"{split}: triplets", len(entries), PUBLISHED_TRIPLETS[split]))
         for split, entries in rows.items():
-            found = attempt(checks, f"{split}: captions", split != "test1", lambda: _faults(entries, split, everything))  # noqa: B023
-            checks += found or []
+            faults = partial(_faults, entries, split, everything)
+            checks += attempt(checks, f"{split}: captions", split != "test1", faults) or []
         return checks
 
 
@@ -188,20 +192,13 @@ def _faults(entries: Sequence[Entry], split: str, listed: set[str]) -> list[Chec
             same.append(place)
         if not entry.text("caption").strip():
             empty.append(place)
-    answered = "note" if split == "test1" else "problem"
-    asked = "problem" if split == "val" else "note"
-    kinds = (
-        ("ids in captions that no split lists", lost, answered),
-        (f"subsets without {GROUP} different members", wrong, "note"),
-        ("references or targets outside their subset", outside, asked),
-        ("reference equal to target", same, "note"),
-        ("empty captions", empty, "note"),
-    )
+    answered: Level = "note" if split == "test1" else "problem"
     return [
-        Check(f"{split}: {what}", len(found), 0, level if found else "fact", tuple(found))  # type: ignore[arg-type]
-        for what, found, level in kinds
+        Check.listed(f"{split}: ids in captions that no split lists", lost, answered),
+        Check.listed(f"{split}: subsets without {GROUP} different members", wrong),
+        Check.listed(
+            f"{split}: references or targets outside their subset", outside, "problem" if split == "val" else "note"
+        ),
+        Check.listed(f"{split}: reference equal to target", same),
+        Check.listed(f"{split}: empty captions", empty),
     ]
-
-
-def _counted(what: str, found: int, published: int) -> Check:
-    return Check(what, found, published, "fact" if found == published else "note")

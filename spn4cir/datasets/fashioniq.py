@@ -1,20 +1,22 @@
 """FashionIQ: shop photographs of dresses, shirts and tops, with two captions for each pair.
 
-Source: Wu et al., "The Fashion IQ dataset: retrieving images by combining side information and relative natural language
-feedback", CVPR 2021.
+Source: Wu et al., "The Fashion IQ dataset: retrieving images by combining side information and relative
+natural language feedback", CVPR 2021.
 """
 
 import os
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 from spn4cir.datasets.files import PLAIN, attempt, find_root, read_entries, read_ids
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Query, Triplet
+from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Level, Query, Triplet
 
 CATEGORIES = ("dress", "shirt", "toptee")
 SPLITS = ("train", "val", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = {".png": 0, ".jpg": 1, ".jpeg": 2, ".webp": 3}
 SOURCE = "github.com/XiaoxiaoGuo/fashion-iq (its README says how to fetch the images)"
 PUBLISHED_TRIPLETS = {"train": (5985, 5988, 6027), "val": (2017, 2038, 1961), "test": (2024, 2038, 2056)}
 PUBLISHED_IMAGES = {"train": (11452, 19036, 16121), "val": (3817, 6346, 5373), "test": (3818, 6346, 5374)}
@@ -33,7 +35,7 @@ class FashionIQ(Dataset):
     """
 
     name = "fashioniq"
-    protocols = {"val": ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")}
+    protocols: ClassVar = {"val": ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")}
 
     def __init__(self, root: str | None = None):
         inside = (("captions", "image_splits"), ("images", "resized_image"))
@@ -47,11 +49,10 @@ class FashionIQ(Dataset):
         found: dict[str, tuple[int, Path]] = {}
         for folder in (f for f in folders if f.is_dir()):
             for item in os.scandir(folder):
-                stem, suffix = os.path.splitext(item.name)
-                if suffix.lower() in SUFFIXES:
-                    choice = (SUFFIXES.index(suffix.lower()), folder / item.name)
-                    if stem not in found or choice[0] < found[stem][0]:
-                        found[stem] = choice
+                stem, dot, suffix = item.name.rpartition(".")
+                place = SUFFIXES.get(dot + suffix.lower())
+                if place is not None and (stem not in found or place < found[stem][0]):
+                    found[stem] = (place, folder / item.name)
         return {stem: path for stem, (_, path) in found.items()}
 
     def path(self, image_id: str) -> Path:
@@ -137,12 +138,10 @@ class FashionIQ(Dataset):
         """What training triplets name, what val ranks, and the rest; what cannot be read is left out."""
         ignored: list[Check] = []
         named = attempt(ignored, "", False, self._named) or []
-        listed = {
-            split: list(dict.fromkeys(
-                i for c in CATEGORIES for i in attempt(ignored, "", False, lambda c=c, s=split: self._listed(c, s)) or []  # type: ignore[misc]
-            ))
-            for split in SPLITS
-        }  # fmt: skip
+        listed: dict[str, list[str]] = {}
+        for split in SPLITS:
+            ids = [attempt(ignored, "", False, partial(self._listed, category, split)) or [] for category in CATEGORIES]
+            listed[split] = list(dict.fromkeys(i for of_category in ids for i in of_category))
         known = set(named)
         return [
             ImageRole("named by training triplets", named, True),
@@ -157,31 +156,29 @@ class FashionIQ(Dataset):
         listed: dict[str, set[str]] = {split: set() for split in SPLITS}
         used: dict[str, set[str]] = {split: set() for split in SPLITS}
         same, empty = [], []
-        for split in SPLITS:
-            for number, category in enumerate(CATEGORIES):
-                needed = split == "val" or split == "train"
-                what = f"{split} {category}"
-                ids = attempt(checks, f"{what}: split file", split == "val", lambda: self._listed(category, split))  # noqa: B023
-                if ids is not None:
-                    checks.append(_counted(f"{what}: images listed", len(ids), PUBLISHED_IMAGES[split][number]))
-                    listed[split] |= set(ids)
-                rows = attempt(checks, f"{what}: captions", needed, lambda: self._rows(category, split))  # noqa: B023
-                if rows is not None:
-                    checks.append(_counted(f"{what}: triplets", len(rows), PUBLISHED_TRIPLETS[split][number]))
-                    used[split] |= {i for row in rows for i in row[:2] if i}
-                    same += [f"{what}, entry {n}" for n, row in enumerate(rows) if row[0] == row[1]]
-                    empty += [f"{what}, entry {n}" for n, row in enumerate(rows) if not all(row[2])]
+        for split, (number, category) in product(SPLITS, enumerate(CATEGORIES)):
+            what, needed = f"{split} {category}", split != "test"
+            ids = attempt(checks, f"{what}: split file", split == "val", partial(self._listed, category, split))
+            if ids is not None:
+                checks.append(Check.counted(f"{what}: images listed", len(ids), PUBLISHED_IMAGES[split][number]))
+                listed[split] |= set(ids)
+            rows = attempt(checks, f"{what}: captions", needed, partial(self._rows, category, split))
+            if rows is not None:
+                checks.append(Check.counted(f"{what}: triplets", len(rows), PUBLISHED_TRIPLETS[split][number]))
+                used[split] |= {i for row in rows for i in row[:2] if i}
+                same += [f"{what}, entry {n}" for n, row in enumerate(rows) if row[0] == row[1]]
+                empty += [f"{what}, entry {n}" for n, row in enumerate(rows) if not all(row[2])]
         everything = set().union(*listed.values())
         for split in SPLITS:
             lost = sorted(used[split] - everything) if listed[split] else []
-            level = "problem" if split == "val" else "note"
-            checks.append(Check(f"{split}: ids in captions that no split lists", len(lost), 0, level if lost else "fact", tuple(lost)))
-        checks.append(Check("reference equal to target", len(same), 0, "note" if same else "fact", tuple(same)))
-        checks.append(Check("triplets with an empty caption", len(empty), None, "note" if empty else "fact", tuple(empty)))
+            level: Level = "problem" if split == "val" else "note"
+            checks.append(Check.listed(f"{split}: ids in captions that no split lists", lost, level))
+        checks.append(Check.listed("reference equal to target", same))
+        checks.append(Check.listed("triplets with an empty caption", empty, expected=None))
         leaks = (("train triplets", used["train"], 400), ("train split files", listed["train"], 811))
-        for where, ids, published in leaks:
-            leak = sorted(listed["val"] & ids)
-            checks.append(Check(f"val gallery images also in {where}", len(leak), published, "note" if leak else "fact", tuple(leak)))
+        for where, train, published in leaks:
+            leak = sorted(listed["val"] & train)
+            checks.append(Check.listed(f"val gallery images also in {where}", leak, expected=published))
         return checks
 
 
@@ -191,7 +188,3 @@ def _variants(texts: list[str]) -> tuple[str, ...]:
     if first and second:
         return f"{first} and {second}", f"{second} and {first}", first, second
     return (first or second,) if first or second else ()
-
-
-def _counted(what: str, found: int, published: int) -> Check:
-    return Check(what, found, published, "fact" if found == published else "note")

@@ -14,7 +14,9 @@ T = TypeVar("T")
 PLAIN = re.compile(r"\w[\w.-]*")  # a file name without folders
 
 
-def find_root(name: str, given: str | None, aliases: Sequence[str], inside: Sequence[Sequence[str]], source: str) -> Path:
+def find_root(
+    name: str, given: str | None, aliases: Sequence[str], inside: Sequence[Sequence[str]], source: str
+) -> Path:
     """The folder of a dataset: below ``given``, else below SPN4CIR_DATA, else below ``data``; or that folder itself.
 
     Args:

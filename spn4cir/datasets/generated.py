@@ -19,7 +19,7 @@ def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()
 
     Args:
         path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
-            ``caption``, or ``reference_name``, ``target_name``, ``captions``: one text, or a list of which one is drawn.
+            ``caption``, or ``reference_name``, ``target_name``, ``captions``: one text, or a list to draw from.
         known: image ids that may occur.
         skipped: image ids whose triplets are left out.
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Skipping(Dataset):
         return [t for t in self.whole.triplets() if not {t.reference, t.target} & self.skipped]
 
     def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """Galleries without skipped images; queries whose reference or all of whose targets are skipped are left out."""
+        """Galleries without skipped images; queries whose reference or all of whose targets are skipped go too."""
         plain = protocol.removesuffix("+skip") if protocol else None
         whole = self.whole.benchmark(split, plain)
         if not self.skipped & set(whole.gallery):
@@ -90,17 +90,22 @@ class Skipping(Dataset):
     def notes(self) -> list[str]:
         """What the skip list leaves out."""
         kinds = ", ".join(f"{count} {reason}" for reason, count in Counter(self.reasons.values()).most_common())
-        return [*self.whole.notes(), f"{self.name}: {self.root and self.root / NAME} leaves out {len(self.reasons)} images ({kinds})"]
+        return [
+            *self.whole.notes(),
+            f"{self.name}: {self.root and self.root / NAME} leaves out {len(self.reasons)} images ({kinds})",
+        ]
 
     def checks(self) -> list[Check]:
         """Those of the whole dataset, and the skip list."""
-        return [*self.whole.checks(), Check("images on the skip list", len(self.reasons), None, "note", tuple(self.reasons))]
+        return [*self.whole.checks(), Check.listed("images on the skip list", self.reasons, expected=None)]
 
     def image_roles(self) -> list[ImageRole]:
         """Those of the whole dataset, skipped images included."""
         return self.whole.image_roles()
 
-    def write_submission(self, folder: Path, ranked: Mapping[str, list[str]], within: Mapping[str, list[str]]) -> list[Path]:  # type: ignore[override]
+    def write_submission(
+        self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]
+    ) -> list[Path]:
         """As the whole dataset does: every query must be answered, skipped images or not."""
         return self.whole.write_submission(folder, ranked, within)
 

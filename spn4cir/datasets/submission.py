@@ -1,7 +1,7 @@
 """CIRR's submission: two JSON files of ranked image names, which only its server can score.
 
-Keys are pair ids as text, values the first 50 images of the gallery without the reference (``recall``), or the first 3 of
-the subset without the reference (``recall_subset``); ``version`` and ``metric`` say what the file is.
+Keys are pair ids as text, values the first 50 images of the gallery without the reference (``recall``), or the first 3
+of the subset without the reference (``recall_subset``); ``version`` and ``metric`` say what the file is.
 """
 
 import json

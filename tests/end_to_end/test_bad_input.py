@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from spn4cir.cli import evaluate_command
+from spn4cir.cli import evaluate_command, import_command
 
 ROOT = Path(__file__).parent.parent.parent
 Call = Callable[..., str]
+COMMANDS = {"spn4cir-eval": evaluate_command, "spn4cir-import": import_command}
 
 
 def shown(text: str) -> list[str]:
@@ -29,26 +30,31 @@ def shown(text: str) -> list[str]:
 def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, runs: Path) -> Call:
     """Call an entry point that must fail in one line and leave no file; returns that line."""
 
+    def files() -> list[Path]:
+        """What lies there, but for the cache of pixels that were seen."""
+        return sorted(p for p in tmp_path.rglob("*") if p not in (runs, runs / "pixels", runs / "pixels" / "toy.jsonl"))
+
     def call(program: str, *arguments: object) -> str:
-        before = sorted(tmp_path.rglob("*"))
+        before = files()
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            if program == "spn4cir-eval":
-                evaluate_command()
+            if program in COMMANDS:
+                COMMANDS[program]()
             else:
                 runpy.run_path(str(ROOT / program), run_name="__main__")
         out, err = capfd.readouterr()
         assert stopped.value.code not in (0, None)
         assert out == "" and len(shown(err)) == 1, err
         assert "Traceback" not in err and shown(err)[0].startswith("error: ")
-        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+        assert files() == before, "something was left behind"
         return shown(err)[0]
 
     return call
 
 
 STAGE1, STAGE2, EVAL, DATA = "recipes/stage1.py", "recipes/stage2.py", "spn4cir-eval", "data_gen/make_triplets.py"
+IMPORT = "spn4cir-import"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,11 @@ STAGE1, STAGE2, EVAL, DATA = "recipes/stage1.py", "recipes/stage2.py", "spn4cir-
         ((EVAL, "--run", "nowhere"), "nowhere holds no model"),
         ((EVAL, "--nonsense"), "--nonsense"),
         ((EVAL, "--batch-size", 0), "batch"),
+        ((IMPORT,), "required: FILE, --backbone, --output"),
+        ((IMPORT, "no.pt", "--backbone", "nothing", "--output", "new"), "unknown backbone 'nothing'; known: clip4cir"),
+        ((IMPORT, "no.pt", "--backbone", "clip4cir", "--output", "new"), "no.pt is missing"),
+        ((IMPORT, ".", "--backbone", "clip4cir", "--output", "new"), ". is a folder: give the file"),
+        ((IMPORT, "no.pt", "--backbone", "clip4cir", "--output", "."), ". is not empty: give a new folder"),
         ((DATA, "--dataset", "nowhere"), "unknown dataset 'nowhere'; known: emoji"),
         ((DATA, "--nonsense", 1), "nonsense"),
         ((DATA, "--window", "[5, 2]"), "window must be two ranks"),

@@ -35,7 +35,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in (1, 2):
         told = python(folder, str(ROOT / f"recipes/stage{stage}.py"), *FEW)
         assert told.returncode == 0, told.stderr
-        assert f"stage {stage}: best of val at step 2 of 2" in told.stdout and "next: " in told.stdout
+        assert (
+            f"stage {stage}: step 2 of 2, the best on emoji/val: selected on what it reports" in told.stdout
+            and "next: " in told.stdout
+        )
     return folder
 
 

@@ -27,11 +27,17 @@ def score(query: list[float], vectors: list[list[float]]) -> float:
     return max(sum(a * b for a, b in zip(query, v, strict=True)) for v in vectors)
 
 
-def slow_rank(query: list[float], gallery: list, targets: list[int], excluded: list[int]) -> int:  # type: ignore[type-arg]
-    """One more than the images that are ranked, answer nothing and score no less than the best answer."""
+def slow_rank(query: list[float], gallery: list, targets: list[int], excluded: list[int]) -> list[int]:  # type: ignore[type-arg]
+    """First and last place: one more than the images that are ranked, answer nothing and score more, or no less."""
     best = max(score(query, gallery[t]) for t in targets if t >= 0 and t not in excluded)
-    others = [j for j in range(len(gallery)) if j not in targets and j not in excluded]
-    return 1 + sum(score(query, gallery[j]) >= best for j in others)
+    others = [score(query, gallery[j]) for j in range(len(gallery)) if j not in targets and j not in excluded]
+    return [1 + sum(other > best for other in others), 1 + sum(other >= best for other in others)]
+
+
+def slow_recall(ranks: list[list[int]], k: int) -> float:
+    """Percentage over all places that each target may stand on, one by one."""
+    shares = [sum(place <= k for place in range(a, b + 1)) / (b - a + 1) for a, b in ranks]
+    return 100 * sum(shares) / len(shares)
 
 
 def rows(width: int, count: int, avoid: Tensor | None = None) -> Tensor:
@@ -67,15 +73,15 @@ def test_ties_and_other_targets_matter() -> None:
     ranks = rank_of_target(query, gallery, targets)
     scores = query @ gallery[:, 0].T
     best = scores.gather(1, targets.clamp(min=0)).masked_fill(targets < 0, -torch.inf).amax(1, keepdim=True)
-    assert not torch.equal(ranks, (scores > best).sum(1) + 1)
-    assert not torch.equal(ranks, (scores >= best).sum(1))
+    assert not torch.equal(ranks[:, 1], (scores > best).sum(1) + 1)
+    assert not torch.equal(ranks[:, 1], (scores >= best).sum(1))
 
 
 def test_an_excluded_target_is_no_answer() -> None:
     """A target that the ranking leaves out cannot lend its score to the others."""
     query, gallery = torch.tensor([[1.0]]), torch.tensor([[[9.0]], [[5.0]], [[1.0]]])
-    assert rank_of_target(query, gallery, torch.tensor([[0, 2]]), torch.tensor([[0]])).tolist() == [2]
-    assert rank_of_target(query, gallery, torch.tensor([[0, 2]])).tolist() == [1]
+    assert rank_of_target(query, gallery, torch.tensor([[0, 2]]), torch.tensor([[0]])).tolist() == [[2, 2]]
+    assert rank_of_target(query, gallery, torch.tensor([[0, 2]])).tolist() == [[1, 1]]
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
@@ -97,7 +103,7 @@ def test_the_rank_is_the_place_in_the_sorted_list() -> None:
     query, gallery = torch.randn(40, 8), torch.randn(G, 2, 8)
     targets = torch.randint(0, G, (40, 1))
     places = (top_k(query, gallery, G)[1] == targets).int().argmax(1) + 1
-    assert torch.equal(places, rank_of_target(query, gallery, targets))
+    assert torch.equal(torch.stack([places, places], 1), rank_of_target(query, gallery, targets))
 
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +138,10 @@ def test_benchmark_ranks_and_metrics_equal_loops(exclude: bool) -> None:
     fast, fast_few = rank_queries(benchmark, query, gallery)
     assert fast.tolist() == ranks and fast_few is not None and fast_few.tolist() == few
     metrics, groups = metrics_of(benchmark, fast, fast_few)
-    assert metrics["R@5"] == pytest.approx(100 * sum(r <= 5 for r in ranks) / 25)
-    assert metrics["Rs@2"] == pytest.approx(100 * sum(r <= 2 for r in few) / 25)
+    assert metrics["R@5"] == pytest.approx(slow_recall(ranks, 5))
+    assert metrics["Rs@2"] == pytest.approx(slow_recall(few, 2))
     parts = [[r for r, q in zip(ranks, benchmark.queries, strict=True) if q.group == name] for name in groups]
-    wanted = [100 * sum(r <= 5 for r in part) / len(part) for part in parts]
+    wanted = [slow_recall(part, 5) for part in parts]
     assert [group["R@5"] for group in groups.values()] == pytest.approx(wanted)
     assert metrics["macro R@5"] == pytest.approx(sum(wanted) / 3)
     assert rank_queries(toy_benchmark(not exclude), query, gallery)[0].tolist() != ranks  # negative control
@@ -164,18 +170,13 @@ class Constant(Backbone):
         return [self.vector]
 
 
-def test_a_constant_model_scores_below_chance(toy) -> None:  # type: ignore[no-untyped-def]
-    """Ties never favour the target, so it is ranked last: recall is 0 at each k below the number of ranked images.
-
-    A collapsed model thus scores at most chance, k / ranked, and cannot look good by ties.
-    """
-    benchmark = toy.benchmark("val")
-    result = evaluate(Constant(), benchmark, ImageSource(toy.path, Transform(8)))
-    assert len(result["metrics"]) == 8 and set(result["metrics"].values()) == {0.0}
-    ranked = len(benchmark.gallery) - 1  # the reference is left out
-    same = torch.ones(20, 2), torch.ones(48, 1, 2)
-    ranks = rank_queries(benchmark, *same)[0]
-    assert set(ranks.tolist()) == {ranked} and recall_at(ranks, ranked - 1) == 0 and recall_at(ranks, ranked) == 100
+def test_a_constant_model_scores_chance(toy) -> None:  # type: ignore[no-untyped-def]
+    """Ties never favour the target: where all scores are equal, recall is k / ranked images, and within the subset too."""
+    result = evaluate(Constant(), toy.benchmark("val"), ImageSource(toy.path, Transform(8)))
+    ranked, within = 47, 5  # without the reference
+    chance = {f"R@{k}": 100 * k / ranked for k in (1, 5, 10)} | {f"Rs@{k}": 100 * k / within for k in (1, 2)}
+    chance |= {f"macro R@{k}": 100 * k / ranked for k in (1, 5, 10)}
+    assert result["metrics"] == pytest.approx(chance)
 
 
 def test_a_random_model_scores_chance() -> None:

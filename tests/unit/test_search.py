@@ -53,30 +53,42 @@ def test_rank_against_a_naive_loop() -> None:
         naive_rank(s, [t for t in ts if t >= 0], [x for x in xs if x >= 0])
         for s, ts, xs in zip(scores, targets.tolist(), excluded.tolist(), strict=True)
     ]
-    assert rank_of_target(query, gallery, targets, excluded).tolist() == expected
-    assert rank_of_target(query, gallery, targets).tolist() != expected  # the exclusions do matter
+    assert rank_of_target(query, gallery, targets, excluded).tolist() == [[r, r] for r in expected]
+    assert rank_of_target(query, gallery, targets).tolist() != [[r, r] for r in expected]  # the exclusions do matter
 
 
 def test_ties_never_favour_the_target() -> None:
-    """A model that gives everything one score is last, not first."""
+    """A model that gives everything one score puts the target anywhere, not first."""
     query, gallery = gallery_of([[0.5, 0.5, 0.5, 0.5]])
     for row in range(4):
-        assert rank_of_target(query, gallery, torch.tensor([[row]])).tolist() == [4]
+        assert rank_of_target(query, gallery, torch.tensor([[row]])).tolist() == [[1, 4]]
+
+
+def test_members_alone_are_ranked() -> None:
+    """Within three of five images; padding is no image; a target outside has no rank."""
+    query, gallery = gallery_of([[0.9, 0.8, 0.7, 0.7, 0.1]])
+    members = torch.tensor([[1, 2, 3, -1]])
+    assert rank_of_target(query, gallery, torch.tensor([[2]]), members=members).tolist() == [[2, 3]]
+    assert rank_of_target(query, gallery, torch.tensor([[2]]), torch.tensor([[1]]), members).tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match="no rank"):
+        rank_of_target(query, gallery, torch.tensor([[0]]), members=members)
+    scores, rows = top_k(query, gallery, 4, torch.tensor([[1]]), members)
+    assert rows[0, :2].tolist() == [2, 3] and scores[0, 2:].isneginf().all()
 
 
 def test_other_targets_do_not_stand_in_the_way() -> None:
     """The best of several targets counts, and an equal second target is not ahead of it."""
     query, gallery = gallery_of([[0.9, 0.8, 0.8, 0.1]])
-    assert rank_of_target(query, gallery, torch.tensor([[1, 2]])).tolist() == [2]
-    assert rank_of_target(query, gallery, torch.tensor([[3, 2]])).tolist() == [3]
+    assert rank_of_target(query, gallery, torch.tensor([[1, 2]])).tolist() == [[2, 2]]
+    assert rank_of_target(query, gallery, torch.tensor([[3, 2]])).tolist() == [[3, 3]]
 
 
 def test_excluding_the_reference() -> None:
     """A reference that scores best costs a place only where the protocol keeps it."""
     query, gallery = gallery_of([[0.9, 0.8]])
     target = torch.tensor([[1]])
-    assert rank_of_target(query, gallery, target).tolist() == [2]
-    assert rank_of_target(query, gallery, target, torch.tensor([[0]])).tolist() == [1]
+    assert rank_of_target(query, gallery, target).tolist() == [[2, 2]]
+    assert rank_of_target(query, gallery, target, torch.tensor([[0]])).tolist() == [[1, 1]]
 
 
 def test_an_excluded_target_has_no_rank() -> None:
@@ -84,7 +96,7 @@ def test_an_excluded_target_has_no_rank() -> None:
     gallery, query = torch.eye(3)[:, None], torch.eye(3)[:1]
     with pytest.raises(ValueError, match="no rank"):
         rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[0]]))
-    assert rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[1]])).tolist() == [1]
+    assert rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[1]])).tolist() == [[1, 1]]
 
 
 def test_ranks_over_several_chunks() -> None:
@@ -124,7 +136,7 @@ def test_a_query_without_target_has_no_rank() -> None:
 def test_no_queries_give_no_answers() -> None:
     """Zero queries are zero ranks and zero rows, not an error of concatenation."""
     gallery = unit(3, 1, 4)
-    assert rank_of_target(unit(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long)).shape == (0,)
+    assert rank_of_target(unit(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long)).shape == (0, 2)
     scores, rows = top_k(unit(0, 4), gallery, 2)
     assert scores.shape == rows.shape == (0, 2)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from spn4cir.datasets.generated import published_shape, read_generated
+from spn4cir.datasets.generated import published_shape
+from spn4cir.datasets.generated import read_generated as read
 from spn4cir.errors import InputError
 from spn4cir.types import Triplet
 
@@ -14,6 +15,13 @@ FASHIONIQ = {"candidate": "a", "target": "b", "captions": ["red", "in red"], "ca
 CIRR = {
     "reference": "a", "target_hard": "b", "caption": ["red", "in red"], "pairid": 0, "img_set": {"members": ["-"]},
 }  # fmt: skip
+
+
+def read_generated(path: Path, known: tuple[str, ...] = ("a", "b", "c")) -> list[Triplet]:
+    """Triplets of a file that leaves none out."""
+    triplets, notes = read(path, known)
+    assert not notes
+    return triplets
 
 
 def written(tmp_path: Path, *entries: Any) -> Path:
@@ -27,7 +35,6 @@ def test_published_shapes(tmp_path: Path, entry: dict[str, Any]) -> None:
     """Both shapes give the same triplet, marked as generated; what is not needed is ignored."""
     expected = [Triplet("a", "b", ("red", "in red"), generated=True)]
     assert read_generated(written(tmp_path, entry)) == expected
-    assert read_generated(written(tmp_path, entry), known=["a", "b"]) == expected
 
 
 def test_one_text_may_stand_alone(tmp_path: Path) -> None:
@@ -46,26 +53,51 @@ def test_an_empty_list(tmp_path: Path) -> None:
     assert read_generated(written(tmp_path)) == []
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    """published_shape and read_generated are inverse."""
+@pytest.mark.parametrize("dataset", ["emoji", "fashioniq", "cirr"])
+def test_what_is_written_is_read_back(tmp_path: Path, dataset: str) -> None:
+    """published_shape and read_generated are inverse, and CIRR's shape has CIRR's fields."""
     triplet = Triplet("a", "b", ("red ä",), generated=True)
-    entry = published_shape(triplet, ("one", "two"))
+    entry = published_shape(dataset, triplet, ("one", "two"))
     assert (entry["caption1"], entry["caption2"]) == ("one", "two")
+    assert entry.keys() - {"caption1", "caption2"} == (CIRR if dataset == "cirr" else FASHIONIQ).keys() - {
+        "caption1", "caption2",
+    }  # fmt: skip
     assert read_generated(written(tmp_path, entry)) == [triplet]
+
+
+def test_out_of_domain_files_name_images_by_address(tmp_path: Path) -> None:
+    """Their paths are not read; ids are what the other two fields say."""
+    entry = {
+        "reference": "x/1.jpg",
+        "target": "x/2.jpg",
+        "reference_name": "a",
+        "target_name": "b",
+        "captions": ["red"],
+    }
+    assert read_generated(written(tmp_path, entry)) == [Triplet("a", "b", ("red",), generated=True)]
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    """Empty texts, triplets without any, and triplets of skipped images."""
+    entries = [{**FASHIONIQ, "captions": c} for c in (["red", " "], [], [""], "")] + [{**FASHIONIQ, "target": "gone"}]
+    triplets, notes = read(written(tmp_path, *entries), ("a", "b"), ("gone",))
+    assert triplets == [Triplet("a", "b", ("red",), generated=True)]
+    assert [note.split(": ")[1] for note in notes] == [
+        "3 triplets without any text are left out", "1 triplets of skipped images are left out",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "field"), [
     ({"target": None}, "target"), ({"target": "z"}, "target"), ({"target": 3}, "target"),
     ({"candidate": "z"}, "candidate"),
-    ({"candidate": ["a"]}, "candidate"), ({"captions": []}, "captions"), ({"captions": ["red", " "]}, "captions"),
-    ({"captions": ""}, "captions"), ({"captions": [3]}, "captions"), ({"captions": None}, "captions"),
+    ({"candidate": ["a"]}, "candidate"), ({"captions": 3}, "captions"), ({"captions": [3]}, "captions"), ({"captions": None}, "captions"),
     ({"captions": {"a": "b"}}, "captions"),
 ])  # fmt: skip
 def test_damage_is_named(tmp_path: Path, change: dict[str, Any], field: str) -> None:
     """Each kind of damage names file, entry and field, in one line."""
     path = written(tmp_path, FASHIONIQ, {**FASHIONIQ, **change})
     with pytest.raises(InputError) as error:
-        read_generated(path, known=["a", "b"])
+        read_generated(path, known=("a", "b"))
     message = str(error.value)
     assert str(path) in message and "entry 1" in message and repr(field) in message and "\n" not in message
 
@@ -76,7 +108,7 @@ def test_damage_is_named(tmp_path: Path, change: dict[str, Any], field: str) -> 
 ])  # fmt: skip
 def test_missing_fields_are_named(tmp_path: Path, entry: dict[str, Any], field: str) -> None:
     """A field that is not there is named in the words of the shape."""
-    with pytest.raises(InputError, match=f"entry 0: '{field}' is missing"):
+    with pytest.raises(InputError, match=f"entry 0, field '{field}': is missing"):
         read_generated(written(tmp_path, entry))
 
 
