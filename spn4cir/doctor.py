@@ -127,5 +127,5 @@ def table(report: Report) -> str:
             if len(check.examples) > SHOWN:
                 lines.append(f"    … {len(check.examples) - SHOWN:,} more")
     levels = Counter(check.level for check in report.checks)
-    verdict = "training can run" if report.can_train else f"training cannot run: {levels['problem']} problems"
-    return "\n".join([*lines, "", f"{verdict}; {levels['note']} notes"])
+    verdict = "training can run" if report.can_train else "training cannot run"
+    return "\n".join([*lines, "", f"{verdict} (problems: {levels['problem']}, notes: {levels['note']})"])

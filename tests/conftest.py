@@ -1,5 +1,6 @@
 """Shared by all tests: a toy dataset that registers itself, a place for runs, and the small embedded backbone."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,72 @@ class Toy(Dataset):
         return (ids[n], ids[(5 * n + 3) % 48], *others[n : n + 4])
 
 
+def draw_picture(path: Path, seed: object, size: tuple[int, int] = (48, 40)) -> None:
+    """A picture of coloured blocks, the same one each time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blocks = Image.frombytes("RGB", (6, 6), random.Random(str(seed)).randbytes(6 * 6 * 3))
+    blocks.resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def draw_fashioniq(root: Path) -> Path:
+    """A small FashionIQ in its own layout: per category 12 training triplets, 8 val queries, 4 test queries.
+
+    Each split lists 14 images of a category, of which its captions name 13; the first of val is also one of train.
+    """
+    for category in ("dress", "shirt", "toptee"):
+        for split, count in (("train", 12), ("val", 8), ("test", 4)):
+            ids = [f"B{category[0].upper()}{split[:2].upper()}{n:05d}" for n in range(14)]
+            if split == "val":
+                ids[0] = f"B{category[0].upper()}TR00000"
+            for image_id in ids:
+                draw_picture(root / "images" / f"{image_id}.png", image_id)
+            rows = [
+                {
+                    "candidate": ids[n % 5],
+                    "target": ids[n % 8 + 5],
+                    "captions": [f"is {COLOURS[n % 5]}.", f"has {n} dots"],
+                }
+                for n in range(count)
+            ]
+            if split == "test":
+                rows = [{key: row[key] for key in ("candidate", "captions")} for row in rows]
+            write_json(root / "captions" / f"cap.{category}.{split}.json", rows)
+            write_json(root / "image_splits" / f"split.{category}.{split}.json", ids)
+    return root
+
+
+def draw_cirr(root: Path) -> Path:
+    """A small CIRR in its own layout: 18 training and 12 val triplets, 18 test1 queries over 54 images, groups of 6."""
+    for split, folder, groups in (("train", "train/7", 3), ("val", "dev", 2), ("test1", "test1", 9)):
+        stem = folder.split("/")[0]
+        ids = [f"{stem}-{n}-0-img{n % 2}" for n in range(6 * groups + (3 if split == "val" else 0))]
+        for image_id in ids:
+            draw_picture(root / folder / f"{image_id}.png", image_id)
+        rows = []
+        for n in range(18 if split != "val" else 12):
+            group = n % groups
+            members = ids[6 * group : 6 * group + 6]
+            row = {
+                "pairid": 12000 + n,
+                "reference": members[n // groups % 6],
+                "target_hard": members[(n // groups + 1) % 6],
+                "target_soft": {},
+                "caption": f"make it {COLOURS[n % 5]} with {n} dots",
+                "img_set": {"id": group, "members": members, "reference_rank": 1, "target_rank": 2},
+            }
+            if split == "test1":
+                del row["target_hard"], row["target_soft"], row["img_set"]["target_rank"]
+            rows.append(row)
+        write_json(root / "cirr" / "captions" / f"cap.rc2.{split}.json", rows)
+        write_json(root / "cirr" / "image_splits" / f"split.rc2.{split}.json", {i: f"./{folder}/{i}.png" for i in ids})
+    return root
+
+
 def toy_config(folder: Path, **changes: object) -> TrainConfig:
     """A run of ten steps, five an epoch, that uses everything whose state a resume must put back."""
     settings: dict[str, object] = {
@@ -99,6 +166,18 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
     monkeypatch.setitem(DATASETS, Toy.name, Toy)
     return Toy.draw(tmp_path / "toy")
+
+
+@pytest.fixture
+def fashioniq(tmp_path: Path) -> Path:
+    """Root of a small FashionIQ on disk."""
+    return draw_fashioniq(tmp_path / "fashioniq")
+
+
+@pytest.fixture
+def cirr(tmp_path: Path) -> Path:
+    """Root of a small CIRR on disk."""
+    return draw_cirr(tmp_path / "cirr")
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ class Constant(Backbone):
 
 
 def test_a_constant_model_scores_chance(toy) -> None:  # type: ignore[no-untyped-def]
-    """Ties never favour the target: where all scores are equal, recall is k / ranked images, and within the subset too."""
+    """Ties never favour the target: where all scores are equal, recall is k / ranked images."""
     result = evaluate(Constant(), toy.benchmark("val"), ImageSource(toy.path, Transform(8)))
     ranked, within = 47, 5  # without the reference
     chance = {f"R@{k}": 100 * k / ranked for k in (1, 5, 10)} | {f"Rs@{k}": 100 * k / within for k in (1, 2)}

@@ -90,8 +90,8 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("change", "field"), [
     ({"target": None}, "target"), ({"target": "z"}, "target"), ({"target": 3}, "target"),
     ({"candidate": "z"}, "candidate"),
-    ({"candidate": ["a"]}, "candidate"), ({"captions": 3}, "captions"), ({"captions": [3]}, "captions"), ({"captions": None}, "captions"),
-    ({"captions": {"a": "b"}}, "captions"),
+    ({"candidate": ["a"]}, "candidate"), ({"captions": 3}, "captions"), ({"captions": [3]}, "captions"),
+    ({"captions": None}, "captions"), ({"captions": {"a": "b"}}, "captions"),
 ])  # fmt: skip
 def test_damage_is_named(tmp_path: Path, change: dict[str, Any], field: str) -> None:
     """Each kind of damage names file, entry and field, in one line."""
