@@ -109,13 +109,12 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     backbone.to(_device())
     images = ImageSource(dataset.path, backbone.transform)
     shown = sys.stderr if args.json == "-" else sys.stdout
-    print(f"model {run or 'embedded weights, not trained on any triplet'}", file=shown)
-    print("".join(f"{note}\n" for note in dataset.notes()), end="", file=shown)
     if args.submission:
         return _submit(args.submission, dataset, backbone, benchmark, images, args.batch_size)
     result: dict[str, Any] = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size)
     result = {"protocol": result["protocol"], "run": str(run) if run else None, **result, "git": git_commit()}
-    print(table(result), file=shown)
+    lines = [f"model {run or 'embedded weights, not trained on any triplet'}", *dataset.notes(), table(result)]
+    print("\n".join(lines), file=shown)
     if args.json == "-":
         print(json.dumps(result, indent=1))
     elif args.json:

@@ -95,9 +95,9 @@ class Run:
             raise InputError(f"{self.folder} is a stage {stage} run: resume it with recipes/stage{stage}.py")
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
         for name, value in dataclasses.asdict(config).items():
-            if name not in FREE_ON_RESUME and before.get(name) != value:
+            if name not in FREE_ON_RESUME and before.get(name, value) != value:
                 raise InputError(
-                    f"--resume {self.folder} continues the same run, but {name} was {before.get(name)!r}, now {value!r}"
+                    f"--resume {self.folder} continues the same run, but {name} was {before[name]!r}, now {value!r}"
                 )
 
     @property

@@ -100,8 +100,9 @@ class CIRR(Dataset):
         return [triplet for triplet in rows if triplet.modifications[0]]
 
     def notes(self) -> list[str]:
-        """How many training triplets have no caption."""
-        bare = sum(not entry.text("caption").strip() for entry in read_entries(self._captions("train"), SOURCE))
+        """How many training triplets have no caption; nothing where there are no training triplets."""
+        entries = attempt([], "", False, partial(read_entries, self._captions("train"), SOURCE)) or []
+        bare = sum(not entry.text("caption").strip() for entry in entries)
         return [f"{self.name}: {bare} training triplets without a caption are left out"] if bare else []
 
     def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:

@@ -106,8 +106,9 @@ class FashionIQ(Dataset):
         )
 
     def notes(self) -> list[str]:
-        """How many training triplets have no caption at all."""
-        bare = sum(not _variants(texts) for c in CATEGORIES for _, _, texts in self._rows(c, "train"))
+        """How many training triplets have no caption at all; nothing where there are no training triplets."""
+        rows = attempt([], "", False, lambda: [row for c in CATEGORIES for row in self._rows(c, "train")]) or []
+        bare = sum(not _variants(texts) for _, _, texts in rows)
         return [f"{self.name}: {bare} training triplets without any caption are left out"] if bare else []
 
     def _captions(self, category: str, split: str) -> Path:

@@ -28,7 +28,7 @@ def test_images_become_triplets(tmp_path: Path) -> None:
         make_triplets(GenerateConfig(output=str(tmp_path / folder), window=[1, 6], pairs_per_image=2), dataset)
     first, second = ((tmp_path / folder / "triplets.json").read_bytes() for folder in "ab")
     assert first == second
-    triplets = read_generated(tmp_path / "a" / "triplets.json", names)
+    triplets, _ = read_generated(tmp_path / "a" / "triplets.json", names)
     assert len(triplets) > len(names) / 2
     rows = [json.loads(line) for line in (tmp_path / "a" / "captions.jsonl").read_text().splitlines()]
     assert sum(row["caption"] == names[row["image_id"]] for row in rows) > 0.75 * len(rows)

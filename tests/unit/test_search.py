@@ -80,7 +80,7 @@ def test_other_targets_do_not_stand_in_the_way() -> None:
     """The best of several targets counts, and an equal second target is not ahead of it."""
     query, gallery = gallery_of([[0.9, 0.8, 0.8, 0.1]])
     assert rank_of_target(query, gallery, torch.tensor([[1, 2]])).tolist() == [[2, 2]]
-    assert rank_of_target(query, gallery, torch.tensor([[3, 2]])).tolist() == [[3, 3]]
+    assert rank_of_target(query, gallery, torch.tensor([[3, 2]])).tolist() == [[2, 3]]
 
 
 def test_excluding_the_reference() -> None:

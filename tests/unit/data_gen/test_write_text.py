@@ -81,7 +81,8 @@ def made(folder: Path, pairs: list[tuple[str, str]], **settings: Any) -> Generat
 def test_the_published_file(tmp_path: Path) -> None:
     """Triplets are readable as generated ones, captions and pair beside; what says nothing is dropped and counted."""
     config = made(tmp_path, [("a", "b"), ("a", "c"), ("a", "d"), ("a", "zz"), ("b", "e")])
-    triplets = read_generated(config.file("triplets.json"), known="abcde")
+    triplets, notes = read_generated(config.file("triplets.json"), known="abcde")
+    assert not notes
     rows = read_jsonl(config.file("triplets.jsonl"))
     assert [(t.reference, t.target) for t in triplets] == [("a", "b"), ("b", "e")]
     assert triplets == [Triplet(r["reference"], r["target"], (r["modification"],), generated=True) for r in rows]
