@@ -145,9 +145,7 @@ def load_triplets(
     check_selection(judge, config.select_by or ())
     if config.generated:
         default = Path("data") / dataset.name / "generated" / "triplets.json"
-        path = default if config.generated == "auto" else Path(config.generated)
-        if dataset.root and not path.is_file() and (dataset.root / path).is_file():
-            path = dataset.root / path
+        path = default if config.generated == "auto" else dataset.file(config.generated)
         generated, notes = read_generated(path, dataset.training_images(), dataset.skipped)
         triplets += generated
         for note in notes:

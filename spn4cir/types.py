@@ -164,6 +164,11 @@ class Dataset(ABC):
         """What to show a person for an image."""
         return image_id
 
+    def file(self, name: str) -> Path:
+        """A file that a person names: as it stands, or below the dataset's folder."""
+        path = Path(name)
+        return path if self.root is None or path.is_file() else self.root / path
+
     def notes(self) -> list[str]:
         """What a person should know about what is read and what is not, a line each."""
         return []

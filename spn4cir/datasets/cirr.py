@@ -15,7 +15,8 @@ from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Level, Query, Tr
 
 SPLITS = ("train", "val", "test1")
 ANNOTATIONS = ("cirr/captions", "captions")
-FOLDERS = ("train", "dev", "test1", "images/train", "images/dev", "images/test1")
+BASES = ("", "img_raw", "images")  # where the image tree may stand
+TREE = tuple(f"{base}/{part}".lstrip("/") for base in BASES for part in ("train", "dev", "test1"))
 ALIASES = ("cirr_dataset", "CIRR")
 SOURCE = "github.com/Cuberick-Orion/CIRR (annotations, branch cirr_dataset; its README says how to get NLVR2's images)"
 PUBLISHED_TRIPLETS = {"train": 28225, "val": 4181, "test1": 4148}
@@ -26,7 +27,7 @@ GROUP = 6  # images of a subset, reference included
 class CIRR(Dataset):
     """``cirr/captions/cap.rc2.{split}.json``, ``cirr/image_splits/split.rc2.{split}.json`` and NLVR2's image tree.
 
-    The two annotation folders may also lie in the root itself; the image tree may lie in ``images``.
+    The two annotation folders may also lie in the root itself, and the image tree in ``img_raw`` or ``images``.
 
     Args:
         root: folder of the dataset; None looks in SPN4CIR_DATA, then in data/cirr.
@@ -39,10 +40,9 @@ class CIRR(Dataset):
     protocols: ClassVar = {"val": ("cirr/val",), "test1": ("cirr/test1",)}
 
     def __init__(self, root: str | None = None):
-        self.root: Path = find_root(self.name, root, ALIASES, (ANNOTATIONS, FOLDERS), SOURCE)
+        self.root: Path = find_root(self.name, root, ALIASES, (ANNOTATIONS, TREE), SOURCE)
         self._annotations = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
-        tree = any((self.root / folder).is_dir() for folder in FOLDERS[:3])
-        self._pictures = self.root if tree or not (self.root / "images").is_dir() else self.root / "images"
+        self._pictures = next((path.parent for name in TREE if (path := self.root / name).is_dir()), None)
 
     def _captions(self, split: str) -> Path:
         return self._annotations / "captions" / f"cap.rc2.{split}.json"
@@ -74,13 +74,18 @@ class CIRR(Dataset):
         """The picture of an image; where it should lie, if it is missing."""
         if image_id not in self._files:
             raise InputError(f"{self.name}: unknown image id {image_id!r}")
-        if not any((self._pictures / folder).is_dir() for folder in FOLDERS[:3]):
+        if self._pictures is None:
             raise InputError(
                 f"{self.name}: {self.root} holds no pictures: expected train/, dev/, test1/, from {SOURCE}"
             )
         path = self._pictures / self._files[image_id]
         others = (path.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".webp"))
         return path if path.exists() else next((other for other in others if other.exists()), path)
+
+    def file(self, name: str) -> Path:
+        """A file that a person names: as it stands, or below the root or the folder of the annotations."""
+        path = super().file(name)
+        return path if path.is_file() else self._annotations / name
 
     def training_images(self) -> list[str]:
         """All images of the train split file."""

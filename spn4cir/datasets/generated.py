@@ -30,7 +30,10 @@ def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()
         InputError: naming the file, the entry and the field.
     """
     if not path.is_file():
-        raise InputError(f"generated triplets {path} are missing: make them with python data_gen/make_triplets.py")
+        raise InputError(
+            f"generated triplets {path} are missing: make them with python data_gen/make_triplets.py, "
+            "or put the file of others there"
+        )
     out, allowed = frozenset(skipped), frozenset(known)
     triplets, empty, left_out = [], 0, 0
     for entry in read_entries(path):

@@ -51,6 +51,10 @@ class Skipping(Dataset):
         """The picture of an image."""
         return self.whole.path(image_id)
 
+    def file(self, name: str) -> Path:
+        """A file that a person names."""
+        return self.whole.file(name)
+
     def label(self, image_id: str) -> str:
         """What to show a person for an image."""
         return self.whole.label(image_id)
