@@ -20,6 +20,15 @@ from spn4cir.types import Tokens, Triplet
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+def decode(path: Path) -> Image.Image:
+    """Decode a file as RGB; transparent parts become white. Raises whatever the decoder does."""
+    with Image.open(path) as picture:
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            white = Image.new("RGBA", picture.size, "white")
+            return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+        return picture.convert("RGB")
+
+
 def open_image(path: Path) -> Image.Image:
     """Decode a file as RGB; transparent parts become white.
 
@@ -27,20 +36,18 @@ def open_image(path: Path) -> Image.Image:
         InputError: if the file is missing or does not decode.
     """
     try:
-        with Image.open(path) as picture:
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                white = Image.new("RGBA", picture.size, "white")
-                return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-            return picture.convert("RGB")
+        return decode(path)
     except FileNotFoundError:
         raise InputError(f"image {path} is missing") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise InputError(f"image {path} does not decode: {error}") from None
 
 
 def pixel_hash(picture: Image.Image) -> str:
     """Hash of size and pixels: equal exactly for images that look the same to a model."""
-    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{picture.size}".encode())
+    digest.update(picture.tobytes())
+    return digest.hexdigest()
 
 
 def target_pad(picture: Image.Image, ratio: float = 1.25) -> Image.Image:

@@ -11,9 +11,9 @@ from spn4cir.datasets import DATASETS
 
 ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
-    {"errors"}, {"files", "types"}, {"config", "losses", "metrics", "search"}, {"images"}, {"embedded"}, {"datasets"},
-    {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank"}, {"objective", "evaluate", "index"}, {"run"}, {"train"},
-    {"cli"},
+    {"errors"}, {"files", "types"}, {"config", "losses", "metrics", "search"}, {"images"}, {"deduplicate"},
+    {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank"},
+    {"objective", "evaluate", "index"}, {"run"}, {"train"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LIBRARY = sorted(path for top in ("spn4cir", "data_gen") for path in (ROOT / top).rglob("*.py"))

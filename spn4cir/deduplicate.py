@@ -1,0 +1,305 @@
+"""Images whose pixels are equal: found by content in one parallel pass, kept in the published optimized_images.json.
+
+Time is linear in the number of images: each is decoded once and reduced to the hash of its pixels, and equal hashes are
+one class. Only as many decoded images as there are workers are in memory at any time.
+"""
+
+import json
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import PIL
+from PIL import Image
+from tqdm import tqdm
+
+from spn4cir.errors import InputError
+from spn4cir.files import write_text
+from spn4cir.images import decode, pixel_hash
+
+Problem: TypeAlias = Literal["", "missing", "truncated", "unreadable"]
+Stamp: TypeAlias = tuple[int, int]
+"""Size in bytes and time of the last change in nanoseconds, by which a change of a file is noticed."""
+
+BLOCK = 16  # images that a worker takes at once: small ones would otherwise cost more to hand out than to decode
+AHEAD = 4  # blocks that are handed out for each worker: a large image does not stop the others
+MADE_BY = f"1/pillow {PIL.__version__}"  # decoders of two versions may round differently, so their hashes do not mix
+MARKS = ((b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), (b"\xff\xd8\xff", b"\xff\xd9"), (b"GIF8", b";"))
+
+
+class Inspected(NamedTuple):
+    """What one look at an image file gave: the hash of its pixels, or else what is wrong and what the decoder said."""
+
+    pixels: str
+    problem: Problem = ""
+    detail: str = ""
+
+
+def inspect_images(
+    paths: Mapping[str, Path], cache: Path | None = None, workers: int | None = None, show: bool = True
+) -> dict[str, Inspected]:
+    """Decode every image once and hash its pixels; no broken image stops it.
+
+    A file is *truncated* if it begins as an image and its data ends early: it begins as PNG, JPEG, GIF or WebP and the
+    end mark is missing (of a WebP: it is shorter than it says), or the decoder ran out of data, as it also does where a
+    damaged length promises too much. Everything else that does not decode is *unreadable*, a file cut within its first
+    bytes included. A file that only lacks what follows its last pixel decodes, and is whole.
+
+    Args:
+        paths: image id → file; ids may share one.
+        cache: JSONL file of images that were decoded before; those whose size and time are the same are not opened
+            again. Several processes may share it. Where it cannot be read or written, all goes on without it.
+        workers: threads (decoders and hashes run outside the interpreter's lock); by default one for each core.
+        show: a progress bar.
+
+    Returns:
+        One entry for each id, in the order of ``paths``.
+    """
+    files = list(dict.fromkeys(paths.values()))
+    found: dict[Path, Inspected] = {}
+    with (
+        _Cache(cache, files) as kept,
+        tqdm(total=len(files), desc="check images", unit="image", leave=False, disable=not show) as bar,
+    ):
+        for block, results in _blocks(files, kept.known, _cores() if workers is None else workers):
+            for path, (inspected, stamp) in zip(block, results, strict=True):
+                found[path] = inspected
+                if stamp is not None:
+                    kept.add(path, stamp, inspected.pixels)
+            bar.update(len(block))
+    return {image_id: found[path] for image_id, path in paths.items()}
+
+
+def canonical_ids(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Image id → the first id with equal pixels, in order; an image without a hash stands for itself."""
+    first: dict[str, str] = {}
+    return {i: first.setdefault(pixels, i) if pixels else i for i, pixels in hashes.items()}
+
+
+def read_optimized(path: Path) -> dict[str, str]:
+    """Name → canonical name from an ``optimized_images.json``, in the order of the file; its paths are not opened.
+
+    The file is a JSON array of three parts: canonical names, their paths, and an object of name → position of the
+    canonical name in the first part.
+
+    Raises:
+        InputError: if the file is missing or damaged, naming the part and the entry.
+    """
+    try:
+        parts = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _object(path, pairs))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no readable JSON: {error}") from None
+    if not isinstance(parts, list) or len(parts) != 3:
+        told = f"an array of {len(parts)}" if isinstance(parts, list) else type(parts).__name__
+        raise InputError(f"{path}: expected an array of 3 parts (names, paths, name → class), found {told}")
+    names, places, classes = parts
+    for number, part in enumerate((names, places), 1):
+        if not isinstance(part, list):
+            raise InputError(f"{path}, part {number}: expected an array of strings, found {type(part).__name__}")
+        for entry, value in enumerate(part):
+            if not isinstance(value, str):
+                raise InputError(f"{path}, part {number}, entry {entry}: expected a string, found {value!r:.60}")
+    if len(names) != len(places):
+        raise InputError(f"{path}, part 2: {len(places)} paths for the {len(names)} names of part 1")
+    if not isinstance(classes, dict):
+        raise InputError(f"{path}, part 3: expected an object, found {type(classes).__name__}")
+    _check_classes(path, names, classes)
+    return {name: names[number] for name, number in classes.items()}
+
+
+def write_optimized(path: Path, canonical: Mapping[str, str], paths: Mapping[str, Path]) -> None:
+    """Write classes as ``optimized_images.json``, whole or not at all.
+
+    Args:
+        path: the file.
+        canonical: name → canonical name, as ``canonical_ids`` gives it; classes are numbered as they first occur.
+        paths: canonical name → image file, written as it is given.
+
+    Raises:
+        InputError: if a canonical name does not stand for itself, or has no path.
+    """
+    number: dict[str, int] = {}
+    for name, stands in canonical.items():
+        if canonical.get(stands) != stands:
+            raise InputError(f"{path}: {stands!r} is to stand for {name!r}, but does not stand for itself")
+        if stands not in paths:
+            raise InputError(f"{path}: canonical image {stands!r} has no path")
+        number.setdefault(stands, len(number))
+    classes = {name: number[stands] for name, stands in canonical.items()}
+    write_text(path, json.dumps([list(number), [paths[name].as_posix() for name in number], classes]))
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise InputError(f"{path}, part 3, entry {twice!r:.60}: named twice")
+    return found
+
+
+def _check_classes(path: Path, names: list[str], classes: dict[str, Any]) -> None:
+    for name, number in classes.items():
+        if type(number) is not int:  # a bool is none
+            raise InputError(f"{path}, part 3, entry {name!r:.60}: expected a class id, found {number!r:.60}")
+        if not 0 <= number < len(names):
+            raise InputError(f"{path}, part 3, entry {name!r:.60}: class id {number} is not in 0 to {len(names) - 1}")
+    for number, name in enumerate(names):
+        if classes.get(name) != number:
+            told = f"maps {name!r:.60} to class {classes[name]}" if name in classes else f"lacks {name!r:.60}"
+            raise InputError(f"{path}, part 1, entry {number}: part 3 {told}, whose canonical name it is")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+Looked: TypeAlias = "tuple[Inspected, Stamp | None]"
+"""A result with the stamp to remember it under, or None if it is remembered or not to be."""
+
+
+def _blocks(
+    files: Sequence[Path], known: Mapping[str, tuple[Stamp, str]], workers: int
+) -> Iterator[tuple[Sequence[Path], list[Looked]]]:
+    """Blocks of files with their results, in order, a bounded number of them under way."""
+    Image.init()  # PIL loads its plugins at the first file that needs one, and threads beside may miss them
+    todo = (files[start : start + BLOCK] for start in range(0, len(files), BLOCK))
+    pool = ThreadPoolExecutor(workers, "inspect")
+    try:
+        waiting: deque[tuple[Sequence[Path], Future[list[Looked]]]] = deque()
+        while True:
+            for block in islice(todo, AHEAD * workers - len(waiting)):
+                waiting.append((block, pool.submit(_look_all, block, known)))
+            if not waiting:
+                return
+            block, future = waiting.popleft()
+            yield block, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _look_all(files: Sequence[Path], known: Mapping[str, tuple[Stamp, str]]) -> list[Looked]:
+    return [_look(path, known) for path in files]
+
+
+def _look(path: Path, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
+    stamp = _stamp(path)
+    if stamp is not None and (before := known.get(str(path.absolute()))) and before[0] == stamp:
+        return Inspected(before[1]), None
+    inspected = _inspect(path)
+    unchanged = stamp is not None and not inspected.problem and _stamp(path) == stamp
+    return inspected, stamp if unchanged else None
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """The stamp of a regular file; None for anything else."""
+    try:
+        told = path.stat()
+    except (OSError, ValueError):
+        return None
+    return (told.st_size, told.st_mtime_ns) if stat.S_ISREG(told.st_mode) else None
+
+
+def _inspect(path: Path) -> Inspected:
+    try:
+        if not path.is_file() and path.exists():  # a pipe would wait for ever
+            return Inspected("", "unreadable", "not a regular file")
+        return Inspected(pixel_hash(decode(path)))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return Inspected("", "missing", _line(error))
+    except Exception as error:  # foreign data in a dozen decoders: whatever one of them raises is said of this file
+        return Inspected("", "truncated" if _ends_early(path, _line(error)) else "unreadable", _line(error))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _ends_early(path: Path, said: str) -> bool:
+    """Whether a file that does not decode begins as an image whose data ends early."""
+    if "truncated" in said.replace(str(path), "").lower():
+        return True
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+                return path.stat().st_size < int.from_bytes(head[4:8], "little") + 8
+            ends = [end for begin, end in MARKS if head.startswith(begin)]
+            return bool(ends) and ends[0] not in file.read()
+    except (OSError, ValueError):
+        return False
+
+
+class _Cache:
+    """Hashes that are known from before, and a file to which new ones are added a line at a time."""
+
+    def __init__(self, file: Path | None, paths: Sequence[Path]):
+        self.known: dict[str, tuple[Stamp, str]] = {}
+        self._descriptor: int | None = None
+        if file is None:
+            return
+        try:
+            torn = self._read(file, {str(path.absolute()) for path in paths})
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if torn:
+                self._write(b"\n")
+        except OSError:
+            pass  # a cache only saves time
+
+    def _read(self, file: Path, wanted: set[str]) -> bool:
+        """Take over what is whole and wanted, the last line of a file winning; tell whether the end is torn."""
+        line = b"\n"
+        try:
+            with file.open("rb") as lines:
+                for line in lines:
+                    row = _cache_row(line)
+                    if row is not None and row[0] in wanted:
+                        self.known[row[0]] = row[1:]
+        except FileNotFoundError:
+            return False
+        return not line.endswith(b"\n")
+
+    def add(self, path: Path, stamp: Stamp, pixels: str) -> None:
+        """Remember an image, by one write so that lines of several processes do not mix."""
+        row = {"path": str(path.absolute()), "size": stamp[0], "mtime_ns": stamp[1], "pixels": pixels, "by": MADE_BY}
+        self._write(json.dumps(row).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        try:
+            if self._descriptor is not None and os.write(self._descriptor, line) < len(line):
+                self._close()
+        except OSError:
+            self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> "_Cache":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._close()
+
+
+def _cache_row(line: bytes) -> tuple[str, Stamp, str] | None:
+    """Path, stamp and hash of one line; None if it is torn, damaged or from another version."""
+    try:
+        row = json.loads(line)
+        path, size, time, pixels, by = (row[name] for name in ("path", "size", "mtime_ns", "pixels", "by"))
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    whole = type(path) is str and type(size) is int and type(time) is int and type(pixels) is str and len(pixels) == 64
+    return (path, (size, time), pixels) if whole and by == MADE_BY and line.endswith(b"\n") else None
