@@ -8,28 +8,30 @@ from pathlib import Path
 
 from data_gen.files import digest, is_done, mark_done, read_jsonl, write_jsonl
 from data_gen.settings import GenerateConfig, command
+from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
 
 def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     """Write images.jsonl: one row per training image, with its pixel hash and canonical image."""
-    from tqdm import tqdm
-
-    from spn4cir.images import open_image, pixel_hash
+    from spn4cir.deduplicate import canonical_ids, inspect_images
 
     out, ids = config.file("images.jsonl"), dataset.training_images()
     made_by = digest({"step": "deduplicate", "ids": ids, "files": [_stamp(dataset.path(i)) for i in ids]})
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
-    first: dict[str, str] = {}
-    rows = []
-    for image_id in tqdm(ids, "deduplicate", unit="image"):
-        pixels = pixel_hash(open_image(dataset.path(image_id)))
-        rows.append({"image_id": image_id, "pixels": pixels, "canonical": first.setdefault(pixels, image_id)})
+    inspected = inspect_images({i: dataset.path(i) for i in ids})
+    for image_id, (_, problem, detail) in inspected.items():
+        if problem:
+            told = "is missing" if problem == "missing" else f"does not decode: {detail}"
+            raise InputError(f"image {dataset.path(image_id)} {told}")
+    canonical = canonical_ids({i: one.pixels for i, one in inspected.items()})
+    rows = [{"image_id": i, "pixels": inspected[i].pixels, "canonical": canonical[i]} for i in ids]
+    unique = len(set(canonical.values()))
     write_jsonl(out, rows)
-    mark_done(out, made_by, images=len(rows), unique=len(first))
-    print(f"deduplicate: {len(rows)} images, {len(first)} unique → {out}")
+    mark_done(out, made_by, images=len(rows), unique=unique)
+    print(f"deduplicate: {len(rows)} images, {unique} unique → {out}")
 
 
 def _stamp(path: Path) -> list[int]:

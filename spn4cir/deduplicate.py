@@ -31,7 +31,7 @@ PUBLISHED_CLASSES = "optimized_images.json"
 BLOCK = 16  # images that a worker takes at once: small ones would otherwise cost more to hand out than to decode
 AHEAD = 4  # blocks that are handed out for each worker: a large image does not stop the others
 MADE_BY = f"1/pillow {PIL.__version__}"  # decoders of two versions may round differently, so their hashes do not mix
-MARKS = ((b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), (b"\xff\xd8\xff", b"\xff\xd9"), (b"GIF8", b";"))
+MARKS = ((b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), (b"\xff\xd8\xff", b"\xff\xd9"))  # begins with, ends with
 
 
 class Inspected(NamedTuple):
@@ -235,8 +235,9 @@ def _ends_early(path: Path, said: str) -> bool:
             head = file.read(12)
             if head[:4] == b"RIFF" and head[8:] == b"WEBP":
                 return path.stat().st_size < int.from_bytes(head[4:8], "little") + 8
-            ends = [end for begin, end in MARKS if head.startswith(begin)]
-            return bool(ends) and ends[0] not in file.read()
+            if head.startswith(b"GIF8"):
+                return not file.read().rstrip(b"\0").endswith(b"\0;")
+            return any(head.startswith(begin) and end not in file.read() for begin, end in MARKS)
     except (OSError, ValueError):
         return False
 

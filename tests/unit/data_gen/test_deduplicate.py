@@ -72,3 +72,16 @@ def test_a_broken_image_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"b\.png"):
         deduplicate(config, dataset(folder, ["a", "b"]))
     assert not list((folder / "out").glob("*"))
+
+
+def test_the_first_of_several_broken_images_is_named(folder: Path) -> None:
+    """In the dataset's order, whatever was looked at first, in one line; a missing one is called missing."""
+    config, broken = GenerateConfig(output=str(folder / "out")), ["a", *(f"x{n}" for n in range(40)), "b", "c"]
+    for n in range(40):
+        shutil.copy(folder / "a.png", folder / f"x{n}.png")
+    (folder / "b.png").unlink()
+    (folder / "c.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"^image .*b\.png is missing$"):
+        deduplicate(config, dataset(folder, broken))
+    with pytest.raises(InputError, match=r"^image .*c\.png does not decode: [^\n]*$"):
+        deduplicate(config, dataset(folder, [*reversed(broken)]))
