@@ -215,7 +215,7 @@ def _check(args: argparse.Namespace) -> None:
         reasons = skip_list(report)
         path = write_skip_list(dataset.root, reasons)
         dataset = load_dataset(args.dataset, args.data_root)
-        report = examine(dataset, _pixel_cache(dataset.name), args.workers)
+        report = examine(dataset, before=report)
         print(f"{path}: {len(reasons)} images to leave out\n", file=shown)
     print(table(report), file=shown)
     text = json.dumps(report.as_json(), indent=1) + "\n"
