@@ -110,6 +110,7 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     images = ImageSource(dataset.path, backbone.transform)
     shown = sys.stderr if args.json == "-" else sys.stdout
     if args.submission:
+        print(f"model {run or 'embedded weights, not trained on any triplet'}")
         return _submit(args.submission, dataset, backbone, benchmark, images, args.batch_size)
     result: dict[str, Any] = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size)
     result = {"protocol": result["protocol"], "run": str(run) if run else None, **result, "git": git_commit()}

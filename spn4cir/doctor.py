@@ -95,11 +95,12 @@ def _equal(
     copies = sum(len(ids) - 1 for ids in several)
     examples = tuple(" = ".join(ids[:4]) for ids in several)
     checks = [Check("images that are a copy of another", copies, None, "note" if copies else "fact", examples)]
-    for role in roles[1:]:
-        pixels = {hashes[i] for i in roles[0].image_ids if i in hashes}
-        leak = [i for i in role.image_ids if hashes.get(i) in pixels]
-        if leak and role.needed:
-            checks.append(Check(f"{role.name}: pixels also {roles[0].name}", len(leak), None, "note", tuple(leak)))
+    own = set(roles[0].image_ids)
+    pixels = {hashes[i] for i in own if i in hashes}
+    for role in (role for role in roles[1:] if role.needed):
+        leak = [i for i in role.image_ids if i not in own and hashes.get(i) in pixels]
+        if leak:
+            checks.append(Check.listed(f"{role.name}: copies of images {roles[0].name}", leak))
     path = dataset.root / PUBLISHED_CLASSES if dataset.root else None
     if path and path.is_file():
         try:
