@@ -1,11 +1,11 @@
 """Evaluation at full size: FashionIQ's and CIRR's val metrics from feature vectors, against the straightforward way.
 
-Vectors are random, queries lean towards their targets. Both ways compute the metrics of fashioniq/original and cirr/val and
-must agree. The straightforward way is what research code does: all scores, all of them sorted, an array of names in
-that order, references and subsets found by comparing names.
+Vectors are random, queries lean towards their targets. Both ways compute the metrics of fashioniq/original and cirr/val,
+and must agree. The straightforward way is what research code does: all scores, all of them sorted, an array of names
+in that order, references and subsets found by comparing names.
 
 examples:
-  python -m benchmarks.evaluation                        # under a minute on two cores
+  python -m benchmarks.evaluation                        # about a minute on two cores
   python -m benchmarks.evaluation --data-root FOLDER --json benchmarks/results/evaluation.json
 """
 
@@ -143,6 +143,7 @@ class Worker:
     """
 
     def __init__(self, way: str, benchmarks: dict[str, Benchmark]):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as make does: threads that spin slow each other down
         context = multiprocessing.get_context("spawn")  # a fork of a process that has threads may hang
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(there, way, benchmarks), daemon=True)
@@ -222,7 +223,7 @@ def report(root: str | None, rounds: int) -> dict[str, Any]:
     return {
         "benchmark": "evaluation",
         "what": f"metrics of val from random vectors of width {WIDTH}, medians of {rounds} rounds in turns",
-        "command": f"python -m benchmarks.evaluation --rounds {rounds}",
+        "command": f"python -m benchmarks.evaluation --rounds {rounds}" + (" --data-root FOLDER" if root else ""),
         "data": {
             name: {
                 "from": source,
@@ -242,7 +243,7 @@ def report(root: str | None, rounds: int) -> dict[str, Any]:
             name: {key: round(value, 4) for key, value in metrics.items()}
             for name, metrics in found["ours"]["metrics"].items()
         },
-        "threads": torch.get_num_threads(),
+        "threads": f"{torch.get_num_threads()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "git": git_commit(),
     }
@@ -250,11 +251,10 @@ def report(root: str | None, rounds: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The report for people."""
-    lines = [
-        f"{name}: {about['protocol']}, {about['queries']:,} queries over {' + '.join(map('{:,}'.format, about['images']))} "
-        f"images, {about['from']}"
-        for name, about in found["data"].items()
-    ]
+    lines = []
+    for name, about in found["data"].items():
+        sizes = " + ".join(f"{images:,}" for images in about["images"])
+        lines.append(f"{name}: {about['protocol']}, {about['queries']:,} queries over {sizes} images, {about['from']}")
     lines.append(
         f"{'seconds':18}" + "".join(f"{name:>12}" for name in ("total", *DATASETS)) + f"{'peak extra MiB':>17}"
     )
