@@ -1,6 +1,6 @@
 """Evaluation at full size: FashionIQ's and CIRR's val metrics from feature vectors, against the straightforward way.
 
-Vectors are random, queries lean towards their targets. Both ways compute the metrics of fashioniq/original and cirr/val,
+Vectors are random, queries lean towards their targets. Both ways compute the metrics of fashioniq/original and cirr/val
 and must agree. The straightforward way is what research code does: all scores, all of them sorted, an array of names
 in that order, references and subsets found by comparing names.
 
