@@ -24,9 +24,13 @@ def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     print("\nfor example:")
     for row in rows[:: max(1, len(rows) // 8)][:8]:
         print(f"  {row['captions'][0]}  +  «{row['modification']}»  →  {row['captions'][1]}")
-    print(
-        f"\nnext: accelerate launch recipes/stage2.py --generated {config.file('triplets.json')} --generated-share 0.25"
+    made, root = (
+        f"--generated {config.file('triplets.json')}",
+        f" --data-root {config.data_root}" * bool(config.data_root),
     )
+    other = f"--config recipes/{config.dataset}_clip4cir_stage2_generated.yaml{root} {made}"
+    small = config.dataset == GenerateConfig.dataset
+    print(f"\nnext: accelerate launch recipes/stage2.py {f'{made} --generated-share 0.25' if small else other}")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     benchmark = dataset.benchmark(args.split, args.protocol)
     if not benchmark.answered and not args.submission:
         raise InputError(f"{benchmark.name}: its targets are not public: give --submission DIR and ask its server")
+    if args.submission:
+        _check_submission(args.submission, benchmark)
     run = args.run or checkpoints.newest_run(name, args.backbone)
     backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone)
     backbone.to(_device())
@@ -147,10 +149,8 @@ def _combine(paths: list[Path]) -> None:
         print(f"{name:<12}{mean:8.2f} ± {deviation:.2f}")
 
 
-def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: Any, batch_size: int) -> None:
-    """Rank without targets, and write the files of an evaluation server."""
-    from spn4cir.evaluate import rank_images
-
+def _check_submission(folder: Path, benchmark: Any) -> None:
+    """Raises ``InputError`` before a model is loaded if there is nothing to submit."""
     if benchmark.answered:
         raise InputError(f"--submission is for a split whose targets are not public, and {benchmark.name} is none")
     if benchmark.name.endswith("+skip"):
@@ -159,6 +159,12 @@ def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: A
         )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--submission {folder} is a file: give a folder")
+
+
+def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: Any, batch_size: int) -> None:
+    """Rank without targets, and write the files of an evaluation server."""
+    from spn4cir.evaluate import rank_images
+
     ranked, within = rank_images(backbone, benchmark, images, 50, batch_size)
     for path in dataset.write_submission(folder, ranked, within):
         print(dataset.check_submission(path))

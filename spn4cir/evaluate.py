@@ -249,7 +249,7 @@ def check_selection(benchmark: Benchmark, names: Sequence[str]) -> None:
         known += [f"macro R@{k}" for k in benchmark.ks]
     for name in names:
         if name not in known:
-            raise InputError(f"{benchmark.name} has no metric {name!r}; known: {', '.join(known)}")
+            raise InputError(f"select_by: {benchmark.name} has no metric {name!r}; known: {', '.join(known)}")
 
 
 def selection_score(metrics: Mapping[str, float], names: Sequence[str]) -> float:

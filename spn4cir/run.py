@@ -22,7 +22,6 @@ from spn4cir.evaluate import git_commit, table
 from spn4cir.files import write_text
 
 FREE_ON_RESUME = {"resume", "workers", "trackers", "keep_pixels"}  # may differ from the first start
-NEXT = {1: "accelerate launch recipes/stage2.py --init {}", 2: "spn4cir-eval --run {} --split test --ablate"}
 
 
 class Run:
@@ -32,6 +31,7 @@ class Run:
         self.folder, self.stage, self.accelerator = folder, stage, accelerator
         self.main = accelerator.is_main_process
         self.started = time.time()
+        self.config = TrainConfig()
 
     @classmethod
     def open(cls, config: TrainConfig, stage: int, accelerator: Accelerator) -> "Run":
@@ -70,6 +70,7 @@ class Run:
 
     def start(self, config: TrainConfig, module: nn.Module) -> None:
         """Make the folder, save the settings, start the trackers, and say what is trained where."""
+        self.config = config
         if self.main and not config.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_yaml(config, self.folder / "config.yaml")
@@ -181,8 +182,16 @@ class Run:
             else:
                 print(f"\n{chosen}, the best on {judge}, training triplets put aside; reported once on")
             print(table(best["result"]))
-            print(f"\nsaved in {self.folder}\nnext: {NEXT[self.stage].format(self.folder)}", flush=True)
+            print(f"\nsaved in {self.folder}\nnext: {self._next()}", flush=True)
         self.accelerator.end_training()
+
+    def _next(self) -> str:
+        """What a person is likely to do next, with the data of this run."""
+        if self.stage == 2:
+            return f"spn4cir-eval --run {self.folder} --ablate"
+        dataset, backbone, root = self.config.dataset, self.config.backbone, self.config.data_root
+        recipe = f" --config recipes/{dataset}_{backbone}_stage2.yaml" if dataset != TrainConfig.dataset else ""
+        return f"accelerate launch recipes/stage2.py{recipe}{f' --data-root {root}' * bool(root)} --init {self.folder}"
 
 
 def _unused(folder: Path) -> Path:

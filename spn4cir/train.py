@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -41,6 +41,8 @@ def train(config: TrainConfig, stage: int) -> Path:
     Raises:
         InputError: before anything is written, if data, weights or settings do not fit.
     """
+    if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":  # accelerate would say nothing
+        raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
     run = Run.open(config, stage, accelerator)
