@@ -135,7 +135,7 @@ STAGES = {
 }
 GENERATED = {
     "fashioniq": "captions/cap.extend_clip.train.json",
-    "cirr": "cirr/captions/cap.rc2.train.extend_clip.json",
+    "cirr": "captions/cap.rc2.train.extend_clip.json",
 }
 
 
