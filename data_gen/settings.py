@@ -82,12 +82,15 @@ def command(step: Callable[[GenerateConfig, Dataset], None], text: str | None) -
         argv = sys.argv[1:]
         named = [b for a, b in itertools.pairwise(argv) if a == "--dataset"]
         named += [a.partition("=")[2] for a in argv if a.startswith("--dataset=")]
-        preset = PRESETS / f"triplets_{Path(named[-1]).name if named else GenerateConfig.dataset}.yaml"
-        if not preset.is_file():
+        own = preset = PRESETS / f"triplets_{Path(named[-1]).name if named else GenerateConfig.dataset}.yaml"
+        if not own.is_file():
             preset = PRESETS / f"triplets_{GenerateConfig.dataset}.yaml"
         config = parse(GenerateConfig, preset, argv, text or "")
         from spn4cir.datasets import load_dataset
 
-        step(config, load_dataset(config.dataset, config.data_root))
+        dataset = load_dataset(config.dataset, config.data_root)
+        if preset != own and not any(a.partition("=")[0] == "--config" for a in argv):
+            print(f"{dataset.name} has no preset {own.name}: what is not given is that of {preset.name}")
+        step(config, dataset)
 
     run_command(main)

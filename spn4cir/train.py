@@ -202,8 +202,8 @@ def hash_pixels(
     published = dataset.root and dataset.root / PUBLISHED_CLASSES
     if not published or not published.is_file():
         return {image_id: image.pixels for image_id, image in found.items()}
-    say(f"{dataset.name}: {published} says which images are equal")
     canonical = read_optimized(published)
+    say(f"{dataset.name}: {published} says which images are equal")
     first_of = {image_id: canonical.get(image_id, image_id) for image_id in found}
     return {i: found[first].pixels if first in found else f"as {first}" for i, first in first_of.items()}
 
