@@ -354,6 +354,7 @@ DAMAGE = [
     ("fashioniq", "image_splits/split.dress.val.json", without("BDVA00005"), "'target': 'BDVA00005' is not in"),
     ("fashioniq", "images/BTTR00004.png", cut, "does not decode"),
     ("fashioniq", "images/BTVA00009.png", Path.unlink, "is missing"),
+    ("fashioniq", "optimized_images.json", lambda path: path.write_text('[["a"], ["b"], {"a": 1}]'), "class id 1"),
     ("cirr", CR.format("val"), cut, "not valid JSON, or cut short"),
     ("cirr", CR.format("train"), entry(5, "target_hard"), "entry 5, field 'target_hard': is missing"),
     ("cirr", CR.format("val"), entry(5, "img_set", {"members": 3}), "'img_set', field 'members': expected"),
@@ -431,6 +432,7 @@ def test_triplets_of_cirr_are_made_and_trained_on(
     )
     out, _ = call(MAKE, "--dataset", "cirr", "--data-root", cirr, *made)
     file = tmp_path / "made" / "triplets.json"
+    assert "cirr has no preset triplets_cirr.yaml: what is not given is that of triplets_emoji.yaml" in out
     assert f"recipes/cirr_clip4cir_stage2_generated.yaml --data-root {cirr} --generated {file}" in out
     rows = json.loads(file.read_text())
     keys = {"pairid", "reference", "target_hard", "caption", "img_set", "caption1", "caption2"}
