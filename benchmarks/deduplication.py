@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from benchmarks.memory import anonymous
 from spn4cir.deduplicate import canonical_ids, inspect_images
 from spn4cir.errors import run_command
 from spn4cir.evaluate import git_commit
@@ -145,24 +146,15 @@ def measured(task: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]
     before = here.recv()
     peak = before
     while not here.poll(0.005):
-        peak = max(peak, _anonymous(child.pid))
+        peak = max(peak, anonymous(child.pid))
     result: dict[str, Any] = here.recv()
     child.join()
     return {**result, "peak MB": round((peak - before) / 1024, 1) if before else None}
 
 
 def _serve(pipe: Any, task: Callable[..., dict[str, Any]], *given: Any) -> None:
-    pipe.send(_anonymous(os.getpid()))
+    pipe.send(anonymous(os.getpid()))
     pipe.send(task(*given))
-
-
-def _anonymous(process: int | None) -> int:
-    """RssAnon in kB; 0 where there is no such thing."""
-    try:
-        told = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in told.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def run(count: int, workers: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.memory import anonymous
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError, run_command
 from spn4cir.evaluate import git_commit, metrics_of, rank_queries
@@ -179,15 +180,6 @@ def _serve(pipe: Any, way: str, benchmarks: dict[str, Benchmark]) -> None:
         start = time.perf_counter()
         metrics = WAYS[way](benchmarks[name], *vectors[name])
         pipe.send((metrics, time.perf_counter() - start))
-
-
-def anonymous(process: int | None) -> int:
-    """RssAnon of a process in kB; 0 where the system does not tell it."""
-    try:
-        told = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in told.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def measure(benchmarks: dict[str, Benchmark], rounds: int) -> dict[str, dict[str, Any]]:

@@ -299,5 +299,5 @@ def _import() -> None:
     import_published(args.file, args.output, args.backbone, {"model": args.model} if args.model else {})
     print(
         f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
-        f"      accelerate launch recipes/stage2.py --init {args.output}"
+        f"      accelerate launch recipes/stage2.py --config recipes/RECIPE.yaml --init {args.output}"
     )

@@ -158,11 +158,15 @@ def load_triplets(
 
 
 def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Triplet], Benchmark]:
-    """A fraction of the annotated triplets as a benchmark, the same whatever the seed and the stage, and the rest."""
-    count = max(1, round(len(triplets) * config.holdout))
-    if count >= len(triplets):
+    """A fraction of the annotated triplets as a benchmark, and the rest.
+
+    A triplet's own words decide on its side, so that it is the same for all seeds, for both stages, and whatever other
+    triplets there are.
+    """
+    drawn = [random.Random(f"holdout/{t.reference}/{t.target}/{t.modifications}").random() for t in triplets]
+    aside = {n for n, value in enumerate(drawn) if value < config.holdout} or {drawn.index(min(drawn))}
+    if len(aside) == len(triplets):
         raise InputError(f"holdout {config.holdout} of {len(triplets)} triplets leaves none to train on")
-    aside = set(random.Random("holdout").sample(range(len(triplets)), count))
     asked = [triplets[n] for n in sorted(aside)]
     judge = Benchmark(
         name=f"{config.dataset}/holdout-{config.holdout:g}",

@@ -86,7 +86,7 @@ def test_what_an_evaluation_says_of_it(
     monkeypatch.setattr(sys, "argv", [*arguments, "--model", "embedded"])
     import_command()
     said = capfd.readouterr().out
-    assert f"spn4cir-eval --run {output}" in said and f"recipes/stage2.py --init {output}" in said
+    assert f"spn4cir-eval --run {output}" in said and f"--init {output}" in said
     metrics = []
     for run in ([], ["--run", output]):
         monkeypatch.setattr(
