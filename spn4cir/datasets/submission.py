@@ -40,7 +40,10 @@ def write_submission(
         path = folder / f"{metric}_submission.json"
         contents[path] = json.dumps(content, separators=(",", ":"))
         _check(path, content, len(contents[path]), benchmark)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}") from None
     for path, text in contents.items():
         write_text(path, text)
     return list(contents)
