@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spn4cir.datasets.files import attempt
 from spn4cir.deduplicate import PUBLISHED_CLASSES, Inspected, canonical_ids, inspect_images, read_optimized
 from spn4cir.errors import InputError
 from spn4cir.types import Check, Dataset, ImageRole
@@ -54,11 +56,26 @@ def examine(dataset: Dataset, cache: Path | None = None, workers: int | None = N
     report.broken = {i: image.problem for i, image in found.items() if image.problem}
     for role in roles:
         report.checks += _of_role(role, found, dataset.skipped)
-    if not any(check.level == "problem" for check in report.checks) and not dataset.triplets():
-        report.checks.append(Check("triplets that are left to train on", 0, None, "problem"))
+    if report.can_train:
+        report.checks += _usable(dataset)
+    mended = [i for i in sorted(dataset.skipped) if i in found and not found[i].problem]
+    if mended:
+        report.checks.append(Check.listed("images on the skip list that decode", mended))
     report.duplicates, checks = _equal(dataset, roles, found)
     report.checks += checks
     return report
+
+
+def _usable(dataset: Dataset) -> list[Check]:
+    """What still stands in the way where each file on its own is sound, such as an id that only another split lists."""
+    faults: list[Check] = []
+    triplets = attempt(faults, "training triplets", True, dataset.triplets)
+    benchmark = attempt(faults, "val queries", True, partial(dataset.benchmark, "val"))
+    if triplets == []:
+        faults.append(Check("triplets that are left to train on", 0, None, "problem"))
+    if benchmark is not None and not benchmark.queries:
+        faults.append(Check("val queries that are left to evaluate on", 0, None, "problem"))
+    return faults
 
 
 def _of_role(role: ImageRole, found: Mapping[str, Inspected], skipped: frozenset[str]) -> list[Check]:
