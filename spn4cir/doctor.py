@@ -124,11 +124,17 @@ def _equal(
     return several, checks
 
 
-def skip_list(report: Report) -> dict[str, str]:
-    """What to leave out: image id → reason. Raises ``InputError`` if that would be everything."""
+def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
+    """What to leave out: image id → reason. Raises ``InputError`` if that would be everything.
+
+    Args:
+        report: what is broken now.
+        before: the list so far. Images that the doctor had listed and that are mended come back; those with a reason of
+            its own were left out by a person, and stay.
+    """
     if any(check.what == "images" and check.level == "problem" for check in report.checks):
         raise InputError(f"{report.dataset}: no picture was found in {report.root}: there is nothing to skip")
-    return dict(report.broken)
+    return {i: reason for i, reason in before.items() if reason not in PROBLEMS} | report.broken
 
 
 def table(report: Report) -> str:

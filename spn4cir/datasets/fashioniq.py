@@ -93,7 +93,7 @@ class FashionIQ(Dataset):
                                 f"{self._split_file(category, split)}"
                             )
             galleries[category] = tuple(gallery)
-            queries += [Query(ref, " and ".join(texts), (target,), category) for ref, target, texts in rows]
+            queries += [Query(ref, " and ".join(filter(None, t)), (target,), category) for ref, target, t in rows]
         return Benchmark(
             name=chosen,
             gallery=tuple(dict.fromkeys(i for ids in galleries.values() for i in ids)),

@@ -71,7 +71,9 @@ def _check(path: Path, content: Any, size: int, benchmark: Benchmark) -> str:
         if key not in content:
             raise InputError(f"{path}: the entry {key!r} is missing; it must be {' or '.join(map(repr, known))}")
         if content[key] not in known:
-            raise InputError(f"{path}, entry {key!r}: must be {' or '.join(map(repr, known))}, got {short(content[key])}")
+            raise InputError(
+                f"{path}, entry {key!r}: must be {' or '.join(map(repr, known))}, got {short(content[key])}"
+            )
     metric = content["metric"]
     queries = {query.name: query for query in benchmark.queries}
     answers = {name: value for name, value in content.items() if name not in ("version", "metric")}
