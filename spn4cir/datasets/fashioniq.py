@@ -93,7 +93,8 @@ class FashionIQ(Dataset):
                                 f"{self._split_file(category, split)}"
                             )
             galleries[category] = tuple(gallery)
-            queries += [Query(ref, " and ".join(filter(None, t)), (target,), category) for ref, target, t in rows]
+            # the text is "c0 and c1" even where one of them is empty, as in published evaluations
+            queries += [Query(ref, " and ".join(texts), (target,), category) for ref, target, texts in rows]
         return Benchmark(
             name=chosen,
             gallery=tuple(dict.fromkeys(i for ids in galleries.values() for i in ids)),

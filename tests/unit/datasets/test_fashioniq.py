@@ -98,10 +98,10 @@ def test_empty_captions(fashioniq: Path, captions: list[str], expected: tuple[st
 
 @pytest.mark.parametrize(("captions", "expected"), [
     (["is red.", " has dots?"], "is red and has dots"), (["Has Dots", "is red"], "Has Dots and is red"),
-    (["is red", ", "], "is red"), (["", "is red"], "is red"),
+    (["is red", ", "], "is red and "), (["", "is red"], " and is red"),
 ])  # fmt: skip
 def test_texts_of_val(fashioniq: Path, captions: list[str], expected: str) -> None:
-    """Always the first and the second; one that says nothing leaves no dangling "and"."""
+    """Always the first and the second, even where one is empty (three times in val): published numbers are so made."""
     set_first(fashioniq / "captions/cap.dress.val.json", captions=captions)
     assert FashionIQ(str(fashioniq)).benchmark("val").queries[0].modification == expected
 
