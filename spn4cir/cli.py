@@ -113,6 +113,7 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     images = ImageSource(dataset.path, backbone.transform)
     shown = sys.stderr if args.json == "-" else sys.stdout
     if args.submission:
+        print(f"model {run or 'embedded weights, not trained on any triplet'}")
         return _submit(args.submission, dataset, backbone, benchmark, images, args.batch_size)
     result: dict[str, Any] = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size)
     result = {"protocol": result["protocol"], "run": str(run) if run else None, **result, "git": git_commit()}
@@ -222,7 +223,7 @@ def _check(args: argparse.Namespace) -> None:
         reasons = skip_list(report, read_skip_list(dataset.root))
         path = write_skip_list(dataset.root, reasons)
         dataset = load_dataset(args.dataset, args.data_root)
-        report = examine(dataset, _pixel_cache(dataset.name), args.workers)
+        report = examine(dataset, before=report)
         print(f"{path}: {len(reasons)} images to leave out\n", file=shown)
     print(table(report), file=shown)
     text = json.dumps(report.as_json(), indent=1) + "\n"

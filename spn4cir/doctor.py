@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     duplicates: list[list[str]] = field(default_factory=list)
+    found: dict[str, Inspected] = field(default_factory=dict, repr=False)
 
     @property
     def can_train(self) -> bool:
@@ -32,17 +33,22 @@ class Report:
         return not any(check.level == "problem" for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for machines."""
-        return {"can_train": self.can_train, **asdict(self)}
+        """Everything but the look at single images, for machines."""
+        told = asdict(replace(self, found={}))
+        del told["found"]
+        return {"can_train": self.can_train, **told}
 
 
-def examine(dataset: Dataset, cache: Path | None = None, workers: int | None = None) -> Report:
+def examine(
+    dataset: Dataset, cache: Path | None = None, workers: int | None = None, before: Report | None = None
+) -> Report:
     """Look at annotations and at every image, each decoded once.
 
     Args:
         dataset: any; images on its skip list count as left out, not as broken.
         cache: file of pixels seen before, see ``inspect_images``.
         workers: how many images are decoded at once.
+        before: a report on the same images, to look at none again.
     """
     report = Report(dataset.name, str(dataset.root or "embedded"), dataset.checks())
     roles = dataset.image_roles()
@@ -52,10 +58,10 @@ def examine(dataset: Dataset, cache: Path | None = None, workers: int | None = N
     except InputError as error:  # no picture at all, or an id that no split lists
         report.checks.append(Check("images", 0, len(ids), "problem", (str(error),)))
         return report
-    found = inspect_images(paths, cache, workers)
+    found = report.found = before.found if before else inspect_images(paths, cache, workers)
     report.broken = {i: image.problem for i, image in found.items() if image.problem}
     for role in roles:
-        report.checks += _of_role(role, found, dataset.skipped)
+        report.checks += _of_role(role, found, paths, dataset.skipped)
     if report.can_train:
         report.checks += _usable(dataset)
     mended = [i for i in sorted(dataset.skipped) if i in found and not found[i].problem]
@@ -78,7 +84,9 @@ def _usable(dataset: Dataset) -> list[Check]:
     return faults
 
 
-def _of_role(role: ImageRole, found: Mapping[str, Inspected], skipped: frozenset[str]) -> list[Check]:
+def _of_role(
+    role: ImageRole, found: Mapping[str, Inspected], paths: Mapping[str, Path], skipped: frozenset[str]
+) -> list[Check]:
     """How many images of a role are sound, and of each problem how many are not."""
     broken = {i: found[i].problem for i in role.image_ids if found[i].problem}
     checks = [Check(f"{role.name}: images that decode", len(role.image_ids) - len(broken), len(role.image_ids))]
@@ -87,7 +95,8 @@ def _of_role(role: ImageRole, found: Mapping[str, Inspected], skipped: frozenset
         if ids:
             level: Any = "problem" if role.needed and not set(ids) <= skipped else "note"
             more = " (on the skip list)" if set(ids) <= skipped else ""
-            examples = tuple(f"{i}: {found[i].detail}" if found[i].detail else i for i in ids)
+            said = {i: "" if problem == "missing" else f": {found[i].detail}" for i in ids}
+            examples = tuple(f"{paths[i]}{said[i]}" for i in ids)
             checks.append(Check(f"{role.name}: {problem}{more}", len(ids), 0, level, examples))
     return checks
 
@@ -105,11 +114,12 @@ def _equal(
     copies = sum(len(ids) - 1 for ids in several)
     examples = tuple(" = ".join(ids[:4]) for ids in several)
     checks = [Check("images that are a copy of another", copies, None, "note" if copies else "fact", examples)]
-    for role in roles[1:]:
-        pixels = {hashes[i] for i in roles[0].image_ids if i in hashes}
-        leak = [i for i in role.image_ids if hashes.get(i) in pixels]
-        if leak and role.needed:
-            checks.append(Check(f"{role.name}: pixels also {roles[0].name}", len(leak), None, "note", tuple(leak)))
+    own = set(roles[0].image_ids)
+    pixels = {hashes[i] for i in own if i in hashes}
+    for role in (role for role in roles[1:] if role.needed):
+        leak = [i for i in role.image_ids if i not in own and hashes.get(i) in pixels]
+        if leak:
+            checks.append(Check.listed(f"{role.name}: copies of images {roles[0].name}", leak))
     path = dataset.root / PUBLISHED_CLASSES if dataset.root else None
     if path and path.is_file():
         try:
@@ -151,4 +161,6 @@ def table(report: Report) -> str:
                 lines.append(f"    … {len(check.examples) - SHOWN:,} more")
     levels = Counter(check.level for check in report.checks)
     verdict = "training can run" if report.can_train else "training cannot run"
-    return "\n".join([*lines, "", f"{verdict} (problems: {levels['problem']}, notes: {levels['note']})"])
+    if any(problem in check.what for check in report.checks if check.level == "problem" for problem in PROBLEMS):
+        verdict += "; --write-skip-list leaves missing and broken images out"
+    return "\n".join([*lines, "", f"problems: {levels['problem']}, notes: {levels['note']}; {verdict}"])

@@ -187,7 +187,7 @@ class Dataset(ABC):
         galleries = [
             ImageRole(f"{split} gallery", list(self.benchmark(split).gallery), True) for split in self.protocols
         ]
-        return [ImageRole("training images", self.training_images(), True), *galleries]
+        return [ImageRole("of training", self.training_images(), True), *galleries]
 
     def write_submission(
         self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]

@@ -27,7 +27,10 @@ JIT_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
 @contextmanager
 def _missing_weights() -> Iterator[list[str]]:
-    """Collect open_clip's warnings that there are no weights: no news while a checkpoint is loaded, else an error."""
+    """Collect open_clip's warnings that there are no weights: no news while a checkpoint is loaded, else an error.
+
+    What it logs about a failed download is dropped: it raises the same.
+    """
     texts: list[str] = []
 
     def pass_on(record: logging.LogRecord) -> bool:
@@ -35,7 +38,7 @@ def _missing_weights() -> Iterator[list[str]]:
         if "no CLIP weights" in text or text.startswith("No pretrained weights"):
             texts.append(text)
             return False
-        return True
+        return not text.startswith("Failed to download")
 
     root = logging.getLogger()
     root.addFilter(pass_on)
@@ -132,7 +135,11 @@ class CLIP4CIR(Backbone):
                 )
                 self._tokenizer = open_clip.get_tokenizer(located)
         except (RuntimeError, ValueError, OSError) as error:
-            raise InputError(f"clip4cir: cannot load model {model!r}, pretrained {pretrained!r}: {error}") from None
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"clip4cir: cannot load model {model!r}, pretrained {pretrained!r} (where there is no network, give a "
+                f"file of weights as pretrained, or --init FOLDER of spn4cir-import): {said}"
+            ) from None
         if load_weights and missing and located.startswith("local-dir:"):
             raise InputError(f"clip4cir: {located.removeprefix('local-dir:')} holds a config but no weights")
         for scalar in ("logit_scale", "logit_bias"):  # the loss has its own temperature

@@ -19,6 +19,7 @@ BASES = ("", "img_raw", "images")  # where the image tree may stand
 TREE = tuple(f"{base}/{part}".lstrip("/") for base in BASES for part in ("train", "dev", "test1"))
 ALIASES = ("cirr_dataset", "CIRR")
 SOURCE = "github.com/Cuberick-Orion/CIRR (annotations, branch cirr_dataset; its README says how to get NLVR2's images)"
+EXPECTED = f"captions/, image_splits/ and the pictures in train/, dev/ and test1/ or in img_raw/, from {SOURCE}"
 PUBLISHED_TRIPLETS = {"train": 28225, "val": 4181, "test1": 4148}
 PUBLISHED_IMAGES = {"train": 16939, "val": 2297, "test1": 2315}
 GROUP = 6  # images of a subset, reference included
@@ -40,7 +41,7 @@ class CIRR(Dataset):
     protocols: ClassVar = {"val": ("cirr/val",), "test1": ("cirr/test1",)}
 
     def __init__(self, root: str | None = None):
-        self.root: Path = find_root(self.name, root, ALIASES, (ANNOTATIONS, TREE), SOURCE)
+        self.root: Path = find_root(self.name, root, ALIASES, (ANNOTATIONS, TREE), EXPECTED)
         self._annotations = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
         self._pictures = next((path.parent for name in TREE if (path := self.root / name).is_dir()), None)
 

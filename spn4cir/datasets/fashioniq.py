@@ -18,6 +18,7 @@ CATEGORIES = ("dress", "shirt", "toptee")
 SPLITS = ("train", "val", "test")
 SUFFIXES = {".png": 0, ".jpg": 1, ".jpeg": 2, ".webp": 3}
 SOURCE = "github.com/XiaoxiaoGuo/fashion-iq (its README says how to fetch the images)"
+EXPECTED = f"captions/, image_splits/ and the pictures as images/ID.png or .jpg, from {SOURCE}"
 PUBLISHED_TRIPLETS = {"train": (5985, 5988, 6027), "val": (2017, 2038, 1961), "test": (2024, 2038, 2056)}
 PUBLISHED_IMAGES = {"train": (11452, 19036, 16121), "val": (3817, 6346, 5373), "test": (3818, 6346, 5374)}
 
@@ -39,7 +40,7 @@ class FashionIQ(Dataset):
 
     def __init__(self, root: str | None = None):
         inside = (("captions", "image_splits"), ("images", "resized_image"))
-        self.root: Path = find_root(self.name, root, ("fashionIQ_dataset", "fashionIQ"), inside, SOURCE)
+        self.root: Path = find_root(self.name, root, ("fashionIQ_dataset", "fashionIQ"), inside, EXPECTED)
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -60,9 +61,7 @@ class FashionIQ(Dataset):
         if not PLAIN.fullmatch(image_id):
             raise InputError(f"{self.name}: {image_id!r} is no image id")
         if not self._files:
-            raise InputError(
-                f"{self.name}: {self.root} holds no pictures: expected images/ID.png, or .jpg, from {SOURCE}"
-            )
+            raise InputError(f"{self.name}: {self.root} holds no pictures: expected there {EXPECTED}")
         return self._files.get(image_id, self.root / "images" / f"{image_id}.png")
 
     def training_images(self) -> list[str]:

@@ -26,10 +26,10 @@ def find_root(
         given: the folder that a person named, or None.
         aliases: other names of the folder.
         inside: groups of paths; a folder that holds one of each group is preferred to one of the first group only.
-        source: where the files come from.
+        source: what is expected and where it comes from.
 
     Raises:
-        InputError: if no folder holds one of the first group, saying what is expected where.
+        InputError: if no folder holds one of the first group.
     """
     base = Path(given or os.environ.get("SPN4CIR_DATA") or "data")
     below = [base / folder for folder in (name, *aliases)]
@@ -38,10 +38,7 @@ def find_root(
         for place in places:
             if all(any((place / path).is_dir() for path in group) for group in groups):
                 return place
-    expected = " and ".join(" or ".join(f"{path}/" for path in group) for group in inside)
-    raise InputError(
-        f"{name}: {base if given else base / name} does not hold the dataset: expected there {expected}, from {source}"
-    )
+    raise InputError(f"{name}: {base if given else base / name} does not hold the dataset: expected there {source}")
 
 
 def read_json(path: Path, source: str = "") -> Any:

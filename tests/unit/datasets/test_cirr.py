@@ -101,7 +101,7 @@ def test_unknown_protocols_and_splits(cirr: Path) -> None:
 
 
 @pytest.mark.parametrize("annotations", ["cirr", ""])
-@pytest.mark.parametrize("tree", ["", "images"])
+@pytest.mark.parametrize("tree", ["", "images", "img_raw"])
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp"])
 def test_layouts(cirr: Path, annotations: str, tree: str, suffix: str) -> None:
     """Annotations in cirr/ or in the root, the NLVR2 tree in the root or in images/, and any suffix."""
@@ -146,7 +146,7 @@ def test_annotations_in_the_root_below_a_folder(cirr: Path, how: str) -> None:
 def test_what_is_expected_is_said(tmp_path: Path) -> None:
     """A dataset that is not there, and annotations without a picture."""
     message = refused(lambda: CIRR(str(tmp_path)))
-    assert str(tmp_path) in message and "cirr/captions/" in message and "Cuberick-Orion/CIRR" in message
+    assert str(tmp_path) in message and "captions/, image_splits/" in message and "Cuberick-Orion/CIRR" in message
 
 
 def test_paths(cirr: Path) -> None:

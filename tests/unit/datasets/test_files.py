@@ -15,7 +15,9 @@ INSIDE = (("captions", "notes/captions"), ("images", "pictures"))
 
 
 def find(given: object = None) -> Path:
-    return find_root("shop", given and str(given), ("Shop_dataset",), INSIDE, "shop.example")
+    return find_root(
+        "shop", given and str(given), ("Shop_dataset",), INSIDE, "captions/ and images/, from shop.example"
+    )
 
 
 def make(*folders: Path) -> None:
@@ -83,8 +85,7 @@ def test_a_dataset_that_is_not_there(tmp_path: Path, kind: str) -> None:
         make(given / "images" if kind == "images only" else given)
     message = refused(lambda: find(given))
     assert message == (
-        f"shop: {given} does not hold the dataset: expected there captions/ or notes/captions/ and images/ or "
-        "pictures/, from shop.example"
+        f"shop: {given} does not hold the dataset: expected there captions/ and images/, from shop.example"
     )
 
 
