@@ -5,6 +5,7 @@ They lie beside the project, in ``../shared/data``; where they do not, these tes
 
 import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def fashion_checks(fashion: FashionIQ) -> dict[str, Check]:
     return {check.what: check for check in fashion.checks()}
 
 
+@cache
 def raw(path: str) -> Any:
     return json.loads((DATA / path).read_text(encoding="utf-8"))
 
