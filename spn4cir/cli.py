@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,6 +87,8 @@ def _check_output(option: str, path: Path) -> None:
         raise InputError(f"{option} {path} is a folder: give a file")
     if not path.parent.is_dir():
         raise InputError(f"{option} {path}: the folder {path.parent} is missing")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{option} {path}: the folder {path.parent} is read-only")
 
 
 def _evaluate_run(args: argparse.Namespace) -> None:
@@ -203,6 +206,8 @@ def _data() -> None:
     for command in (check, same, valid):
         command.add_argument("--data-root", help="where the dataset's files lie")
     args = parser.parse_args()
+    if getattr(args, "workers", None) is not None and args.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {args.workers}")
     args.run(args)
 
 
@@ -210,16 +215,18 @@ def _check(args: argparse.Namespace) -> None:
     if args.json not in (None, "-"):
         _check_output("--json", Path(args.json))
     from spn4cir.datasets import load_dataset
-    from spn4cir.datasets.skip import write_skip_list
+    from spn4cir.datasets.skip import NAME, read_skip_list, write_skip_list
     from spn4cir.doctor import examine, skip_list, table
 
     dataset = load_dataset(args.dataset, args.data_root)
-    report = examine(dataset, _pixel_cache(dataset.name), args.workers)
-    shown = sys.stderr if args.json == "-" else sys.stdout
     if args.write_skip_list:
         if dataset.root is None:
             raise InputError(f"{dataset.name} is embedded: it needs no skip list")
-        reasons = skip_list(report)
+        _check_output("--write-skip-list", dataset.root / NAME)
+    report = examine(dataset, _pixel_cache(dataset.name), args.workers)
+    shown = sys.stderr if args.json == "-" else sys.stdout
+    if args.write_skip_list and dataset.root:
+        reasons = skip_list(report, read_skip_list(dataset.root))
         path = write_skip_list(dataset.root, reasons)
         dataset = load_dataset(args.dataset, args.data_root)
         report = examine(dataset, before=report)
@@ -243,6 +250,7 @@ def _deduplicate(args: argparse.Namespace) -> None:
     if out is None:
         raise InputError(f"{dataset.name} is embedded: give --output FILE")
     _check_output("--output", out)
+    dataset.triplets()  # raises what is wrong with them, where a list of roles only leaves them out
     named = [image_id for image_id in dataset.image_roles()[0].image_ids if image_id not in dataset.skipped]
     if not named:
         raise InputError(f"{dataset.name}: there are no training triplets that name an image")

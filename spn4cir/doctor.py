@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spn4cir.datasets.files import attempt
 from spn4cir.deduplicate import PUBLISHED_CLASSES, Inspected, canonical_ids, inspect_images, read_optimized
 from spn4cir.errors import InputError
 from spn4cir.types import Check, Dataset, ImageRole
@@ -32,7 +34,9 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the look at single images, for machines."""
-        return {"can_train": self.can_train, **asdict(replace(self, found={}))}
+        told = asdict(replace(self, found={}))
+        del told["found"]
+        return {"can_train": self.can_train, **told}
 
 
 def examine(
@@ -58,11 +62,26 @@ def examine(
     report.broken = {i: image.problem for i, image in found.items() if image.problem}
     for role in roles:
         report.checks += _of_role(role, found, paths, dataset.skipped)
-    if not any(check.level == "problem" for check in report.checks) and not dataset.triplets():
-        report.checks.append(Check("triplets that are left to train on", 0, None, "problem"))
+    if report.can_train:
+        report.checks += _usable(dataset)
+    mended = [i for i in sorted(dataset.skipped) if i in found and not found[i].problem]
+    if mended:
+        report.checks.append(Check.listed("images on the skip list that decode", mended))
     report.duplicates, checks = _equal(dataset, roles, found)
     report.checks += checks
     return report
+
+
+def _usable(dataset: Dataset) -> list[Check]:
+    """What still stands in the way where each file on its own is sound, such as an id that only another split lists."""
+    faults: list[Check] = []
+    triplets = attempt(faults, "training triplets", True, dataset.triplets)
+    benchmark = attempt(faults, "val queries", True, partial(dataset.benchmark, "val"))
+    if triplets == []:
+        faults.append(Check("triplets that are left to train on", 0, None, "problem"))
+    if benchmark is not None and not benchmark.queries:
+        faults.append(Check("val queries that are left to evaluate on", 0, None, "problem"))
+    return faults
 
 
 def _of_role(
@@ -115,11 +134,17 @@ def _equal(
     return several, checks
 
 
-def skip_list(report: Report) -> dict[str, str]:
-    """What to leave out: image id → reason. Raises ``InputError`` if that would be everything."""
+def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
+    """What to leave out: image id → reason. Raises ``InputError`` if that would be everything.
+
+    Args:
+        report: what is broken now.
+        before: the list so far. Images that the doctor had listed and that are mended come back; those with a reason of
+            its own were left out by a person, and stay.
+    """
     if any(check.what == "images" and check.level == "problem" for check in report.checks):
         raise InputError(f"{report.dataset}: no picture was found in {report.root}: there is nothing to skip")
-    return dict(report.broken)
+    return {i: reason for i, reason in before.items() if reason not in PROBLEMS} | report.broken
 
 
 def table(report: Report) -> str:

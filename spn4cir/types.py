@@ -79,6 +79,11 @@ class Benchmark:
             missing = [i for i in (query.reference, *query.targets, *query.subset) if i not in own]
             if missing:
                 raise InputError(f"{self.name}: query {number} names {missing[0]!r}, which the gallery lacks")
+            if self.exclude_reference and set(query.targets) == {query.reference}:
+                raise InputError(
+                    f"{self.name}: query {number} has no target but its reference {query.reference!r}, "
+                    "which is not ranked"
+                )
 
     @property
     def answered(self) -> bool:

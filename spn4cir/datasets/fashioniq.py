@@ -92,6 +92,7 @@ class FashionIQ(Dataset):
                                 f"{self._split_file(category, split)}"
                             )
             galleries[category] = tuple(gallery)
+            # the text is "c0 and c1" even where one of them is empty, as in published evaluations
             queries += [Query(ref, " and ".join(texts), (target,), category) for ref, target, texts in rows]
         return Benchmark(
             name=chosen,

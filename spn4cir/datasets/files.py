@@ -3,7 +3,9 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -29,7 +31,7 @@ def find_root(
     Raises:
         InputError: if no folder holds one of the first group.
     """
-    base = Path(given) if given else Path(os.environ.get("SPN4CIR_DATA", "data"))
+    base = Path(given or os.environ.get("SPN4CIR_DATA") or "data")
     below = [base / folder for folder in (name, *aliases)]
     places = [base, *below] if given else [*below, base]
     for groups in (inside, inside[:1]):
@@ -40,9 +42,11 @@ def find_root(
 
 
 def read_json(path: Path, source: str = "") -> Any:
-    """The content of a JSON file. Raises ``InputError`` if it is missing or damaged."""
+    """The content of a JSON file. Raises ``InputError`` if it is missing or damaged, or names a key twice."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(_object, path))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} is missing{source and f': it comes from {source}'}") from None
     except OSError as error:
@@ -66,7 +70,7 @@ class Entry:
     def __init__(self, path: Path, where: object, value: object):
         self.path, self.where = path, where
         if not isinstance(value, dict):
-            raise InputError(f"{path}, entry {where}: expected an object, got {_short(value)}")
+            raise InputError(f"{path}, entry {where}: expected an object, got {short(value)}")
         self._value: dict[str, Any] = value
 
     def __contains__(self, key: str) -> bool:
@@ -82,7 +86,7 @@ class Entry:
             raise self.error(key, "is missing")
         value = self._value[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            raise self.error(key, f"expected {what}, got {_short(value)}")
+            raise self.error(key, f"expected {what}, got {short(value)}")
         return value
 
     def text(self, key: str) -> str:
@@ -94,7 +98,7 @@ class Entry:
         found: list[str] = self.get(key, list, "a list of texts")
         for value in found:
             if not isinstance(value, str):
-                raise self.error(key, f"expected a list of texts, got {_short(value)} in it")
+                raise self.error(key, f"expected a list of texts, got {short(value)} in it")
         return found
 
     def number(self, key: str) -> int:
@@ -115,9 +119,9 @@ class Entry:
 
     def _named(self, key: str, value: str, known: Container[str] | None, place: object) -> str:
         if not PLAIN.fullmatch(value):
-            raise self.error(key, f"{_short(value)} is no image id: letters, digits, '.', '_' and '-' only")
+            raise self.error(key, f"{short(value)} is no image id: letters, digits, '.', '_' and '-' only")
         if known is not None and value not in known:
-            raise self.error(key, f"{_short(value)} is not in {place}")
+            raise self.error(key, f"{short(value)} is not in {place}")
         return value
 
 
@@ -125,7 +129,7 @@ def read_entries(path: Path, source: str = "") -> list[Entry]:
     """The objects of a JSON list. Raises ``InputError`` if it is no list, or one of them is no object."""
     values = read_json(path, source)
     if not isinstance(values, list):
-        raise InputError(f"{path}: expected a list, got {_short(values)}")
+        raise InputError(f"{path}: expected a list, got {short(values)}")
     return [Entry(path, number, value) for number, value in enumerate(values)]
 
 
@@ -133,11 +137,11 @@ def read_ids(path: Path, source: str = "") -> list[str]:
     """A JSON list of image ids. Raises ``InputError`` for one that is no id, or that occurs twice."""
     values = read_json(path, source)
     if not isinstance(values, list):
-        raise InputError(f"{path}: expected a list of image ids, got {_short(values)}")
+        raise InputError(f"{path}: expected a list of image ids, got {short(values)}")
     seen: set[str] = set()
     for number, value in enumerate(values):
         if not isinstance(value, str) or not PLAIN.fullmatch(value):
-            raise InputError(f"{path}, entry {number}: {_short(value)} is no image id")
+            raise InputError(f"{path}, entry {number}: {short(value)} is no image id")
         if value in seen:
             raise InputError(f"{path}, entry {number}: {value!r} occurs twice")
         seen.add(value)
@@ -148,7 +152,7 @@ def inner_path(path: Path, key: str, value: object) -> PurePosixPath:
     """A relative path given by a file, that stays below its root. Raises ``InputError`` otherwise."""
     inner = PurePosixPath(value) if isinstance(value, str) and value and "\\" not in value else None
     if inner is None or inner.is_absolute() or ".." in inner.parts or not inner.parts:
-        raise InputError(f"{path}, entry {key!r}: {_short(value)} is no path below the dataset's root")
+        raise InputError(f"{path}, entry {key!r}: {short(value)} is no path below the dataset's root")
     return inner
 
 
@@ -161,7 +165,16 @@ def attempt(checks: list[Check], what: str, needed: bool, read: Callable[[], T])
         return None
 
 
-def _short(value: object) -> str:
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which the decoder would silently keep the last of two values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise InputError(f"{path}: the key {short(twice)} occurs twice in one object")
+    return found
+
+
+def short(value: object) -> str:
     """A value as it stands in a message: one line, not too long."""
     shown = json.dumps(value, default=str, ensure_ascii=True)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spn4cir.datasets.files import read_json
+from spn4cir.datasets.files import read_json, short
 from spn4cir.errors import InputError
 from spn4cir.files import write_text
 from spn4cir.types import Benchmark, Query
@@ -40,7 +40,10 @@ def write_submission(
         path = folder / f"{metric}_submission.json"
         contents[path] = json.dumps(content, separators=(",", ":"))
         _check(path, content, len(contents[path]), benchmark)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror}") from None
     for path, text in contents.items():
         write_text(path, text)
     return list(contents)
@@ -68,11 +71,13 @@ def _check(path: Path, content: Any, size: int, benchmark: Benchmark) -> str:
         if key not in content:
             raise InputError(f"{path}: the entry {key!r} is missing; it must be {' or '.join(map(repr, known))}")
         if content[key] not in known:
-            raise InputError(f"{path}, entry {key!r}: must be {' or '.join(map(repr, known))}, got {content[key]!r}")
+            raise InputError(
+                f"{path}, entry {key!r}: must be {' or '.join(map(repr, known))}, got {short(content[key])}"
+            )
     metric = content["metric"]
     queries = {query.name: query for query in benchmark.queries}
     answers = {name: value for name, value in content.items() if name not in ("version", "metric")}
-    faults = [f"entry {name!r} is no pair id of {benchmark.name}" for name in answers if name not in queries]
+    faults = [f"entry {short(name)} is no pair id of {benchmark.name}" for name in answers if name not in queries]
     faults += [f"pair id {name!r} is missing" for name in queries if name not in answers]
     gallery = set(benchmark.gallery)
     for name in (name for name in answers if name in queries):
@@ -87,16 +92,19 @@ def _check(path: Path, content: Any, size: int, benchmark: Benchmark) -> str:
 
 def _fault(images: Any, query: Query, metric: str, gallery: set[str]) -> str:
     """What is wrong with one ranked list, or nothing."""
-    if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
-        return f"expected a list of image names, got {json.dumps(images)[:60]}"
+    if not isinstance(images, list):
+        return f"expected a list of image names, got {short(images)}"
+    wrong = [i for i in images if not isinstance(i, str)]
+    if wrong:
+        return f"expected a list of image names, got {short(wrong[0])} in it"
     if len(images) != LENGTHS[metric]:
         return f"expected {LENGTHS[metric]} images, got {len(images)}"
     if len(set(images)) < len(images):
-        return f"{next(i for i in images if images.count(i) > 1)!r} occurs twice"
+        return f"{short(next(i for i in images if images.count(i) > 1))} occurs twice"
     if query.reference in images:
         return f"its own reference {query.reference!r} is in the list"
     unknown = [i for i in images if i not in gallery]
     if unknown:
-        return f"{unknown[0]!r} is not in the gallery"
+        return f"{short(unknown[0])} is not in the gallery"
     strangers = [i for i in images if i not in query.subset]
     return f"{strangers[0]!r} is no member of its subset" if metric == "recall_subset" and strangers else ""

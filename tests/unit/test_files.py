@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from spn4cir.errors import InputError
 from spn4cir.files import write_text
 
 
@@ -29,3 +30,13 @@ def test_a_crash_in_the_middle_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "new")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("place", ["nowhere/a.json", "folder", "file/a.json"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+    """A missing folder, a folder in the place of the file, a file in the place of the folder: nothing is left."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{place} cannot be written: [A-Z]"):
+        write_text(tmp_path / place, "text")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
