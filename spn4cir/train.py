@@ -165,6 +165,7 @@ def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Tr
     """
     drawn = [random.Random(f"holdout/{t.reference}/{t.target}/{t.modifications}").random() for t in triplets]
     aside = {n for n, value in enumerate(drawn) if value < config.holdout} or {drawn.index(min(drawn))}
+    aside = {n for n in aside if triplets[n].reference != triplets[n].target}  # such a target is not ranked
     if len(aside) == len(triplets):
         raise InputError(f"holdout {config.holdout} of {len(triplets)} triplets leaves none to train on")
     asked = [triplets[n] for n in sorted(aside)]
