@@ -163,11 +163,17 @@ def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Tr
     A triplet's own words decide on its side, so that it is the same for all seeds, for both stages, and whatever other
     triplets there are.
     """
-    drawn = [random.Random(f"holdout/{t.reference}/{t.target}/{t.modifications}").random() for t in triplets]
-    aside = {n for n, value in enumerate(drawn) if value < config.holdout} or {drawn.index(min(drawn))}
-    aside = {n for n in aside if triplets[n].reference != triplets[n].target}  # such a target is not ranked
-    if len(aside) == len(triplets):
-        raise InputError(f"holdout {config.holdout} of {len(triplets)} triplets leaves none to train on")
+    drawn = {
+        n: random.Random(f"holdout/{t.reference}/{t.target}/{t.modifications}").random()
+        for n, t in enumerate(triplets)
+        if t.reference != t.target  # which would not be ranked
+    }
+    aside = {n for n, value in drawn.items() if value < config.holdout} or {*sorted(drawn, key=drawn.__getitem__)[:1]}
+    if not 0 < len(aside) < len(triplets):
+        raise InputError(
+            f"selection: holdout puts {len(aside)} of {len(triplets)} annotated triplets aside: nothing is left to "
+            f"select on, or to train on; holdout is {config.holdout}"
+        )
     asked = [triplets[n] for n in sorted(aside)]
     judge = Benchmark(
         name=f"{config.dataset}/holdout-{config.holdout:g}",

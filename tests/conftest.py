@@ -1,10 +1,9 @@
 """Shared by all tests: a toy dataset that registers itself, a place for runs, and the small embedded backbone."""
 
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -80,7 +79,6 @@ class Toy(Dataset):
 def draw_picture(path: Path, seed: object, size: tuple[int, int] = (48, 40)) -> None:
     """A picture of coloured blocks, the same one each time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # it may be a link to one that others share
     blocks = Image.frombytes("RGB", (6, 6), random.Random(str(seed)).randbytes(6 * 6 * 3))
     blocks.resize(size, Image.Resampling.NEAREST).save(path)
 
@@ -172,35 +170,24 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Both small datasets, drawn once. Tests get links to the pictures: a new content needs a new file."""
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both small datasets, drawn once; each test gets a copy."""
     folder = tmp_path_factory.mktemp("drawn")
     draw_fashioniq(folder / "fashioniq")
     draw_cirr(folder / "cirr")
-    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
-    yield folder
-    assert all(path.read_bytes() == content for path, content in before.items()), "a test wrote into a shared picture"
-
-
-def copy_of(drawn: Path, folder: Path) -> Path:
-    """A tree of its own, but for the content of the pictures."""
-
-    def copy(source: str, target: str) -> None:
-        (os.link if source.endswith(".png") else shutil.copyfile)(source, target)
-
-    return Path(shutil.copytree(drawn / folder.name, folder, copy_function=copy))
+    return folder
 
 
 @pytest.fixture
 def fashioniq(tmp_path: Path, drawn: Path) -> Path:
     """Root of a small FashionIQ on disk."""
-    return copy_of(drawn, tmp_path / "fashioniq")
+    return Path(shutil.copytree(drawn / "fashioniq", tmp_path / "fashioniq"))
 
 
 @pytest.fixture
 def cirr(tmp_path: Path, drawn: Path) -> Path:
     """Root of a small CIRR on disk."""
-    return copy_of(drawn, tmp_path / "cirr")
+    return Path(shutil.copytree(drawn / "cirr", tmp_path / "cirr"))
 
 
 @pytest.fixture
