@@ -7,7 +7,7 @@ one class. Only as many decoded images as there are workers are in memory at any
 import json
 import os
 import stat
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from spn4cir.errors import InputError
-from spn4cir.files import write_text
+from spn4cir.files import read_json, write_text
 from spn4cir.images import decode, pixel_hash
 
 Problem: TypeAlias = Literal["", "missing", "truncated", "unreadable"]
@@ -92,14 +92,7 @@ def read_optimized(path: Path) -> dict[str, str]:
     Raises:
         InputError: if the file is missing or damaged, naming the part and the entry.
     """
-    try:
-        parts = json.loads(path.read_bytes(), object_pairs_hook=lambda pairs: _object(path, pairs))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no readable JSON: {error}") from None
+    parts = read_json(path)
     if not isinstance(parts, list) or len(parts) != 3:
         told = f"an array of {len(parts)}" if isinstance(parts, list) else type(parts).__name__
         raise InputError(f"{path}: expected an array of 3 parts (names, paths, name → class), found {told}")
@@ -138,14 +131,6 @@ def write_optimized(path: Path, canonical: Mapping[str, str], paths: Mapping[str
         number.setdefault(stands, len(number))
     classes = {name: number[stands] for name, stands in canonical.items()}
     write_text(path, json.dumps([list(number), [paths[name].as_posix() for name in number], classes]))
-
-
-def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise InputError(f"{path}, part 3, entry {twice!r:.60}: named twice")
-    return found
 
 
 def _check_classes(path: Path, names: list[str], classes: dict[str, Any]) -> None:

@@ -1,7 +1,11 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and read with an error that names them."""
 
+import json
 import os
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from spn4cir.errors import InputError
 
@@ -17,3 +21,32 @@ def write_text(path: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def read_json(path: Path, source: str = "") -> Any:
+    """The content of a JSON file. Raises ``InputError`` if it is missing or damaged, or names a key twice."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(_object, path))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing{source and f': it comes from {source}'}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        raise InputError(f"{path} is not valid JSON, or cut short: {error}") from None
+
+
+def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which the decoder would silently keep the last of two values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise InputError(f"{path}: the key {short(twice)} occurs twice in one object")
+    return found
+
+
+def short(value: object) -> str:
+    """A value as it stands in a message: one line, not too long."""
+    shown = json.dumps(value, default=str, ensure_ascii=True)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,15 +1,13 @@
 """Annotation files of others: where they lie, and their entries, field by field. Every error names the place."""
 
-import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Container, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from spn4cir.errors import InputError
+from spn4cir.files import read_json, short
 from spn4cir.types import Check
 
 T = TypeVar("T")
@@ -39,20 +37,6 @@ def find_root(
             if all(any((place / path).is_dir() for path in group) for group in groups):
                 return place
     raise InputError(f"{name}: {base if given else base / name} does not hold the dataset: expected there {source}")
-
-
-def read_json(path: Path, source: str = "") -> Any:
-    """The content of a JSON file. Raises ``InputError`` if it is missing or damaged, or names a key twice."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(_object, path))
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing{source and f': it comes from {source}'}") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
-        raise InputError(f"{path} is not valid JSON, or cut short: {error}") from None
 
 
 class Entry:
@@ -163,18 +147,3 @@ def attempt(checks: list[Check], what: str, needed: bool, read: Callable[[], T])
     except InputError as error:
         checks.append(Check(what, 0, None, "problem" if needed else "note", (str(error),)))
         return None
-
-
-def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which the decoder would silently keep the last of two values."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise InputError(f"{path}: the key {short(twice)} occurs twice in one object")
-    return found
-
-
-def short(value: object) -> str:
-    """A value as it stands in a message: one line, not too long."""
-    shown = json.dumps(value, default=str, ensure_ascii=True)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

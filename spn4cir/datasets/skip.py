@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spn4cir.datasets.files import read_json
 from spn4cir.errors import InputError
-from spn4cir.files import write_text
+from spn4cir.files import read_json, write_text
 from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Query, Triplet
 
 NAME = "skip_list.json"

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spn4cir.datasets.files import read_json, short
 from spn4cir.errors import InputError
-from spn4cir.files import write_text
+from spn4cir.files import read_json, short, write_text
 from spn4cir.types import Benchmark, Query
 
 VERSION = "rc2"
