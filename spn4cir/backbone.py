@@ -41,7 +41,8 @@ class Published:
                 raise InputError(f"beside {key} there is {name!r}, which is unknown here")
         state = content[key]
         if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-            raise InputError(f"{key} is {type(state).__name__}, not a dictionary of named tensors")
+            what = type(state).__name__ if state else "empty"
+            raise InputError(f"{key} is {what}, not a dictionary of named tensors")
         return dict(state), dict.fromkeys(beside, "progress of its training")
 
 

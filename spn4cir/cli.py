@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
-from spn4cir.config import TrainConfig, parse
+from spn4cir.config import TrainConfig, parse, read_settings
 from spn4cir.errors import InputError, run_command
-from spn4cir.files import write_text
+from spn4cir.files import read_json, write_text
 
 
 def recipe(stage: int, default: Path, text: str | None) -> None:
@@ -77,7 +75,7 @@ def _evaluate() -> None:
     if args.json not in (None, "-"):
         _check_output("--json", Path(args.json))
     if args.combine:
-        return _combine(args.combine)
+        return _combine(args.combine, args.json)
     return _evaluate_run(args)
 
 
@@ -98,8 +96,8 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     from spn4cir.evaluate import evaluate, git_commit, table
     from spn4cir.images import ImageSource
 
-    saved = args.run / "config.yaml" if args.run else None
-    of_run = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved and saved.is_file() else {}
+    run = args.run or checkpoints.newest_run(args.dataset or TrainConfig.dataset, args.backbone)
+    of_run = read_settings(run / "config.yaml", TrainConfig) if run and (run / "config.yaml").is_file() else {}
     name = args.dataset or of_run.get("dataset") or TrainConfig.dataset
     dataset = load_dataset(name, args.data_root or (of_run.get("data_root") if name == of_run.get("dataset") else None))
     if args.protocol is None and of_run.get("protocol") in dataset.protocols.get(args.split, ()):
@@ -109,7 +107,6 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         raise InputError(f"{benchmark.name}: its targets are not public: give --submission DIR and ask its server")
     if args.submission:
         _check_submission(args.submission, benchmark)
-    run = args.run or checkpoints.newest_run(name, args.backbone)
     backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone)
     backbone.to(_device())
     images = ImageSource(dataset.path, backbone.transform)
@@ -121,10 +118,7 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     result = {"protocol": result["protocol"], "run": str(run) if run else None, **result, "git": git_commit()}
     lines = [f"model {run or 'embedded weights, not trained on any triplet'}", *dataset.notes(), table(result)]
     print("\n".join(lines), file=shown)
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
-    elif args.json:
-        write_text(Path(args.json), json.dumps(result, indent=1) + "\n")
+    _write_json(args.json, result)
     return None
 
 
@@ -134,22 +128,34 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _combine(paths: list[Path]) -> None:
+def _combine(paths: list[Path], output: str | None) -> None:
     """Mean and standard deviation of results of one protocol."""
     from spn4cir.evaluate import combine
 
     results = []
     for path in paths:
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            results.append({key: result[key] for key in ("protocol", "data", "metrics")})
-        except OSError as error:
-            raise InputError(f"--combine {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--combine {path} is no result of spn4cir-eval --json: {error}") from None
-    print(f"protocol {results[0]['protocol']}, {len(results)} results, mean ± standard deviation")
-    for name, (mean, deviation) in combine(results).items():
-        print(f"{name:<12}{mean:8.2f} ± {deviation:.2f}")
+        result = read_json(path)
+        metrics = result.get("metrics") if isinstance(result, dict) else None
+        numbers = isinstance(metrics, dict) and all(type(value) in (int, float) for value in metrics.values())
+        if not numbers or not {"protocol", "data"} <= result.keys():
+            raise InputError(f"--combine {path} is no result of spn4cir-eval --json")
+        results.append(result)
+    found = combine(results)
+    lines = [f"protocol {results[0]['protocol']}, {len(results)} results, mean ± standard deviation"]
+    lines += [f"{name:<12}{mean:8.2f} ± {deviation:.2f}" for name, (mean, deviation) in found.items()]
+    print("\n".join(lines), file=sys.stderr if output == "-" else sys.stdout)
+    summary = {name: {"mean": mean, "deviation": deviation} for name, (mean, deviation) in found.items()}
+    about = {"protocol": results[0]["protocol"], "data": results[0]["data"], "results": len(results)}
+    _write_json(output, {**about, "metrics": summary})
+
+
+def _write_json(output: str | None, value: Any) -> None:
+    """Write JSON where ``--json`` says: a file, standard output, or nowhere."""
+    text = json.dumps(value, indent=1) + "\n"
+    if output == "-":
+        print(text, end="")
+    elif output:
+        write_text(Path(output), text)
 
 
 def _check_submission(folder: Path, benchmark: Any) -> None:
@@ -162,6 +168,9 @@ def _check_submission(folder: Path, benchmark: Any) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--submission {folder} is a file: give a folder")
+    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--submission {folder} cannot be made: {there} is no folder, or not writable")
 
 
 def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: Any, batch_size: int) -> None:
@@ -232,11 +241,7 @@ def _check(args: argparse.Namespace) -> None:
         report = examine(dataset, before=report)
         print(f"{path}: {len(reasons)} images to leave out\n", file=shown)
     print(table(report), file=shown)
-    text = json.dumps(report.as_json(), indent=1) + "\n"
-    if args.json == "-":
-        print(text, end="")
-    elif args.json:
-        write_text(Path(args.json), text)
+    _write_json(args.json, report.as_json())
     if not report.can_train:
         raise SystemExit(1)
 
@@ -271,8 +276,14 @@ def _validate(args: argparse.Namespace) -> None:
     from spn4cir.datasets import load_dataset
 
     dataset = load_dataset(args.dataset, args.data_root)
+    faults = []
     for path in args.files:
-        print(dataset.check_submission(path))
+        try:
+            print(dataset.check_submission(path))
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\nerror: ".join(faults))
 
 
 def _pixel_cache(name: str) -> Path:

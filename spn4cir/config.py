@@ -140,7 +140,7 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
     )
     parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default.name} beside this script)")
     parser.add_class_arguments(kind)
-    values = _read(path, kind)
+    values = read_settings(path, kind)
     try:
         parser.parse_object(values)  # a default is not checked, so check first
         parser.set_defaults(values)
@@ -173,8 +173,8 @@ def _take_config(argv: Sequence[str], default: Path) -> tuple[Path, list[str]]:
     return path, rest
 
 
-def _read(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """A YAML mapping whose keys are all known."""
+def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """A YAML mapping whose keys are all known. Raises ``InputError`` that names the file and the key."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from typing import Any
 from spn4cir.datasets.files import attempt
 from spn4cir.deduplicate import PUBLISHED_CLASSES, Inspected, canonical_ids, inspect_images, read_optimized
 from spn4cir.errors import InputError
-from spn4cir.types import Check, Dataset, ImageRole
+from spn4cir.types import Check, Dataset, ImageRole, Level
 
 PROBLEMS = ("missing", "truncated", "unreadable")
 SHOWN = 3  # examples of a check in the terminal
@@ -76,11 +76,14 @@ def _usable(dataset: Dataset) -> list[Check]:
     """What still stands in the way where each file on its own is sound, such as an id that only another split lists."""
     faults: list[Check] = []
     triplets = attempt(faults, "training triplets", True, dataset.triplets)
-    benchmark = attempt(faults, "val queries", True, partial(dataset.benchmark, "val"))
+    for split, name in [(split, name) for split, names in dataset.protocols.items() for name in names]:
+        level: Level = "problem" if split == "val" else "note"
+        benchmark = attempt(faults, f"queries of {name}", split == "val", partial(dataset.benchmark, split, name))
+        if benchmark is not None and (not benchmark.queries or benchmark.silent_groups):
+            examples = tuple(f"none of {group}" for group in benchmark.silent_groups)
+            faults.append(Check(f"queries of {name} that are left", len(benchmark.queries), None, level, examples))
     if triplets == []:
         faults.append(Check("triplets that are left to train on", 0, None, "problem"))
-    if benchmark is not None and not benchmark.queries:
-        faults.append(Check("val queries that are left to evaluate on", 0, None, "problem"))
     return faults
 
 
@@ -142,8 +145,8 @@ def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
         before: the list so far. Images that the doctor had listed and that are mended come back; those with a reason of
             its own were left out by a person, and stay.
     """
-    if any(check.what == "images" and check.level == "problem" for check in report.checks):
-        raise InputError(f"{report.dataset}: no picture was found in {report.root}: there is nothing to skip")
+    if len(report.broken) == len(report.found):
+        raise InputError(f"{report.dataset}: no picture in {report.root} decodes: a skip list would leave nothing")
     return {i: reason for i, reason in before.items() if reason not in PROBLEMS} | report.broken
 
 

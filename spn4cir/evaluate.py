@@ -181,6 +181,8 @@ def evaluate(
     """
     if not benchmark.queries:
         raise InputError(f"{benchmark.name} has no query")
+    if benchmark.silent_groups:
+        raise InputError(f"{benchmark.name} has no query of {benchmark.silent_groups[0]}: no mean over all groups")
     if not benchmark.answered:
         raise InputError(f"{benchmark.name}: its targets are not public, so there is no recall to compute")
     was_training = backbone.training
@@ -242,14 +244,12 @@ def rank_images(
     )
 
 
-def check_selection(benchmark: Benchmark, names: Sequence[str]) -> None:
-    """Raises ``InputError`` for a metric that a benchmark does not have."""
+def metric_names(benchmark: Benchmark) -> list[str]:
+    """What can be selected by."""
     known = [f"R@{k}" for k in benchmark.ks] + [f"Rs@{k}" for k in benchmark.subset_ks]
     if len({query.group for query in benchmark.queries}) > 1 and not benchmark.mean_over_groups:
         known += [f"macro R@{k}" for k in benchmark.ks]
-    for name in names:
-        if name not in known:
-            raise InputError(f"select_by: {benchmark.name} has no metric {name!r}; known: {', '.join(known)}")
+    return known
 
 
 def selection_score(metrics: Mapping[str, float], names: Sequence[str]) -> float:
@@ -272,6 +272,9 @@ def combine(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, floa
         found = list(dict.fromkeys(str(result[key]) for result in results))
         if len(found) > 1:
             raise InputError(f"results of different {key} are never combined: {', '.join(found)}")
+    for result in results:
+        if result["metrics"].keys() != results[0]["metrics"].keys():
+            raise InputError("results of different metrics are never combined")
     values = {name: [result["metrics"][name] for result in results] for name in results[0]["metrics"]}
     spread = 1 if len(results) > 1 else 0
     return {name: (float(np.mean(v)), float(np.std(v, ddof=spread))) for name, v in values.items()}

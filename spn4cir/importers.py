@@ -38,9 +38,14 @@ def read_published(path: Path) -> dict[str, Any]:
         shown = f"it begins with {start!r}" if start else "it is empty"
         raise InputError(f"{path} is no file of torch.save, as weights are published in: {shown}")
     try:
+        damaged = zipfile.ZipFile(path).testzip() if zipped else None  # what is mapped into memory is not checked
+        if damaged:
+            raise InputError(f"{path} is damaged in {damaged}: download it again")
         with warnings.catch_warnings():  # torch advises to run what we refuse
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except Exception as error:  # torch raises several kinds
         text = " ".join(str(error).split())
         if "weights_only" in text:

@@ -21,7 +21,7 @@ from spn4cir.datasets import load_dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.deduplicate import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.errors import InputError
-from spn4cir.evaluate import check_selection, encode_gallery, evaluate, selection_score
+from spn4cir.evaluate import encode_gallery, evaluate, metric_names, selection_score
 from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler
 from spn4cir.objective import Objective
 from spn4cir.run import Run
@@ -141,10 +141,18 @@ def load_triplets(
     """
     for note in dataset.notes():
         say(note)
+    for name in config.select_by or ():
+        if name not in metric_names(benchmark):
+            known = ", ".join(metric_names(benchmark))
+            raise InputError(f"select_by: {benchmark.name} has no metric {name!r}; known: {known}")
     triplets, judge = dataset.triplets()[: config.annotated], benchmark
     if config.selection == "holdout":
         triplets, judge = put_aside(config, triplets)
-    check_selection(judge, config.select_by or ())
+        lacking = [name for name in config.select_by or () if name not in metric_names(judge)]
+        if lacking:
+            config.select_by = [name for name in config.select_by or () if name not in lacking] or None
+            names = ", ".join(config.select_by or judge.selection)
+            say(f"{judge.name} has no {', '.join(lacking)}: selected by {names}")
     if config.generated:
         default = Path("data") / dataset.name / "generated" / "triplets.json"
         path = default if config.generated == "auto" else dataset.file(config.generated)

@@ -86,6 +86,12 @@ class Benchmark:
                 )
 
     @property
+    def silent_groups(self) -> list[str]:
+        """Groups that have a gallery but no query, so that a mean over all groups is impossible."""
+        asked = {query.group for query in self.queries}
+        return [group for group in self.group_gallery if group not in asked]
+
+    @property
     def answered(self) -> bool:
         """Whether every query's targets are known, so that metrics can be computed."""
         return all(query.targets for query in self.queries)

@@ -175,6 +175,8 @@ class CLIP4CIR(Backbone):
                 ignored[f"clip.{name}"] = "a number beside the weights of OpenAI's archives"
         named = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
         model = options.get("model") or recognise(named)
+        if f"{model}-quickgelu" in OPENAI:
+            raise InputError(f"{model} has another activation than OpenAI's weights: the model is {model}-quickgelu")
         return Published({"model": model, "pretrained": None}, state, ignored, container)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

@@ -3,6 +3,8 @@
 Source: Liu et al., "Image retrieval on real-life images with pre-trained vision-and-language models", ICCV 2021.
 """
 
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -23,6 +25,7 @@ SOURCE = "github.com/Cuberick-Orion/CIRR (annotations, branch cirr_dataset; its 
 EXPECTED = f"captions/, image_splits/ and the pictures in train/, dev/ and test1/ or in img_raw/, from {SOURCE}"
 PUBLISHED_TRIPLETS = {"train": 28225, "val": 4181, "test1": 4148}
 PUBLISHED_IMAGES = {"train": 16939, "val": 2297, "test1": 2315}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 GROUP = 6  # images of a subset, reference included
 
 
@@ -44,7 +47,7 @@ class CIRR(Dataset):
     def __init__(self, root: str | None = None):
         self.root: Path = find_root(self.name, root, ALIASES, (ANNOTATIONS, TREE), EXPECTED)
         self._annotations = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
-        self._pictures = next((path.parent for name in TREE if (path := self.root / name).is_dir()), None)
+        self._folders: dict[Path, dict[str, str]] = {}
 
     def _captions(self, split: str) -> Path:
         return self._annotations / "captions" / f"cap.rc2.{split}.json"
@@ -65,24 +68,33 @@ class CIRR(Dataset):
 
     @cached_property
     def _files(self) -> dict[str, PurePosixPath]:
-        """Paths of all images of the split files that are there."""
+        """Paths of all images of the split files that can be read."""
         found: dict[str, PurePosixPath] = {}
         for split in SPLITS:
-            if self._split_file(split).exists():
-                found |= self._listed(split)
+            found |= attempt([], "", False, partial(self._listed, split)) or {}
         return found
 
     def path(self, image_id: str) -> Path:
         """The picture of an image; where it should lie, if it is missing."""
         if image_id not in self._files:
             raise InputError(f"{self.name}: unknown image id {image_id!r}")
-        if self._pictures is None:
-            raise InputError(
-                f"{self.name}: {self.root} holds no pictures: expected train/, dev/, test1/, from {SOURCE}"
-            )
-        path = self._pictures / self._files[image_id]
-        others = (path.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".webp"))
-        return path if path.exists() else next((other for other in others if other.exists()), path)
+        if not any((self.root / name).is_dir() for name in TREE):
+            raise InputError(f"{self.name}: {self.root} holds no pictures: expected there {EXPECTED}")
+        inner = self._files[image_id]
+        places = [self.root / base / inner.parent for base in BASES]
+        for place in places:
+            if inner.stem in self._pictures(place):
+                return place / self._pictures(place)[inner.stem]
+        return next((place for place in places if place.is_dir()), places[0]) / inner.name
+
+    def _pictures(self, folder: Path) -> dict[str, str]:
+        """File name by name without suffix; a folder is listed once, and ``.png`` wins."""
+        if folder not in self._folders:
+            names = [item.name for item in os.scandir(folder)] if folder.is_dir() else []
+            pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+            pictures.sort(key=lambda name: not name.endswith(".png"), reverse=True)
+            self._folders[folder] = {name.rpartition(".")[0]: name for name in pictures}
+        return self._folders[folder]
 
     def file(self, name: str) -> Path:
         """A file that a person names: as it stands, or below the root or the folder of the annotations."""
@@ -125,6 +137,10 @@ class CIRR(Dataset):
             targets = (entry.image_id("target_hard", listed, place),) if split != "test1" else ()
             reference = entry.image_id("reference", listed, place)
             members = tuple(entry.entry("img_set").image_ids("members", listed, place))
+            if reference in targets:
+                raise entry.error("target_hard", "is the reference, which is not ranked")
+            if len(set(members)) != GROUP:
+                raise entry.error("img_set", f"expected {GROUP} different members, got {len(set(members))}")
             for image_id in (reference, *targets):
                 if image_id not in members:
                     raise entry.error("img_set", f"its members lack {image_id!r}")
@@ -188,6 +204,7 @@ class CIRR(Dataset):
 def _faults(entries: Sequence[Entry], split: str, listed: set[str]) -> list[Check]:
     """What does not hold of the entries of one split, kind by kind."""
     lost, wrong, outside, same, empty = [], [], [], [], []
+    pairs = Counter(entry.number("pairid") for entry in entries)
     for entry in entries:
         pair = [entry.image_id("reference")] + ([entry.image_id("target_hard")] if split != "test1" else [])
         members = entry.entry("img_set").texts("members") if "img_set" in entry else []
@@ -203,6 +220,7 @@ def _faults(entries: Sequence[Entry], split: str, listed: set[str]) -> list[Chec
     answered: Level = "note" if split == "test1" else "problem"
     return [
         Check.listed(f"{split}: ids in captions that no split lists", lost, answered),
+        Check.listed(f"{split}: pair ids that occur twice", [str(n) for n, count in pairs.items() if count > 1]),
         Check.listed(f"{split}: subsets without {GROUP} different members", wrong),
         Check.listed(
             f"{split}: references or targets outside their subset", outside, "problem" if split == "val" else "note"

@@ -5,15 +5,17 @@ natural language feedback", CVPR 2021.
 """
 
 import os
+from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from spn4cir.datasets.files import PLAIN, attempt, find_root, read_entries, read_ids
 from spn4cir.errors import InputError
 from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Level, Query, Triplet
 
+Row: TypeAlias = "tuple[str, str, list[str]]"
 CATEGORIES = ("dress", "shirt", "toptee")
 SPLITS = ("train", "val", "test")
 SUFFIXES = {".png": 0, ".jpg": 1, ".jpeg": 2, ".webp": 3}
@@ -83,14 +85,12 @@ class FashionIQ(Dataset):
             gallery = list(dict.fromkeys(i for reference, target, _ in rows for i in (reference, target)))
             if not chosen.endswith("/val-union"):
                 gallery = self._listed(category, split)
-                known = set(gallery)
-                for number, row in enumerate(rows):
-                    for field, image_id in zip(("candidate", "target"), row[:2], strict=True):
-                        if image_id not in known:
-                            raise InputError(
-                                f"{path}, entry {number}, field {field!r}: {image_id!r} is not in "
-                                f"{self._split_file(category, split)}"
-                            )
+                self._check_listed(category, split, rows, set(gallery))
+            same = [number for number, row in enumerate(rows) if row[0] == row[1]]
+            if same and not chosen.endswith("/original"):
+                raise InputError(
+                    f"{path}, entry {same[0]}, field 'target': is the reference, which {chosen} does not rank"
+                )
             galleries[category] = tuple(gallery)
             # the text is "c0 and c1" even where one of them is empty, as in published evaluations
             queries += [Query(ref, " and ".join(texts), (target,), category) for ref, target, texts in rows]
@@ -117,10 +117,20 @@ class FashionIQ(Dataset):
     def _split_file(self, category: str, split: str) -> Path:
         return self.root / "image_splits" / f"split.{category}.{split}.json"
 
+    def _check_listed(self, category: str, split: str, rows: Sequence[Row], known: set[str]) -> None:
+        """Raises ``InputError`` for a reference or target that the split file lacks."""
+        for number, row in enumerate(rows):
+            for field, image_id in zip(("candidate", "target"), row[:2], strict=True):
+                if image_id not in known:
+                    raise InputError(
+                        f"{self._captions(category, split)}, entry {number}, field {field!r}: {image_id!r} is not in "
+                        f"{self._split_file(category, split)}"
+                    )
+
     def _listed(self, category: str, split: str) -> list[str]:
         return read_ids(self._split_file(category, split), SOURCE)
 
-    def _rows(self, category: str, split: str) -> list[tuple[str, str, list[str]]]:
+    def _rows(self, category: str, split: str) -> list[Row]:
         """Reference, target ("" in test) and the two captions, stripped."""
         rows = []
         for entry in read_entries(self._captions(category, split), SOURCE):
@@ -159,7 +169,7 @@ class FashionIQ(Dataset):
         same, empty = [], []
         for split, (number, category) in product(SPLITS, enumerate(CATEGORIES)):
             what, needed = f"{split} {category}", split != "test"
-            ids = attempt(checks, f"{what}: split file", split == "val", partial(self._listed, category, split))
+            ids = attempt(checks, f"{what}: split file", needed, partial(self._listed, category, split))
             if ids is not None:
                 checks.append(Check.counted(f"{what}: images listed", len(ids), PUBLISHED_IMAGES[split][number]))
                 listed[split] |= set(ids)

@@ -31,27 +31,30 @@ def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()
     """
     if not path.is_file():
         raise InputError(
-            f"generated triplets {path} are missing: make them with python data_gen/make_triplets.py, "
-            "or put the file of others there"
+            f"generated triplets {path} are missing: make them with python data_gen/make_triplets.py and "
+            "give --generated auto, or put the published file there"
         )
     out, allowed = frozenset(skipped), frozenset(known)
-    triplets, empty, left_out = [], 0, 0
+    triplets, empty, left_out, same = [], 0, 0, 0
     for entry in read_entries(path):
         triplet = _triplet(entry, allowed | out)
         if not triplet.modifications:
             empty += 1
+        elif triplet.reference == triplet.target:
+            same += 1
         elif {triplet.reference, triplet.target} & out:
             left_out += 1
         else:
             triplets.append(triplet)
     notes = [f"{path}: {empty} triplets without any text are left out"] if empty else []
     notes += [f"{path}: {left_out} triplets of skipped images are left out"] if left_out else []
+    notes += [f"{path}: {same} triplets whose reference is their target are left out"] if same else []
     return triplets, notes
 
 
 def _triplet(entry: Entry, allowed: frozenset[str]) -> Triplet:
     """One entry; without modifications if it has no text that says anything."""
-    shape = next((shape for shape in SHAPES if shape[0] in entry), SHAPES[2])
+    shape = next((shape for shape in SHAPES if shape[0] in entry or shape[1] in entry), SHAPES[2])
     ids = []
     for key in shape[:2]:
         image_id = entry.text(key)

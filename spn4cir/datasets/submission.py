@@ -58,6 +58,8 @@ def check_submission(path: Path, benchmark: Benchmark) -> str:
     Raises:
         InputError: naming the file, the entry and what is wrong with it.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file")
     return _check(path, read_json(path), path.stat().st_size, benchmark)
 
 

@@ -191,10 +191,17 @@ def test_what_is_put_aside_is_not_trained_on(
 
 
 def test_an_unknown_metric_is_named(refused: Callable[..., str], cirr: Path) -> None:
-    """Before anything is read but annotations; what was put aside has no subsets to rank within."""
+    """Before anything is read but annotations."""
     line = refused(*recipe("cirr", 1, cirr, "--select-by", "[R@1, Rs@9]"))
     assert line.startswith("select_by: cirr/val has no metric 'Rs@9'; known: R@1, R@5") and "Rs@3" in line
-    assert "cirr/holdout-0.1 has no metric 'Rs@1'" in refused(*recipe("cirr", 1, cirr, "--selection", "holdout"))
+
+
+def test_what_is_put_aside_has_no_subsets(call: Call, cirr: Path, runs: Path) -> None:
+    """A recipe that selects by Rs@k goes on with the metrics that are there, says so, and hands the holdout on."""
+    out, _ = call(*recipe("cirr", 1, cirr, "--selection", "holdout"))
+    assert "cirr/holdout-0.1 has no Rs@1, Rs@2, Rs@3: selected by R@1, R@5, R@10, R@50" in out
+    assert "--selection holdout --holdout 0.1 --init" in out
+    assert result_of(runs, "cirr")["selected_on"] == "cirr/holdout-0.1"
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -234,6 +241,30 @@ def test_a_run_brings_its_protocol_and_its_data(call: Call, fashioniq: Path, run
     assert result["protocol"] == "fashioniq/original-noref" and result["data"] == run["data"]
     assert result["metrics"] == pytest.approx(run["metrics"])
     assert evaluated(call, "--run", run["run"], "--protocol", "fashioniq/original")["protocol"] == "fashioniq/original"
+    newest = evaluated(call, "--dataset", "fashioniq")  # the same run, found by itself
+    assert newest["protocol"] == "fashioniq/original-noref" and newest["metrics"] == result["metrics"]
+
+
+def test_damaged_results_and_runs_are_named(refused: Callable[..., str], tmp_path: Path, model: Path) -> None:
+    """What is combined must be results of the same metrics; a run's settings must be settings."""
+    whole = {"protocol": "x/val", "data": "0", "metrics": {"R@1": 1.0}}
+    paths = [tmp_path / f"{n}.json" for n in range(2)]
+    paths[0].write_text(json.dumps(whole))
+    for other in ({"R@5": 1.0}, {"R@1": "many"}, [1.0], None):
+        paths[1].write_text(json.dumps({**whole, "metrics": other}))
+        assert "metrics" in refused(EVAL, "--combine", *paths) or "no result" in refused(EVAL, "--combine", *paths)
+    for text in ("a: [", "- a", "sed: 3"):
+        (model / "config.yaml").write_text(text)
+        assert str(model / "config.yaml") in refused(EVAL, "--run", model)
+
+
+def test_a_combination_is_written(call: Call, tmp_path: Path) -> None:
+    """As JSON, where --json says."""
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"protocol": "x/val", "data": "0", "metrics": {"R@1": 4.0}}))
+    call(EVAL, "--combine", path, path, "--json", tmp_path / "both.json")
+    found = json.loads((tmp_path / "both.json").read_text())
+    assert found["metrics"] == {"R@1": {"mean": 4.0, "deviation": 0.0}} and found["results"] == 2
 
 
 def test_an_unknown_protocol_is_named(refused: Callable[..., str], fashioniq: Path, cirr: Path) -> None:

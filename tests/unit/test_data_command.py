@@ -202,7 +202,7 @@ def test_no_skip_list_of_everything(call: Call, cirr: Path) -> None:
     for folder in "train", "dev", "test1":
         (cirr / folder).rename(cirr / f"no {folder}")
     (cirr / NAME).write_text('{"dev-0-0-img0": "mine"}')
-    assert "no picture was found" in fails(check(call, cirr, "--write-skip-list"))
+    assert "a skip list would leave nothing" in fails(check(call, cirr, "--write-skip-list"))
     assert (cirr / NAME).read_text() == '{"dev-0-0-img0": "mine"}'
 
 

@@ -128,9 +128,9 @@ def test_the_leak_of_fashioniq(fashioniq: Path) -> None:
      "entry 3: train-0-0-img0"),
     ("cirr", "cirr/captions/cap.rc2.val.json", lambda r: r[3].update(pairid=12000), "'pairid': 12000 occurs twice"),
     ("cirr", "cirr/captions/cap.rc2.val.json", lambda r: r[3].update(target_hard=r[3]["reference"]),
-     "query 3 has no target but its reference"),
+     "entry 3, field 'target_hard': is the reference"),
     ("cirr", "cirr/captions/cap.rc2.train.json", lambda r: [], "triplets that are left"),
-    ("cirr", "cirr/captions/cap.rc2.val.json", lambda r: [], "val queries that are left"),
+    ("cirr", "cirr/captions/cap.rc2.val.json", lambda r: [], "queries of cirr/val that are left"),
     ("fashioniq", "captions/cap.shirt.val.json", lambda r: r[3].update(target="BSTR00004"),
      "entry 3, field 'target': 'BSTR00004' is not in"),
     ("fashioniq", "image_splits/split.shirt.val.json", lambda ids: [i for i in ids if i != "BSVA00008"],
@@ -148,15 +148,32 @@ def test_files_that_do_not_fit_together(
     assert any(words in text for what, check in problems.items() for text in (what, *check.examples)), problems
 
 
+def test_what_only_some_recipes_read_is_looked_at_too(fashioniq: Path, cirr: Path) -> None:
+    """A protocol that is not the default, a category without queries, the split file that candidates: all reads."""
+    edit(fashioniq / "captions/cap.dress.val.json", lambda rows: rows[3].update(target=rows[3]["candidate"]))
+    assert {"queries of fashioniq/original-noref", "queries of fashioniq/val-union"} == of_level(
+        look(fashioniq), "problem"
+    ).keys()
+    (fashioniq / "captions/cap.dress.val.json").write_text("[]")
+    assert of_level(look(fashioniq), "problem")["queries of fashioniq/original that are left"].examples == (
+        "none of dress",
+    )
+    (fashioniq / "image_splits/split.dress.train.json").write_text("[")
+    assert "train dress: split file" in of_level(look(fashioniq), "problem")
+    (cirr / "cirr/image_splits/split.rc2.test1.json").write_text("{")
+    report = look(cirr)
+    assert report.can_train and len(report.found) == 33  # the other splits' pictures are looked at all the same
+
+
 @pytest.mark.parametrize("name", ["fashioniq", "cirr"])
 def test_everything_on_the_skip_list(name: str, request: pytest.FixtureRequest) -> None:
     """No triplet and no query is left: there is nothing to train on, and nothing to select by."""
     root = request.getfixturevalue(name)
     dataset = load_dataset(name, str(root))
     write_skip_list(root, {i: "unwanted" for role in dataset.image_roles() for i in role.image_ids})
-    assert of_level(look(root), "problem").keys() == {
-        "triplets that are left to train on", "val queries that are left to evaluate on",
-    }  # fmt: skip
+    protocols = dataset.protocols["val"]
+    left = {f"queries of {protocol} that are left" for protocol in protocols}
+    assert of_level(look(root), "problem").keys() == {"triplets that are left to train on"} | left
 
 
 @pytest.mark.parametrize(("name", "folders"), [("fashioniq", ["images"]), ("cirr", ["train", "dev", "test1"])])
@@ -169,7 +186,7 @@ def test_no_picture_at_all(name: str, folders: list[str], request: pytest.Fixtur
     problems = of_level(report, "problem")
     assert problems.keys() == {"images"} and "holds no pictures: expected" in problems["images"].examples[0]
     assert not report.can_train and not report.broken and problems["images"].expected
-    with pytest.raises(InputError, match="there is nothing to skip"):
+    with pytest.raises(InputError, match="a skip list would leave nothing"):
         skip_list(report, {})
 
 

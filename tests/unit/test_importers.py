@@ -97,6 +97,18 @@ def test_what_an_evaluation_says_of_it(
     assert metrics[0] == metrics[1]
 
 
+def test_a_flipped_byte_is_found(tmp_path: Path, weights: dict[str, Tensor], refuses: Refuses) -> None:
+    """What is mapped into memory is not checked by torch, so the archive's own sums are."""
+    content = bytearray(saved({"CLIP": weights}, tmp_path / "whole.pt"))
+    content[len(content) // 2] ^= 0xFF
+    assert "is damaged in" in refuses(bytes(content))
+
+
+def test_the_activation_of_openai_is_not_given_away(refuses: Refuses, weights: dict[str, Tensor]) -> None:
+    """Shapes do not tell a plain name from that with quickgelu."""
+    assert "the model is ViT-B-32-quickgelu" in refuses({"CLIP": weights}, model="ViT-B-32")
+
+
 def test_leftovers_are_ignored_with_a_reason(
     tmp_path: Path, weights: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,7 +179,7 @@ def test_a_script_archive_is_refused(refuses: Refuses, tmp_path: Path) -> None:
         ({}, "neither CLIP nor state_dict is an entry of it; found nothing"),
         ({"Combiner": {}, "epoch": 1}, "found 'Combiner', 'epoch'"),
         ({"CLIP": 3}, "CLIP is int, not a dictionary of named tensors"),
-        ({"CLIP": {}}, "CLIP is dict, not a dictionary of named tensors"),
+        ({"CLIP": {}}, "CLIP is empty, not a dictionary of named tensors"),
         ({"CLIP": {"visual.proj": 3}}, "clip.visual.proj is int, not a tensor"),
         ({"CLIP": {}, "Combiner": {}}, "beside CLIP there is 'Combiner'"),
         ({"state_dict": {"blip.temp": torch.zeros(1)}}, "should begin with clip., not as in blip.temp"),

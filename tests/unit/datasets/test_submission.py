@@ -204,7 +204,7 @@ def test_the_limit_of_the_server(tmp_path: Path, case: Case) -> None:
 def test_no_file(tmp_path: Path, cirr: Path) -> None:
     """A missing file, and a folder in its place."""
     dataset = CIRR(str(cirr))
-    for path, words in (tmp_path / "x.json", "x.json is missing"), (tmp_path, "cannot be read"):
+    for path, words in (tmp_path / "x.json", "x.json is missing"), (tmp_path, "is no regular file"):
         with pytest.raises(InputError, match=words):
             dataset.check_submission(path)
 
