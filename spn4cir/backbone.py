@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
 
 from spn4cir.errors import InputError
+from spn4cir.losses import InBatch
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
@@ -27,6 +29,20 @@ class Published:
     state: dict[str, Tensor]
     ignored: dict[str, str]
     container: str
+
+    @staticmethod
+    def find(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+        """The first of these entries that a checkpoint has, with its state dict and what beside it may be ignored.
+
+        Raises:
+            InputError: if it has none of them, or as ``entry``.
+        """
+        for key in keys:
+            if key in content:
+                return key, *Published.entry(content, key)
+        found = ", ".join(map(repr, list(content)[:5])) or "nothing"
+        names = f"neither {' nor '.join(keys)} is" if len(keys) > 1 else f"{keys[0]} is not"
+        raise InputError(f"{names} an entry of it; found {found}")
 
     @staticmethod
     def entry(content: Mapping[str, Any], key: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -68,11 +84,35 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def image_side(self) -> list[nn.Module | nn.Parameter]:
-        """Everything that ``encode_image`` reads; ``compose`` may not read a trainable part of it."""
+        """Everything that ``encode_image`` reads."""
 
-    def extra_loss(self, composed: Composed, targets: ImageFeatures) -> Tensor | None:
-        """Further terms of a published model's stage 1, summed; None where there are none."""
-        return None
+    def frozen_beside(self) -> list[nn.Module | nn.Parameter]:
+        """What ``freeze_image_side`` freezes beside the image side: what only stage 1 trains."""
+        return []
+
+    def separate(self) -> None:
+        """Give ``compose`` a copy of its own of whatever it shares with ``encode_image`` and goes on training.
+
+        Called before the image side is frozen; a second call changes nothing. What was separated is recorded in
+        ``options``, so that a checkpoint rebuilds it.
+        """
+
+    def extra_losses(self, composed: Composed, targets: ImageFeatures, contrast: InBatch) -> dict[str, Tensor]:
+        """Further terms of a published model's stage 1, each a weighted scalar under its name; they are summed.
+
+        Args:
+            composed: what ``compose`` made of this process's batch.
+            targets: features of the batch's target images, (B, …).
+            contrast: ``contrast(query, target)`` is the loss of queries (B, E) against the targets (B, K, E) of the
+                batches of all processes, as in the main term.
+        """
+        return {}
+
+    def save_assets(self, folder: Path) -> None:
+        """Write into a checkpoint's folder what the constructor needs beside weights and ``options``.
+
+        A subfolder ``tokenizer`` is given back as the option of that name.
+        """
 
     @classmethod
     def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
@@ -100,8 +140,9 @@ class Backbone(nn.Module, ABC):
 
         This is what makes a bank of its outputs valid.
         """
+        self.separate()
         self._frozen = True
-        for part in self.image_side():
+        for part in (*self.image_side(), *self.frozen_beside()):
             part.requires_grad_(False)
         self.train(self.training)
 
@@ -111,12 +152,12 @@ class Backbone(nn.Module, ABC):
         return getattr(self, "_frozen", False)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """As in torch, but a frozen image side stays in eval mode."""
+        """As in torch, but a module whose parameters are all frozen stays in eval mode, with what is inside it."""
         super().train(mode)
-        if self.frozen:
-            for part in self.image_side():
-                if isinstance(part, nn.Module):
-                    part.eval()
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                nn.Module.train(module, False)
         return self
 
     def image_state(self) -> dict[str, Tensor]:

@@ -77,11 +77,12 @@ def save_model(folder: Path, backbone: Backbone, about: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     note = {"format": 1, "backbone": backbone.name, "options": backbone.options, **about}
     write_text(folder / "model.json", json.dumps(note, indent=1) + "\n")
+    backbone.save_assets(folder)
     write_tensors(folder / "model.safetensors", backbone.state_dict(), note)
 
 
-def load_model(folder: Path) -> Backbone:
-    """The backbone of a run or checkpoint folder, on the CPU, in eval mode.
+def read_model(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Name and options of the backbone of a run or checkpoint folder.
 
     Raises:
         InputError: if the folder holds no complete model.
@@ -95,9 +96,32 @@ def load_model(folder: Path) -> Backbone:
         name, options = str(note["backbone"]), dict(note["options"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{note_path} is damaged: {error}") from None
-    backbone = build_backbone(name, **{**options, "pretrained": None}, load_weights=False)
-    backbone.options = options
-    load_strictly(backbone, read_tensors(weights)[0], weights)
+    return name, options
+
+
+def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbone:
+    """The backbone of a run or checkpoint folder, on the CPU, in eval mode.
+
+    Args:
+        folder: what ``save_model`` wrote.
+        changes: options that shall differ from the saved ones. Parameters that only they bring stay as they are
+            initialised, and that is said.
+
+    Raises:
+        InputError: if the folder holds no complete model, or its weights do not fit.
+    """
+    name, options = read_model(folder)
+    options |= changes or {}
+    assets = {"tokenizer": str(folder / "tokenizer")} if (folder / "tokenizer").is_dir() else {}
+    backbone = build_backbone(name, **{**options, **assets}, load_weights=False)
+    if assets:
+        backbone.options["tokenizer"] = options.get("tokenizer")
+    state, _ = read_tensors(folder / "model.safetensors")
+    fresh = backbone.state_dict().keys() - state.keys() if changes else set()
+    if fresh:
+        print(f"{folder} does not hold {', '.join(sorted(fresh)[:3])} … ({len(fresh)} names): initialised anew")
+        state |= {key: value for key, value in backbone.state_dict().items() if key in fresh}
+    load_strictly(backbone, state, folder / "model.safetensors")
     return backbone.eval()
 
 

@@ -1,6 +1,9 @@
 """The one loss: InfoNCE of composed queries against a set of candidates."""
 
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,3 +54,48 @@ def info_nce(
         hidden |= owned[owner]
     hidden[torch.arange(len(label), device=label.device), label] = False
     return F.cross_entropy(terms.masked_fill(hidden, -torch.inf), label)
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate equally sized tensors of all processes; each gets back the summed gradient of its own part."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.rows = len(local)
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+def gather(local: Tensor) -> Tensor:
+    """(B, …) of each process → (all B, …), in rank order; the tensor itself where there is one process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return local
+    gathered: Tensor = _Gather.apply(local)
+    return gathered
+
+
+@dataclass(frozen=True)
+class InBatch:
+    """Stage 1's way to score: the candidates are the targets of the batch, of all processes.
+
+    ``identity`` (B,) is equal for equal targets, which are not each other's negatives; ``temperature`` is what scores
+    are divided by.
+    """
+
+    identity: Tensor
+    temperature: Tensor | float
+
+    def __call__(self, query: Tensor, target: Tensor) -> Tensor:
+        """``info_nce`` of queries (B, E) against the targets (B, K, E), a query's own being its positive; a scalar."""
+        candidates, identity = gather(target), gather(self.identity)  # (N, K, E), (N,)
+        rank = dist.get_rank() if len(candidates) > len(target) else 0
+        positives = torch.arange(len(target), device=target.device) + rank * len(target)
+        same = self.identity[:, None] == identity  # (B, N) duplicates of a query's own target
+        return info_nce(query, candidates, positives, self.temperature, same.nonzero().T)

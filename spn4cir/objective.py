@@ -1,41 +1,15 @@
 """The one module given to accelerate: ``forward`` returns the loss, so that gradients of all processes are reduced."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone
 from spn4cir.bank import Bank
 from spn4cir.images import TripletBatch
-from spn4cir.losses import info_nce
+from spn4cir.losses import InBatch, info_nce
 from spn4cir.types import ImageFeatures
 
 TEMPERATURE_BOUNDS = (0.005, 0.5)
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenate equally sized tensors of all processes; each gets back the summed gradient of its own part."""
-
-    @staticmethod
-    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.rows = len(local)
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient[dist.get_rank() * ctx.rows :][: ctx.rows]
-
-
-def gather(local: Tensor) -> Tensor:
-    """(B, …) of each process → (all B, …), in rank order; the tensor itself where there is one process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return local
-    gathered: Tensor = _Gather.apply(local)
-    return gathered
 
 
 class Objective(nn.Module):
@@ -59,30 +33,29 @@ class Objective(nn.Module):
 
     def forward(self, batch: TripletBatch) -> Tensor:
         """The loss of one batch, a scalar: the mean over this process's queries, against the candidates of all."""
-        reference, targets, candidates, positives, ignore = (
-            self._from_batch(batch) if self.bank is None else self._from_bank(self.bank, batch)
-        )
-        composed = self.backbone.compose(reference, batch.tokens)
         temperature: Tensor = self.temperature
         if temperature.requires_grad:
             temperature = temperature.clamp(*TEMPERATURE_BOUNDS)
-        loss = info_nce(composed.query, candidates, positives, temperature, ignore)
-        extra = None if targets is None else self.backbone.extra_loss(composed, targets)
-        return loss if extra is None else loss + extra
+        return self._against_batch(batch, temperature) if self.bank is None else self._against_bank(batch, temperature)
 
-    def _from_batch(self, batch: TripletBatch) -> tuple[Tensor, ImageFeatures | None, Tensor, Tensor, Tensor | None]:
+    def _against_batch(self, batch: TripletBatch, temperature: Tensor) -> Tensor:
         """Stage 1: encode the batch's images; candidates are the targets of all processes."""
         assert batch.pixels is not None, "stage 1 needs pixels"
         features = self.backbone.encode_image(batch.pixels)  # (U, …)
         targets = ImageFeatures(features.reference[batch.target], features.target[batch.target])
-        candidates = gather(targets.target)  # (N, K, E)
-        identity = gather(batch.identity)  # (N,)
-        rank = dist.get_rank() if len(candidates) > len(batch.target) else 0
-        positives = torch.arange(len(batch.target), device=candidates.device) + rank * len(batch.target)
-        same = batch.identity[:, None] == identity  # (B, N) duplicates of a query's own target
-        return features.reference[batch.reference], targets, candidates, positives, same.nonzero().T
+        composed = self.backbone.compose(features.reference[batch.reference], batch.tokens)
+        contrast = InBatch(batch.identity, temperature)
+        terms = self.backbone.extra_losses(composed, targets, contrast)
+        return sum(terms.values(), contrast(composed.query, targets.target))
 
-    def _from_bank(self, bank: Bank, batch: TripletBatch) -> tuple[Tensor, None, Tensor, Tensor, None]:
-        """Stage 2: everything about images is a row of the bank; all rows are candidates."""
-        reference = bank.reference[batch.reference].float()
-        return reference, None, bank.target, batch.target, None
+    def _against_bank(self, batch: TripletBatch, temperature: Tensor) -> Tensor:
+        """Stage 2: candidates are all rows of the bank, whose reference features were gathered with the batch."""
+        assert self.bank is not None
+        if batch.features is not None:
+            reference = batch.features.float()
+        else:
+            assert batch.pixels is not None, "without a bank of references, stage 2 needs pixels"
+            with torch.no_grad():
+                reference = self.backbone.encode_image(batch.pixels).reference[batch.reference]
+        query = self.backbone.compose(reference, batch.tokens).query
+        return info_nce(query, self.bank.target, batch.target, temperature)

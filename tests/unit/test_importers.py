@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from spn4cir import importers
-from spn4cir.backbones.clip4cir import CLIP4CIR, OPENAI
+from spn4cir.backbones.clip4cir import CLIP4CIR
 from spn4cir.checkpoints import load_model
 from spn4cir.cli import import_command
+from spn4cir.clip import OPENAI
 from spn4cir.errors import InputError
 from spn4cir.importers import import_published
 
