@@ -1,4 +1,4 @@
-"""What BLIP and BLIP-2 share: library models by name or folder, BERT's tokenizer, the vision tower's published names."""
+"""What BLIP and BLIP-2 share: library models by name or folder, BERT's tokenizer, published names of the vision tower."""
 
 import re
 from collections.abc import Mapping, Sequence
