@@ -1,10 +1,10 @@
-"""What BLIP and BLIP-2 share: library models by name or folder, BERT's tokenizer, published names of the vision tower."""
+"""What BLIP and BLIP-2 share: library models by name or folder, BERT's tokenizer, published names of its tower."""
 
 import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def load_library(kind: type[M], model: str | Path, config: Mapping[str, Any] | N
         settings: PreTrainedConfig
         settings = kind.config_class.from_dict(dict(config)) if config else kind.config_class.from_pretrained(model)
         if not load_weights:
-            return kind(settings).eval()
+            return cast(M, kind(settings).eval())
         loaded, report = kind.from_pretrained(model, config=settings, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
@@ -53,7 +53,7 @@ def load_library(kind: type[M], model: str | Path, config: Mapping[str, Any] | N
     for word in ("missing_keys", "mismatched_keys"):
         if found := sorted(map(str, report[word])):
             raise InputError(f"{model}: {len(found)} {word.replace('_', ' ')} for {kind.__name__}, such as {found[0]}")
-    return loaded.eval()
+    return cast(M, loaded.eval())
 
 
 def load_tokenizer(source: str | Path, size: int, added: Sequence[str] = ()) -> PreTrainedTokenizerBase:
