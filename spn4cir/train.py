@@ -75,7 +75,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
     identity = banks.assign_rows({t.target: hashes[t.target] for t in triplets})
     references = bank.references if bank and bank.reference else None
-    collate = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows, references)
+    collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None, references)
     loader = DataLoader(
         TripletRows(triplets, config.seed), batch_sampler=sampler, collate_fn=collate, num_workers=config.workers
     )
