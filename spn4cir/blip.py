@@ -1,15 +1,15 @@
-"""What BLIP and BLIP-2 share: the library's models, BERT's tokenizer, published names of the vision tower."""
+"""What BLIP and BLIP-2 share: library models by name or folder, BERT's tokenizer, published names of its tower."""
 
 import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spn4cir.errors import InputError
 
@@ -32,10 +32,9 @@ STEM = {
 def load_settings(kind: type[C], model: str | Path) -> C:
     """The configuration of a folder, or of a name on the hub. Raises ``InputError`` if there is none."""
     try:
-        settings: C = kind.from_pretrained(model)
+        return cast(C, kind.from_pretrained(model))
     except UNREADABLE as error:
         raise _unreadable(kind.__name__, model, error) from None
-    return settings
 
 
 def _unreadable(kind: str, model: str | Path, error: Exception) -> InputError:
@@ -62,24 +61,28 @@ def load_library(kind: type[M], model: str | Path, config: Mapping[str, Any] | N
         settings: PreTrainedConfig
         settings = kind.config_class.from_dict(dict(config)) if config else kind.config_class.from_pretrained(model)
         if not load_weights:
-            return kind(settings).eval()
+            return cast(M, kind(settings).eval())
         loaded, report = kind.from_pretrained(model, config=settings, dtype=torch.float32, output_loading_info=True)
     except UNREADABLE as error:
         raise _unreadable(kind.__name__, model, error) from None
     for word in ("missing_keys", "mismatched_keys"):
         if found := sorted(map(str, report[word])):
             raise InputError(f"{model}: {len(found)} {word.replace('_', ' ')} for {kind.__name__}, such as {found[0]}")
-    return loaded.eval()
+    return cast(M, loaded.eval())
 
 
 def load_tokenizer(source: str | Path, size: int, added: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """BERT's tokenizer with ``size`` entries; special tokens in ``added`` are appended where they are missing.
 
+    A folder may hold ``vocab.txt`` alone.
+
     Raises:
         InputError: if there is no such tokenizer, or it has another number of entries than the model.
     """
+    folder = Path(source)
+    bare = (folder / "vocab.txt").is_file() and not any(folder.glob("tokenizer*.json"))  # nothing says whose
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())[:120]
         raise InputError(

@@ -90,7 +90,7 @@ class _Blip(BlipForImageTextRetrieval):  # type: ignore[misc]
 
 
 class BLIP4CIR(Backbone):
-    """``q = normalise(text_proj(h_0))`` of the text's states h, which attend to the reference; ``t`` from a class token.
+    """``q = normalise(text_proj(h_0))`` of the text's states h, which attend to the reference; ``t`` of a class token.
 
     The reference is the vision tower's tokens after its last norm (L = 577 of D = 768 at 384 pixels); the target is
     ``normalise(vision_proj(token 0))``, K = 1 and E = 256. Texts begin with ``[ENC]`` and are cut at the number of
