@@ -320,18 +320,25 @@ def _import() -> None:
         description="Convert published weights into a folder for --run and --init. Prints what became of every name in "
         "the file; anything unexplained is an error, and nothing that a file holds is run.",
         epilog="examples:\n  spn4cir-import --backbone clip4cir fiq_stage1.pt --output runs/imported/fiq_stage1\n"
-        "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny",
+        "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny\n"
+        "  spn4cir-import --backbone blip4cir best.pt --tokenizer FOLDER --output runs/imported/fiq_blip",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="weights as they are published, a file of torch.save")
     parser.add_argument("--backbone", required=True, help="whose weights they are")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--model", help="architecture inside the backbone (default: recognised by the shapes)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="folder or name of the tokenizer, where one is needed (default: BERT's)",
+    )
     args = parser.parse_args()
 
     from spn4cir.importers import import_published
 
-    import_published(args.file, args.output, args.backbone, {"model": args.model} if args.model else {})
+    stated = {"model": args.model, "tokenizer": args.tokenizer}
+    import_published(args.file, args.output, args.backbone, {key: value for key, value in stated.items() if value})
     print(
         f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
         f"      accelerate launch recipes/stage2.py --config recipes/RECIPE.yaml --init {args.output}"
