@@ -55,10 +55,10 @@ IGNORED = (
 class TextTwin(nn.Module):
     """Copies of what reads the fused states as a sentence, without the parts that only an image calls for."""
 
-    def __init__(self, blip2: nn.Module):
+    def __init__(self, blip2: Any):
         super().__init__()
         self.embeddings = deepcopy(blip2.embeddings)
-        self.qformer = deepcopy(blip2.qformer)
+        self.qformer: Any = deepcopy(blip2.qformer)
         self.text_projection = deepcopy(blip2.text_projection)
         for layer in self.qformer.encoder.layer:
             for part in ("crossattention", "intermediate_query", "output_query"):
@@ -238,7 +238,9 @@ class SPRC(Backbone):
         embeddings = self.blip2.embeddings
         words = embeddings.word_embeddings(text)  # (B, T, H)
         sentence = torch.cat([words[:, :1], self.prompt_tokens.expand(len(text), -1, -1), words[:, 1:]], dim=1)
-        return sentence + embeddings.position_embeddings.weight[: sentence.shape[1]]
+        places = torch.arange(sentence.shape[1], device=text.device)
+        prompted: Tensor = sentence + embeddings.position_embeddings(places)
+        return prompted
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """Vision tower, query tokens, Q-Former and the projection of images."""
