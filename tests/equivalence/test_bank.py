@@ -29,14 +29,8 @@ class Maker:
         self.encoded += images
 
     def __call__(self, batch_size: int = 256, dtype: str = "float32") -> Bank:
-        return load_or_build(
-            self.backbone,
-            self.images,
-            {i: self.hashes[i] for i in self.ids},
-            self.root,
-            batch_size,
-            stored_parts(dtype),
-        )
+        hashes = {i: self.hashes[i] for i in self.ids}
+        return load_or_build(self.backbone, self.images, hashes, self.root, batch_size, stored_parts(dtype))
 
     def name(self, dtype: str = "float32") -> str:
         return fingerprint(self.backbone, {i: self.hashes[i] for i in self.ids}, stored_parts(dtype))
