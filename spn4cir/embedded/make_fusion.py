@@ -147,8 +147,8 @@ def clip_tower(pixels: Tensor) -> dict[str, Tensor]:
     first = clip["class_embedding"] + places[0]  # (D,)
 
     def normed(x: Tensor, deviation: Tensor) -> Tensor:
-        centred = (x - x.mean(-1, keepdim=True)) / deviation  # (…, D)
-        return centred * clip["ln_pre.weight"]
+        scaled: Tensor = (x - x.mean(-1, keepdim=True)) / deviation * clip["ln_pre.weight"]  # (…, D)
+        return scaled
 
     deviation = patches.std(-1, correction=0).mean()
     found["embeddings.class_embedding"] = torch.zeros(1, 1, len(first))
