@@ -169,4 +169,4 @@ def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
         import_published(tmp_path / "best_model.pt", tmp_path / "output", "tgcir", {})
     told = str(raised.value)
     assert "more than tensors" in told and "WrittenOut" in told and "run its code" in told and "\n" not in told
-    assert "{'state_dict': model.state_dict()}" in told and not (tmp_path / "output").exists()
+    assert "save its state_dict() with torch.save, as {'state_dict': …}" in told and not (tmp_path / "output").exists()
