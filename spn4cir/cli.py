@@ -17,12 +17,13 @@ def recipe(stage: int, default: Path, text: str | None) -> None:
 
     Args:
         stage: 1 or 2.
-        default: YAML file of the recipe that runs without arguments.
+        default: YAML file of the recipe that runs without arguments. Where ``--dataset``, ``--backbone`` or ``--init``
+            names another dataset or backbone, it is the file beside it with these names in the place of the default's.
         text: what ``--help`` says: a sentence, a blank line, examples.
     """
 
     def main() -> None:
-        config = parse(TrainConfig, default, text=text or "")
+        config = parse(TrainConfig, _own_recipe(default), text=text or "")
         if config.resume:  # a run is continued with its own settings
             saved = Path(config.resume) / "config.yaml"
             if not saved.is_file():
@@ -33,6 +34,21 @@ def recipe(stage: int, default: Path, text: str | None) -> None:
         train(config, stage)
 
     run_command(main)
+
+
+def _own_recipe(default: Path) -> Path:
+    """The recipe of the dataset and backbone that the command line names, if there is one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset")
+    parser.add_argument("--backbone")
+    parser.add_argument("--init", type=Path)
+    given, _ = parser.parse_known_args()
+    note = given.init / "model.json" if given.init else None
+    if note and not given.backbone and note.is_file():
+        given.backbone = str(read_json(note).get("backbone"))
+    name = default.name.replace(TrainConfig.dataset, given.dataset or TrainConfig.dataset)
+    path = default.with_name(name.replace(TrainConfig.backbone, given.backbone or TrainConfig.backbone))
+    return path if path.is_file() else default
 
 
 def evaluate_command() -> None:

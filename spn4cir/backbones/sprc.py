@@ -1,0 +1,338 @@
+"""SPRC: BLIP-2's Q-Former fuses image and text, and a second pass reads the fused states and the text as a sentence."""
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Blip2ForImageTextRetrieval, PreTrainedConfig
+
+from spn4cir.backbone import Backbone, Published
+from spn4cir.blip import BERT, load_library, load_tokenizer, vision_names, vision_settings
+from spn4cir.errors import InputError
+from spn4cir.images import Transform
+from spn4cir.losses import InBatch
+from spn4cir.types import Composed, ImageFeatures, Tokens
+
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "blip2"
+WORDS = 50
+GIANT = 1408  # width of ViT-g, whose 16 heads are 88 wide
+TOWER = "visual_encoder."
+VISION = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+    "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range", "qkv_bias",
+)  # fmt: skip
+QFORMER = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "initializer_range",
+    "layer_norm_eps", "pad_token_id", "cross_attention_frequency", "use_qformer_text_input",
+)  # fmt: skip
+RENAMED = (
+    (r"ln_vision\.", "blip2.vision_model.post_layernorm."),
+    (r"vision_proj\.", "blip2.vision_projection."),
+    (r"text_proj\.", "blip2.text_projection."),
+    (r"text_proj_q\.", "twin.text_projection."),
+    (r"query_tokens$", "blip2.query_tokens"),
+    (r"Qformer(_query)?\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
+    (r"Qformer(_query)?\.bert\.embeddings\.", "embeddings."),
+    (r"Qformer(_query)?\.bert\.encoder\.", "qformer.encoder."),
+)
+IGNORED = (
+    (r"Qformer(_query)?\.cls\.", "head of a language model, which nothing here reads"),
+    (r"Qformer(_query)?\.bert\.embeddings\.position_ids$", "buffer of older libraries that counts positions"),
+    (r"itm_head\.", "head of image-text matching, which nothing here reads"),
+    (
+        r"Qformer_query\.bert\.encoder\.layer\.\d+\.(crossattention|intermediate_query|output_query)\.",
+        "only read beside an image, and this copy never is",
+    ),
+)
+
+
+class TextTwin(nn.Module):
+    """Copies of what reads the fused states as a sentence, without the parts that only an image calls for."""
+
+    def __init__(self, blip2: Any):
+        super().__init__()
+        self.embeddings = deepcopy(blip2.embeddings)
+        self.qformer: Any = deepcopy(blip2.qformer)
+        self.text_projection = deepcopy(blip2.text_projection)
+        for layer in self.qformer.encoder.layer:
+            for part in ("crossattention", "intermediate_query", "output_query"):
+                if hasattr(layer, part):
+                    delattr(layer, part)
+            layer.has_cross_attention = False
+
+
+class SPRC(Backbone):
+    """Two passes of one Q-Former make the query; a target is what the query tokens read from it, each token projected.
+
+    ``U`` = states of the K query tokens after the Q-Former read reference and text; ``q`` = projection of the text's
+    first state after it read ``[U; text]`` without an image. L tokens of width D of the vision tower; a target has
+    K = 32 vectors of width E = 256, of which the nearest counts.
+
+    Args:
+        model: ``embedded`` (the small model that ships), a folder or a name on the hub, both as ``save_pretrained`` of
+            ``Blip2ForImageTextRetrieval`` writes them; None with ``config`` gives random weights.
+        config: architecture, as ``Blip2Config`` takes it; None means that of ``model``.
+        tokenizer: folder or name on the hub; None means that of ``model``, or BERT's where there is no model.
+        train_vision: whether stage 1 trains the vision tower below its last norm, which is trained in any case.
+        rtc: weight of the prompt's contrastive term.
+        align: weight of the term that pulls fused states to the prompt.
+        text_length: tokens after which a text is cut.
+        separated: whether the second pass has copies of its own, as in stage 2.
+        load_weights: False builds the architecture alone, for a checkpoint to fill.
+
+    Raises:
+        InputError: if there is no such model or tokenizer, or they do not fit each other or ``text_length``.
+
+    Source: Bai et al., "Sentence-level Prompts Benefit Composed Image Retrieval", ICLR 2024; Li et al., "BLIP-2", 2023.
+    """
+
+    name = "sprc"
+
+    def __init__(
+        self,
+        model: str | None = "embedded",
+        config: Mapping[str, Any] | None = None,
+        tokenizer: str | None = None,
+        train_vision: bool = False,
+        rtc: float = 1.0,
+        align: float = 1.0,
+        text_length: int = 32,
+        separated: bool = False,
+        load_weights: bool = True,
+    ):
+        super().__init__()
+        if model is None and config is None:
+            raise InputError("sprc needs a model, or the config of one")
+        located = str(EMBEDDED) if model == "embedded" else model
+        self.blip2: Any = load_library(
+            Blip2ForImageTextRetrieval, located or "of that config", config, load_weights and located is not None
+        )
+        del self.blip2.itm_head  # it would get no gradient
+        settings = self.blip2.config
+        self.options = {
+            "model": model, "config": _plain(settings), "tokenizer": tokenizer, "train_vision": train_vision,
+            "rtc": rtc, "align": align, "text_length": text_length, "separated": False,
+        }  # fmt: skip
+        self._check(settings)
+        self.blip2.vision_model.post_layernorm.eps = 1e-5  # BLIP-2's own; the library has one eps for all, 1e-6
+        source = tokenizer or located or BERT
+        self.tokenizer = load_tokenizer(source, settings.qformer_config.vocab_size, added=("[DEC]",))
+        self.transform = Transform(settings.vision_config.image_size)
+        self.count = settings.num_query_tokens
+        self.prompt_tokens = nn.Parameter(0.02 * torch.randn(self.blip2.query_tokens.shape))  # (1, K, H)
+        self.prompt_tokens.requires_grad_(rtc > 0)  # nothing else moves them
+        self.twin: Any = None
+        if not train_vision:
+            self.blip2.vision_model.embeddings.requires_grad_(False)
+            self.blip2.vision_model.encoder.requires_grad_(False)
+        if separated:
+            self.separate()
+        self.eval()
+
+    def _check(self, settings: PreTrainedConfig) -> None:
+        """Raises ``InputError`` for a Q-Former that cannot read texts as long as they may become."""
+        if not settings.qformer_config.use_qformer_text_input:
+            raise InputError(f"{self.options['model']}: its Q-Former reads no text (use_qformer_text_input is false)")
+        length, room = self.options["text_length"], settings.qformer_config.max_position_embeddings
+        if not 3 <= length <= room - settings.num_query_tokens:
+            raise InputError(f"text_length is {length}: it must be 3 to {room - settings.num_query_tokens}")
+
+    @classmethod
+    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
+        """Weights of the original (``Blip2QformerCirAlignPrompt``) or of SPN's stage 2 (``state_dict``).
+
+        Raises:
+            InputError: if it is neither, or if the shapes that give the architecture are missing.
+        """
+        key, state, ignored = Published.find(content, "Blip2QformerCirAlignPrompt", "state_dict")
+        prefix = "" if key != "state_dict" else "blip_model."
+        if prefix and not any(name.startswith(prefix) for name in state):
+            raise InputError(f"the names in state_dict should begin with {prefix}, not as in {next(iter(state))}")
+        own, strange = {}, {}
+        for name, value in state.items():
+            if not name.startswith(prefix):
+                strange[name] = value
+            elif reason := _reason(name.removeprefix(prefix), value):
+                ignored[name] = reason
+            else:
+                own[name.removeprefix(prefix)] = value
+        stated = {"tokenizer": BERT, **{key: value for key, value in options.items() if key != "model"}}
+        separated = any(name.startswith("Qformer_query.") for name in own)
+        found = {"model": None, "config": _recognise(own), **stated, "separated": separated}
+        container = f"{key}, stage {2 if separated else 1}" + (f", prefix {prefix}" if prefix else "")
+        return Published(found, _renamed(own) | strange, ignored, container)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """B texts → ``text`` and ``mask`` (B, T), T that of the longest; an empty one is a text without words."""
+        plain = [" ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:WORDS]) for text in texts]
+        length = self.options["text_length"]
+        tokens = self.tokenizer(plain, padding="longest", truncation=True, max_length=length, return_tensors="pt")
+        return {"text": tokens["input_ids"], "mask": tokens["attention_mask"]}
+
+    def save_assets(self, folder: Path) -> None:
+        """The tokenizer's files."""
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """(B, 3, H, W) → reference (B, L, D), the vision tower's tokens; target (B, K, E), each vector of unit norm."""
+        tokens = self.blip2.vision_model(pixels).last_hidden_state  # (B, L, D)
+        queries = self.blip2.query_tokens.expand(len(pixels), -1, -1)
+        states = self.blip2.qformer(
+            query_embeds=queries, query_length=self.count, encoder_hidden_states=tokens
+        ).last_hidden_state  # (B, K, H)
+        return ImageFeatures(tokens, _unit(self.blip2.vision_projection(states)))
+
+    def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
+        """(B, L, D) and texts → queries (B, E).
+
+        The states ``fused`` (B, K, H) come from each query's own text: the published stage 2 cached them per image, so
+        that they were those of another triplet's text.
+        """
+        text, mask = tokens["text"], self._mask(tokens["mask"])  # (B, T), (B, K + T)
+        queries = self.blip2.query_tokens.expand(len(text), -1, -1)
+        hidden = self.blip2.qformer(
+            query_embeds=self.blip2.embeddings(input_ids=text, query_embeds=queries),
+            query_length=self.count,
+            attention_mask=mask,
+            encoder_hidden_states=reference,
+        ).last_hidden_state  # (B, K + T, H)
+        fused = hidden[:, : self.count]
+        reader = self.blip2 if self.twin is None else self.twin
+        sentence = reader.embeddings(input_ids=text, query_embeds=fused)
+        query = self._read(reader, sentence, mask, self.count)  # the text's first token stands behind the states
+        return Composed(query, {"fused": fused, "text": text, "mask": mask})
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        """(B, T) → (B, K + T), as K tokens that are all read stand before the text."""
+        return torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
+
+    def _read(self, reader: Any, embedded: Tensor, mask: Tensor, place: int) -> Tensor:
+        """Embeddings (B, K + T, H) read without an image → (B, E), unit norm, from the state at a place.
+
+        With no image all positions are text, so the length of the query is nought, which the library must be told.
+        """
+        hidden = reader.qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state
+        return _unit(reader.text_projection(hidden[:, place]))
+
+    def extra_losses(self, composed: Composed, targets: ImageFeatures, contrast: InBatch) -> dict[str, Tensor]:
+        """``rtc``, the text behind the prompt against the targets; ``align``, the mean fused state to the prompt's."""
+        terms: dict[str, Tensor] = {}
+        states = composed.states
+        if self.options["rtc"]:
+            query = self._read(self.blip2, self._prompted(states["text"]), states["mask"], 0)
+            terms["rtc"] = self.options["rtc"] * contrast(query, targets.target)
+        if self.options["align"]:
+            fused = states["fused"].mean(dim=1)  # (B, H)
+            prompt = self.prompt_tokens.detach().mean(dim=1).expand_as(fused)
+            terms["align"] = self.options["align"] * F.mse_loss(fused, prompt)
+        return terms
+
+    def _prompted(self, text: Tensor) -> Tensor:
+        """(B, T) → embeddings (B, K + T, H): first token, prompt tokens, the other tokens, positions over all."""
+        embeddings = self.blip2.embeddings
+        words = embeddings.word_embeddings(text)  # (B, T, H)
+        sentence = torch.cat([words[:, :1], self.prompt_tokens.expand(len(text), -1, -1), words[:, 1:]], dim=1)
+        places = torch.arange(sentence.shape[1], device=text.device)
+        prompted: Tensor = sentence + embeddings.position_embeddings(places)
+        return prompted
+
+    def image_side(self) -> list[nn.Module | nn.Parameter]:
+        """Vision tower, query tokens, Q-Former and the projection of images."""
+        return [self.blip2.vision_model, self.blip2.query_tokens, self.blip2.qformer, self.blip2.vision_projection]
+
+    def frozen_beside(self) -> list[nn.Module | nn.Parameter]:
+        """What the first pass reads of a text, and what only stage 1's prompt reads."""
+        return [self.blip2.embeddings, self.blip2.text_projection, self.prompt_tokens]
+
+    def separate(self) -> None:
+        """The second pass gets copies: word embeddings, the text's half of the Q-Former, and the projection."""
+        if self.twin is None:
+            self.twin = TextTwin(self.blip2)
+            self.options["separated"] = True
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Unit norm over the last dimension, in float32 or wider."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+
+
+def _plain(settings: PreTrainedConfig) -> dict[str, Any]:
+    """What of a library configuration decides the model, as JSON holds it: no language model's."""
+    whole = settings.to_dict()
+    return {
+        "vision_config": {key: whole["vision_config"][key] for key in VISION},
+        "qformer_config": {key: whole["qformer_config"][key] for key in QFORMER},
+        "num_query_tokens": settings.num_query_tokens,
+        "image_text_hidden_size": settings.image_text_hidden_size,
+    }
+
+
+def _reason(name: str, value: Any) -> str | None:
+    """Why a published tensor is not needed, or None if it is."""
+    if name == "temp" and isinstance(value, Tensor) and value.numel() == 1:
+        return f"learned temperature {float(value):.4g}, which is the recipe's to state"
+    return next((reason for pattern, reason in IGNORED if re.match(pattern, name)), None)
+
+
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published names without prefix → ours. Names that are unknown stay as they are."""
+    found = {f"blip2.vision_model.{name}": value for name, value in vision_names(_vision(state)).items()}
+    for name, value in state.items():
+        if name.startswith(TOWER):
+            continue
+        pattern, new = next((pair for pair in RENAMED if re.match(pair[0], name)), ("", ""))
+        renamed = re.sub(f"^{pattern}", new, name)
+        if pattern.startswith("Qformer"):
+            renamed = renamed.replace("attention.self.", "attention.attention.")
+            renamed = ("twin." if name.startswith("Qformer_query.") else "blip2.") + renamed
+        if renamed in found:
+            raise InputError(f"{name} is there twice, under another name as well")
+        found[renamed] = value
+    return found
+
+
+def _vision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The vision tower's part, without its prefix."""
+    return {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
+
+
+def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The configuration that has these shapes, published names without prefix.
+
+    Raises:
+        InputError: naming the tensor that would be needed.
+    """
+    layer = "Qformer.bert.encoder.layer."
+    crossed = {int(name.split(".")[4]) for name in state if name.startswith(layer) and ".crossattention." in name}
+    layers = len({name.split(".")[4] for name in state if name.startswith(layer)})
+    every = min(crossed - {0}, default=max(layers, 1))
+    if crossed != set(range(0, layers, every)):
+        raise InputError(f"cross-attention in layers {sorted(crossed)} of {layers} is no even spacing from layer 0")
+    vision = _vision(state)
+    width = vision["cls_token"].shape[-1] if "cls_token" in vision else 0
+    try:
+        words, hidden = state["Qformer.bert.embeddings.word_embeddings.weight"].shape
+        qformer = {
+            "vocab_size": words,
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 64,
+            "intermediate_size": state[f"{layer}0.intermediate.dense.weight"].shape[0],
+            "max_position_embeddings": state["Qformer.bert.embeddings.position_embeddings.weight"].shape[0],
+            "cross_attention_frequency": every,
+            "use_qformer_text_input": True,
+        }
+        return {
+            "vision_config": vision_settings(vision_names(vision), heads=16 if width == GIANT else None),
+            "qformer_config": qformer,
+            "num_query_tokens": state["query_tokens"].shape[1],
+            "image_text_hidden_size": state["vision_proj.weight"].shape[0],
+        }
+    except KeyError as error:
+        raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None
