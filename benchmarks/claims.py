@@ -99,7 +99,7 @@ def measure(run: Path | None) -> dict[str, Any]:
     from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone
     from spn4cir.datasets import load_dataset
-    from spn4cir.evaluate import encode_gallery, evaluate
+    from spn4cir.evaluate import evaluate
     from spn4cir.images import ImageSource
 
     kept = run and run / "measured.json"
@@ -108,12 +108,10 @@ def measure(run: Path | None) -> dict[str, Any]:
         return measured
     backbone = checkpoints.load_model(run) if run else build_backbone("clip4cir")
     dataset = load_dataset("emoji")
-    val, test = dataset.benchmark("val"), dataset.benchmark("test")  # one gallery, other queries
-    images = ImageSource(dataset.path, backbone.transform)
-    gallery = encode_gallery(backbone, replace(val, queries=val.queries + test.queries), images)
+    images = ImageSource(dataset.path, backbone.transform, keep=True)
     found = {}
-    for split, benchmark in {"val": val, "test": test}.items():
-        result = evaluate(backbone, benchmark, images, gallery, ablate=split == "val")
+    for split in ("val", "test"):
+        result = evaluate(backbone, dataset.benchmark(split), images, ablate=split == "val")
         found[split] = {"metrics": result["metrics"], "ablation": result["ablation"]}
     if kept:
         write_text(kept, json.dumps(found))

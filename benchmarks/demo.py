@@ -130,16 +130,16 @@ def first_results(run: Path) -> "Tensor":
     """(Q, TOP) gallery rows of the val queries, best first, by a run."""
     from spn4cir import checkpoints
     from spn4cir.datasets import load_dataset
-    from spn4cir.evaluate import compose_queries, encode_gallery, padded_rows
+    from spn4cir.evaluate import embed, padded_rows
     from spn4cir.images import ImageSource
     from spn4cir.search import top_k
 
     backbone, dataset = checkpoints.load_model(run), load_dataset("emoji")
     benchmark = dataset.benchmark("val")
-    gallery = encode_gallery(backbone, benchmark, ImageSource(dataset.path, backbone.transform))
+    found = embed(backbone, benchmark, ImageSource(dataset.path, backbone.transform))
     row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
     references = padded_rows([[query.reference] for query in benchmark.queries], row)
-    return top_k(compose_queries(backbone, benchmark.queries, gallery), gallery.target, TOP, references)[1]
+    return top_k(found.queries["composed"], found.target, TOP, references)[1]
 
 
 def choose(benchmark: "Benchmark", ranked: "list[Tensor]", seed: int) -> list[tuple[int, str]]:

@@ -1,18 +1,21 @@
-"""What BLIP and BLIP-2 share: library models by name or folder, BERT's tokenizer, published names of the vision tower."""
+"""What BLIP and BLIP-2 share: library models by name or folder, BERT's tokenizer, published names of its tower."""
 
 import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spn4cir.errors import InputError
 
 M = TypeVar("M", bound=PreTrainedModel)
+C = TypeVar("C", bound=PreTrainedConfig)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 BERT = "bert-base-uncased"
 BLOCK = {
     "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection",
@@ -24,6 +27,22 @@ STEM = {
     "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
     "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
 }
+
+
+def load_settings(kind: type[C], model: str | Path) -> C:
+    """The configuration of a folder, or of a name on the hub. Raises ``InputError`` if there is none."""
+    try:
+        return cast(C, kind.from_pretrained(model))
+    except UNREADABLE as error:
+        raise _unreadable(kind.__name__, model, error) from None
+
+
+def _unreadable(kind: str, model: str | Path, error: Exception) -> InputError:
+    said = " ".join(str(error).split())[:200]
+    return InputError(
+        f"cannot load {kind} {str(model)!r} (where there is no network, give a folder that holds config.json and "
+        f"model.safetensors, or --init FOLDER of spn4cir-import): {said}"
+    )
 
 
 def load_library(kind: type[M], model: str | Path, config: Mapping[str, Any] | None, load_weights: bool) -> M:
@@ -42,28 +61,28 @@ def load_library(kind: type[M], model: str | Path, config: Mapping[str, Any] | N
         settings: PreTrainedConfig
         settings = kind.config_class.from_dict(dict(config)) if config else kind.config_class.from_pretrained(model)
         if not load_weights:
-            return kind(settings).eval()
+            return cast(M, kind(settings).eval())
         loaded, report = kind.from_pretrained(model, config=settings, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"cannot load {kind.__name__} {str(model)!r} (where there is no network, give a folder that holds "
-            f"config.json and model.safetensors, or --init FOLDER of spn4cir-import): {said}"
-        ) from None
+    except UNREADABLE as error:
+        raise _unreadable(kind.__name__, model, error) from None
     for word in ("missing_keys", "mismatched_keys"):
         if found := sorted(map(str, report[word])):
             raise InputError(f"{model}: {len(found)} {word.replace('_', ' ')} for {kind.__name__}, such as {found[0]}")
-    return loaded.eval()
+    return cast(M, loaded.eval())
 
 
 def load_tokenizer(source: str | Path, size: int, added: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """BERT's tokenizer with ``size`` entries; special tokens in ``added`` are appended where they are missing.
 
+    A folder may hold ``vocab.txt`` alone.
+
     Raises:
         InputError: if there is no such tokenizer, or it has another number of entries than the model.
     """
+    folder = Path(source)
+    bare = (folder / "vocab.txt").is_file() and not any(folder.glob("tokenizer*.json"))  # nothing says whose
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())[:120]
         raise InputError(
@@ -118,12 +137,42 @@ def vision_settings(state: Mapping[str, Tensor], heads: int | None = None) -> di
         inner = state["encoder.layers.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None
+    except (AttributeError, IndexError, ValueError):
+        raise InputError("the architecture cannot be recognised by the shapes of its vision tower") from None
     layers = {name.split(".")[2] for name in state if name.startswith("encoder.layers.")}
     return {
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": len(layers),
-        "num_attention_heads": heads or width // 64,
+        "num_attention_heads": heads or max(1, width // 64),
         "patch_size": patch,
         "image_size": patch * isqrt(places - 1),  # one more for the class
     }
+
+
+def resize_positions(state: Mapping[str, Tensor], size: int) -> tuple[dict[str, Tensor], str]:
+    """Position embeddings of a vision tower for images of ``size`` pixels, and what to say of it, if they changed.
+
+    Interpolated bicubically on the grid of patches; the class token's stays as it is.
+
+    Args:
+        state: as ``vision_names`` returns it.
+        size: of the images, a multiple of the patch size.
+
+    Raises:
+        InputError: naming the tensor that would be needed, or if patches do not fill the image.
+    """
+    settings = vision_settings(state)
+    patch, old, name = settings["patch_size"], settings["image_size"], "embeddings.position_embedding"
+    if size == old:
+        return dict(state), ""
+    if size % patch:
+        raise InputError(f"images of {size} pixels are not filled by patches of {patch}")
+    old, new = old // patch, size // patch
+    first, grid = state[name][:, :1], state[name][:, 1:]  # (1, 1, D), (1, old², D)
+    if grid.shape[1] != old * old:
+        raise InputError(f"{grid.shape[1]} positions are no square grid")
+    planes = grid.float().transpose(1, 2).reshape(1, -1, old, old)  # (1, D, old, old)
+    planes = F.interpolate(planes, (new, new), mode="bicubic", align_corners=False)
+    grid = planes.flatten(2).transpose(1, 2).to(first.dtype)  # (1, new², D)
+    return {**state, name: torch.cat([first, grid], 1)}, f", positions resized from {old}×{old} to {new}×{new}"

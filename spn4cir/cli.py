@@ -17,12 +17,13 @@ def recipe(stage: int, default: Path, text: str | None) -> None:
 
     Args:
         stage: 1 or 2.
-        default: YAML file of the recipe that runs without arguments.
+        default: YAML file of the recipe that runs without arguments. Where ``--dataset``, ``--backbone`` or ``--init``
+            names another dataset or backbone, it is the file beside it with these names in the place of the default's.
         text: what ``--help`` says: a sentence, a blank line, examples.
     """
 
     def main() -> None:
-        config = parse(TrainConfig, default, text=text or "")
+        config = parse(TrainConfig, _own_recipe(default), text=text or "")
         if config.resume:  # a run is continued with its own settings
             saved = Path(config.resume) / "config.yaml"
             if not saved.is_file():
@@ -33,6 +34,21 @@ def recipe(stage: int, default: Path, text: str | None) -> None:
         train(config, stage)
 
     run_command(main)
+
+
+def _own_recipe(default: Path) -> Path:
+    """The recipe of the dataset and backbone that the command line names, if there is one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset")
+    parser.add_argument("--backbone")
+    parser.add_argument("--init", type=Path)
+    given, _ = parser.parse_known_args()
+    note = given.init / "model.json" if given.init else None
+    if note and not given.backbone and note.is_file():
+        given.backbone = str(read_json(note).get("backbone"))
+    name = default.name.replace(TrainConfig.dataset, given.dataset or TrainConfig.dataset)
+    path = default.with_name(name.replace(TrainConfig.backbone, given.backbone or TrainConfig.backbone))
+    return path if path.is_file() else default
 
 
 def evaluate_command() -> None:
@@ -304,18 +320,25 @@ def _import() -> None:
         description="Convert published weights into a folder for --run and --init. Prints what became of every name in "
         "the file; anything unexplained is an error, and nothing that a file holds is run.",
         epilog="examples:\n  spn4cir-import --backbone clip4cir fiq_stage1.pt --output runs/imported/fiq_stage1\n"
-        "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny",
+        "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny\n"
+        "  spn4cir-import --backbone blip4cir best.pt --tokenizer FOLDER --output runs/imported/fiq_blip",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="weights as they are published, a file of torch.save")
     parser.add_argument("--backbone", required=True, help="whose weights they are")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--model", help="architecture inside the backbone (default: recognised by the shapes)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="folder or name of the tokenizer, where one is needed (default: BERT's)",
+    )
     args = parser.parse_args()
 
     from spn4cir.importers import import_published
 
-    import_published(args.file, args.output, args.backbone, {"model": args.model} if args.model else {})
+    stated = {"model": args.model, "tokenizer": args.tokenizer}
+    import_published(args.file, args.output, args.backbone, {key: value for key, value in stated.items() if value})
     print(
         f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
         f"      accelerate launch recipes/stage2.py --config recipes/RECIPE.yaml --init {args.output}"

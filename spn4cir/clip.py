@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from torch import Tensor, nn
+from torch import Tensor
 
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
@@ -24,7 +24,7 @@ JIT_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
 def load_clip(
     model: str, pretrained: str | None, load_weights: bool, pad_ratio: float | None
-) -> tuple[nn.Module, Callable[..., Tensor], Transform]:
+) -> tuple[Any, Callable[..., Tensor], Transform]:
     """A model of open_clip, its tokenizer (B texts → (B, context)), and its transform. Its scale gets no gradient.
 
     Args:

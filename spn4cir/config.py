@@ -13,6 +13,7 @@ import yaml
 
 from spn4cir.errors import InputError
 from spn4cir.files import write_text
+from spn4cir.schedules import check_options
 
 T = TypeVar("T")
 
@@ -37,17 +38,23 @@ class TrainConfig:
         generated_share: share of each batch that is generated; null concatenates both lists.
         candidates: stage 2's bank: "all" training images, or only those "named" by a triplet.
         bank_dtype: how the bank is stored.
+        bank_references: "stored" keeps what the model reads of reference images in the bank, a memory-mapped file;
+            "recompute" encodes them anew at each step, which needs no disk.
         batch_size: triplets in one optimiser step, over all processes.
         epochs: passes over the annotated triplets (over all where generated_share is null).
         max_steps: stop after so many optimiser steps; null for no bound.
         lr: peak learning rate of AdamW.
-        schedule: "constant", or "cosine" down to zero after the warm-up.
-        warmup_steps: linear warm-up.
+        lr_scale: factors of it for parameters whose name contains a text, such as {clip: 0.1}.
+        schedule: "constant"; "cosine" down to zero; "drops", by a factor at certain epochs; or "onecycle".
+        schedule_options: its own options: cosine {epochs: 10}, drops {epochs: [5, 10], factor: 0.1}, onecycle
+            {epochs: 80, warmup: 0.02, start: 0.04}; spn4cir/schedules.py explains them.
+        warmup_steps: linear warm-up before it.
         weight_decay: for matrices; vectors, biases and the temperature are exempt.
         beta2: AdamW's second beta.
         eps: AdamW's epsilon.
         temperature: what scores are divided by.
         learn_temperature: train it, from that value on, clamped to [0.005, 0.5].
+        dropout: switch the model's dropout on while it trains; frozen parts never have it.
         mixed_precision: "no", "bf16" or "fp16".
         eval_every: evaluate on the val split after so many epochs; 0 only at the end.
         save_every: also save after so many steps inside an epoch; 0 saves after each epoch.
@@ -74,17 +81,21 @@ class TrainConfig:
     generated_share: float | None = None
     candidates: Literal["all", "named"] = "all"
     bank_dtype: Literal["float32", "float16"] = "float32"
+    bank_references: Literal["stored", "recompute"] = "stored"
     batch_size: int = 128
     epochs: int = 10
     max_steps: int | None = None
     lr: float = 1e-4
-    schedule: Literal["constant", "cosine"] = "constant"
+    lr_scale: dict[str, float] = dataclasses.field(default_factory=dict)
+    schedule: Literal["constant", "cosine", "drops", "onecycle"] = "constant"
+    schedule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     warmup_steps: int = 0
     weight_decay: float = 0.01
     beta2: float = 0.999
     eps: float = 1e-7
     temperature: float = 0.02
     learn_temperature: bool = False
+    dropout: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     eval_every: int = 1
     save_every: int = 0
@@ -111,6 +122,10 @@ class TrainConfig:
             raise InputError(f"holdout must be between 0 and 1, got {self.holdout}")
         if self.generated_share and not self.generated:
             raise InputError(f"generated_share {self.generated_share} needs generated: a file of triplets, or auto")
+        check_options(self.schedule, self.schedule_options)
+        for part, factor in self.lr_scale.items():
+            if not 0 < factor < math.inf:
+                raise InputError(f"lr_scale: the factor of {part} must be above 0, got {factor}")
         if not 0 <= self.beta2 < 1:
             raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
         if self.annotated is not None and self.annotated < 0:

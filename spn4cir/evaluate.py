@@ -15,77 +15,80 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from spn4cir.backbone import Backbone
+from spn4cir.bank import Bank
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
 from spn4cir.metrics import Ranks, macro_mean, recalls
 from spn4cir.search import rank_of_target, top_k
-from spn4cir.types import Benchmark, Query
-
-QUERY_BATCH = 256
+from spn4cir.types import Benchmark
 
 
 @dataclass
-class Gallery:
-    """Encoded images of a benchmark: ``target`` (G, K, E) of all, ``reference`` (R, L, D) of those that queries use."""
+class Embedded:
+    """A benchmark as vectors: ``target`` (G, K, E) of its gallery, and queries (Q, E) by how they were made."""
 
     target: Tensor
-    reference: Tensor
-    reference_row: dict[str, int]
+    queries: dict[str, Tensor]
 
 
 @torch.no_grad()
-def encode_gallery(backbone: Backbone, benchmark: Benchmark, images: ImageSource, batch_size: int = 256) -> Gallery:
-    """Encode each image of a benchmark once, as candidate and as reference.
+def embed(
+    backbone: Backbone,
+    benchmark: Benchmark,
+    images: ImageSource,
+    bank: Bank | None = None,
+    batch_size: int = 256,
+    modes: Sequence[str] = ("composed",),
+) -> Embedded:
+    """Encode each image of a benchmark once, and compose its queries while their references are at hand.
+
+    Reference features are large, so those of more than ``batch_size`` images never exist at a time.
 
     Args:
         backbone: any; its mode is left as it is, so put it in eval mode.
         benchmark: whose gallery and queries.
         images: pixels by image id.
-        batch_size: images encoded at once.
+        bank: of all images of the gallery, by a model whose image side has not moved since; None encodes them.
+        batch_size: images encoded, and queries composed, at once.
+        modes: ``composed``; ``text only`` puts zeros in the place of the reference; ``image only`` takes the reference
+            image's own mean target vector.
     """
     device = next(backbone.parameters()).device
-    used = {query.reference for query in benchmark.queries}
-    targets, references = [], []
-    row: dict[str, int] = {}
+    asked: dict[str, list[int]] = {}
+    for number, query in enumerate(benchmark.queries):
+        asked.setdefault(query.reference, []).append(number)
+    targets: list[Tensor] = []
+    queries: dict[str, list[Tensor]] = {mode: [torch.empty(0)] * len(benchmark.queries) for mode in modes}
     with tqdm(total=len(benchmark.gallery), desc=f"encode {benchmark.name}", unit="image", leave=False) as bar:
         for start in range(0, len(benchmark.gallery), batch_size):
             ids = benchmark.gallery[start : start + batch_size]
-            features = backbone.encode_image(images.stack(ids).to(device))
-            targets.append(features.target.float())
-            held = [n for n, i in enumerate(ids) if i in used]
-            row |= {ids[n]: len(row) + m for m, n in enumerate(held)}
-            references.append(features.reference[held])
+            held = [n for n, i in enumerate(ids) if i in asked]
+            if bank is None:
+                features = backbone.encode_image(images.stack(ids).to(device))
+                target, reference = features.target.float(), features.reference[held]
+            else:
+                target = bank.target[[bank.rows[i] for i in ids]].float()
+                reference = bank.references([ids[n] for n in held]).to(device).float() if held else target[:0]
+            pairs = [(row, number) for row, n in enumerate(held) for number in asked[ids[n]]]
+            for first in range(0, len(pairs), batch_size):
+                rows, numbers = (list(part) for part in zip(*pairs[first : first + batch_size], strict=True))
+                own = target[[held[row] for row in rows]]  # (b, K, E)
+                texts = [benchmark.queries[number].modification for number in numbers]
+                for mode, found in queries.items():
+                    vectors = _compose(backbone, reference[rows], own, texts, mode)
+                    for number, vector in zip(numbers, vectors, strict=True):
+                        found[number] = vector
+            targets.append(target)
             bar.update(len(ids))
-    return Gallery(torch.cat(targets), torch.cat(references), row)
+    return Embedded(torch.cat(targets), {mode: torch.stack(found) for mode, found in queries.items()})
 
 
-@torch.no_grad()
-def compose_queries(backbone: Backbone, queries: Sequence[Query], gallery: Gallery, mode: str = "composed") -> Tensor:
-    """Queries (Q, E).
-
-    Args:
-        backbone: any.
-        queries: whose references the gallery holds.
-        gallery: encoded.
-        mode: ``composed``; ``text`` puts zeros in the place of the reference; ``image`` is left to ``image_queries``.
-    """
-    device = gallery.target.device
-    found = []
-    for start in range(0, len(queries), QUERY_BATCH):
-        part = queries[start : start + QUERY_BATCH]
-        tokens = {n: v.to(device) for n, v in backbone.tokenize([query.modification for query in part]).items()}
-        reference = gallery.reference[[gallery.reference_row[query.reference] for query in part]]
-        if mode == "text":
-            reference = torch.zeros_like(reference)
-        found.append(backbone.compose(reference, tokens).query)
-    return torch.cat(found)
-
-
-def image_queries(benchmark: Benchmark, gallery: Gallery) -> Tensor:
-    """Queries (Q, E) that ignore the text: the reference image's own mean target vector."""
-    row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
-    vectors = gallery.target[[row[query.reference] for query in benchmark.queries]]  # (Q, K, E)
-    return F.normalize(vectors.mean(1), dim=-1)
+def _compose(backbone: Backbone, reference: Tensor, own: Tensor, texts: Sequence[str], mode: str) -> Tensor:
+    """Queries (B, E) of references (B, L, D) whose own target vectors are (B, K, E)."""
+    if mode == "image only":
+        return F.normalize(own.mean(1), dim=-1)
+    tokens = {name: value.to(reference.device) for name, value in backbone.tokenize(texts).items()}
+    return backbone.compose(torch.zeros_like(reference) if mode == "text only" else reference, tokens).query
 
 
 def padded_rows(lists: Sequence[Sequence[str]], row: dict[str, int]) -> Tensor:
@@ -159,7 +162,7 @@ def evaluate(
     backbone: Backbone,
     benchmark: Benchmark,
     images: ImageSource,
-    gallery: Gallery | None = None,
+    bank: Bank | None = None,
     ablate: bool = False,
     batch_size: int = 256,
 ) -> dict[str, Any]:
@@ -169,7 +172,7 @@ def evaluate(
         backbone: any; evaluated in eval mode, its mode restored.
         benchmark: the protocol.
         images: pixels by image id.
-        gallery: encoded before by a model whose image side has not moved since, or None.
+        bank: of the gallery, by a model whose image side has not moved since, or None.
         ablate: also rank by the image alone and by the text alone.
         batch_size: images encoded at once.
 
@@ -187,18 +190,14 @@ def evaluate(
         raise InputError(f"{benchmark.name}: its targets are not public, so there is no recall to compute")
     was_training = backbone.training
     backbone.eval()
-    gallery = gallery or encode_gallery(backbone, benchmark, images, batch_size)
-    query = compose_queries(backbone, benchmark.queries, gallery)
-    metrics, groups = metrics_of(benchmark, *rank_queries(benchmark, query, gallery.target))
-    ablation = {}
-    if ablate:
-        alone = {
-            "image only": image_queries(benchmark, gallery),
-            "text only": compose_queries(backbone, benchmark.queries, gallery, "text"),
-        }
-        for name, vectors in alone.items():
-            ablation[name] = metrics_of(benchmark, *rank_queries(benchmark, vectors, gallery.target))[0]
-        ablation["composed"] = metrics
+    modes = ("composed", "image only", "text only") if ablate else ("composed",)
+    found = embed(backbone, benchmark, images, bank, batch_size, modes)
+    results = {
+        mode: metrics_of(benchmark, *rank_queries(benchmark, query, found.target))
+        for mode, query in found.queries.items()
+    }
+    metrics, groups = results["composed"]
+    ablation = {mode: results[mode][0] for mode in (*modes[1:], modes[0])} if ablate else {}
     backbone.train(was_training)
     return {
         "protocol": benchmark.name,
@@ -223,15 +222,15 @@ def rank_images(
     """
     was_training = backbone.training
     backbone.eval()
-    gallery = encode_gallery(backbone, benchmark, images, batch_size)
-    query = compose_queries(backbone, benchmark.queries, gallery)
+    found = embed(backbone, benchmark, images, batch_size=batch_size)
+    query = found.queries["composed"]
     backbone.train(was_training)
     row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
     excluded = padded_rows([[q.reference] for q in benchmark.queries], row)
     members = padded_rows([q.subset for q in benchmark.queries], row)
 
-    def named(found: tuple[Tensor, Tensor]) -> dict[str, list[str]]:
-        rows = zip(benchmark.queries, found[0].tolist(), found[1].tolist(), strict=True)
+    def named(ranked: tuple[Tensor, Tensor]) -> dict[str, list[str]]:
+        rows = zip(benchmark.queries, ranked[0].tolist(), ranked[1].tolist(), strict=True)
         return {
             q.name: [benchmark.gallery[n] for s, n in zip(scores, ns, strict=True) if s > -np.inf]
             for q, scores, ns in rows
@@ -239,8 +238,8 @@ def rank_images(
 
     width = members.shape[1]
     return (
-        named(top_k(query, gallery.target, k, excluded)),
-        named(top_k(query, gallery.target, width, excluded, members)) if width else {},
+        named(top_k(query, found.target, k, excluded)),
+        named(top_k(query, found.target, width, excluded, members)) if width else {},
     )
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,8 +115,9 @@ class ImageSource:
 class TripletBatch:
     """What one training step sees.
 
-    ``reference`` and ``target`` (B,) are rows: of ``pixels`` (U, 3, H, W), the unique images of this batch, in stage 1;
-    of the bank, ``pixels`` being None, in stage 2. ``identity`` (B,) is equal for equal target pixels.
+    ``identity`` (B,) is equal for equal target pixels. In stage 1 ``reference`` and ``target`` (B,) are rows of
+    ``pixels`` (U, 3, H, W), the unique images of the batch. In stage 2 ``target`` is rows of the bank; the references
+    are ``features`` (B, L, D), gathered from it, or rows of ``pixels`` where they are recomputed.
     """
 
     tokens: Tokens
@@ -123,6 +125,7 @@ class TripletBatch:
     target: Tensor
     identity: Tensor
     pixels: Tensor | None = None
+    features: Tensor | None = None
 
     def to(self, device: torch.device) -> "TripletBatch":
         """The same batch on another device."""
@@ -133,6 +136,7 @@ class TripletBatch:
             target=self.target.to(device),
             identity=self.identity.to(device),
             pixels=None if self.pixels is None else self.pixels.to(device),
+            features=None if self.features is None else self.features.to(device),
         )
 
 
@@ -153,27 +157,46 @@ class TripletRows(TorchDataset[tuple[Triplet, str]]):
 
 @dataclass
 class TripletCollate:
-    """Rows to a ``TripletBatch``. With ``rows`` (image id → bank row) no image is opened."""
+    """Rows to a ``TripletBatch``.
+
+    ``rows`` (image id → bank row) is for stage 2, with ``references`` (B image ids → their stored features, (B, L, D))
+    or without, which decodes the reference images.
+    """
 
     tokenize: Callable[[Sequence[str]], Tokens]
     identity: dict[str, int]
-    images: ImageSource | None = None
+    images: ImageSource
     rows: dict[str, int] | None = None
+    references: Callable[[Sequence[str]], Tensor] | None = None
 
     def __call__(self, items: list[tuple[Triplet, str]]) -> TripletBatch:
         """B triplets with the text drawn for each → one batch."""
-        rows, pixels = self.rows, None
-        if rows is None:
-            assert self.images is not None, "without bank rows, images are needed"
-            unique = list(dict.fromkeys(i for t, _ in items for i in (t.reference, t.target)))
-            rows, pixels = {i: n for n, i in enumerate(unique)}, self.images.stack(unique)
+        reference, target = [t.reference for t, _ in items], [t.target for t, _ in items]
+        if self.references is None:
+            shown = reference if self.rows else [i for t, _ in items for i in (t.reference, t.target)]
+            unique = {image_id: n for n, image_id in enumerate(dict.fromkeys(shown))}
+            pixels, features = self.images.stack(list(unique)), None
+        else:
+            unique, pixels, features = dict.fromkeys(reference, 0), None, self.references(reference)
+        row = self.rows or unique
         return TripletBatch(
             tokens=self.tokenize([text for _, text in items]),
-            reference=torch.tensor([rows[t.reference] for t, _ in items]),
-            target=torch.tensor([rows[t.target] for t, _ in items]),
-            identity=torch.tensor([self.identity[t.target] for t, _ in items]),
+            reference=torch.tensor([unique[i] for i in reference]),
+            target=torch.tensor([row[i] for i in target]),
+            identity=torch.tensor([self.identity[i] for i in target]),
             pixels=pixels,
+            features=features,
         )
+
+
+def ahead(batches: Iterable[TripletBatch]) -> Iterator[TripletBatch]:
+    """The same batches, the next one being made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        iterator = iter(batches)
+        waiting = pool.submit(next, iterator, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, iterator, None)
+            yield batch
 
 
 class TripletSampler(Sampler[list[tuple[int, int]]]):

@@ -1,6 +1,7 @@
 """Published checkpoints → the native format, without running what is in them and with an account of every name."""
 
 import hashlib
+import inspect
 import re
 import tempfile
 import warnings
@@ -74,6 +75,8 @@ def import_published(path: Path, output: Path, name: str, options: Mapping[str, 
         InputError: if anything is missing, unexpected, of another shape or not finite.
     """
     check_backbone(name)
+    if "tokenizer" in options and "tokenizer" not in inspect.signature(BACKBONES[name]).parameters:
+        raise InputError(f"backbone {name} has no option tokenizer: its model has one of its own")
     _check_output(output)
     content = read_published(path)
     try:

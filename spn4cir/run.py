@@ -190,7 +190,8 @@ class Run:
         if self.stage == 2:
             return f"spn4cir-eval --run {self.folder} --ablate"
         dataset, backbone, root = self.config.dataset, self.config.backbone, self.config.data_root
-        recipe = f" --config recipes/{dataset}_{backbone}_stage2.yaml" if dataset != TrainConfig.dataset else ""
+        recipe = f" --dataset {dataset}" if dataset != TrainConfig.dataset else ""
+        recipe += f" --backbone {backbone}" if backbone != TrainConfig.backbone else ""
         data = f" --data-root {root}" if root else ""
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
         return f"accelerate launch recipes/stage2.py{recipe}{data}{aside} --init {self.folder}"

@@ -21,10 +21,11 @@ from spn4cir.datasets import load_dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.deduplicate import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.errors import InputError
-from spn4cir.evaluate import encode_gallery, evaluate, metric_names, selection_score
-from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler
+from spn4cir.evaluate import evaluate, metric_names, selection_score
+from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler, ahead
 from spn4cir.objective import Objective
 from spn4cir.run import Run
+from spn4cir.schedules import SCHEDULES
 from spn4cir.types import Benchmark, Dataset, Query, Triplet
 
 
@@ -61,16 +62,20 @@ def train(config: TrainConfig, stage: int) -> Path:
     sampler = TripletSampler(main, side, config.batch_size, config.generated_share, config.seed, process)
     steps = min(len(sampler) * config.epochs, config.max_steps or sys.maxsize)
 
-    bank = None
+    bank = gallery = probe = None
     if stage == 2:
         backbone.freeze_image_side()
         with accelerator.main_process_first():
-            root = checkpoints.runs_root() / "banks"
-            bank = banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, config.bank_dtype)
-    objective = Objective(backbone, config.temperature, config.learn_temperature, bank and bank.to(accelerator.device))
+            bank = frozen_features(config, backbone, images, hashes).to(accelerator.device)
+        if run.main and bank.reference:
+            shown = {image_id: pixels[image_id] for image_id in judge.gallery}
+            gallery = frozen_features(config, backbone, images, shown).to(accelerator.device)
+        probe = banks.Probe(backbone, images(candidates[0]))
+    objective = Objective(backbone, config.temperature, config.learn_temperature, bank)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
     identity = banks.assign_rows({t.target: hashes[t.target] for t in triplets})
-    collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None)
+    references = bank.references if bank and bank.reference else None
+    collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None, references)
     loader = DataLoader(
         TripletRows(triplets, config.seed), batch_sampler=sampler, collate_fn=collate, num_workers=config.workers
     )
@@ -78,16 +83,15 @@ def train(config: TrainConfig, stage: int) -> Path:
     run.start(config, objective)
     state = run.resume(objective, optimizer, bank.fingerprint if bank else None)
 
-    gallery = encode_gallery(backbone, judge, images, config.eval_batch_size) if stage == 2 and run.main else None
     bar = tqdm(total=steps, initial=state["step"], desc=run.title, unit="step", disable=not run.main)
     while state["step"] < steps:
         sampler.epoch, sampler.skip = divmod(state["step"], len(sampler))
         losses: list[torch.Tensor] = []
-        backbone.train()
-        for batch in loader:
+        backbone.train(config.dropout)
+        for batch in ahead(loader):
             torch.manual_seed((config.seed * 1_000_003 + state["step"] * 4096 + accelerator.process_index) % 2**63)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * schedule(config, state["step"], steps)
+                group["lr"] = group["scale"] * config.lr * schedule(config, state["step"], steps, len(sampler))
             loss = prepared(batch.to(accelerator.device))
             accelerator.backward(loss)
             optimizer.step()
@@ -100,6 +104,8 @@ def train(config: TrainConfig, stage: int) -> Path:
         mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # the only device sync of an epoch
         if not math.isfinite(mean_loss):
             raise InputError(f"the loss is {mean_loss} at step {state['step']}: lower lr, now {config.lr}")
+        if probe:
+            probe.check(backbone)
         epoch, inside = divmod(state["step"], len(sampler))
         row = {"step": state["step"], "epoch": epoch, "loss": mean_loss, "temperature": objective.temperature.item()}
         due = state["step"] >= steps or (not inside and config.eval_every and epoch % config.eval_every == 0)
@@ -121,14 +127,26 @@ def train(config: TrainConfig, stage: int) -> Path:
     return run.folder
 
 
-def schedule(config: TrainConfig, step: int, steps: int) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then constant or cosine to zero."""
+def schedule(config: TrainConfig, step: int, steps: int, epoch: int) -> float:
+    """Factor of the learning rate at a step: linear warm-up, then the schedule over what remains.
+
+    Args:
+        config: names the schedule.
+        step: now.
+        steps: of the run.
+        epoch: steps of one epoch.
+    """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * share))
+    past = config.warmup_steps
+    return SCHEDULES[config.schedule](step - past, max(steps - past, 1), epoch, **config.schedule_options)
+
+
+def frozen_features(config: TrainConfig, backbone: Backbone, images: ImageSource, hashes: dict[str, str]) -> banks.Bank:
+    """The bank of these images as the settings want it."""
+    parts = banks.stored_parts(config.bank_dtype, config.bank_references == "stored")
+    root = checkpoints.runs_root() / "banks"
+    return banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, parts)
 
 
 def load_triplets(
@@ -236,27 +254,46 @@ def split_rows(triplets: Sequence[Triplet]) -> tuple[list[int], list[int]]:
 
 
 def load_backbone(config: TrainConfig, stage: int) -> Backbone:
-    """The model to start from: ``init``, else for stage 2 the newest stage 1, else a new one from its options."""
-    if config.init:
-        return checkpoints.load_model(Path(config.init))
-    if stage == 1:
-        return build_backbone(config.backbone, **config.backbone_options)
+    """The model to start from: ``init``, else for stage 2 the newest stage 1, else a new one from its options.
+
+    Options that differ from those of ``init`` hold; what only they bring is initialised anew.
+    """
     check_backbone(config.backbone)
-    run = checkpoints.newest_run(config.dataset, config.backbone, stage=1)
-    if run is None:
-        where = checkpoints.runs_root() / config.dataset / config.backbone
-        raise InputError(
-            f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
-            "run accelerate launch recipes/stage1.py first, or give --init FOLDER"
-        )
-    config.init = str(run)
-    return checkpoints.load_model(run)
+    if stage == 1 and not config.init:
+        return build_backbone(config.backbone, **config.backbone_options)
+    if not config.init:
+        run = checkpoints.newest_run(config.dataset, config.backbone, stage=1)
+        if run is None:
+            where = checkpoints.runs_root() / config.dataset / config.backbone
+            raise InputError(
+                f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
+                "run accelerate launch recipes/stage1.py first, or give --init FOLDER"
+            )
+        config.init = str(run)
+    name, options = checkpoints.read_model(Path(config.init))
+    if name != config.backbone:
+        raise InputError(f"{config.init} holds a {name}, and the backbone is {config.backbone}: give --backbone {name}")
+    changes = {key: value for key, value in config.backbone_options.items() if options.get(key) != value}
+    return checkpoints.load_model(Path(config.init), changes)
 
 
 def parameter_groups(objective: Objective, config: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters; only matrices decay."""
-    trainable = [p for p in objective.parameters() if p.requires_grad]
+    """Trainable parameters by decay, which only matrices have, and by the factor of their learning rate.
+
+    Raises:
+        InputError: if a text in ``lr_scale`` is in no trainable parameter's name.
+    """
+    trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    for text in config.lr_scale:
+        if not any(text in name for name in trainable):
+            raise InputError(f"lr_scale: no parameter that trains has {text!r} in its name, as {next(iter(trainable))}")
+    scale = {n: next((f for text, f in config.lr_scale.items() if text in n), 1.0) for n in trainable}
     return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for n, p in trainable.items() if (p.ndim > 1) == matrices and scale[n] == factor],
+            "weight_decay": config.weight_decay if matrices else 0.0,
+            "scale": factor,
+        }
+        for factor in dict.fromkeys(scale.values())
+        for matrices in (True, False)
     ]

@@ -4,11 +4,13 @@ import inspect
 from typing import Any
 
 from spn4cir.backbone import Backbone
+from spn4cir.backbones.blip4cir import BLIP4CIR
 from spn4cir.backbones.clip4cir import CLIP4CIR
 from spn4cir.backbones.sprc import SPRC
+from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.errors import InputError
 
-BACKBONES: dict[str, type[Backbone]] = {"clip4cir": CLIP4CIR, "sprc": SPRC}
+BACKBONES: dict[str, type[Backbone]] = {"clip4cir": CLIP4CIR, "tgcir": TGCIR, "blip4cir": BLIP4CIR, "sprc": SPRC}
 
 
 def check_backbone(name: str) -> None:

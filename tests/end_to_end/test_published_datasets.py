@@ -148,7 +148,7 @@ def test_all_recipes_run(
             said = yaml.safe_load((found["run"] / "config.yaml").read_text())
             assert said["protocol"] == protocol and said["data_root"] == str(root)
             if stage == 1:
-                assert f"--config recipes/{dataset}_clip4cir_stage2.yaml --data-root {root} --init" in out
+                assert f"recipes/stage2.py --dataset {dataset} --data-root {root} --init" in out
             else:
                 assert Path(said["init"]).name.startswith("stage1-")
     assert {"R@10", "R@50", "Rmean"} <= set(found["metrics"])

@@ -1,13 +1,12 @@
-"""Imported weights against CLIP written out here in plain torch, from its definition and with OpenAI's names."""
+"""Imported weights against CLIP written out in plain torch, from its definition and with OpenAI's names."""
 
-import json
-import math
 import sys
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from openai_clip import EMBED, HEADS, SIZE, VISION, WIDTH, OpenAI, VisionTransformer, attend, randomise, write_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,77 +14,8 @@ from spn4cir.backbone import Backbone
 from spn4cir.checkpoints import load_model
 from spn4cir.cli import import_command
 
-SIZE, PATCH, WIDTH, CONTEXT, EMBED, HEADS = 64, 16, 32, 16, 24, 4
 LAYERS = [2, 1, 1, 1]
 TEXTS = ["is red", "has longer sleeves and a flower on the left", "blue"]
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """(B, T, D), (B, S, D) twice → (B, T, D)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(mask, -math.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (x @ self.in_proj_weight.T + self.in_proj_bias).chunk(3, -1)
-        return self.out_proj(attend(q, k, v, self.heads, mask))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
-        )
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask)
-        return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int):
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, mask)
-        return x
-
-
-class VisionTransformer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTH, PATCH, PATCH, bias=False)
-        self.class_embedding = nn.Parameter(torch.empty(WIDTH))
-        self.positional_embedding = nn.Parameter(torch.empty((SIZE // PATCH) ** 2 + 1, WIDTH))
-        self.ln_pre, self.ln_post = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.transformer = Transformer(WIDTH, 2, HEADS)
-        self.proj = nn.Parameter(torch.empty(WIDTH, EMBED))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = self.conv1(pixels).flatten(2).transpose(1, 2)  # (B, patches, width)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
-        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
 class Bottleneck(nn.Module):
@@ -143,23 +73,8 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
 
-class OpenAI(nn.Module):
+class CLIP4CIR(OpenAI):
     """CLIP, and CLIP4CIR's two vectors from it."""
-
-    def __init__(self, visual: nn.Module):
-        super().__init__()
-        self.visual = visual
-        self.transformer = Transformer(WIDTH, 2, HEADS)
-        self.token_embedding = nn.Embedding(49408, WIDTH)
-        self.positional_embedding = nn.Parameter(torch.empty(CONTEXT, WIDTH))
-        self.ln_final = nn.LayerNorm(WIDTH)
-        self.text_projection = nn.Parameter(torch.empty(WIDTH, EMBED))
-        self.logit_scale = nn.Parameter(torch.tensor(4.0))
-
-    def text(self, tokens: Tensor) -> Tensor:
-        future = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)
-        x = self.ln_final(self.transformer(self.token_embedding(tokens) + self.positional_embedding, future))
-        return x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection  # the end token has the highest id
 
     def query_and_target(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         image = self.visual(pixels)
@@ -167,35 +82,16 @@ class OpenAI(nn.Module):
         return query / query.norm(dim=-1, keepdim=True), image / image.norm(dim=-1, keepdim=True)
 
 
-def random_model(kind: str) -> OpenAI:
-    """Every weight and statistic random, so that none may be swapped or left out unnoticed."""
-    model = OpenAI(ModifiedResNet() if kind == "resnet" else VisionTransformer()).eval()
-    dice = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if not value.is_floating_point() or name == "logit_scale":
-                continue
-            if "running_var" in name:
-                value.uniform_(0.5, 1.5, generator=dice)
-            elif value.ndim == 1:
-                value.normal_(1.0 if name.endswith("weight") else 0.0, 0.3, generator=dice)
-            else:
-                spread = 1.0 if "embedding" in name else value[0].numel() ** -0.5
-                value.normal_(0, spread, generator=dice)
+def random_model(kind: str) -> CLIP4CIR:
+    model = CLIP4CIR(ModifiedResNet() if kind == "resnet" else VisionTransformer()).eval()
+    randomise(model)
     return model
 
 
 def config_folder(folder: Path, kind: str, quick_gelu: bool = True) -> str:
-    """The architecture in open_clip's words; the tokenizer is CLIP's own."""
-    head = 8 * WIDTH // HEADS if kind == "resnet" else WIDTH // HEADS
-    vision = {"image_size": SIZE, "head_width": head}
-    vision |= {"layers": LAYERS, "width": WIDTH // 4} if kind == "resnet" else {"layers": 2, "width": WIDTH}
-    text = {"context_length": CONTEXT, "vocab_size": 49408, "width": WIDTH, "heads": HEADS, "layers": 2}
-    vision["patch_size"] = None if kind == "resnet" else PATCH
-    config = {"embed_dim": EMBED, "quick_gelu": quick_gelu, "vision_cfg": vision, "text_cfg": text}
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    return f"local-dir:{folder}"
+    """The architecture in open_clip's words."""
+    resnet = {"layers": LAYERS, "width": WIDTH // 4, "head_width": 8 * WIDTH // HEADS, "patch_size": None}
+    return write_config(folder, resnet if kind == "resnet" else VISION, quick_gelu)
 
 
 def contained(state: dict[str, Tensor], container: str) -> dict[str, object]:
@@ -216,7 +112,7 @@ def imported(tmp_path: Path, content: object, model: str) -> Backbone:
 
 
 @torch.no_grad()
-def apart(backbone: Backbone, model: OpenAI) -> tuple[float, float]:
+def apart(backbone: Backbone, model: CLIP4CIR) -> tuple[float, float]:
     """Greatest difference between the two, of queries and of targets."""
     pixels = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     tokens = backbone.tokenize(TEXTS)

@@ -45,10 +45,10 @@ def settings(configure: Callable[..., TrainConfig], backbone, tmp_path: Path) ->
 def interrupted(config: TrainConfig, stage: int, at: int, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Train, stopped by Ctrl-C before step ``at``."""
 
-    def stop(config: TrainConfig, step: int, steps: int) -> float:
+    def stop(config: TrainConfig, step: int, *length: int) -> float:
         if step == at:
             raise KeyboardInterrupt
-        return schedule(config, step, steps)
+        return schedule(config, step, *length)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("spn4cir.train.schedule", stop)

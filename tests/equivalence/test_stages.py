@@ -40,7 +40,7 @@ def stage1_and_stage2(toy, root: Path, more: list[str]) -> list[dict[str, Tensor
         images = ImageSource(toy.path, backbone.transform)
         bank = banks.load_or_build(backbone, images, {i: hashes[i] for i in ids}, root) if stage == 2 else None
         identity = banks.assign_rows({i: hashes[i] for i in ids})
-        batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows)(items)
+        batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows, bank and bank.references)(items)
         assert (batch.pixels is None) == (stage == 2)
         results.append(loss_and_gradients(Objective(backbone, 0.1, learn_temperature=True, bank=bank), batch))
     return results
@@ -89,6 +89,6 @@ def test_a_bank_needs_a_frozen_image_side(toy, backbone, tmp_path: Path) -> None
     images = ImageSource(toy.path, backbone.transform)
     with pytest.raises(ValueError, match="freeze_image_side"):
         banks.load_or_build(backbone, images, {"i00": "x"}, tmp_path)
-    bank = banks.Bank(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), {"i00": 0}, "x")
+    bank = banks.Bank(None, torch.zeros(1, 1, 4), {"i00": 0}, "x")
     with pytest.raises(ValueError, match="frozen"):
         Objective(backbone, 0.1, bank=bank)

@@ -42,7 +42,7 @@ def first_step(toy: Toy, init: Path, stage: int, root: Path, rows: list[int]) ->
     share = len(rows) // accelerator.num_processes
     own = rows[accelerator.process_index * share :][:share]
     items = [(triplets[n], triplets[n].modifications[n % 2]) for n in own]
-    batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows)(items)
+    batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows, bank and bank.references)(items)
     objective = Objective(backbone, 0.1, learn_temperature=True, bank=bank)
     prepared = accelerator.prepare(objective)
     loss = prepared(batch)
@@ -81,10 +81,10 @@ def killed(toy: Toy, init: Path, output: Path) -> None:
     """A run that dies as by a power cut."""
     schedule = loop.schedule
 
-    def die(config, step, steps):  # type: ignore[no-untyped-def]
+    def die(config, step, *length):  # type: ignore[no-untyped-def]
         if step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return schedule(config, step, steps)
+        return schedule(config, step, *length)
 
     loop.schedule = die
     loop.train(toy_config(toy.folder, init=str(init), output=str(output), annotated=24, save_every=2), 1)

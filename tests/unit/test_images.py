@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from spn4cir.images import (
     TripletCollate,
     TripletRows,
     TripletSampler,
+    ahead,
     open_image,
     pixel_hash,
     target_pad,
@@ -382,8 +384,47 @@ def test_collate_opens_each_image_of_a_batch_once() -> None:
 
 
 def test_collate_with_bank_rows_opens_nothing() -> None:
-    """Stage 2: rows of the bank, no pixels."""
+    """Stage 2 with stored references: their features, rows of the bank, no pixels."""
     rows = {"a": 9, "b": 4, "c": 2, "d": 4}
-    batch = TripletCollate(lengths, {"b": 0, "c": 1, "d": 0}, rows=rows)(collate_items())
-    assert batch.pixels is None
-    assert (batch.reference.tolist(), batch.target.tolist()) == ([9, 4, 9], [4, 2, 4])
+
+    def stored(ids: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[[float(rows[i])]] for i in ids])
+
+    collate = TripletCollate(lengths, {"b": 0, "c": 1, "d": 0}, None, rows, stored)  # type: ignore[arg-type]
+    batch = collate(collate_items())
+    assert batch.pixels is None and batch.features is not None
+    assert batch.features.flatten().tolist() == [9, 4, 9] and batch.target.tolist() == [4, 2, 4]
+
+
+def test_collate_without_stored_references_opens_those_alone() -> None:
+    """Stage 2 that recomputes: the unique references are decoded, targets are rows of the bank."""
+    opened: list[str] = []
+
+    class Source:
+        def stack(self, ids: list[str]) -> torch.Tensor:
+            opened.extend(ids)
+            return torch.zeros(len(ids), 3, 2, 2)
+
+    rows = {"a": 9, "b": 4, "c": 2, "d": 4}
+    batch = TripletCollate(lengths, {"b": 0, "c": 1, "d": 0}, Source(), rows)(collate_items())  # type: ignore[arg-type]
+    assert opened == ["a", "b"] and batch.features is None
+    assert (batch.reference.tolist(), batch.target.tolist()) == ([0, 1, 0], [4, 2, 4])
+
+
+def test_ahead_gives_the_same_batches_and_errors_and_ends_early() -> None:
+    """One is made in advance, in order; an error comes out where it belongs; a reader may stop."""
+    made: list[int] = []
+
+    def batches() -> Iterator[int]:
+        for n in range(5):
+            made.append(n)
+            yield n
+        raise InputError("the sixth")
+
+    read = []
+    with pytest.raises(InputError, match="the sixth"):
+        for batch in ahead(batches()):  # type: ignore[arg-type]
+            read.append(batch)
+    assert read == made == [0, 1, 2, 3, 4]
+    made.clear()
+    assert next(iter(ahead(batches()))) == 0 and len(made) <= 2  # type: ignore[arg-type]

@@ -1,0 +1,302 @@
+"""TG-CIR: image and text as twelve tokens each, mixed token by token; a teacher that sees the target helps."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import VisionTransformer, text_global_pool
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spn4cir.backbone import Backbone, Published
+from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
+from spn4cir.errors import InputError
+from spn4cir.losses import InBatch, gather
+from spn4cir.search import scores_of
+from spn4cir.types import Composed, ImageFeatures, Tokens
+
+GLOBALS, LOCALS = 4, 8
+"""Tokens made of the pooled vector, and tokens gathered from all positions: P and Q of the paper."""
+
+PREFIXES = {
+    "backbone.clip.": "clip.", "backbone.fc.": "image_fc.", "backbone.text_fc.": "text_fc.",
+    "s_remain_map.": "gate.", "t_remain_map.": "teacher_remain.", "t_replace_map.": "teacher_replace.",
+}  # fmt: skip
+SINGLE = {
+    "backbone.masks.weight": "masks", "backbone.masks_text.weight": "text_masks", "local_weight": "local_weight",
+}  # fmt: skip
+LEARNERS = {"backbone.tokenlearn.": "learner", "backbone.tokenlearn_text.": "text_learner"}
+ALIAS, ALIASED = "backbone.image_backbone.", "backbone.clip.visual."
+
+
+class TGCIR(Backbone):
+    """``q = normalise(mean over tokens of a · reference + (1 - a) · text)``, a one gate per token.
+
+    L = 12 tokens of D = E, CLIP's embedding width; K = 1: the target is the normalised mean of its tokens. Image and
+    text share token learner and masks until ``separate``, which stage 2 calls, gives the text its own. All positions
+    of a text count, padding too. There is no dropout, and the whole model stays in eval mode.
+
+    Args:
+        model: ``embedded`` (the small model that ships), or a model of open_clip with a ViT and OpenAI's layout, such
+            as ``ViT-B-16-quickgelu``.
+        pretrained: a tag of open_clip (``openai``) or a weights file; None gives random weights, except where ``model``
+            brings its own.
+        ortho, ckd, kl: weights of stage 1's terms.
+        kl_temperature: what similarities are divided by in the term ``kl``.
+        separated: the text has a token learner and masks of its own.
+        load_weights: False builds the architecture alone, for a checkpoint to fill.
+
+    Raises:
+        InputError: if open_clip knows no such model, tag or file, or the model is built in another way.
+
+    Source: Wen et al., "Target-Guided Composed Image Retrieval", ACM MM 2023.
+    """
+
+    name = "tgcir"
+    clip: Any  # a model of open_clip, which has no types
+    text_learner: nn.Linear | None
+    text_masks: nn.Parameter | None
+
+    def __init__(
+        self,
+        model: str = "embedded",
+        pretrained: str | None = None,
+        ortho: float = 0.1,
+        ckd: float = 10.0,
+        kl: float = 0.5,
+        kl_temperature: float = 0.1,
+        separated: bool = False,
+        load_weights: bool = True,
+    ):
+        super().__init__()
+        if not kl_temperature > 0:
+            raise InputError(f"kl_temperature must be above 0, got {kl_temperature}")
+        self.options = {"model": model, "pretrained": pretrained, "ortho": ortho, "ckd": ckd, "kl": kl}
+        self.options |= {"kl_temperature": kl_temperature, "separated": False}
+        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, load_weights, pad_ratio=None)
+        _check_layout(self.clip, model)
+        width = self.clip.text_projection.shape[1]  # E
+        self.image_fc = nn.Linear(self.clip.visual.proj.shape[0], width)
+        self.text_fc = nn.Linear(self.clip.text_projection.shape[0], width)
+        self.learner = nn.Linear(width, LOCALS)
+        self.masks = nn.Parameter(_initial_masks(width))
+        self.register_module("text_learner", None)
+        self.register_parameter("text_masks", None)
+        self.gate, self.teacher_remain, self.teacher_replace = (_gate(width) for _ in range(3))
+        self.local_weight = nn.Parameter(torch.ones(GLOBALS + LOCALS))
+        if separated:
+            self.separate()
+        self.eval()
+
+    @classmethod
+    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
+        """Weights of stage 1 or of SPN's stage 2, both under ``state_dict``; the latter has twins for the text.
+
+        Raises:
+            InputError: if it is neither, or if no ``model`` is stated and the shapes are not those of one of OpenAI's.
+        """
+        _, published, ignored = Published.find(content, "state_dict")
+        if "loss_T" in published:
+            ignored["loss_T"] = _scale_reason(published.pop("loss_T"))
+        for name in JIT_NUMBERS:
+            if published.pop(f"backbone.clip.{name}", None) is not None:
+                ignored[f"backbone.clip.{name}"] = "a number beside the weights of OpenAI's archives"
+        ignored |= _drop_alias(published)
+        separated = any(name.startswith(("backbone.tokenlearn_text.", "backbone.masks_text.")) for name in published)
+        state: dict[str, Any] = {}
+        for prefix, name in LEARNERS.items():
+            if separated or name == "learner":
+                state |= _learner(published, prefix, name)
+        state |= {_renamed(name): value for name, value in published.items()}
+        named = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
+        model = options.get("model") or recognise(named)
+        if f"{model}-quickgelu" in OPENAI:
+            raise InputError(f"{model} has another activation than OpenAI's weights: the model is {model}-quickgelu")
+        container = f"state_dict, TG-CIR's names, {'stage 2: text with twins' if separated else 'stage 1'}"
+        return Published({"model": model, "pretrained": None, "separated": separated}, state, ignored, container)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """B texts → ``{"text": (B, context)}``; what is longer than the context is cut."""
+        return {"text": self._tokenizer(list(texts))}
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """(B, 3, H, W) → reference (B, 12, E), target (B, 1, E) of unit norm."""
+        found = self.clip.visual.forward_intermediates(pixels, indices=1, output_fmt="NLC", output_extra_tokens=True)
+        last = (found["image_intermediates_prefix"][0], found["image_intermediates"][0])
+        x = torch.cat(last, 1)  # (B, 1 + patches, width), before the last norm
+        tokens = _tokens(found["image_features"], self.image_fc(x), self.learner, self.masks)  # (B, 12, E)
+        return ImageFeatures(tokens, F.normalize(_wide(tokens).mean(1, keepdim=True), dim=-1))
+
+    def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
+        """(B, 12, E) and texts → queries (B, E); states: both sides' tokens, and the gate (B, 12, 1)."""
+        reference, text = _wide(reference), _wide(self._encode_text(tokens["text"]))  # (B, 12, E) each
+        gate = _wide(self.gate(torch.cat([reference, text], -1)))  # (B, 12, 1)
+        fused = gate * reference + (1 - gate) * text  # (B, 12, E)
+        states = {"reference": reference, "text": text, "gate": gate}
+        return Composed(F.normalize(fused.mean(1), dim=-1), states)
+
+    def _encode_text(self, text: Tensor) -> Tensor:
+        """(B, context) → tokens (B, 12, E). All positions are computed, as those of padding are averaged too."""
+        clip = self.clip
+        x = clip.token_embedding(text) + clip.positional_embedding
+        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask))  # (B, context, width)
+        pooled = text_global_pool(x, text, clip.text_pool_type, eos_token_id=clip.text_eos_id) @ clip.text_projection
+        learner = self.learner if self.text_learner is None else self.text_learner
+        masks = self.masks if self.text_masks is None else self.text_masks
+        return _tokens(pooled, self.text_fc(x), learner, masks)
+
+    def extra_losses(self, composed: Composed, targets: ImageFeatures, contrast: InBatch) -> dict[str, Tensor]:
+        """The teacher's own two terms, orthogonal tokens, and what the student learns from the teacher.
+
+        The teacher knows the target, whose tokens, unlike those of reference and text, also learn from it. Its scores
+        are sums of weighted cosines over tokens, not one cosine; those that ``kl`` learns from are cosines.
+        """
+        reference, text, gate = (composed.states[name] for name in ("reference", "text", "gate"))
+        target = _wide(targets.reference)  # (B, 12, E)
+        remain = _wide(self.teacher_remain(torch.cat([reference.detach(), target], -1)))  # (B, 12, 1)
+        replace = _wide(self.teacher_replace(torch.cat([text.detach(), target], -1)))  # (B, 12, 1)
+        query = self._flat(remain * reference.detach() + replace * text.detach())  # (B, 12·E)
+        wanted = self._flat(target)  # (B, 12·E)
+        distilled = F.mse_loss(gate, remain.detach()) + F.mse_loss(1 - gate, replace.detach())
+        orthogonal = torch.stack([_off_orthogonal(tokens) for tokens in (reference, target, text)]).mean()
+        return {
+            "tea_rank": contrast(query, wanted[:, None]),
+            "tea_mask": F.mse_loss(remain + replace, torch.ones_like(remain)),
+            "ortho": self.options["ortho"] * orthogonal,
+            "ckd": self.options["ckd"] * distilled,
+            "kl": self.options["kl"] * self._divergence(composed.query, targets.target, wanted.detach()),
+        }
+
+    def _flat(self, tokens: Tensor) -> Tensor:
+        """(B, 12, E) → (B, 12·E): each token of unit norm, times its weight."""
+        return (F.normalize(tokens, dim=-1) * self.local_weight[:, None]).flatten(1)
+
+    def _divergence(self, query: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
+        """KL of query-target scores (B, N) from those of targets (B, 12·E) among themselves; mean over queries."""
+        wanted = F.normalize(wanted, dim=-1)
+        temperature = self.options["kl_temperature"]
+        teacher = scores_of(wanted, gather(wanted)[:, None]) / temperature  # (B, N)
+        student = scores_of(query, gather(target)) / temperature  # (B, N)
+        return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+    def image_side(self) -> list[nn.Module | nn.Parameter]:
+        """The visual tower, its linear layer, and the token learner and masks that the text shared."""
+        return [self.clip.visual, self.image_fc, self.learner, self.masks]
+
+    def frozen_beside(self) -> list[nn.Module | nn.Parameter]:
+        """The teacher."""
+        return [self.teacher_remain, self.teacher_replace, self.local_weight]
+
+    def separate(self) -> None:
+        """Give the text its own token learner and masks, equal to the shared ones at first."""
+        if self.text_learner is None:
+            self.text_learner = copy.deepcopy(self.learner)
+            self.text_masks = copy.deepcopy(self.masks)
+        self.options["separated"] = True
+
+    def train(self, mode: bool = True) -> "TGCIR":
+        """Stays in eval mode, as published: nothing in it has another mode."""
+        nn.Module.train(self, False)
+        return self
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _gate(width: int) -> nn.Sequential:
+    """Two tokens side by side (…, 2·E) → how much of one is taken, (…, 1)."""
+    return nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
+
+
+def _initial_masks(width: int) -> Tensor:
+    """(P, E): 0.1, but for a block of ones on a share of the columns, another one in each row."""
+    masks, block = torch.full((GLOBALS, width), 0.1), width // GLOBALS
+    for row in range(GLOBALS):
+        masks[row, row * block : (row + 1) * block] = 1
+    return masks
+
+
+def _tokens(pooled: Tensor, positions: Tensor, learner: nn.Module, masks: Tensor) -> Tensor:
+    """A pooled vector (B, E) and all positions (B, T, E) → tokens (B, P + Q, E)."""
+    overall = pooled[:, None] * masks.relu()  # (B, P, E)
+    weights = learner(positions).sigmoid()  # (B, T, Q)
+    local = torch.einsum("bte,btq->bqe", positions, weights) / positions.shape[1]  # (B, Q, E)
+    return torch.cat([_wide(overall), _wide(local)], 1)
+
+
+def _off_orthogonal(tokens: Tensor) -> Tensor:
+    """Mean squared distance of the tokens' cosines (B, 12, 12) from the identity."""
+    tokens = F.normalize(tokens, dim=-1)
+    with torch.autocast(tokens.device.type, enabled=False):
+        cosines = tokens @ tokens.transpose(1, 2)  # (B, 12, 12)
+    return F.mse_loss(cosines, torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device).expand_as(cosines))
+
+
+def _check_layout(clip: nn.Module, model: str) -> None:
+    """Raises ``InputError`` for a CLIP whose positions are not what the tokens are made of."""
+    visual = getattr(clip, "visual", None)
+    vision = (
+        isinstance(visual, VisionTransformer)
+        and (visual.pool_type, visual.attn_pool, visual.final_ln_after_pool) == ("tok", None, False)
+        and isinstance(visual.proj, Tensor)
+    )
+    text = (
+        isinstance(clip, open_clip.CLIP)
+        and clip.attn_mask is not None
+        and clip.text_pool_type in ("argmax", "eos")
+        and isinstance(clip.text_projection, Tensor)
+    )
+    if not (vision and text):
+        what = "text" if vision else "image"
+        raise InputError(
+            f"tgcir needs a CLIP with a vision transformer in OpenAI's layout, and the {what} tower of {model!r} is "
+            "another: take ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu"
+        )
+
+
+def _scale_reason(scale: Any) -> str:
+    number = float(scale) if isinstance(scale, Tensor) and scale.numel() == 1 else float("nan")
+    if not 0 < number < float("inf"):
+        raise InputError("loss_T, the scale of the logits, is no number above 0")
+    return f"learned scale {number:.4g} of the logits: temperature {1 / number:.4g} in the recipe"
+
+
+def _drop_alias(published: dict[str, Any]) -> dict[str, str]:
+    """Take the second set of names of the visual tower out, and say so; they must be the same weights."""
+    ignored = {}
+    for name in [name for name in published if name.startswith(ALIAS)]:
+        twin = ALIASED + name.removeprefix(ALIAS)
+        one, two = published.pop(name), published.get(twin)
+        if not (isinstance(one, Tensor) and isinstance(two, Tensor) and torch.equal(one, two)):
+            raise InputError(f"{name} should be the same tensor as {twin}, and is not")
+        ignored[name] = f"the same as {twin}"
+    return ignored
+
+
+def _learner(published: dict[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
+    """The convolutions over one position, (1, E, 1) each, as the rows of one linear layer; taken out of their dict."""
+    state = {}
+    for kind in ("weight", "bias"):
+        keys = [f"{prefix}tokenizers.{q}.conv.0.{kind}" for q in range(LOCALS)]
+        rows = [published.pop(key, None) for key in keys]
+        for key, row in zip(keys, rows, strict=True):
+            if not isinstance(row, Tensor):
+                raise InputError(f"{key} is missing" if row is None else f"{key} is {type(row).__name__}, not a tensor")
+            if len(row) != 1 or row.shape != rows[0].shape or (kind == "weight" and row.shape[2:] != (1,)):
+                raise InputError(f"{key} has shape {tuple(row.shape)}, where a convolution over one position belongs")
+        state[f"{name}.{kind}"] = torch.cat(rows).flatten(1) if kind == "weight" else torch.cat(rows)
+    return state
+
+
+def _renamed(name: str) -> str:
+    """A published name in ours. Raises ``InputError`` for one that TG-CIR does not have."""
+    if name in SINGLE:
+        return SINGLE[name]
+    for prefix, own in PREFIXES.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    raise InputError(f"{name!r} is no name of TG-CIR's weights")
