@@ -41,6 +41,7 @@ from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
 from spn4cir.types import Benchmark, Composed, Dataset, ImageFeatures, Query, Tokens, Triplet
 
+ROOT = Path(__file__).parents[1]
 TOKENS, WIDTH, EMBED = 577, 768, 256
 ROW = 2 * TOKENS * WIDTH  # bytes of an image in half precision
 SMALL = 2000
@@ -179,12 +180,7 @@ def measure(way: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.references", "--child", way, "--folder", str(folder)]
     peak = 0
     with subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     ) as process:
         told: list[tuple[str, str]] = []
         reader = threading.Thread(target=lambda: told.append(process.communicate()))
@@ -232,7 +228,7 @@ def main() -> None:
     """Measure, print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--gigabytes", type=float, help="of features at the larger size (default: 20, or half the disk)"
+        "--gigabytes", type=float, help="of features at the larger size (default: 20, or half of the disk)"
     )
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder, removed at the end)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -242,7 +238,7 @@ def main() -> None:
         return child(args.child, args.folder)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         gigabytes = args.gigabytes or min(20.0, shutil.disk_usage(folder).free / 2e9)
-        report = {
+        report: dict[str, Any] = {
             "what": f"{STEPS} steps of 128 and {4 + 1} states saved, evaluation of a tenth of the images included",
             "sizes": run(gigabytes, Path(folder)),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
