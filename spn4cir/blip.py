@@ -31,6 +31,8 @@ STEM = {
 
 def load_settings(kind: type[C], model: str | Path) -> C:
     """The configuration of a folder, or of a name on the hub. Raises ``InputError`` if there is none."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():  # else: defaults
+        raise InputError(f"{model} holds no config.json")
     try:
         return cast(C, kind.from_pretrained(model))
     except UNREADABLE as error:

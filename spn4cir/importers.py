@@ -54,7 +54,7 @@ def read_published(path: Path) -> dict[str, Any]:
             more = f" ({culprit[1]})" if culprit else ""
             raise InputError(
                 f"{path} is refused: it holds more than tensors{more}, and reading that would run its code; "
-                "save its state_dict() as a dictionary where you trust it"
+                "where you trust it, save its state_dict() with torch.save, as {'state_dict': …}"
             ) from None
         raise InputError(f"{path} cannot be read as a file of torch.save, it may be cut off: {text[:100]}") from None
     if not isinstance(content, dict):

@@ -79,7 +79,7 @@ def _of_folder(model: str | Path) -> dict[str, Any]:
     return architecture(vision, text, settings.image_text_hidden_size)
 
 
-class _Blip(BlipForImageTextRetrieval):  # type: ignore[misc]
+class Blip(BlipForImageTextRetrieval):  # type: ignore[misc]
     """Without the head that tells whether image and text match: no score reads it."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"itm_head"]
@@ -129,7 +129,7 @@ class BLIP4CIR(Backbone):
         source = EMBEDDED if model == "embedded" else model
         settings = _of_config(config) if config else _of_folder(str(source))
         self.options = {"model": model, "config": settings, "tokenizer": tokenizer, "train_vision": train_vision}
-        self.blip = load_library(_Blip, source or "", settings, load_weights and source is not None)
+        self.blip = load_library(Blip, source or "", settings, load_weights and source is not None)
         self._tokenizer = load_tokenizer(tokenizer or source or BERT, settings["text_config"]["vocab_size"], MARKS)
         if self._tokenizer("").input_ids[:1] != [self._tokenizer.cls_token_id]:
             raise InputError("a tokenizer for BLIP puts a mark before each text, as BERT's does, and this one does not")

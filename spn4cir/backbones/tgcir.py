@@ -286,7 +286,8 @@ def _learner(published: dict[str, Any], prefix: str, name: str) -> dict[str, Ten
         for key, row in zip(keys, rows, strict=True):
             if not isinstance(row, Tensor):
                 raise InputError(f"{key} is missing" if row is None else f"{key} is {type(row).__name__}, not a tensor")
-            if len(row) != 1 or row.shape != rows[0].shape or (kind == "weight" and row.shape[2:] != (1,)):
+            right = (1, *row.shape[1:2], 1) if kind == "weight" else (1,)
+            if row.shape != right or row.shape != rows[0].shape:
                 raise InputError(f"{key} has shape {tuple(row.shape)}, where a convolution over one position belongs")
         state[f"{name}.{kind}"] = torch.cat(rows).flatten(1) if kind == "weight" else torch.cat(rows)
     return state

@@ -1,6 +1,7 @@
 """SPRC: what trains and what is frozen in each stage, the copies of stage 2, saving, sizes, and what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import Blip2Config, Blip2ForImageTextRetrieval, PreTrainedTokenizerFast
 
 from spn4cir.backbones.sprc import EMBEDDED, SPRC
 from spn4cir.checkpoints import load_model, save_model
@@ -176,6 +177,32 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, build: Callable[..., SP
     ]  # fmt: skip
     assert torch.equal(*queries)
     assert not again.training
+
+
+def test_weights_of_a_folder(tmp_path: Path, build: Callable[..., SPRC]) -> None:
+    """A folder as transformers writes it, in half precision: its weights in float32, its tokenizer, all but its head.
+
+    Once saved, neither is needed any more; a folder without weights is one line.
+    """
+    library = Blip2ForImageTextRetrieval(Blip2Config.from_dict(config())).half()
+    library.save_pretrained(tmp_path / "folder")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, tmp_path / "folder")
+    backbone = build(model=str(tmp_path / "folder"), config=None, tokenizer=None)
+    state, wanted = backbone.state_dict(), library.state_dict()
+    assert {n for n in wanted if f"blip2.{n}" not in state} == {"itm_head.weight", "itm_head.bias"}
+    wanted["query_tokens"] = backbone.blip2.query_tokens  # the fixture draws them anew
+    shared = [name for name in wanted if not name.startswith("itm_head")]
+    assert all(torch.equal(state[f"blip2.{name}"], wanted[name].float()) for name in shared)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert 0.015 < float(backbone.prompt_tokens.detach().std()) < 0.025
+    save_model(tmp_path / "run", backbone, {})
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot load Blip2ForImageTextRetrieval"):
+        build(model=str(tmp_path / "folder"), config=None)
+    shutil.rmtree(tmp_path / "folder")
+    again = load_model(tmp_path / "run").state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
 
 
 def test_half_precision_ends_where_scores_begin(build: Callable[..., SPRC]) -> None:
