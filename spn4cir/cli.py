@@ -321,6 +321,7 @@ def _import() -> None:
         "the file; anything unexplained is an error, and nothing that a file holds is run.",
         epilog="examples:\n  spn4cir-import --backbone clip4cir fiq_stage1.pt --output runs/imported/fiq_stage1\n"
         "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny\n"
+        "  spn4cir-import --backbone clip4cir combiner.pt --base runs/imported/fiq_stage1 --output runs/imported/fiq\n"
         "  spn4cir-import --backbone blip4cir best.pt --tokenizer FOLDER --output runs/imported/fiq_blip",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
