@@ -5,7 +5,7 @@ CLIP, which saw the same. Writes a folder of transformers (configuration, tokeni
 ``quality.json``::
 
     python -m spn4cir.embedded.make_fusion --backbone blip4cir --epochs 25
-    python -m spn4cir.embedded.make_fusion --backbone sprc --epochs 16
+    python -m spn4cir.embedded.make_fusion --backbone sprc --epochs 16 --batch-size 64 --lr 5e-4
 """
 
 import argparse
