@@ -341,5 +341,5 @@ def _import() -> None:
     import_published(args.file, args.output, args.backbone, {key: value for key, value in stated.items() if value})
     print(
         f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
-        f"      accelerate launch recipes/stage2.py --config recipes/RECIPE.yaml --init {args.output}"
+        f"      accelerate launch recipes/stage2.py --dataset DATASET --init {args.output}"
     )
