@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spn4cir.backbone import Backbone, Published
 from spn4cir.backbones import BACKBONES, build_backbone, check_backbone
-from spn4cir.checkpoints import differences, load_strictly, save_model
+from spn4cir.checkpoints import differences, load_strictly, read_model, read_tensors, save_model
 from spn4cir.errors import InputError
 
 SHOWN = 5
@@ -62,7 +62,9 @@ def read_published(path: Path) -> dict[str, Any]:
     return content
 
 
-def import_published(path: Path, output: Path, name: str, options: Mapping[str, Any]) -> Backbone:
+def import_published(
+    path: Path, output: Path, name: str, options: Mapping[str, Any], base: Path | None = None
+) -> Backbone:
     """Convert a published checkpoint, print what became of each name in it, and write what ``load_model`` reads.
 
     Args:
@@ -70,6 +72,7 @@ def import_published(path: Path, output: Path, name: str, options: Mapping[str, 
         output: new or empty folder; it is written whole or not at all.
         name: backbone.
         options: what the user states of the backbone's options; the rest is recognised.
+        base: checkpoint folder of the same backbone, for what the file lacks where it holds a part of a model.
 
     Raises:
         InputError: if anything is missing, unexpected, of another shape or not finite.
@@ -82,6 +85,7 @@ def import_published(path: Path, output: Path, name: str, options: Mapping[str, 
     try:
         published = BACKBONES[name].from_published(content, options)
         _check_tensors(published.state)
+        published = _joined(published, name, base)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     backbone = build_backbone(name, **published.options, load_weights=False)
@@ -90,6 +94,22 @@ def import_published(path: Path, output: Path, name: str, options: Mapping[str, 
     about = {"imported_from": path.name, "sha256": _sha256(path), "container": published.container}
     _write(output, backbone, about)
     return backbone
+
+
+def _joined(published: Published, name: str, base: Path | None) -> Published:
+    """A part of a model with the rest from a checkpoint folder; a whole one as it is."""
+    if base is None:
+        if published.lacks:
+            raise InputError(f"{published.lacks} is not in it: give --base FOLDER, an imported or trained {name}")
+        return published
+    if not published.lacks:
+        raise InputError("it holds a whole model, which needs no --base")
+    found, options = read_model(base)
+    if found != name:
+        raise InputError(f"--base {base} holds a {found}, not a {name}")
+    rest, _ = read_tensors(base / "model.safetensors")
+    container = f"{published.container}; {published.lacks} and all else from {base}"
+    return Published(options | published.options, rest | published.state, published.ignored, container)
 
 
 def account(backbone: Backbone, published: Published) -> list[str]:
