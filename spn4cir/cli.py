@@ -345,5 +345,5 @@ def _import() -> None:
     import_published(args.file, args.output, args.backbone, stated, args.base)
     print(
         f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
-        f"      accelerate launch recipes/stage2.py --config recipes/RECIPE.yaml --init {args.output}"
+        f"      accelerate launch recipes/stage2.py --dataset DATASET --init {args.output}"
     )

@@ -19,7 +19,7 @@ from spn4cir.backbones import BACKBONES, build_backbone, check_backbone
 from spn4cir.checkpoints import differences, load_strictly, read_model, read_tensors, save_model
 from spn4cir.errors import InputError
 
-SHOWN = 10
+SHOWN = 5
 
 
 def read_published(path: Path) -> dict[str, Any]:
@@ -118,22 +118,30 @@ def account(backbone: Backbone, published: Published) -> list[str]:
     apart = differences(own, state)
     wrong = apart["of another shape"]
     apart["of another shape"] = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in wrong]
-    stated = ", ".join(f"{key} {value}" for key, value in published.options.items() if value is not None)
+    scalars = {key: value for key, value in published.options.items() if not isinstance(value, dict)}
+    stated = ", ".join(f"{key} {value}" for key, value in scalars.items() if value is not None)
     parameters = sum(p.numel() for p in backbone.parameters())
     lines = [f"{backbone.name}, {stated}: {parameters:,} parameters"]
     matched = own.keys() & state.keys() - set(wrong)
     lines.append(_line("matched", len(matched)))
     lines += [_line(word, len(keys), keys) for word, keys in apart.items()]
-    reasons = [f"{key} ({reason})" for key, reason in published.ignored.items()]
-    lines.append(_line("ignored", len(reasons), reasons))
+    lines.append(_line("ignored", len(published.ignored)))
+    named: dict[str, list[str]] = {}
+    for key, reason in published.ignored.items():
+        named.setdefault(reason, []).append(key)
+    lines += [f"{'':19}{len(keys):>5}  {reason}: {_some(keys)}" for reason, keys in named.items()]
     kinds = [f"{state[key].dtype} → {own[key].dtype}" for key in matched if state[key].dtype != own[key].dtype]
     lines += [_line("converted", kinds.count(kind), [kind]) for kind in sorted(set(kinds))]
     return [line.replace("torch.", "") for line in lines]
 
 
 def _line(word: str, count: int, names: Sequence[str] = ()) -> str:
+    return f"  {word:<16} {count:>5}" + (f"  {_some(names)}" if names else "")
+
+
+def _some(names: Sequence[str]) -> str:
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"  {word:<16} {count:>5}" + (f"  {', '.join(names[:SHOWN])}{more}" if names else "")
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _check_output(output: Path) -> None:

@@ -1,11 +1,11 @@
 """Train the embedded BLIP and BLIP-2 on the train images of the ``emoji`` dataset and their names.
 
-They see images and names, never a triplet, and no val or test target; their vision towers begin as that of the embedded
-CLIP, which saw the same. Writes a folder of transformers (configuration, tokenizer, half-precision weights) and
-``quality.json``::
+They see images and names, never a triplet, and no val or test target. BLIP's vision tower begins as that of the
+embedded CLIP, which saw the same; BLIP-2's is that of the embedded BLIP, and frozen. Writes a folder of transformers
+(configuration, tokenizer, half-precision weights) and ``quality.json``::
 
     python -m spn4cir.embedded.make_fusion --backbone blip4cir --epochs 25
-    python -m spn4cir.embedded.make_fusion --backbone sprc --epochs 16 --batch-size 64 --lr 5e-4
+    python -m spn4cir.embedded.make_fusion --backbone sprc --tower blip --epochs 100
 """
 
 import argparse
@@ -14,13 +14,14 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -159,14 +160,59 @@ def clip_tower(pixels: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def fresh(name: str, folder: Path, pixels: Tensor) -> Backbone:
-    """A backbone with random weights but for its vision tower, which begins as CLIP's; all of them train."""
-    backbone = build_backbone(name, model=str(folder), load_weights=False, train_vision=True)
+def fresh(name: str, folder: Path, pixels: Tensor, tower: str | None) -> Backbone:
+    """A backbone with random weights but for its vision tower, which is that of a folder, or begins as CLIP's."""
+    backbone = build_backbone(name, model=str(folder), load_weights=False, train_vision=tower is None)
     for key, value in backbone.named_parameters():
         if key.endswith("query_tokens"):  # zeros in the library: equal tokens would stay equal for ever
             torch.nn.init.normal_(value, std=0.02)
-    library_of(backbone).vision_model.load_state_dict(clip_tower(pixels))
+    prefix = "vision_model."
+    vision = clip_tower(pixels)
+    if tower:
+        file = load_file(HERE / tower / "model.safetensors")
+        vision = {key.removeprefix(prefix): value.float() for key, value in file.items() if key.startswith(prefix)}
+    library_of(backbone).vision_model.load_state_dict(vision)
+    library_of(backbone).vision_model.requires_grad_(tower is None)
     return backbone
+
+
+class Looked(nn.Module):
+    """In the place of a vision tower: takes what the tower gave."""
+
+    def forward(self, tokens: Tensor) -> SimpleNamespace:
+        """(B, L, D) as they are."""
+        return SimpleNamespace(last_hidden_state=tokens)
+
+
+class Views:
+    """What ``encode_image`` takes for some images, shifted at random by up to two pixels.
+
+    Args:
+        backbone: its vision tower is asked once for each shift if it does not train, and then taken out.
+        pixels: (N, 3, H, W).
+        frozen: whether it does not train.
+    """
+
+    def __init__(self, backbone: Backbone, pixels: Tensor, frozen: bool):
+        steps = range(-SHIFT, SHIFT + 1)
+        self.shifts, self.pixels = [(down, across) for down in steps for across in steps], pixels
+        self.tower = library_of(backbone).vision_model
+        self.seen: list[Tensor] | None = None
+        if frozen:
+            with torch.no_grad():
+                self.seen = [self._look(shift) for shift in self.shifts]  # (N, L, D) each
+            library_of(backbone).vision_model = Looked()
+
+    def _look(self, shift: tuple[int, int]) -> Tensor:
+        parts = torch.roll(self.pixels, shift, (2, 3)).split(256)
+        return torch.cat([self.tower(part).last_hidden_state for part in parts])
+
+    def __call__(self, rows: Tensor, rng: random.Random) -> Tensor:
+        """Rows (B,) → (B, 3, H, W), or (B, L, D) of a tower that does not train."""
+        number = rng.randrange(len(self.shifts))
+        if self.seen is not None:
+            return self.seen[number][rows]
+        return torch.roll(self.pixels[rows], self.shifts[number], (2, 3))
 
 
 def write_weights(backbone: Backbone, folder: Path) -> None:
@@ -181,14 +227,15 @@ def write_weights(backbone: Backbone, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def step_loss(backbone: Backbone, pixels: Tensor, names: Sequence[str], scale: Tensor, rng: random.Random) -> Tensor:
+def step_loss(
+    backbone: Backbone, views: Sequence[Tensor], names: Sequence[str], same: Tensor, scale: Tensor, rng: random.Random
+) -> Tensor:
     """Mean of "swap" (another's picture and the own name) and "keep" (the own picture and a part of the name)."""
-    shifts = [(rng.randint(-SHIFT, SHIFT), rng.randint(-SHIFT, SHIFT)) for _ in range(2)]
-    seen, wanted = (backbone.encode_image(torch.roll(pixels, shift, (2, 3))) for shift in shifts)
+    seen, wanted = (backbone.encode_image(view) for view in views)
     other = seen.reference.roll(rng.randrange(1, len(names)), 0)  # (B, L, D)
     swap = backbone.compose(other, backbone.tokenize(names)).query  # (B, E)
     keep = backbone.compose(seen.reference, backbone.tokenize([drop_words(name, rng) for name in names])).query
-    ignore = same_rows(names, [p.numpy().tobytes() for p in pixels]).nonzero().T
+    ignore = same.nonzero().T
     own = torch.arange(len(names))
     temperature = 1 / scale.exp().clamp(max=100)
     both = [info_nce(query, wanted.target, own, temperature, ignore) for query in (swap, keep)]
@@ -205,6 +252,9 @@ def train(backbone: Backbone, pixels: Tensor, names: Sequence[str], args: argpar
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    tower = library_of(backbone).vision_model
+    views = Views(backbone, pixels, frozen=bool(args.tower))
+    same = same_rows(names, [p.numpy().tobytes() for p in pixels])  # (N, N)
     steps = len(names) // args.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps * args.epochs, pct_start=0.1)
     started = time.time()
@@ -212,7 +262,8 @@ def train(backbone: Backbone, pixels: Tensor, names: Sequence[str], args: argpar
         order, total = torch.randperm(len(names)), 0.0
         try:
             for rows in order.split(args.batch_size)[:steps]:
-                loss = step_loss(backbone, pixels[rows], [names[n] for n in rows], scale, rng)
+                both = [views(rows, rng) for _ in range(2)]
+                loss = step_loss(backbone, both, [names[n] for n in rows], same[rows][:, rows], scale, rng)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -221,7 +272,9 @@ def train(backbone: Backbone, pixels: Tensor, names: Sequence[str], args: argpar
                 total += loss.item()
         except KeyboardInterrupt:
             return epoch
+        looked, library_of(backbone).vision_model = library_of(backbone).vision_model, tower
         write_weights(backbone, folder)
+        library_of(backbone).vision_model = looked
         print(
             f"epoch {epoch + 1}: loss {total / steps:.4f}, temperature {1 / scale.exp().item():.4f}, "
             f"{time.time() - started:.0f} s",
@@ -259,6 +312,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tower", help="embedded folder whose vision tower is taken and kept as it is")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -268,7 +322,9 @@ def main() -> None:
     write_folder(args.backbone, names, folder)
     read = build_backbone(args.backbone, model=str(folder), load_weights=False).transform
     pixels = torch.stack([read(open_image(image_path(i))) for i in named])  # (N, 3, H, W)
-    backbone = fresh(args.backbone, folder, pixels)  # in eval mode: without dropout it learns in fewer epochs
+    backbone = fresh(
+        args.backbone, folder, pixels, args.tower
+    )  # in eval mode: without dropout it learns in fewer epochs
     started = time.time()
     epochs = train(backbone, pixels, names, args, folder)
     minutes = round((time.time() - started) / 60, 1)
@@ -277,7 +333,8 @@ def main() -> None:
         "what": f"train images that a query ranks first among all {len(names)}, in percent: swap is another image and "
         "the whole name, keep is the image itself and a random part of its name",
         "command": f"python -m spn4cir.embedded.make_fusion --backbone {args.backbone} --epochs {args.epochs} "
-        f"--batch-size {args.batch_size} --lr {args.lr:g} --seed {args.seed}",
+        f"--batch-size {args.batch_size} --lr {args.lr:g} --seed {args.seed}"
+        + (f" --tower {args.tower}" if args.tower else ""),
         "epochs": epochs,
         "minutes": minutes,
         "threads": torch.get_num_threads(),
