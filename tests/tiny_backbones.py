@@ -1,0 +1,46 @@
+"""Every backbone in a size that tests can afford, with weights that are random but the same each time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from openai_clip import VISION, write_config
+
+import spn4cir
+from spn4cir.backbone import Backbone
+from spn4cir.backbones import build_backbone
+
+EMBEDDED = Path(spn4cir.__file__).parent / "embedded"
+SIDE = 64  # pixels
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER |= {"patch_size": 16, "image_size": SIDE}
+BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tiny_options(name: str, folder: Path) -> dict[str, Any]:
+    """What ``build_backbone`` takes beside the name; ``folder`` is where a CLIP may be described."""
+    if name in ("clip4cir", "tgcir"):
+        there = folder / "clip"
+        return {"model": f"local-dir:{there}" if there.is_dir() else write_config(there, VISION)}
+    if name == "blip4cir":
+        words = json.loads((EMBEDDED / "blip" / "config.json").read_text())["text_config"]["vocab_size"]
+        config = {"image_text_hidden_size": 24, "vision_config": TOWER, "text_config": {**BERT, "vocab_size": words}}
+        return {"model": None, "config": config, "tokenizer": str(EMBEDDED / "blip"), "train_vision": True}
+    if name == "sprc":
+        config = json.loads((EMBEDDED / "blip2" / "config.json").read_text())
+        config |= {"image_text_hidden_size": 24, "num_query_tokens": 4}
+        config["vision_config"] |= TOWER
+        config["qformer_config"] |= {**BERT, "encoder_hidden_size": TOWER["hidden_size"]}
+        return {"model": None, "config": config, "tokenizer": str(EMBEDDED / "blip2")}
+    raise KeyError(f"{name} is new: give it a tiny configuration")
+
+
+def tiny_backbone(name: str, folder: Path, **options: Any) -> Backbone:
+    """A backbone of that name; in stage 1 each part of it trains."""
+    torch.manual_seed(5)
+    backbone = build_backbone(name, **{**tiny_options(name, folder), "load_weights": False, **options})
+    with torch.no_grad():
+        for value in backbone.parameters():  # what libraries begin with is too small to tell anything
+            value.add_(0.1 * torch.randn(value.shape))
+    return backbone
