@@ -1,11 +1,11 @@
 """Every backbone in a size that tests can afford, with weights that are random but the same each time."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from openai_clip import VISION, write_config
 
 import spn4cir
 from spn4cir.backbone import Backbone
@@ -21,8 +21,7 @@ BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num
 def tiny_options(name: str, folder: Path) -> dict[str, Any]:
     """What ``build_backbone`` takes beside the name; ``folder`` is where a CLIP may be described."""
     if name in ("clip4cir", "tgcir"):
-        there = folder / "clip"
-        return {"model": f"local-dir:{there}" if there.is_dir() else write_config(there, VISION)}
+        return {"model": f"local-dir:{_clip(folder / 'clip')}"}
     if name == "blip4cir":
         words = json.loads((EMBEDDED / "blip" / "config.json").read_text())["text_config"]["vocab_size"]
         config = {"image_text_hidden_size": 24, "vision_config": TOWER, "text_config": {**BERT, "vocab_size": words}}
@@ -34,6 +33,18 @@ def tiny_options(name: str, folder: Path) -> dict[str, Any]:
         config["qformer_config"] |= {**BERT, "encoder_hidden_size": TOWER["hidden_size"]}
         return {"model": None, "config": config, "tokenizer": str(EMBEDDED / "blip2")}
     raise KeyError(f"{name} is new: give it a tiny configuration")
+
+
+def _clip(folder: Path) -> Path:
+    """The embedded CLIP's architecture and tokenizer, with less of everything."""
+    if not folder.is_dir():
+        shutil.copytree(EMBEDDED / "clip", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        config["model_cfg"]["embed_dim"] = 24
+        config["model_cfg"]["vision_cfg"] |= {"layers": 1, "width": 32, "head_width": 16, "image_size": SIDE}
+        config["model_cfg"]["text_cfg"] |= {"layers": 1, "width": 32, "heads": 2}
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def tiny_backbone(name: str, folder: Path, **options: Any) -> Backbone:
