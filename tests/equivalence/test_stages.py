@@ -89,7 +89,7 @@ def apart(one: Found, two: Found) -> float:
 
 def test_stage_2_with_a_bank_of_the_batch_is_stage_1(stage: Stage) -> None:
     """Loss and every gradient agree, the temperature's included, where the bank is exactly the batch's targets."""
-    assert apart(stage([]), stage([], "float32")) < 2e-5
+    assert apart(stage([]), stage([], "float32")) < 2e-4
 
 
 def test_one_more_image_in_the_bank_is_one_more_negative(stage: Stage) -> None:
