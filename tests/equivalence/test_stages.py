@@ -15,6 +15,7 @@ from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
 from spn4cir.checkpoints import load_model, save_model
+from spn4cir.errors import InputError
 from spn4cir.images import ImageSource, TripletCollate, open_image, pixel_hash
 from spn4cir.objective import Objective
 from spn4cir.train import train
@@ -166,6 +167,29 @@ def test_the_loop_keeps_references_as_it_is_told(name: str, configure, init, run
     assert found["lr"] != pytest.approx(found["stored"], rel=1e-4)  # negative control
     assert len(found["lr"]) == 3 and math.isfinite(sum(found["lr"]))
     assert len(list((runs / "banks").iterdir())) == 3  # and of targets alone
+
+
+def test_images_put_aside_are_not_stored_twice(configure, init, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    """What selects is a part of the training images: their bank serves, and gives what encoding them gives."""
+    options = {"init": str(init("tgcir")), "backbone": "tgcir", "selection": "holdout", "max_steps": 2}
+    rows = {}
+    for way in ("recompute", "stored"):
+        folder = train(configure(output=str(runs / way), bank_references=way, **options), 2)
+        rows[way] = json.loads((folder / "metrics.jsonl").read_text())
+        assert len(list((runs / "banks").iterdir())) == (1 if way == "recompute" else 2)
+    assert rows["stored"] == pytest.approx(rows["recompute"], rel=1e-4) and "R@10" in rows["stored"]
+
+
+def test_a_wrong_name_is_said_before_a_bank_is_made(configure, init, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    """Rates that no parameter has would else be found out after hours of encoding; right ones pass."""
+    config = configure(
+        init=str(init("tgcir")), backbone="tgcir", max_steps=1, output=str(runs / "x"), lr_scale={"colour": 0.1}
+    )
+    with pytest.raises(InputError, match="lr_scale: no parameter that trains has 'colour'"):
+        train(config, 2)
+    assert not (runs / "banks").exists() and not (runs / "x").exists()
+    config.lr_scale = {"temperature": 0.1}
+    assert (train(config, 2) / "result.json").is_file()
 
 
 def test_a_bank_needs_a_frozen_image_side(toy, backbone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
