@@ -111,16 +111,15 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
         InputError: if the folder holds no complete model, or its weights do not fit.
     """
     name, saved = read_model(folder)
-    options = {**saved, **(changes or {})}
-    carried = (folder / "tokenizer").is_dir() and "tokenizer" not in (changes or {})
-    assets = {"tokenizer": str(folder / "tokenizer")} if carried else {}
-    backbone = build_backbone(name, **{**options, **assets}, load_weights=False)
-    if assets:
-        backbone.options["tokenizer"] = options.get("tokenizer")
+    changes = changes or {}
+    own = {"tokenizer": str(folder / "tokenizer")} if (folder / "tokenizer").is_dir() else {}
+    backbone = build_backbone(name, **{**saved, **own, **changes}, load_weights=False)
+    if own:
+        backbone.options["tokenizer"] = {**saved, **changes}.get("tokenizer")
     state, _ = read_tensors(folder / "model.safetensors")
     fresh = backbone.state_dict().keys() - state.keys() if changes else set()
     if fresh:  # what the saved options bring as well is missing
-        fresh -= build_backbone(name, **{**saved, **assets}, load_weights=False).state_dict().keys()
+        fresh -= build_backbone(name, **{**saved, **own}, load_weights=False).state_dict().keys()
     if fresh:
         names = ", ".join(sorted(fresh)[:3])
         print(f"{folder} does not hold {names} … ({len(fresh)} names): initialised anew")

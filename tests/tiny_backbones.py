@@ -9,10 +9,12 @@ import torch
 
 import spn4cir
 from spn4cir.backbone import Backbone
-from spn4cir.backbones import build_backbone
+from spn4cir.backbones import BACKBONES, build_backbone
 
 EMBEDDED = Path(spn4cir.__file__).parent / "embedded"
 SIDE = 64  # pixels
+TINY = (*BACKBONES, "clip4cir combiner")
+"""All that ``tiny_backbone`` builds; the first word is the backbone's name."""
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOWER |= {"patch_size": 16, "image_size": SIDE}
 BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -20,6 +22,8 @@ BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num
 
 def tiny_options(name: str, folder: Path) -> dict[str, Any]:
     """What ``build_backbone`` takes beside the name; ``folder`` is where a CLIP may be described."""
+    if name == "clip4cir combiner":
+        return {**tiny_options("clip4cir", folder), "fusion": "combiner"}
     if name in ("clip4cir", "tgcir"):
         return {"model": f"local-dir:{_clip(folder / 'clip')}"}
     if name == "blip4cir":
@@ -50,7 +54,7 @@ def _clip(folder: Path) -> Path:
 def tiny_backbone(name: str, folder: Path, **options: Any) -> Backbone:
     """A backbone of that name; in stage 1 each part of it trains."""
     torch.manual_seed(5)
-    backbone = build_backbone(name, **{**tiny_options(name, folder), "load_weights": False, **options})
+    backbone = build_backbone(name.split()[0], **{**tiny_options(name, folder), "load_weights": False, **options})
     with torch.no_grad():
         for value in backbone.parameters():  # what libraries begin with is too small to tell anything
             value.add_(0.1 * torch.randn(value.shape))

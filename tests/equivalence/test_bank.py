@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_backbones import tiny_backbone
+from tiny_backbones import TINY, tiny_backbone
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -295,7 +295,7 @@ def encoded(backbone: Backbone, pixels: Tensor) -> list[Tensor]:
         return list(backbone.encode_image(pixels))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", TINY)
 def test_a_name_depends_on_all_that_images_are_encoded_with(name: str, tmp_path: Path) -> None:
     """Weight by weight: what moves ``encode_image`` gives another name; what stage 2 trains moves neither."""
     backbone = tiny_backbone(name, tmp_path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import tiny_backbone
+from tiny_backbones import TINY, tiny_backbone
 
 from spn4cir import bank as banks
 from spn4cir.backbones import BACKBONES
@@ -44,7 +44,7 @@ def batch(whole: Objective) -> TripletBatch:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", TINY)
 def test_each_parameter_is_in_one_group(name: str, stage: int, tmp_path: Path) -> None:
     """All that trains and nothing else, once; matrices decay; the first text that a name contains decides its rate."""
     whole = objective(name, tmp_path, stage)
@@ -103,11 +103,11 @@ def test_a_text_that_is_in_no_name_is_said(stage: int, text: str, tmp_path: Path
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
-HAVE_DROPOUT = {"clip4cir": False, "tgcir": False, "blip4cir": True, "sprc": True}
+HAVE_DROPOUT = {"clip4cir": False, "clip4cir combiner": True, "tgcir": False, "blip4cir": True, "sprc": True}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", TINY)
 def test_dropout_moves_the_loss_where_there_is_any(name: str, stage: int, tmp_path: Path) -> None:
     """Switched on, the loss is drawn anew each time, and by the seed; switched off, it is one number."""
     whole = objective(name, tmp_path, stage)
@@ -123,7 +123,7 @@ def test_dropout_moves_the_loss_where_there_is_any(name: str, stage: int, tmp_pa
     assert (loss(True, 1) != loss(True, 2)) == (loss(True, 1) != loss(False, 1)) == HAVE_DROPOUT[name]
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", TINY)
 def test_what_is_frozen_has_no_dropout(name: str, tmp_path: Path) -> None:
     """In stage 2, whatever is asked for: images are the same in both modes; queries are not, where there is dropout."""
     whole = objective(name, tmp_path, 2).backbone
@@ -141,14 +141,16 @@ def test_what_is_frozen_has_no_dropout(name: str, tmp_path: Path) -> None:
     assert frozen and not any(inner.training for module in frozen for inner in module.modules())
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("blip4cir", True), ("blip4cir", False), ("clip4cir", True)])
+@pytest.mark.parametrize(
+    ("name", "dropout"), [("blip4cir", True), ("blip4cir", False), ("clip4cir", True), ("clip4cir combiner", True)]
+)
 def test_the_loop_switches_dropout_on_where_it_is_told(  # type: ignore[no-untyped-def]
     name: str, dropout: bool, configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While steps are made, and not in evaluation, nor in the steps of a run that does not want it."""
     save_model(tmp_path / "init", tiny_backbone(name, tmp_path), {})
     modes: dict[str, set[bool]] = {"steps": set(), "evaluation": set()}
-    kind = BACKBONES[name]
+    kind = BACKBONES[name.split()[0]]
     compose = kind.compose
 
     def seen(self: Any, reference: torch.Tensor, tokens: Any) -> Any:
@@ -157,5 +159,5 @@ def test_the_loop_switches_dropout_on_where_it_is_told(  # type: ignore[no-untyp
         return compose(self, reference, tokens)
 
     monkeypatch.setattr(kind, "compose", seen)
-    train(configure(init=str(tmp_path / "init"), backbone=name, dropout=dropout, epochs=2, max_steps=6), 1)
+    train(configure(init=str(tmp_path / "init"), backbone=name.split()[0], dropout=dropout, epochs=2, max_steps=6), 1)
     assert modes == {"steps": {dropout and HAVE_DROPOUT[name]}, "evaluation": {False}}
