@@ -324,9 +324,9 @@ class Forgetful(CLIP4CIR):
     name = "forgetful"
     right = False
 
-    def __init__(self, load_weights: bool = True):
+    def __init__(self, train_clip: bool = True, load_weights: bool = True):
         super().__init__()
-        self.options = {}
+        self.options = {"train_clip": train_clip}
         self.layer = torch.nn.Linear(128, 128)
         torch.nn.init.eye_(self.layer.weight)
         self.shake = torch.nn.Dropout()

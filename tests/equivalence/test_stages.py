@@ -103,7 +103,7 @@ def test_all_ways_to_keep_references_are_alike(stage: Stage) -> None:
     more = ["i30", "i31", "i00", "twin"]
     stored, recomputed = stage(more, "float32"), stage(more, "float32", False)
     assert apart(stored, recomputed) < 1e-5
-    assert apart(stored, stage.by_hand(more[:3])) < 2e-5  # the twin has no row of its own
+    assert apart(stored, stage.by_hand(more[:3])) < 1e-4  # the twin has no row of its own
     assert apart(stored, stage.by_hand(more[:2])) > 1e-2  # negative control
     for half in (stage(more, "float16"), stage(more, "float16", False)):
         assert 1e-4 < apart(stored, half) < 0.02
