@@ -106,12 +106,14 @@ SELECTION = {  # metrics whose mean selects: all of stage 2, and stage 1 where i
 
 @dataclasses.dataclass
 class Row:
-    """A recipe: figures of its header, the protocol that they belong to, what training evaluates, and its settings."""
+    """A recipe: what runs it, figures of its header, their protocol and source, and its settings."""
 
+    stage: int
     figures: dict[str, float]
-    published: str
-    trained: str
+    protocol: str
+    source: str
     settings: dict[str, Any]
+    steps: str = ""
 
 
 def row(dataset: str, backbone: str, stage: int, generated: bool) -> Row:
@@ -120,11 +122,13 @@ def row(dataset: str, backbone: str, stage: int, generated: bool) -> Row:
     figures = dict(zip(METRICS[dataset], map(float, numbers.split()), strict=True)) if generated == (stage == 2) else {}
     ranked = "fashioniq/original-noref" if backbone == "clip4cir" else "fashioniq/original"
     trained, published = {"fashioniq": (ranked, ranked), "cirr": ("cirr/val", "cirr/test1")}[dataset]
+    source = f"SPN paper, table {2 if dataset == 'fashioniq' else 3}, row {ROW[backbone]}{' +SPN' * (stage == 2)}"
     own = STAGE_1[backbone] | STAGE_1_OF[dataset, backbone] if stage == 1 else STAGE_2_OF[dataset, backbone]
     settings = COMMON | own | {"dataset": dataset, "backbone": backbone, "protocol": trained}
     if generated:
         settings["generated"] = GENERATED[dataset].format(GENERATOR[backbone])
-    return Row(figures, published, trained, settings)
+    steps = STEPS[backbone][dataset == "cirr"] if stage == 2 and generated else ""
+    return Row(stage, figures, published, source, settings, steps)
 
 
 # A further recipe of a published dataset is one more entry here.
@@ -176,7 +180,7 @@ def test_what_selects(drawn: Path, dataset: str) -> None:
     kind = {"fashioniq": FashionIQ, "cirr": CIRR}[dataset]
     for name, wanted in ROWS.items():
         if wanted.settings["dataset"] == dataset:
-            benchmark = kind(str(drawn / dataset)).benchmark("val", wanted.trained)
+            benchmark = kind(str(drawn / dataset)).benchmark("val", wanted.settings["protocol"])
             assert {*(read(name).select_by or benchmark.selection)} == SELECTION.get(name, SELECTION[dataset]), name
 
 
@@ -185,15 +189,11 @@ def test_a_header_says_what_is_published(name: str) -> None:
     """The figures of the paper and no others, beside their row and the id of their protocol; or that there are none."""
     wanted, text = ROWS[name], header(name)
     found = {metric: float(value) for metric, value in re.findall(r"(Rs?@\d+|Rmean) (\d+\.\d+)", text)}
-    assert found == wanted.figures and wanted.trained in text
+    assert found == wanted.figures and wanted.settings["protocol"] in text
     assert bool(found) != ("No figure of this row is published" in text)
-    dataset, backbone, stage, *_ = name.split("_")
     if found:
-        table, more = {"fashioniq": 2, "cirr": 3}[dataset], " +SPN" * (stage == "stage2")
-        assert f"Published, protocol {wanted.published}: " in text
-        assert f"(SPN paper, table {table}, row {ROW[backbone]}{more})" in text
-    if found and stage == "stage2":
-        assert f"{STEPS[backbone][dataset == 'cirr']} steps." in text
+        assert f"Published, protocol {wanted.protocol}: " in text and f"({wanted.source})" in text
+    assert not wanted.steps or f"{wanted.steps} steps." in text
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -201,5 +201,5 @@ def test_a_header_says_what_differs(name: str) -> None:
     """What the one loop does in another way than the authors' code, and where the weights come from."""
     said = header(name).partition("Unlike theirs: ")[2]
     assert re.search(r"(vectors|norms, biases)[^.]* do not decay", said)
-    assert ("equal targets are not negatives" in said) == ("_stage1" in name)
-    assert ("Starts from the newest stage 1 run" in header(name)) == ("_stage2" in name)
+    assert ("equal targets are not negatives" in said) == (ROWS[name].stage == 1)
+    assert ("Starts from the newest stage 1 run" in header(name)) == (ROWS[name].stage == 2)
