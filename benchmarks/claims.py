@@ -94,8 +94,8 @@ def check_reuse(folder: Path, config: TrainConfig) -> None:
             )
 
 
-def measure(run: Path | None) -> dict[str, Any]:
-    """Metrics of a run (of the embedded weights for None) on val and test, with the ablation."""
+def measure(run: Path | None, backbone: str = "clip4cir") -> dict[str, Any]:
+    """Metrics of a run (of a backbone's embedded weights for None) on val and test, with the ablation."""
     from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone
     from spn4cir.datasets import load_dataset
@@ -106,12 +106,12 @@ def measure(run: Path | None) -> dict[str, Any]:
     if kept and kept.is_file():
         measured: dict[str, Any] = json.loads(kept.read_text())
         return measured
-    backbone = checkpoints.load_model(run) if run else build_backbone("clip4cir")
+    model = checkpoints.load_model(run) if run else build_backbone(backbone)
     dataset = load_dataset("emoji")
-    images = ImageSource(dataset.path, backbone.transform, keep=True)
+    images = ImageSource(dataset.path, model.transform, keep=True)
     found = {}
     for split in ("val", "test"):
-        result = evaluate(backbone, dataset.benchmark(split), images, ablate=split == "val")
+        result = evaluate(model, dataset.benchmark(split), images, ablate=split == "val")
         found[split] = {"metrics": result["metrics"], "ablation": result["ablation"]}
     if kept:
         write_text(kept, json.dumps(found))

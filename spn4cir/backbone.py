@@ -22,13 +22,15 @@ class Published:
     """What a backbone makes of a published checkpoint.
 
     ``options`` rebuild the backbone, ``state`` has the names of its ``state_dict``, ``ignored`` says why each other
-    name of the file is not needed, and ``container`` says in a few words what kind of file it is.
+    name of the file is not needed, and ``container`` says in a few words what kind of file it is. ``lacks`` names the
+    part that another file holds, where this one is not a whole model.
     """
 
     options: dict[str, Any]
     state: dict[str, Tensor]
     ignored: dict[str, str]
     container: str
+    lacks: str = ""
 
     @staticmethod
     def find(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[str, Any], dict[str, str]]:

@@ -112,7 +112,8 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
     """
     name, options = read_model(folder)
     options |= changes or {}
-    assets = {"tokenizer": str(folder / "tokenizer")} if (folder / "tokenizer").is_dir() else {}
+    own = (folder / "tokenizer").is_dir() and "tokenizer" not in (changes or {})
+    assets = {"tokenizer": str(folder / "tokenizer")} if own else {}
     backbone = build_backbone(name, **{**options, **assets}, load_weights=False)
     if assets:
         backbone.options["tokenizer"] = options.get("tokenizer")

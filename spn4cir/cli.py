@@ -322,6 +322,7 @@ def _import() -> None:
         "the file; anything unexplained is an error, and nothing that a file holds is run.",
         epilog="examples:\n  spn4cir-import --backbone clip4cir fiq_stage1.pt --output runs/imported/fiq_stage1\n"
         "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny\n"
+        "  spn4cir-import --backbone clip4cir combiner.pt --base runs/imported/fiq_stage1 --output runs/imported/fiq\n"
         "  spn4cir-import --backbone blip4cir best.pt --tokenizer FOLDER --output runs/imported/fiq_blip",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -334,13 +335,16 @@ def _import() -> None:
         metavar="FOLDER",
         help="folder or name of the tokenizer, where one is needed (default: BERT's)",
     )
+    parser.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="for a file that holds a part of a model: where the rest lies"
+    )
     args = parser.parse_args()
 
     from spn4cir.importers import import_published
 
-    stated = {"model": args.model, "tokenizer": args.tokenizer}
-    import_published(args.file, args.output, args.backbone, {key: value for key, value in stated.items() if value})
+    stated = {key: value for key in ("model", "tokenizer") if (value := getattr(args, key))}
+    import_published(args.file, args.output, args.backbone, stated, args.base)
     print(
         f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
-        f"      accelerate launch recipes/stage2.py --config recipes/RECIPE.yaml --init {args.output}"
+        f"      accelerate launch recipes/stage2.py --dataset DATASET --init {args.output}"
     )

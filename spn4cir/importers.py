@@ -16,10 +16,10 @@ from torch import Tensor
 
 from spn4cir.backbone import Backbone, Published
 from spn4cir.backbones import BACKBONES, build_backbone, check_backbone
-from spn4cir.checkpoints import differences, load_strictly, save_model
+from spn4cir.checkpoints import differences, load_strictly, read_model, read_tensors, save_model
 from spn4cir.errors import InputError
 
-SHOWN = 10
+SHOWN = 5
 
 
 def read_published(path: Path) -> dict[str, Any]:
@@ -62,7 +62,9 @@ def read_published(path: Path) -> dict[str, Any]:
     return content
 
 
-def import_published(path: Path, output: Path, name: str, options: Mapping[str, Any]) -> Backbone:
+def import_published(
+    path: Path, output: Path, name: str, options: Mapping[str, Any], base: Path | None = None
+) -> Backbone:
     """Convert a published checkpoint, print what became of each name in it, and write what ``load_model`` reads.
 
     Args:
@@ -70,6 +72,7 @@ def import_published(path: Path, output: Path, name: str, options: Mapping[str, 
         output: new or empty folder; it is written whole or not at all.
         name: backbone.
         options: what the user states of the backbone's options; the rest is recognised.
+        base: checkpoint folder of the same backbone, for what the file lacks where it holds a part of a model.
 
     Raises:
         InputError: if anything is missing, unexpected, of another shape or not finite.
@@ -82,6 +85,7 @@ def import_published(path: Path, output: Path, name: str, options: Mapping[str, 
     try:
         published = BACKBONES[name].from_published(content, options)
         _check_tensors(published.state)
+        published = _joined(published, name, base)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     backbone = build_backbone(name, **published.options, load_weights=False)
@@ -92,28 +96,52 @@ def import_published(path: Path, output: Path, name: str, options: Mapping[str, 
     return backbone
 
 
+def _joined(published: Published, name: str, base: Path | None) -> Published:
+    """A part of a model with the rest from a checkpoint folder; a whole one as it is."""
+    if base is None:
+        if published.lacks:
+            raise InputError(f"{published.lacks} is not in it: give --base FOLDER, an imported or trained {name}")
+        return published
+    if not published.lacks:
+        raise InputError("it holds a whole model, which needs no --base")
+    found, options = read_model(base)
+    if found != name:
+        raise InputError(f"--base {base} holds a {found}, not a {name}")
+    rest, _ = read_tensors(base / "model.safetensors")
+    container = f"{published.container}; {published.lacks} and all else from {base}"
+    return Published(options | published.options, rest | published.state, published.ignored, container)
+
+
 def account(backbone: Backbone, published: Published) -> list[str]:
     """Lines that say how many names matched, and which did not, became another type, or were ignored."""
     own, state = backbone.state_dict(), published.state
     apart = differences(own, state)
     wrong = apart["of another shape"]
     apart["of another shape"] = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in wrong]
-    stated = ", ".join(f"{key} {value}" for key, value in published.options.items() if value is not None)
+    scalars = {key: value for key, value in published.options.items() if not isinstance(value, dict)}
+    stated = ", ".join(f"{key} {value}" for key, value in scalars.items() if value is not None)
     parameters = sum(p.numel() for p in backbone.parameters())
     lines = [f"{backbone.name}, {stated}: {parameters:,} parameters"]
     matched = own.keys() & state.keys() - set(wrong)
     lines.append(_line("matched", len(matched)))
     lines += [_line(word, len(keys), keys) for word, keys in apart.items()]
-    reasons = [f"{key} ({reason})" for key, reason in published.ignored.items()]
-    lines.append(_line("ignored", len(reasons), reasons))
+    lines.append(_line("ignored", len(published.ignored)))
+    named: dict[str, list[str]] = {}
+    for key, reason in published.ignored.items():
+        named.setdefault(reason, []).append(key)
+    lines += [f"{'':19}{len(keys):>5}  {reason}: {_some(keys)}" for reason, keys in named.items()]
     kinds = [f"{state[key].dtype} → {own[key].dtype}" for key in matched if state[key].dtype != own[key].dtype]
     lines += [_line("converted", kinds.count(kind), [kind]) for kind in sorted(set(kinds))]
     return [line.replace("torch.", "") for line in lines]
 
 
 def _line(word: str, count: int, names: Sequence[str] = ()) -> str:
+    return f"  {word:<16} {count:>5}" + (f"  {_some(names)}" if names else "")
+
+
+def _some(names: Sequence[str]) -> str:
     more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"  {word:<16} {count:>5}" + (f"  {', '.join(names[:SHOWN])}{more}" if names else "")
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _check_output(output: Path) -> None:

@@ -1,9 +1,10 @@
-"""CLIP4CIR: the query is the sum of what CLIP makes of the reference image and of the text."""
+"""CLIP4CIR: the query is the sum of what CLIP makes of the reference image and of the text, or a learned fusion."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,45 +14,116 @@ from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
+FUSIONS = ("sum", "combiner")
+SEEN_AT_ONCE = 64
+"""Images in one pass of a CLIP that does not train: the Combiner's batches are of thousands."""
+
+
+class Combiner(nn.Module):
+    """``W_o z + λ x_txt + (1 - λ) x_img``: a mixture of both, weighted by λ, and a correction that is learned.
+
+    ``a = drop(relu(W_t x_txt))``, ``b = drop(relu(W_i x_img))`` of width p; ``c = [a; b]``;
+    ``z = drop(relu(W_c c))`` of width h; ``λ = sigmoid(W_2 drop(relu(W_1 c)))``, a scalar; each layer has a bias.
+
+    Args:
+        width: E of both inputs and of the output. p = 4E and h = 8E: the published 2,560 and 5,120, whose E is 640.
+
+    Source: Baldrati et al., "Conditioned and composed image retrieval combining and partially fine-tuning CLIP-based
+    features", CVPRW 2022.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        projected, hidden = 4 * width, 8 * width
+        self.text_projection_layer = nn.Linear(width, projected)
+        self.image_projection_layer = nn.Linear(width, projected)
+        self.combiner_layer = nn.Linear(2 * projected, hidden)
+        self.output_layer = nn.Linear(hidden, width)
+        self.dynamic_scalar = nn.Sequential(
+            nn.Linear(2 * projected, hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden, 1), nn.Sigmoid()
+        )
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """(B, E) as CLIP gives them, not normalised → (B, E), not normalised."""
+        projected = [
+            self.dropout(layer(x).relu())
+            for layer, x in ((self.text_projection_layer, text), (self.image_projection_layer, image))
+        ]
+        both = torch.cat(projected, dim=-1)  # (B, 2p)
+        hidden = self.dropout(self.combiner_layer(both).relu())  # (B, h)
+        share = self.dynamic_scalar(both)  # (B, 1)
+        mixed: Tensor = self.output_layer(hidden) + share * text + (1 - share) * image
+        return mixed
+
 
 class CLIP4CIR(Backbone):
     """``q = normalise(f_img(reference) + f_txt(text))``, both un-normalised; ``t = normalise(f_img(target))``.
 
-    L = K = 1 and D = E, CLIP's embedding width. The whole model stays in eval mode, so BatchNorm's statistics never
-    move. Texts longer than CLIP's context are cut at it.
+    With ``fusion: combiner`` the original's learned fusion stands in the place of the sum. L = K = 1 and D = E, CLIP's
+    embedding width. CLIP stays in eval mode, so BatchNorm's statistics never move; the Combiner has dropout where the
+    backbone trains with it. Texts longer than CLIP's context are cut at it.
 
     Args:
         model: ``embedded`` (the small model that ships), or any model of open_clip by name, such as
             ``RN50x4-quickgelu``, ``ViT-L-14-quickgelu``, ``local-dir:FOLDER`` or ``hf-hub:NAME``.
         pretrained: a tag of open_clip (``openai``) or a weights file; None gives random weights, except where ``model``
             brings its own.
+        fusion: ``sum``, or ``combiner``.
+        train_clip: False freezes CLIP, so that the Combiner alone trains, as in the original's second stage.
         load_weights: False builds the architecture alone, for a checkpoint to fill.
 
     Raises:
-        InputError: if open_clip knows no such model, tag or file.
+        InputError: if open_clip knows no such model, tag or file, or if nothing would train.
 
     Source: Baldrati et al., "Conditioned and composed image retrieval combining and partially fine-tuning CLIP-based
-    features", CVPRW 2022, with the element-wise sum.
+    features", CVPRW 2022, with the element-wise sum of its first stage or the Combiner of its second.
     """
 
     name = "clip4cir"
 
-    def __init__(self, model: str = "embedded", pretrained: str | None = None, load_weights: bool = True):
+    def __init__(
+        self,
+        model: str = "embedded",
+        pretrained: str | None = None,
+        fusion: str = "sum",
+        train_clip: bool = True,
+        load_weights: bool = True,
+    ):
         super().__init__()
-        self.options = {"model": model, "pretrained": pretrained}
+        if fusion not in FUSIONS:
+            raise InputError(f"clip4cir has no fusion {fusion!r}; known: {', '.join(FUSIONS)}")
+        if fusion == "sum" and not train_clip:
+            raise InputError("clip4cir: a sum has no weights of its own, so train_clip: false leaves nothing to train")
+        self.options = {"model": model, "pretrained": pretrained, "fusion": fusion, "train_clip": train_clip}
         self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, load_weights, pad_ratio=1.25)
+        self.combiner: Combiner | None = None
         sample = self._tokenizer(["a"])[0]  # begin, word, end, padding
         self._padding = int(sample[-1])
+        if fusion == "combiner":
+            with torch.no_grad():
+                width = self._encode_text(sample[None]).shape[-1]
+            self.combiner = Combiner(width)
+        if not train_clip:
+            self.clip.requires_grad_(False)
         self.eval()
 
     @classmethod
     def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
         """Weights of the original (entry ``CLIP``, OpenAI's names) or of SPN's stage 2 (``state_dict``, ``clip.``).
 
+        Of the original's second stage (entry ``Combiner``) too, whose CLIP is published apart.
+
         Raises:
-            InputError: if it is neither, or if no ``model`` is stated and the shapes are not those of one of OpenAI's.
+            InputError: if it is none of these, or if no ``model`` is stated and the shapes are not those of one of
+                OpenAI's.
         """
-        key, state, ignored = Published.find(content, "CLIP", "state_dict")
+        key, state, ignored = Published.find(content, "CLIP", "state_dict", "Combiner")
+        if key == "Combiner":
+            if options.get("model"):
+                raise InputError("it holds the Combiner alone, and its CLIP is that of --base: leave out --model")
+            named = {f"combiner.{name}": value for name, value in state.items()}
+            return Published({"fusion": "combiner"}, named, ignored, "Combiner, the original's names", lacks="CLIP")
         container = "CLIP, OpenAI's names" if key == "CLIP" else "state_dict, prefix clip."
         if key == "CLIP":
             state = {f"clip.{name}": value for name, value in state.items()}
@@ -72,13 +144,16 @@ class CLIP4CIR(Backbone):
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """(B, 3, H, W) → reference (B, 1, E) as CLIP gives it, target (B, 1, E) of unit norm."""
-        features = self.clip.encode_image(pixels)  # (B, E)
+        parts = [pixels] if self.options["train_clip"] else torch.split(pixels, SEEN_AT_ONCE)
+        features = torch.cat([self.clip.encode_image(part) for part in parts])  # (B, E)
         return ImageFeatures(features[:, None], F.normalize(features.float(), dim=-1)[:, None])
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, 1, E) and texts → queries (B, E)."""
         text = self._encode_text(tokens["text"])  # (B, E)
-        return Composed(F.normalize(reference[:, 0].float() + text.float(), dim=-1))
+        image, text = reference[:, 0].float(), text.float()
+        mixed = image + text if self.combiner is None else self.combiner(image, text).float()
+        return Composed(F.normalize(mixed, dim=-1))
 
     def _encode_text(self, text: Tensor) -> Tensor:
         """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows.
@@ -108,6 +183,7 @@ class CLIP4CIR(Backbone):
         return [self.clip.visual]
 
     def train(self, mode: bool = True) -> "CLIP4CIR":
-        """Stays in eval mode: CLIP has no dropout, and its BatchNorm statistics are not to move."""
-        nn.Module.train(self, False)
+        """CLIP stays in eval mode: it has no dropout, and its BatchNorm statistics are not to move."""
+        super().train(mode)
+        nn.Module.train(self.clip, False)
         return self

@@ -99,7 +99,7 @@ def test_there_are_recipes() -> None:
     """Both stages of the embedded dataset and its triplets are among them."""
     names = {path.stem for path in RECIPES}
     assert {"emoji_clip4cir_stage1", "emoji_clip4cir_stage2", "triplets_emoji"} <= names
-    assert all(name.startswith("triplets_") or "_stage" in name for name in names)
+    assert all(name.startswith("triplets_") or "_stage" in name or name.endswith("_combiner") for name in names)
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if not p.name.startswith("triplets_")], ids=lambda path: path.stem)
