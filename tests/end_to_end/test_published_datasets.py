@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from spn4cir import train
 from spn4cir.backbones import BACKBONES, build_backbone
@@ -171,6 +172,24 @@ def test_all_recipes_run(
             assert Path(said["init"]).name.startswith("stage1-")
         assert {"R@10", "R@50", "Rmean"} <= set(found["metrics"])
         assert dataset != "cirr" or {"R@1", "R@5", "Rs@1", "Rs@2", "Rs@3"} <= set(found["metrics"])
+
+
+@pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])
+def test_the_combiner_follows_a_first_stage(
+    call: Call, request: pytest.FixtureRequest, runs: Path, dataset: str
+) -> None:
+    """Its recipe goes on from a run of stage 1, whose CLIP stays as it is."""
+    root, path = request.getfixturevalue(dataset), ROOT / "recipes" / f"{dataset}_clip4cir_combiner.yaml"
+    call(*recipe(dataset, 1, root))
+    first = result_of(runs, dataset)["run"]
+    options = json.dumps(small(yaml.safe_load(path.read_text())["backbone_options"]))
+    given = ("--config", path, "--data-root", root, *FEW, "--backbone-options", options, "--init", first)
+    out, _ = call(STAGES[1], *given)
+    found = result_of(runs, dataset)
+    assert found["run"] != first and found["steps"] == 2 and "initialised anew" in out
+    assert found["protocol"] == {"fashioniq": "fashioniq/original", "cirr": "cirr/val"}[dataset]
+    before, after = (load_file(run / "model.safetensors") for run in (first, found["run"]))
+    assert before.keys() < after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_fp16_needs_a_gpu(refused: Callable[..., str], fashioniq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
