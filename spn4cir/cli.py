@@ -45,7 +45,8 @@ def _own_recipe(default: Path) -> Path:
     given, _ = parser.parse_known_args()
     note = given.init / "model.json" if given.init else None
     if note and not given.backbone and note.is_file():
-        given.backbone = str(read_json(note).get("backbone"))
+        held = read_json(note)
+        given.backbone = str(held.get("backbone")) if isinstance(held, dict) else None
     name = default.name.replace(TrainConfig.dataset, given.dataset or TrainConfig.dataset)
     path = default.with_name(name.replace(TrainConfig.backbone, given.backbone or TrainConfig.backbone))
     return path if path.is_file() else default

@@ -24,7 +24,7 @@ from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate, metric_names, selection_score
 from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler, ahead
 from spn4cir.objective import Objective
-from spn4cir.run import Run
+from spn4cir.run import Run, named_by
 from spn4cir.schedules import SCHEDULES
 from spn4cir.types import Benchmark, Dataset, Query, Triplet
 
@@ -44,6 +44,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     """
     if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":  # accelerate would say nothing
         raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
+    check_backbone(config.backbone)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
     run = Run.open(config, stage, accelerator)
@@ -262,7 +263,6 @@ def load_backbone(config: TrainConfig, stage: int) -> Backbone:
 
     Options that differ from those of ``init`` hold; what only they bring is initialised anew.
     """
-    check_backbone(config.backbone)
     if stage == 1 and not config.init:
         return build_backbone(config.backbone, **config.backbone_options)
     if not config.init:
@@ -271,10 +271,11 @@ def load_backbone(config: TrainConfig, stage: int) -> Backbone:
             where = checkpoints.runs_root() / config.dataset / config.backbone
             raise InputError(
                 f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
-                "run accelerate launch recipes/stage1.py first, or give --init FOLDER"
+                f"run accelerate launch recipes/stage1.py{named_by(config)} first, or give --init FOLDER"
             )
         config.init = str(run)
     name, options = checkpoints.read_model(Path(config.init))
+    check_backbone(name)
     if name != config.backbone:
         raise InputError(f"{config.init} holds a {name}, and the backbone is {config.backbone}: give --backbone {name}")
     changes = {key: value for key, value in config.backbone_options.items() if options.get(key) != value}
