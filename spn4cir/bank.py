@@ -146,7 +146,7 @@ def load_or_build(
 
     Raises:
         ValueError: if the image side is not frozen.
-        InputError: if the disk has no room for it.
+        InputError: if the disk has no room for it, or features are not finite.
     """
     if not backbone.frozen:
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")
@@ -205,8 +205,13 @@ def _build(
                 features = backbone.encode_image(images.stack(order[start : start + batch_size]).to(device))
                 files = files or _allocate(beside, parts, features, len(order))
                 for part, file in files.items():
-                    values = getattr(features, part)
-                    file[start : start + len(values)] = values.float().cpu().numpy()
+                    values = getattr(features, part).to(getattr(torch, parts[part])).cpu()
+                    if not values.isfinite().all():
+                        raise InputError(
+                            f"{backbone.name}: {part} features hold numbers that are not finite in {parts[part]}: "
+                            "set bank_dtype float32, or look at the weights"
+                        )
+                    file[start : start + len(values)] = values.numpy()
                 bar.update(len(features.target))
                 del features, values  # before the next ones are made
         for file in files.values():

@@ -272,6 +272,27 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize(
+    ("factor", "narrow", "wide"), [(1.0, True, True), (1e6, False, True), (torch.inf, False, False)]
+)
+def test_features_that_are_not_finite_are_no_bank(make: Maker, factor: float, narrow: bool, wide: bool) -> None:
+    """Too large for half precision, or for any: one line, and nothing is left; what fits is stored."""
+    encode = make.backbone.encode_image
+
+    def large(pixels: Tensor) -> ImageFeatures:
+        features = encode(pixels)
+        return ImageFeatures(features.reference * factor, features.target)
+
+    make.backbone.encode_image = large  # type: ignore[method-assign]
+    for dtype, fits in (("float16", narrow), ("float32", wide)):
+        if fits:
+            assert make(dtype=dtype).reference.whole().isfinite().all()  # type: ignore[union-attr]
+            continue
+        with pytest.raises(InputError, match=rf"reference features .* not finite in {dtype}: set bank_dtype") as raised:
+            make(dtype=dtype)
+        assert "\n" not in str(raised.value) and not list(make.root.iterdir())
+
+
 def test_two_that_build_the_same_bank_at_once(make: Maker, tmp_path: Path) -> None:
     """Whoever is second takes what the first has made in the meantime."""
     good, root, name = make(), make.root, make.name()
