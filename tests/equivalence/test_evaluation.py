@@ -345,7 +345,7 @@ def test_vectors_equal_those_made_one_by_one(toy: Any, model: Any, tmp_path: Pat
     slow, bank = one_by_one(model, benchmark, images), None
     asked = len({query.reference for query in benchmark.queries})
     if stored:
-        hashes = {i: str(images(i).tolist()) for i in reversed(benchmark.gallery)}
+        hashes = {i: images(i).numpy().tobytes().hex() for i in reversed(benchmark.gallery)}
         bank = WatchedBank(**vars(load_or_build(model, images, hashes, tmp_path / "banks")))
     for batch_size in (1, 7, 256):
         watched = Watched(model)
