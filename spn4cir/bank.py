@@ -28,7 +28,7 @@ class StoredRows:
         path: a ``.npy`` file.
 
     Raises:
-        ValueError, OSError: if it is none, or is cut off.
+        ValueError, OSError, EOFError: if it is none, or is cut off.
     """
 
     def __init__(self, path: Path):
@@ -79,23 +79,20 @@ class Probe:
     A fingerprint tells which weights a bank was made with; this tells that they are all that ``encode_image`` reads.
 
     Args:
-        backbone: with a frozen image side.
+        backbone: with a frozen image side; put in eval mode.
         pixels: (3, H, W).
     """
 
     def __init__(self, backbone: Backbone, pixels: Tensor):
         self._pixels = pixels[None]
-        self._features = self._encode(backbone)
+        self._features = self._encode(backbone.eval())
 
     @torch.no_grad()
     def _encode(self, backbone: Backbone) -> ImageFeatures:
-        was_training = backbone.training
-        features = backbone.eval().encode_image(self._pixels.to(next(backbone.parameters()).device))
-        backbone.train(was_training)
-        return features
+        return backbone.encode_image(self._pixels.to(next(backbone.parameters()).device))
 
     def check(self, backbone: Backbone) -> None:
-        """Raises ``InputError`` if the features have moved, or depend on whether the model trains."""
+        """Raises ``InputError`` if the features have moved, or are others in the mode that the model is in now."""
         for now, then in zip(self._encode(backbone), self._features, strict=True):
             if not torch.equal(now, then):
                 raise InputError(
@@ -172,7 +169,7 @@ def _open(folder: Path, parts: Mapping[str, str], rows: dict[str, int]) -> Bank 
     """The bank in a folder, or None if it is not there or damaged."""
     try:
         stored = {part: StoredRows(folder / f"{part}.npy") for part in parts}
-    except (ValueError, OSError):
+    except (ValueError, OSError, EOFError):
         return None
     whole = (folder / "bank.json").is_file() and {len(part) for part in stored.values()} == {max(rows.values()) + 1}
     return Bank(stored.get("reference"), stored["target"].whole(), rows, folder.name) if whole else None
@@ -211,10 +208,15 @@ def _build(
                     values = getattr(features, part)
                     file[start : start + len(values)] = values.float().cpu().numpy()
                 bar.update(len(features.target))
+                del features, values  # before the next ones are made
         for file in files.values():
             file.flush()
         (beside / "bank.json").write_text(json.dumps({"images": len(order), "parts": dict(parts)}) + "\n")
-        os.rename(beside, folder)
+        try:
+            os.rename(beside, folder)
+        except OSError:  # unless another process was faster
+            if not (folder / "bank.json").is_file():
+                raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

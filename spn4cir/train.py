@@ -66,11 +66,15 @@ def train(config: TrainConfig, stage: int) -> Path:
     bank = gallery = probe = None
     if stage == 2:
         backbone.freeze_image_side()
+        parameter_groups(
+            Objective(backbone, config.temperature, config.learn_temperature), config
+        )  # or says what fails
         with accelerator.main_process_first():
             bank = frozen_features(config, backbone, images, hashes).to(accelerator.device)
         if run.main and bank.reference:
             shown = {image_id: pixels[image_id] for image_id in judge.gallery}
-            gallery = frozen_features(config, backbone, images, shown).to(accelerator.device)
+            held = bank.rows.keys() >= shown.keys()  # of triplets that were put aside
+            gallery = bank if held else frozen_features(config, backbone, images, shown).to(accelerator.device)
         probe = banks.Probe(backbone, images(candidates[0]))
     objective = Objective(backbone, config.temperature, config.learn_temperature, bank)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
