@@ -243,7 +243,7 @@ def test_a_combiner_is_joined_with_its_clip(
     monkeypatch.setattr(sys, "argv", words)
     import_command()
     said = capsys.readouterr().out
-    assert f"CLIP and all else from {base}" in said and "epoch (progress of its training)" in said
+    assert f"CLIP and all else from {base}" in said and "progress of its training: epoch" in said
     pixels, tokens = inputs(whole)
     found = load_model(output)
     assert torch.equal(found.encode_query(pixels, tokens), whole.encode_query(pixels, tokens))
