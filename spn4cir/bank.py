@@ -108,8 +108,10 @@ def assign_rows(hashes: Mapping[str, str]) -> dict[str, int]:
 
 
 def fingerprint(backbone: Backbone, hashes: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    """What a bank depends on: image-side weights, preprocessing, pixels in order, which parts are stored as what."""
-    digest = hashlib.sha256(f"2/{backbone.name}/{backbone.transform!r}/{sorted(parts.items())}".encode())
+    """What a bank depends on: architecture, weights, preprocessing, pixels in order, which parts are stored as what."""
+    built = {key: backbone.options.get(key) for key in ("model", "config")}  # numbers of heads are in no weight
+    about = json.dumps([3, backbone.name, repr(backbone.transform), parts, built], sort_keys=True)
+    digest = hashlib.sha256(about.encode())
     for name, value in backbone.image_state().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -194,7 +196,8 @@ def _build(
     parts: Mapping[str, str],
 ) -> None:
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    for leftover in (folder, beside):  # of a process that was killed, or damaged
+    killed = [path for path in folder.parent.glob(f"{folder.name}.*.tmp") if not _alive(path.suffixes[-2][1:])]
+    for leftover in (folder, beside, *killed):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -224,6 +227,17 @@ def _build(
                 raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _alive(process: str) -> bool:
+    """Whether a process of that number runs."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _allocate(

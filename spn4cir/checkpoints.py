@@ -112,6 +112,8 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
     """
     name, saved = read_model(folder)
     changes = changes or {}
+    if saved.get("separated") != changes.get("separated", saved.get("separated")):
+        raise InputError("separated is no option to give: stage 2 separates a model itself")
     own = {"tokenizer": str(folder / "tokenizer")} if (folder / "tokenizer").is_dir() else {}
     backbone = build_backbone(name, **{**saved, **own, **changes}, load_weights=False)
     if own:

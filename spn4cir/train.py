@@ -4,11 +4,13 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -42,10 +44,11 @@ def train(config: TrainConfig, stage: int) -> Path:
     Raises:
         InputError: before anything is written, if data, weights or settings do not fit.
     """
-    if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":  # accelerate would say nothing
-        raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
     check_backbone(config.backbone)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # the first process may be building a bank
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patient])
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would say nothing
+        raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
     torch.manual_seed(config.seed)
     run = Run.open(config, stage, accelerator)
     dataset = load_dataset(config.dataset, config.data_root)
@@ -66,9 +69,9 @@ def train(config: TrainConfig, stage: int) -> Path:
     bank = gallery = probe = None
     if stage == 2:
         backbone.freeze_image_side()
-        parameter_groups(
-            Objective(backbone, config.temperature, config.learn_temperature), config
-        )  # or says what fails
+    objective = Objective(backbone, config.temperature, config.learn_temperature)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
+    if stage == 2:
         with accelerator.main_process_first():
             bank = frozen_features(config, backbone, images, hashes).to(accelerator.device)
         if run.main and bank.reference:
@@ -76,8 +79,7 @@ def train(config: TrainConfig, stage: int) -> Path:
             held = bank.rows.keys() >= shown.keys()  # of triplets that were put aside
             gallery = bank if held else frozen_features(config, backbone, images, shown).to(accelerator.device)
         probe = banks.Probe(backbone, images(candidates[0]))
-    objective = Objective(backbone, config.temperature, config.learn_temperature, bank)
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
+        objective.bank = bank
     identity = banks.assign_rows({t.target: hashes[t.target] for t in triplets})
     references = bank.references if bank and bank.reference else None
     collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None, references)

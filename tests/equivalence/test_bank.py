@@ -5,6 +5,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +154,17 @@ def test_a_half_written_bank_is_never_used(make: Maker, tmp_path: Path, left: st
     spoil(make.root / f"{make.name()}{suffix}", good)
     assert torch.equal(make().target, good.target)
     assert json.loads((make.root / make.name() / "bank.json").read_text())["images"] == len(good.target)
+
+
+def test_what_a_killed_process_left_is_removed(make: Maker, tmp_path: Path) -> None:
+    """A temporary folder of a process that is gone goes too; that of a living one stays."""
+    good, make.root = make(), tmp_path / "spoilt"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (gone.pid, os.getppid()):
+        spoil(make.root / f"{make.name()}.{process}.tmp", good)
+    make()
+    assert {path.name for path in make.root.iterdir()} == {make.name(), f"{make.name()}.{os.getppid()}.tmp"}
 
 
 def test_an_interrupted_build_leaves_nothing(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,3 +199,11 @@ def test_a_bank_needs_a_frozen_image_side(toy, backbone, tmp_path: Path) -> None
     bank = banks.Bank(None, torch.zeros(1, 1, 4), {"i00": 0}, "x")
     with pytest.raises(ValueError, match="frozen"):
         Objective(backbone, 0.1, bank=bank)
+
+
+@pytest.mark.parametrize("temperature", [0.004, 0.6])
+def test_a_learned_temperature_begins_within_its_bounds(temperature: float, backbone) -> None:  # type: ignore[no-untyped-def]
+    """Outside it would be clamped, and get no gradient for ever; one that is fixed may be anything."""
+    with pytest.raises(InputError, match=f"got {temperature}"):
+        Objective(backbone, temperature, learn_temperature=True)
+    assert Objective(backbone, temperature).temperature.item() == pytest.approx(temperature)

@@ -423,3 +423,11 @@ def test_a_recipe_changes_the_options_of_its_start(name: str, headed: Path, tmp_
         load_backbone(TrainConfig(backbone=name, init=config.init, backbone_options={"colour": 1}), 1)
     with pytest.raises(InputError, match=rf"holds a headed, and the backbone is {name}: give --backbone headed"):
         load_backbone(TrainConfig(backbone=name, init=str(headed)), 2)
+
+
+def test_separated_is_not_for_people_to_change(tmp_path: Path) -> None:
+    """A stage-1 model whose twins would be random is refused; the same value is no change."""
+    save_model(tmp_path / "one", build_backbone("tgcir"), {})
+    with pytest.raises(InputError, match="stage 2 separates a model itself"):
+        load_model(tmp_path / "one", {"separated": True})
+    assert load_model(tmp_path / "one", {"separated": False}).options["separated"] is False
