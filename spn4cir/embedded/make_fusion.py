@@ -5,7 +5,7 @@ embedded CLIP, which saw the same; BLIP-2's is that of the embedded BLIP, and fr
 (configuration, tokenizer, half-precision weights) and ``quality.json``::
 
     python -m spn4cir.embedded.make_fusion --backbone blip4cir --epochs 25
-    python -m spn4cir.embedded.make_fusion --backbone sprc --tower blip --epochs 100
+    python -m spn4cir.embedded.make_fusion --backbone sprc --tower blip --epochs 36 --batch-size 64
 """
 
 import argparse
@@ -55,7 +55,9 @@ FOLDERS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "sprc": ("blip2", ["[DEC]"], {
         "model_type": "blip-2", "architectures": ["Blip2ForImageTextRetrieval"], "image_text_hidden_size": WIDTH // 2,
         "num_query_tokens": 8, "vision_config": VISION,
-        "qformer_config": TEXT | {"cross_attention_frequency": 2, "use_qformer_text_input": True},
+        "qformer_config": TEXT
+        # with BERT's 0.02 a Q-Former as narrow as this hardly sees the image at first
+        | {"cross_attention_frequency": 2, "use_qformer_text_input": True, "initializer_range": 0.09},
     }),
 }  # fmt: skip
 """By backbone: its folder, the special tokens that it appends to BERT's, and its configuration."""
@@ -225,6 +227,7 @@ def write_weights(backbone: Backbone, folder: Path) -> None:
             assert key.startswith("itm_head."), key
             weights[key] = torch.zeros_like(value, dtype=torch.half)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # as other files are
 
 
 def step_loss(
@@ -322,9 +325,7 @@ def main() -> None:
     write_folder(args.backbone, names, folder)
     read = build_backbone(args.backbone, model=str(folder), load_weights=False).transform
     pixels = torch.stack([read(open_image(image_path(i))) for i in named])  # (N, 3, H, W)
-    backbone = fresh(
-        args.backbone, folder, pixels, args.tower
-    )  # in eval mode: without dropout it learns in fewer epochs
+    backbone = fresh(args.backbone, folder, pixels, args.tower)  # in eval mode: no dropout, so fewer epochs
     started = time.time()
     epochs = train(backbone, pixels, names, args, folder)
     minutes = round((time.time() - started) / 60, 1)
