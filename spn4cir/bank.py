@@ -28,7 +28,7 @@ class StoredRows:
         path: a ``.npy`` file.
 
     Raises:
-        ValueError, OSError: if it is none, or is cut off.
+        ValueError, OSError, EOFError: if it is none, or is cut off.
     """
 
     def __init__(self, path: Path):
@@ -79,23 +79,20 @@ class Probe:
     A fingerprint tells which weights a bank was made with; this tells that they are all that ``encode_image`` reads.
 
     Args:
-        backbone: with a frozen image side.
+        backbone: with a frozen image side; put in eval mode.
         pixels: (3, H, W).
     """
 
     def __init__(self, backbone: Backbone, pixels: Tensor):
         self._pixels = pixels[None]
-        self._features = self._encode(backbone)
+        self._features = self._encode(backbone.eval())
 
     @torch.no_grad()
     def _encode(self, backbone: Backbone) -> ImageFeatures:
-        was_training = backbone.training
-        features = backbone.eval().encode_image(self._pixels.to(next(backbone.parameters()).device))
-        backbone.train(was_training)
-        return features
+        return backbone.encode_image(self._pixels.to(next(backbone.parameters()).device))
 
     def check(self, backbone: Backbone) -> None:
-        """Raises ``InputError`` if the features have moved, or depend on whether the model trains."""
+        """Raises ``InputError`` if the features have moved, or are others in the mode that the model is in now."""
         for now, then in zip(self._encode(backbone), self._features, strict=True):
             if not torch.equal(now, then):
                 raise InputError(
@@ -111,8 +108,10 @@ def assign_rows(hashes: Mapping[str, str]) -> dict[str, int]:
 
 
 def fingerprint(backbone: Backbone, hashes: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    """What a bank depends on: image-side weights, preprocessing, pixels in order, which parts are stored as what."""
-    digest = hashlib.sha256(f"2/{backbone.name}/{backbone.transform!r}/{sorted(parts.items())}".encode())
+    """What a bank depends on: architecture, weights, preprocessing, pixels in order, which parts are stored as what."""
+    built = {key: backbone.options.get(key) for key in ("model", "config")}  # numbers of heads are in no weight
+    about = json.dumps([3, backbone.name, repr(backbone.transform), parts, built], sort_keys=True)
+    digest = hashlib.sha256(about.encode())
     for name, value in backbone.image_state().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -149,7 +148,7 @@ def load_or_build(
 
     Raises:
         ValueError: if the image side is not frozen.
-        InputError: if the disk has no room for it.
+        InputError: if the disk has no room for it, or features are not finite.
     """
     if not backbone.frozen:
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")
@@ -172,7 +171,7 @@ def _open(folder: Path, parts: Mapping[str, str], rows: dict[str, int]) -> Bank 
     """The bank in a folder, or None if it is not there or damaged."""
     try:
         stored = {part: StoredRows(folder / f"{part}.npy") for part in parts}
-    except (ValueError, OSError):
+    except (ValueError, OSError, EOFError):
         return None
     whole = (folder / "bank.json").is_file() and {len(part) for part in stored.values()} == {max(rows.values()) + 1}
     return Bank(stored.get("reference"), stored["target"].whole(), rows, folder.name) if whole else None
@@ -197,7 +196,8 @@ def _build(
     parts: Mapping[str, str],
 ) -> None:
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    for leftover in (folder, beside):  # of a process that was killed, or damaged
+    killed = [path for path in folder.parent.glob(f"{folder.name}.*.tmp") if not _alive(path.suffixes[-2][1:])]
+    for leftover in (folder, beside, *killed):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -208,15 +208,36 @@ def _build(
                 features = backbone.encode_image(images.stack(order[start : start + batch_size]).to(device))
                 files = files or _allocate(beside, parts, features, len(order))
                 for part, file in files.items():
-                    values = getattr(features, part)
-                    file[start : start + len(values)] = values.float().cpu().numpy()
+                    values = getattr(features, part).to(getattr(torch, parts[part])).cpu()
+                    if not values.isfinite().all():
+                        raise InputError(
+                            f"{backbone.name}: {part} features hold numbers that are not finite in {parts[part]}: "
+                            "set bank_dtype float32, or look at the weights"
+                        )
+                    file[start : start + len(values)] = values.numpy()
                 bar.update(len(features.target))
+                del features, values  # before the next ones are made
         for file in files.values():
             file.flush()
         (beside / "bank.json").write_text(json.dumps({"images": len(order), "parts": dict(parts)}) + "\n")
-        os.rename(beside, folder)
+        try:
+            os.rename(beside, folder)
+        except OSError:  # unless another process was faster
+            if not (folder / "bank.json").is_file():
+                raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _alive(process: str) -> bool:
+    """Whether a process of that number runs."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _allocate(

@@ -105,22 +105,26 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
     Args:
         folder: what ``save_model`` wrote.
         changes: options that shall differ from the saved ones. Parameters that only they bring stay as they are
-            initialised, and that is said.
+            initialised, and that is said; a changed tokenizer is read from where it says, not from the folder.
 
     Raises:
         InputError: if the folder holds no complete model, or its weights do not fit.
     """
-    name, options = read_model(folder)
-    options |= changes or {}
-    own = (folder / "tokenizer").is_dir() and "tokenizer" not in (changes or {})
-    assets = {"tokenizer": str(folder / "tokenizer")} if own else {}
-    backbone = build_backbone(name, **{**options, **assets}, load_weights=False)
-    if assets:
-        backbone.options["tokenizer"] = options.get("tokenizer")
+    name, saved = read_model(folder)
+    changes = changes or {}
+    if saved.get("separated") != changes.get("separated", saved.get("separated")):
+        raise InputError("separated is no option to give: stage 2 separates a model itself")
+    own = {"tokenizer": str(folder / "tokenizer")} if (folder / "tokenizer").is_dir() else {}
+    backbone = build_backbone(name, **{**saved, **own, **changes}, load_weights=False)
+    if own:
+        backbone.options["tokenizer"] = {**saved, **changes}.get("tokenizer")
     state, _ = read_tensors(folder / "model.safetensors")
     fresh = backbone.state_dict().keys() - state.keys() if changes else set()
+    if fresh:  # what the saved options bring as well is missing
+        fresh -= build_backbone(name, **{**saved, **own}, load_weights=False).state_dict().keys()
     if fresh:
-        print(f"{folder} does not hold {', '.join(sorted(fresh)[:3])} … ({len(fresh)} names): initialised anew")
+        names = ", ".join(sorted(fresh)[:3])
+        print(f"{folder} does not hold {names} … ({len(fresh)} names): initialised anew")
         state |= {key: value for key, value in backbone.state_dict().items() if key in fresh}
     load_strictly(backbone, state, folder / "model.safetensors")
     return backbone.eval()

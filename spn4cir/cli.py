@@ -45,7 +45,8 @@ def _own_recipe(default: Path) -> Path:
     given, _ = parser.parse_known_args()
     note = given.init / "model.json" if given.init else None
     if note and not given.backbone and note.is_file():
-        given.backbone = str(read_json(note).get("backbone"))
+        held = read_json(note)
+        given.backbone = str(held.get("backbone")) if isinstance(held, dict) else None
     name = default.name.replace(TrainConfig.dataset, given.dataset or TrainConfig.dataset)
     path = default.with_name(name.replace(TrainConfig.backbone, given.backbone or TrainConfig.backbone))
     return path if path.is_file() else default
@@ -84,9 +85,9 @@ def _evaluate() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
     parser.add_argument("--submission", metavar="DIR", type=Path, help="write what an evaluation server takes instead")
     parser.add_argument("--combine", metavar="FILE", type=Path, nargs="+", help="mean and deviation of JSON results")
-    parser.add_argument("--batch-size", type=int, default=256, help="images encoded at once (default: 256)")
+    parser.add_argument("--batch-size", type=int, help="images encoded at once (default: the run's, else 256)")
     args = parser.parse_args()
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.json not in (None, "-"):
         _check_output("--json", Path(args.json))
@@ -118,6 +119,7 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     dataset = load_dataset(name, args.data_root or (of_run.get("data_root") if name == of_run.get("dataset") else None))
     if args.protocol is None and of_run.get("protocol") in dataset.protocols.get(args.split, ()):
         args.protocol = of_run["protocol"]
+    args.batch_size = args.batch_size or of_run.get("eval_batch_size") or TrainConfig.eval_batch_size
     benchmark = dataset.benchmark(args.split, args.protocol)
     if not benchmark.answered and not args.submission:
         raise InputError(f"{benchmark.name}: its targets are not public: give --submission DIR and ask its server")

@@ -53,7 +53,6 @@ def embed(
         modes: ``composed``; ``text only`` puts zeros in the place of the reference; ``image only`` takes the reference
             image's own mean target vector.
     """
-    device = next(backbone.parameters()).device
     asked: dict[str, list[int]] = {}
     for number, query in enumerate(benchmark.queries):
         asked.setdefault(query.reference, []).append(number)
@@ -63,12 +62,7 @@ def embed(
         for start in range(0, len(benchmark.gallery), batch_size):
             ids = benchmark.gallery[start : start + batch_size]
             held = [n for n, i in enumerate(ids) if i in asked]
-            if bank is None:
-                features = backbone.encode_image(images.stack(ids).to(device))
-                target, reference = features.target.float(), features.reference[held]
-            else:
-                target = bank.target[[bank.rows[i] for i in ids]].float()
-                reference = bank.references([ids[n] for n in held]).to(device).float() if held else target[:0]
+            target, reference = _features(backbone, images, bank, ids, held)
             pairs = [(row, number) for row, n in enumerate(held) for number in asked[ids[n]]]
             for first in range(0, len(pairs), batch_size):
                 rows, numbers = (list(part) for part in zip(*pairs[first : first + batch_size], strict=True))
@@ -78,9 +72,22 @@ def embed(
                     vectors = _compose(backbone, reference[rows], own, texts, mode)
                     for number, vector in zip(numbers, vectors, strict=True):
                         found[number] = vector
+            del reference  # before the next ones are made
             targets.append(target)
             bar.update(len(ids))
     return Embedded(torch.cat(targets), {mode: torch.stack(found) for mode, found in queries.items()})
+
+
+def _features(
+    backbone: Backbone, images: ImageSource, bank: Bank | None, ids: Sequence[str], held: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Targets (b, K, E) of these images, and references (h, L, D) of those at the places ``held``."""
+    device = next(backbone.parameters()).device
+    if bank is None:
+        features = backbone.encode_image(images.stack(ids).to(device))
+        return features.target.float(), features.reference[held]
+    target = bank.target[[bank.rows[i] for i in ids]].float()
+    return target, bank.references([ids[n] for n in held]).to(device).float() if held else target[:0]
 
 
 def _compose(backbone: Backbone, reference: Tensor, own: Tensor, texts: Sequence[str], mode: str) -> Tensor:

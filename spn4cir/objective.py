@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone
 from spn4cir.bank import Bank
+from spn4cir.errors import InputError
 from spn4cir.images import TripletBatch
 from spn4cir.losses import InBatch, info_nce
 from spn4cir.types import ImageFeatures
@@ -28,6 +29,9 @@ class Objective(nn.Module):
         super().__init__()
         if bank is not None and not backbone.frozen:
             raise ValueError("a bank needs a frozen image side")
+        low, high = TEMPERATURE_BOUNDS
+        if learn_temperature and not low <= temperature <= high:
+            raise InputError(f"a learned temperature begins between {low} and {high}, got {temperature}")
         self.backbone, self.bank = backbone, bank
         self.temperature = nn.Parameter(torch.tensor(float(temperature)), requires_grad=learn_temperature)
 

@@ -189,12 +189,16 @@ class Run:
         """What a person is likely to do next, with the data of this run."""
         if self.stage == 2:
             return f"spn4cir-eval --run {self.folder} --ablate"
-        dataset, backbone, root = self.config.dataset, self.config.backbone, self.config.data_root
-        recipe = f" --dataset {dataset}" if dataset != TrainConfig.dataset else ""
-        recipe += f" --backbone {backbone}" if backbone != TrainConfig.backbone else ""
-        data = f" --data-root {root}" if root else ""
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
-        return f"accelerate launch recipes/stage2.py{recipe}{data}{aside} --init {self.folder}"
+        return f"accelerate launch recipes/stage2.py{named_by(self.config)}{aside} --init {self.folder}"
+
+
+def named_by(config: TrainConfig) -> str:
+    """Options that name the dataset, the backbone and the data of a run, where they are not the default's."""
+    named = {"dataset": config.dataset, "backbone": config.backbone, "data_root": config.data_root}
+    return "".join(
+        f" --{name.replace('_', '-')} {value}" for name, value in named.items() if value != getattr(TrainConfig, name)
+    )
 
 
 def _unused(folder: Path) -> Path:

@@ -67,5 +67,5 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise InputError(f"schedule {name} has no option {option!r}; known: {', '.join(known) or 'none'}")
         numbers = value if isinstance(value, list | tuple) else [value]
         listed = isinstance(value, list | tuple) == (name == "drops" and option == "epochs")
-        if not listed or not all(type(number) in (int, float) and number >= 0 for number in numbers):
+        if not listed or not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
             raise InputError(f"schedule_options: {option} of {name} cannot be {value!r}")

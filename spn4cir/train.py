@@ -4,11 +4,13 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -24,7 +26,7 @@ from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate, metric_names, selection_score
 from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler, ahead
 from spn4cir.objective import Objective
-from spn4cir.run import Run
+from spn4cir.run import Run, named_by
 from spn4cir.schedules import SCHEDULES
 from spn4cir.types import Benchmark, Dataset, Query, Triplet
 
@@ -42,9 +44,11 @@ def train(config: TrainConfig, stage: int) -> Path:
     Raises:
         InputError: before anything is written, if data, weights or settings do not fit.
     """
-    if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":  # accelerate would say nothing
+    check_backbone(config.backbone)
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # the first process may be building a bank
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patient])
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would say nothing
         raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
     run = Run.open(config, stage, accelerator)
     dataset = load_dataset(config.dataset, config.data_root)
@@ -65,14 +69,17 @@ def train(config: TrainConfig, stage: int) -> Path:
     bank = gallery = probe = None
     if stage == 2:
         backbone.freeze_image_side()
+    objective = Objective(backbone, config.temperature, config.learn_temperature)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
+    if stage == 2:
         with accelerator.main_process_first():
             bank = frozen_features(config, backbone, images, hashes).to(accelerator.device)
         if run.main and bank.reference:
             shown = {image_id: pixels[image_id] for image_id in judge.gallery}
-            gallery = frozen_features(config, backbone, images, shown).to(accelerator.device)
+            held = bank.rows.keys() >= shown.keys()  # of triplets that were put aside
+            gallery = bank if held else frozen_features(config, backbone, images, shown).to(accelerator.device)
         probe = banks.Probe(backbone, images(candidates[0]))
-    objective = Objective(backbone, config.temperature, config.learn_temperature, bank)
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
+        objective.bank = bank
     identity = banks.assign_rows({t.target: hashes[t.target] for t in triplets})
     references = bank.references if bank and bank.reference else None
     collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None, references)
@@ -258,7 +265,6 @@ def load_backbone(config: TrainConfig, stage: int) -> Backbone:
 
     Options that differ from those of ``init`` hold; what only they bring is initialised anew.
     """
-    check_backbone(config.backbone)
     if stage == 1 and not config.init:
         return build_backbone(config.backbone, **config.backbone_options)
     if not config.init:
@@ -267,10 +273,11 @@ def load_backbone(config: TrainConfig, stage: int) -> Backbone:
             where = checkpoints.runs_root() / config.dataset / config.backbone
             raise InputError(
                 f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
-                "run accelerate launch recipes/stage1.py first, or give --init FOLDER"
+                f"run accelerate launch recipes/stage1.py{named_by(config)} first, or give --init FOLDER"
             )
         config.init = str(run)
     name, options = checkpoints.read_model(Path(config.init))
+    check_backbone(name)
     if name != config.backbone:
         raise InputError(f"{config.init} holds a {name}, and the backbone is {config.backbone}: give --backbone {name}")
     changes = {key: value for key, value in config.backbone_options.items() if options.get(key) != value}

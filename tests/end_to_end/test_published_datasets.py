@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from spn4cir import train
-from spn4cir.backbones import build_backbone
+from spn4cir.backbones import BACKBONES, build_backbone
 from spn4cir.checkpoints import save_model
 from spn4cir.cli import data_command, evaluate_command
 from spn4cir.datasets.submission import LIMIT
@@ -74,16 +75,25 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def recipe(dataset: str, stage: int, root: Path, *options: object, generated: bool = False) -> tuple[object, ...]:
+def small(said: dict[str, Any]) -> dict[str, Any]:
+    """Options of a published model for the embedded one in its place: what weighs its losses stays."""
+    return {key: value for key, value in said.items() if key not in ("pretrained", "tokenizer")} | {"model": "embedded"}
+
+
+def recipe(
+    dataset: str, stage: int, root: Path, *options: object, generated: bool = False, backbone: str = "clip4cir"
+) -> tuple[object, ...]:
     """Arguments of ``call`` that run a recipe in two steps."""
-    name = f"{dataset}_clip4cir_stage{stage}{'_generated' * generated}.yaml"
-    given = ("--config", ROOT / "recipes" / name, "--data-root", root, *FEW, *(SMALL if stage == 1 else ()))
+    path = ROOT / "recipes" / f"{dataset}_{backbone}_stage{stage}{'_generated' * generated}.yaml"
+    given: tuple[object, ...] = ("--config", path, "--data-root", root, *FEW)
+    if stage == 1:
+        given += ("--backbone-options", json.dumps(small(yaml.safe_load(path.read_text())["backbone_options"])))
     return (STAGES[stage], *given, *options)
 
 
-def result_of(runs: Path, dataset: str, pattern: str = "stage*") -> dict[str, Any]:
+def result_of(runs: Path, dataset: str, pattern: str = "stage*", backbone: str = "clip4cir") -> dict[str, Any]:
     """The result of the newest run."""
-    found = sorted(runs.glob(f"{dataset}/clip4cir/{pattern}/result.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = sorted(runs.glob(f"{dataset}/{backbone}/{pattern}/result.json"), key=lambda path: path.stat().st_mtime_ns)
     result: dict[str, Any] = json.loads(found[-1].read_text())
     return {**result, "run": found[-1].parent}
 
@@ -112,47 +122,74 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Triplet]:
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
-def generated_file(dataset: str, root: Path) -> None:
-    """Eight generated triplets in the published shape, where the published file lies."""
+def generated_file(dataset: str, root: Path, backbone: str = "clip4cir") -> None:
+    """Eight generated triplets in the published shape, where the backbone's recipe looks for them."""
+    said = yaml.safe_load((ROOT / "recipes" / f"{dataset}_{backbone}_stage2_generated.yaml").read_text())
     if dataset == "fashioniq":
         ids = [f"BDTR{n:05d}" for n in range(14)]
         rows = [{"target": ids[n + 1], "candidate": ids[n], "captions": [f"a dress of {n} dots"]} for n in range(8)]
-        path = root / "captions" / "cap.extend_clip.train.json"
+        path = root / said["generated"]
     else:
         ids = [f"train-{n}-0-img{n % 2}" for n in range(18)]
         rows = [
             {"pairid": 0, "reference": ids[n], "target_hard": ids[n + 1], "caption": [f"{n} dots", "dots"],
              "img_set": {"members": [""]}} for n in range(8)
         ]  # fmt: skip
-        path = root / "cirr" / "captions" / "cap.rc2.train.extend_clip.json"
+        path = root / "cirr" / said["generated"]
     rows = [{**row, "caption1": "a picture", "caption2": "dots"} for row in rows]
     path.write_text(json.dumps(rows))
 
 
-@pytest.mark.parametrize(("dataset", "protocol"), [("fashioniq", "fashioniq/original-noref"), ("cirr", "cirr/val")])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])
 def test_all_recipes_run(
-    call: Call, request: pytest.FixtureRequest, runs: Path, trained: list[Triplet], dataset: str, protocol: str
+    call: Call, request: pytest.FixtureRequest, runs: Path, trained: list[Triplet], dataset: str, backbone: str
 ) -> None:
     """Both stages with and without generated positives, as published; stage 2 goes on from stage 1; the id is saved."""
     root = request.getfixturevalue(dataset)
-    generated_file(dataset, root)
-    annotated = {"fashioniq": 36, "cirr": 18}[dataset]
-    for stage in (1, 2):
-        for generated in (False, True):
-            out, _ = call(*recipe(dataset, stage, root, generated=generated))
-            found = result_of(runs, dataset, f"stage{stage}-*")
-            assert found["protocol"] == found["selected_on"] == protocol and found["steps"] == 2
-            assert f"protocol {protocol}" in out and "selected on what it reports" in out
-            assert sum(t.generated for t in trained) == 8 * generated
-            assert len(trained) == annotated + 8 * generated
-            said = yaml.safe_load((found["run"] / "config.yaml").read_text())
-            assert said["protocol"] == protocol and said["data_root"] == str(root)
-            if stage == 1:
-                assert f"recipes/stage2.py --dataset {dataset} --data-root {root} --init" in out
-            else:
-                assert Path(said["init"]).name.startswith("stage1-")
-    assert {"R@10", "R@50", "Rmean"} <= set(found["metrics"])
-    assert dataset != "cirr" or {"R@1", "R@5", "Rs@1", "Rs@2", "Rs@3"} <= set(found["metrics"])
+    generated_file(dataset, root, backbone)
+    annotated, rows = {"fashioniq": 36, "cirr": 18}[dataset], [(1, False), (2, False), (2, True)]
+    protocol = {"fashioniq": f"fashioniq/original{'-noref' * (backbone == 'clip4cir')}", "cirr": "cirr/val"}[dataset]
+    for stage, generated in (*rows, (1, True)) if backbone == "clip4cir" else rows:
+        arguments = recipe(dataset, stage, root, generated=generated, backbone=backbone)
+        out, _ = call(*arguments)
+        found = result_of(runs, dataset, f"stage{stage}-*", backbone)
+        assert found["protocol"] == found["selected_on"] == protocol and found["steps"] == 2
+        assert f"protocol {protocol}" in out and "selected on what it reports" in out
+        assert sum(t.generated for t in trained) == 8 * generated
+        assert len(trained) == annotated + 8 * generated
+        wanted = yaml.safe_load(Path(str(arguments[2])).read_text())
+        weights = small(wanted.pop("backbone_options", {}))
+        wanted |= {"batch_size": 8, "workers": 0, "mixed_precision": "no", "data_root": str(root)}
+        said = yaml.safe_load((found["run"] / "config.yaml").read_text())
+        assert {key: said[key] for key in wanted} == wanted
+        options = json.loads((found["run"] / "model.json").read_text())["options"]
+        assert {key: options[key] for key in weights} == weights
+        if stage == 1:
+            named = f" --dataset {dataset}" + f" --backbone {backbone}" * (backbone != "clip4cir")
+            assert f"recipes/stage2.py{named} --data-root {root} --init {found['run']}" in out
+        else:
+            assert Path(said["init"]).name.startswith("stage1-")
+        assert {"R@10", "R@50", "Rmean"} <= set(found["metrics"])
+        assert dataset != "cirr" or {"R@1", "R@5", "Rs@1", "Rs@2", "Rs@3"} <= set(found["metrics"])
+
+
+@pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])
+def test_the_combiner_follows_a_first_stage(
+    call: Call, request: pytest.FixtureRequest, runs: Path, dataset: str
+) -> None:
+    """Its recipe goes on from a run of stage 1, whose CLIP stays as it is."""
+    root, path = request.getfixturevalue(dataset), ROOT / "recipes" / f"{dataset}_clip4cir_combiner.yaml"
+    call(*recipe(dataset, 1, root))
+    first = result_of(runs, dataset)["run"]
+    options = json.dumps(small(yaml.safe_load(path.read_text())["backbone_options"]))
+    given = ("--config", path, "--data-root", root, *FEW, "--backbone-options", options, "--init", first)
+    out, _ = call(STAGES[1], *given)
+    found = result_of(runs, dataset)
+    assert found["run"] != first and found["steps"] == 2 and "initialised anew" in out
+    assert found["protocol"] == {"fashioniq": "fashioniq/original", "cirr": "cirr/val"}[dataset]
+    before, after = (load_file(run / "model.safetensors") for run in (first, found["run"]))
+    assert before.keys() < after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_fp16_needs_a_gpu(refused: Callable[..., str], fashioniq: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,32 @@
 
 import json
 import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny_backbones import TINY, tiny_backbone
+from torch import Tensor
+from torch.nn import functional as F
 
+from benchmarks.memory import anonymous
 from spn4cir.backbone import Backbone
-from spn4cir.bank import Bank, fingerprint, load_or_build, stored_parts
+from spn4cir.backbones import BACKBONES
+from spn4cir.backbones.clip4cir import CLIP4CIR
+from spn4cir.bank import Bank, StoredRows, fingerprint, load_or_build, stored_parts
+from spn4cir.checkpoints import save_model
+from spn4cir.errors import InputError
 from spn4cir.images import ImageSource, open_image, pixel_hash
+from spn4cir.train import train
+from spn4cir.types import Composed, ImageFeatures, Tokens
 
 
 class Maker:
@@ -140,6 +156,17 @@ def test_a_half_written_bank_is_never_used(make: Maker, tmp_path: Path, left: st
     assert json.loads((make.root / make.name() / "bank.json").read_text())["images"] == len(good.target)
 
 
+def test_what_a_killed_process_left_is_removed(make: Maker, tmp_path: Path) -> None:
+    """A temporary folder of a process that is gone goes too; that of a living one stays."""
+    good, make.root = make(), tmp_path / "spoilt"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (gone.pid, os.getppid()):
+        spoil(make.root / f"{make.name()}.{process}.tmp", good)
+    make()
+    assert {path.name for path in make.root.iterdir()} == {make.name(), f"{make.name()}.{os.getppid()}.tmp"}
+
+
 def test_an_interrupted_build_leaves_nothing(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted while encoding: no folder at all, and the next call builds."""
     monkeypatch.setattr(make, "_count", lambda images: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -148,3 +175,238 @@ def test_an_interrupted_build_leaves_nothing(make: Maker, monkeypatch: pytest.Mo
     assert list(make.root.iterdir()) == []
     monkeypatch.undo()
     assert len(make().target) == 40
+
+
+# --- rows on disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A file of nine rows, and what is in it."""
+    values = np.random.default_rng(0).normal(size=(9, 3, 4)).astype(np.float16)
+    np.save(tmp_path / "rows.npy", values)
+    return tmp_path / "rows.npy", values
+
+
+@pytest.mark.parametrize("asked", [[4], [8, 0, 3], [2, 2, 2], list(range(9)), [5, 1, 5, 0]])
+def test_rows_are_read_in_the_order_asked(numbers: tuple[Path, np.ndarray], asked: list[int]) -> None:
+    """Any order, repeated ones too; in the stored type; a copy, so that nothing that is done to it reaches the next."""
+    rows = StoredRows(numbers[0])
+    found = rows[asked]
+    assert found.dtype == torch.float16 and found.tolist() == [numbers[1][n].tolist() for n in asked]
+    found += 1
+    assert rows[asked].tolist() == [numbers[1][n].tolist() for n in asked] != found.tolist()
+    assert len(rows) == 9 and rows.whole().tolist() == numbers[1].tolist()
+    assert np.load(numbers[0]).tolist() == numbers[1].tolist()
+
+
+def test_rows_that_are_not_there(numbers: tuple[Path, np.ndarray]) -> None:
+    with pytest.raises(IndexError):
+        StoredRows(numbers[0])[[9]]
+
+
+def big(folder: Path, rows: int = 300_000) -> StoredRows:
+    """A sparse file of 300,000 rows of 64 kB, 20 GB that take no disk; a few rows are not zero."""
+    array = np.lib.format.open_memmap(folder / "big.npy", "w+", np.float16, (rows, 64, 512))
+    array[:: rows // 3, :, 0] = 1
+    array.flush()
+    return StoredRows(folder / "big.npy")
+
+
+def doubled(rows: StoredRows, asked: list[int]) -> Tensor:
+    return rows[asked] * 2
+
+
+def test_another_process_is_given_the_path(tmp_path: Path) -> None:
+    """What goes to a process that is started afresh is some bytes, and it reads the same rows from the same file."""
+    rows = big(tmp_path)
+    sent = pickle.dumps(rows)
+    assert len(sent) < 500
+    asked = [0, 100_000, 7, 200_000, 0]
+    assert pickle.loads(sent)[asked].equal(rows[asked]) and rows[asked][:, 0, 0].tolist() == [1, 1, 0, 1, 1]
+
+
+@pytest.mark.skipif(not anonymous(os.getpid()), reason="the system does not tell anonymous memory")
+def test_reading_a_large_file_takes_no_memory(tmp_path: Path) -> None:
+    """Hundreds of rows, one batch after the other, leave no trace; where all are kept there is one."""
+    rows, chance = big(tmp_path), random.Random(0)
+    rows[[0]]
+    before = anonymous(os.getpid())
+    for _ in range(8):
+        batch = rows[chance.sample(range(len(rows)), 32)]  # 2 MB
+    assert batch.shape == (32, 64, 512) and anonymous(os.getpid()) - before < 8_000  # kB, where 16,384 were read
+    kept = rows[list(range(560))]  # negative control, of a size that no freed memory is used again for
+    assert len(kept) == 560 and anonymous(os.getpid()) - before > 25_000
+
+
+# --- banks that are not right -----------------------------------------------------------------------------------------
+
+
+def test_a_bank_of_another_model_is_made_anew(make: Maker, tmp_path: Path) -> None:
+    """Files put under this model's name: seen by its first row, whichever part differs, and replaced."""
+    own, name = make(), make.name()
+    features = {"target": own.target.clone(), "reference": own.reference.whole().clone()}  # type: ignore[union-attr]
+    for part, other in (("target", None), ("reference", None), ("target", torch.nan), (None, None)):
+        for stored, values in features.items():
+            changed = values.roll(1, 0) if stored == part else values
+            np.save(make.root / name / f"{stored}.npy", changed.numpy() if other is None else changed.numpy() * other)
+        encoded = make.encoded
+        again = make()
+        assert again.target.equal(features["target"]) and again.reference.whole().equal(features["reference"])  # type: ignore[union-attr]
+        assert make.encoded - encoded == (1 + 40 if part else 1)  # where nothing differs it is used as it is
+
+
+@pytest.mark.parametrize("part", ["target", "reference"])
+@pytest.mark.parametrize("kept", [0, 20, 200, -1])
+def test_a_file_that_is_cut_off_is_made_anew(make: Maker, part: str, kept: int) -> None:
+    """Nothing left, half a header, little data, one byte too few."""
+    good = make()
+    whole, path = good.target.clone(), make.root / make.name() / f"{part}.npy"
+    path.write_bytes(path.read_bytes()[:kept])
+    encoded = make.encoded
+    assert torch.equal(make().target, whole) and make.encoded == encoded + 40
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2)])
+def test_a_disk_without_room_is_said_before_anything_is_written(
+    make: Maker, monkeypatch: pytest.MonkeyPatch, dtype: str, size: int
+) -> None:
+    """One line with what is needed and what to do; nothing is left; with just enough room it is built."""
+    needed = 40 * 2 * 128 * size
+    for free, fits in ((needed - 1, False), (needed, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if fits:
+            assert make(dtype=dtype).target.shape == (40, 1, 128)
+            continue
+        monkeypatch.setattr(np.lib.format, "open_memmap", lambda *_: pytest.fail("written"))
+        with pytest.raises(InputError, match=r"the bank needs .* GB .* are free: set SPN4CIR_RUNS") as raised:
+            make(dtype=dtype)
+        assert "\n" not in str(raised.value) and list(make.root.iterdir()) == []
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("factor", "narrow", "wide"), [(1.0, True, True), (1e6, False, True), (torch.inf, False, False)]
+)
+def test_features_that_are_not_finite_are_no_bank(make: Maker, factor: float, narrow: bool, wide: bool) -> None:
+    """Too large for half precision, or for any: one line, and nothing is left; what fits is stored."""
+    encode = make.backbone.encode_image
+
+    def large(pixels: Tensor) -> ImageFeatures:
+        features = encode(pixels)
+        return ImageFeatures(features.reference * factor, features.target)
+
+    make.backbone.encode_image = large  # type: ignore[method-assign]
+    for dtype, fits in (("float16", narrow), ("float32", wide)):
+        if fits:
+            assert make(dtype=dtype).reference.whole().isfinite().all()  # type: ignore[union-attr]
+            continue
+        with pytest.raises(InputError, match=rf"reference features .* not finite in {dtype}: set bank_dtype") as raised:
+            make(dtype=dtype)
+        assert "\n" not in str(raised.value) and not list(make.root.iterdir())
+
+
+def test_two_that_build_the_same_bank_at_once(make: Maker, tmp_path: Path) -> None:
+    """Whoever is second takes what the first has made in the meantime."""
+    good, root, name = make(), make.root, make.name()
+    make.root, encode = tmp_path / "second", make.backbone.encode_image
+
+    def late(pixels: Tensor):  # type: ignore[no-untyped-def]
+        if not (make.root / name).exists():
+            shutil.copytree(root / name, make.root / name)
+        return encode(pixels)
+
+    make.backbone.encode_image = late  # type: ignore[method-assign]
+    assert torch.equal(make().target, good.target)
+    assert [path.name for path in make.root.iterdir()] == [name]
+
+
+# --- names and probes -------------------------------------------------------------------------------------------------
+
+
+def encoded(backbone: Backbone, pixels: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return list(backbone.encode_image(pixels))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_name_depends_on_all_that_images_are_encoded_with(name: str, tmp_path: Path) -> None:
+    """Weight by weight: what moves ``encode_image`` gives another name; what stage 2 trains moves neither."""
+    backbone = tiny_backbone(name, tmp_path)
+    backbone.freeze_image_side()
+    parts, pixels = stored_parts("float32"), torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    named, given = fingerprint(backbone, {}, parts), encoded(backbone, pixels)
+    side, trained = backbone.image_state().keys(), {n for n, p in backbone.named_parameters() if p.requires_grad}
+    moving = set()
+    for key, value in backbone.state_dict().items():
+        before = value.clone()
+        with torch.no_grad():
+            value.add_(1 if not value.is_floating_point() else torch.rand(value.shape))
+        moved = not all(torch.equal(a, b) for a, b in zip(encoded(backbone, pixels), given, strict=True))
+        assert (fingerprint(backbone, {}, parts) != named) == (key in side), key
+        assert key in side or not moved, key
+        assert key not in trained or (not moved and key not in side), key
+        moving |= {key} if moved else set()
+        value.copy_(before)
+    assert fingerprint(backbone, {}, parts) == named and trained
+    assert len(moving) > 10 and moving <= side
+
+
+class Forgetful(CLIP4CIR):
+    """Encodes images through a layer that it does not name, and that queries move."""
+
+    name = "forgetful"
+    right = False
+
+    def __init__(self, train_clip: bool = True, load_weights: bool = True):
+        super().__init__()
+        self.options = {"train_clip": train_clip}
+        self.layer = torch.nn.Linear(128, 128)
+        torch.nn.init.eye_(self.layer.weight)
+        self.shake = torch.nn.Dropout()
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        features = super().encode_image(pixels)
+        return ImageFeatures(features.reference, F.normalize(self.layer(features.target), dim=-1))
+
+    def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
+        found = super().compose(reference, tokens)
+        return found if self.right else Composed(F.normalize(self.layer(found.query), dim=-1))
+
+    def image_side(self) -> list[torch.nn.Module | torch.nn.Parameter]:
+        return [*super().image_side(), *([self.layer] if self.right else [])]
+
+
+class Shaky(Forgetful):
+    """Encodes images in another way while it trains: a layer without weights is nobody's to freeze."""
+
+    right, share = True, 0.5
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        features = super().encode_image(pixels)
+        return ImageFeatures(F.dropout(features.reference, self.share, self.shake.training), features.target)
+
+    def train(self, mode: bool = True) -> "Shaky":
+        Backbone.train(self, mode)
+        return self
+
+
+@pytest.mark.parametrize(("kind", "right"), [
+    (Forgetful, False), (type("Right", (Forgetful,), {"right": True}), True),
+    (Shaky, False), (type("Still", (Shaky,), {"share": 0.0}), True),
+], ids=["forgetful", "right", "shaky", "still"])  # fmt: skip
+def test_a_stale_bank_stops_the_run(configure, tmp_path: Path, monkeypatch, kind, right: bool) -> None:  # type: ignore[no-untyped-def]
+    """One line that says so, before anything of the run is saved; a model that keeps its promise is let through."""
+    monkeypatch.setitem(BACKBONES, kind.name, kind)
+    save_model(tmp_path / "init", kind(), {})
+    config = configure(
+        init=str(tmp_path / "init"), backbone=kind.name, output=str(tmp_path / "run"), max_steps=2, dropout=True,
+        eval_every=0,
+    )  # fmt: skip
+    if right:
+        assert (train(config, 2) / "result.json").is_file()
+        return
+    with pytest.raises(InputError, match=r"forgetful: encode_image .*the bank is stale") as raised:
+        train(config, 2)
+    assert "\n" not in str(raised.value)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl"}

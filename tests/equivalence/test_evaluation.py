@@ -7,20 +7,24 @@ its tied places with equal probability.
 import itertools
 import json
 import random
-from collections.abc import Collection, Sequence
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_backbones import tiny_backbone
 
+from spn4cir.backbones import BACKBONES
+from spn4cir.bank import Bank, load_or_build
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.skip import write_skip_list
 from spn4cir.errors import InputError
-from spn4cir.evaluate import combine, evaluate, metrics_of, rank_queries
+from spn4cir.evaluate import combine, embed, evaluate, metrics_of, rank_queries
 from spn4cir.images import ImageSource
-from spn4cir.types import Benchmark
+from spn4cir.types import Benchmark, ImageFeatures, Query
 
 CATEGORIES = ("dress", "shirt", "toptee")
 PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")
@@ -258,3 +262,101 @@ def test_only_results_of_one_protocol_on_the_same_data_are_combined(fashioniq: P
     assert {name: pytest.approx(pair) for name, pair in wanted.items()} == found
     with pytest.raises(InputError, match="no results"):
         combine([])
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------------
+
+MODES = ("composed", "image only", "text only")
+
+
+class Held:
+    """Notes of how many images references exist at a time, when more are about to be made."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[torch.Tensor]] = []
+        self.images = self.most = 0
+
+    def add(self, make: Callable[[], torch.Tensor]) -> None:
+        """``make`` gives a block of references, which somebody else keeps."""
+        before = sum(len(found) for ref in self.made if (found := ref()) is not None)
+        block = make()
+        self.made.append(weakref.ref(block))
+        self.images, self.most = self.images + len(block), max(self.most, before + len(block))
+
+
+class Watched(torch.nn.Module):
+    """A backbone as ``embed`` sees it, whose references are counted."""
+
+    def __init__(self, backbone: Any):
+        super().__init__()
+        self.inner, self.tokenize, self.compose, self.held = backbone, backbone.tokenize, backbone.compose, Held()
+
+    def encode_image(self, pixels: torch.Tensor) -> ImageFeatures:
+        made: list[ImageFeatures] = []
+        self.held.add(lambda: made.append(self.inner.encode_image(pixels)) or made[0].reference)
+        return made.pop()
+
+
+class WatchedBank(Bank):
+    """A bank whose references are counted."""
+
+    def references(self, image_ids: Sequence[str]) -> torch.Tensor:
+        made: list[torch.Tensor] = []
+        self.held.add(lambda: made.append(Bank.references(self, image_ids)) or made[0])
+        return made.pop()
+
+
+def asked_often(toy: Any) -> Benchmark:
+    """The toy benchmark, in which one reference has nine queries and another three, and some queries two targets."""
+    benchmark = toy.benchmark("val")
+    extra = [Query(benchmark.gallery[r], f"now {n} {r}", benchmark.gallery[n : n + 2]) for n in range(9) for r in (7,)]
+    extra += [Query(benchmark.gallery[46], f"then {n}", (benchmark.gallery[n],)) for n in range(3)]
+    queries = (*extra[:5], *benchmark.queries, *extra[5:])
+    return replace(benchmark, queries=queries, subset_ks=())
+
+
+@torch.no_grad()
+def one_by_one(backbone: Any, benchmark: Benchmark, images: ImageSource) -> dict[str, torch.Tensor]:
+    """The straightforward way: everything encoded and kept, then query by query."""
+    kept = {i: backbone.encode_image(images(i)[None]) for i in benchmark.gallery}
+    found: dict[str, list[torch.Tensor]] = {mode: [] for mode in MODES}
+    for query in benchmark.queries:
+        reference, target = kept[query.reference]
+        tokens = backbone.tokenize([query.modification])
+        found["composed"].append(backbone.compose(reference, tokens).query[0])
+        found["text only"].append(backbone.compose(reference * 0, tokens).query[0])
+        mean = sum(target[0, k] for k in range(target.shape[1])) / target.shape[1]
+        found["image only"].append(mean / mean.norm())
+    targets = torch.stack([kept[i].target[0] for i in benchmark.gallery])
+    return {**{mode: torch.stack(vectors) for mode, vectors in found.items()}, "target": targets}
+
+
+@pytest.fixture(params=BACKBONES)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    backbone = tiny_backbone(request.param, tmp_path)
+    backbone.freeze_image_side()
+    return backbone
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["encoded", "bank"])
+def test_vectors_equal_those_made_one_by_one(toy: Any, model: Any, tmp_path: Path, stored: bool) -> None:
+    """Targets and queries of all modes, for blocks of one, ragged ones and one of all; no block outlives its turn."""
+    benchmark, images = asked_often(toy), ImageSource(toy.path, model.transform, keep=True)
+    slow, bank = one_by_one(model, benchmark, images), None
+    asked = len({query.reference for query in benchmark.queries})
+    if stored:
+        hashes = {i: images(i).numpy().tobytes().hex() for i in reversed(benchmark.gallery)}
+        bank = WatchedBank(**vars(load_or_build(model, images, hashes, tmp_path / "banks")))
+    for batch_size in (1, 7, 256):
+        watched = Watched(model)
+        if bank:
+            bank.held = Held()
+        found = embed(watched, benchmark, images, bank, batch_size, MODES)  # type: ignore[arg-type]
+        vectors = {**found.queries, "target": found.target}
+        for name, value in slow.items():
+            torch.testing.assert_close(vectors[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        held = (bank or watched).held
+        assert held.most == min(batch_size, asked if bank else 48) and held.images == (asked if bank else 48)
+        assert not (bank and watched.held.images)
+    assert not torch.allclose(vectors["composed"], slow["composed"].roll(1, 0), atol=1e-3)  # negative control
+    assert not torch.allclose(vectors["composed"], vectors["text only"], atol=1e-3)

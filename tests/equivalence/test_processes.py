@@ -9,10 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from tiny_backbones import tiny_backbone
 from torch import Tensor
 
 from spn4cir.backbones import build_backbone
-from spn4cir.checkpoints import read_tensors, save_model
+from spn4cir.checkpoints import load_model, read_tensors, save_model
 from spn4cir.datasets import DATASETS
 
 SCRIPT = Path(__file__).parent / "toy_script.py"
@@ -29,13 +30,18 @@ def load_script() -> ModuleType:
     return module
 
 
+NAMES = ("clip4cir", "tgcir", "sprc")  # one without and two with further terms of stage 1
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
-    """The script, and a folder with ``one`` and ``two``: what so many processes made of it."""
+def all_of_them(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
+    """The script, and a folder with ``one`` and ``two``: what so many processes made of each backbone."""
     root, script = tmp_path_factory.mktemp("processes"), load_script()
     toy = script.Toy.draw(root / "toy")
-    save_model(root / "init", build_backbone("clip4cir"), {})
-    (root / "one").mkdir()
+    for name in NAMES:
+        whole = build_backbone(name) if name == "clip4cir" else tiny_backbone(name, root)
+        save_model(root / "init" / name, whole, {})
+        (root / "one" / name).mkdir(parents=True)
     (root / "two").mkdir()
     environment = os.environ | {
         "ACCELERATE_USE_CPU": "1", "SPN4CIR_RUNS": str(root / "runs"), "PYTHONPATH": os.pathsep.join(sys.path),
@@ -47,12 +53,29 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "toy", script.Toy)
         patch.setenv("SPN4CIR_RUNS", str(root / "runs"))
-        script.runs(toy, root / "init", root / "one")
+        for name in NAMES:
+            script.runs(toy, root / "init" / name, root / "one" / name)
     return script, root
 
 
-def step(script: ModuleType, root: Path, stage: int, rows: list[int]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = script.first_step(script.Toy(str(root / "toy")), root / "init", stage, root / "b", rows)
+@pytest.fixture(params=NAMES)
+def both(all_of_them: tuple[ModuleType, Path], request: pytest.FixtureRequest) -> tuple[ModuleType, Path, str]:
+    """The same, and the name of one backbone."""
+    return (*all_of_them, request.param)
+
+
+def step(both: tuple[ModuleType, Path, str], stage: int, rows: list[int]) -> dict[str, Tensor]:
+    """What one process makes of these rows."""
+    script, root, name = both
+    toy, init = script.Toy(str(root / "toy")), root / "init" / name
+    found: dict[str, Tensor] = script.first_step(toy, init, stage, root / "b", rows)
+    return found
+
+
+def step_of_two(both: tuple[ModuleType, Path, str], stage: int) -> dict[str, Tensor]:
+    """What two processes made of the script's rows."""
+    found, about = read_tensors(both[1] / "two" / both[2] / f"step{stage}.safetensors")
+    assert about["world"] == 2
     return found
 
 
@@ -65,41 +88,34 @@ def distance(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_gradients_of_two_processes_equal_those_of_one(both: tuple[ModuleType, Path], stage: int) -> None:
+def test_gradients_of_two_processes_equal_those_of_one(both: tuple[ModuleType, Path, str], stage: int) -> None:
     """Loss and every gradient, targets that occur on both processes and equal pixels among them."""
-    script, root = both
-    two, about = read_tensors(root / "two" / f"step{stage}.safetensors")
-    assert about["world"] == 2
-    one = step(script, root, stage, script.BATCH)
+    one, two = step(both, stage, both[0].BATCH), step_of_two(both, stage)
     assert distance(one, two) < 1e-5
     assert abs(float(one["loss"] - two["loss"])) < 1e-5 * float(one["loss"])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_half_the_batch_gives_other_gradients(both: tuple[ModuleType, Path], stage: int) -> None:
+def test_half_the_batch_gives_other_gradients(both: tuple[ModuleType, Path, str], stage: int) -> None:
     """Negative control: what one process alone would compute is far off."""
-    script, root = both
-    two = read_tensors(root / "two" / f"step{stage}.safetensors")[0]
-    assert distance(step(script, root, stage, script.BATCH[:4]), two) > 1e-2
+    assert distance(step(both, stage, both[0].BATCH[:4]), step_of_two(both, stage)) > 1e-2
 
 
-def test_candidates_come_from_all_processes(both: tuple[ModuleType, Path]) -> None:
+def test_candidates_come_from_all_processes(both: tuple[ModuleType, Path, str]) -> None:
     """Negative control: in stage 1 the mean of two halves, each with its own negatives, is another loss; the bank of
     stage 2 makes no difference."""
-    script, root = both
     for stage, alike in ((1, False), (2, True)):
-        two = read_tensors(root / "two" / f"step{stage}.safetensors")[0]["loss"]
-        halves = [step(script, root, stage, rows)["loss"] for rows in (script.BATCH[:4], script.BATCH[4:])]
-        assert torch.allclose(sum(halves) / 2, two, rtol=1e-5) == alike
+        halves = [step(both, stage, rows)["loss"] for rows in (both[0].BATCH[:4], both[0].BATCH[4:])]
+        assert torch.allclose(sum(halves) / 2, step_of_two(both, stage)["loss"], rtol=1e-5) == alike
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_runs_of_two_processes_equal_those_of_one(both: tuple[ModuleType, Path], stage: int) -> None:
+def test_runs_of_two_processes_equal_those_of_one(both: tuple[ModuleType, Path, str], stage: int) -> None:
     """Weights after four steps of the loop; the starting weights, as a negative control, are far."""
-    _, root = both
-    one, two, start = (
-        read_tensors(root / name / "model.safetensors")[0]
-        for name in (f"one/stage{stage}", f"two/stage{stage}", "init")
-    )
+    _, root, name = both
+    one, two = (read_tensors(root / n / name / f"stage{stage}" / "model.safetensors")[0] for n in ("one", "two"))
+    start = load_model(root / "init" / name)
+    if stage == 2:
+        start.freeze_image_side()  # with the copies that training began with
     assert distance(one, two) < 1e-5
-    assert distance(one, start) > 1e-4
+    assert distance(one, start.state_dict()) > 1e-4

@@ -1,5 +1,6 @@
 """A run that was stopped and continued equals one that was not, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_backbones import tiny_backbone
 
 from spn4cir.checkpoints import read_tensors, save_model
 from spn4cir.config import TrainConfig
@@ -70,6 +72,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(  # type: ignore[no-untyped-d
     folder = interrupted(settings("parts", save_every=save_every), stage, at, monkeypatch)
     assert train(settings("parts", save_every=save_every, resume=str(folder)), stage) == folder
     assert same(whole, folder) == ALL_SAME
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "plan", "options"),
+    [
+        ("sprc", 1, "onecycle", {"epochs": 3, "warmup": 0.4}),
+        ("sprc", 2, "drops", {"epochs": [0.5, 1], "factor": 0.3}),
+        ("blip4cir", 1, "constant", {}),
+        ("tgcir", 2, "cosine", {"epochs": 1}),
+    ],
+)
+def test_dropout_rates_and_schedules_are_resumed(  # type: ignore[no-untyped-def]
+    name: str, stage: int, plan: str, options: dict[str, object], settings, tmp_path: Path, monkeypatch
+) -> None:
+    """With dropout, factors of the rate, a learned temperature and each schedule; another draw of dropout is seen."""
+    save_model(tmp_path / "init", tiny_backbone(name, tmp_path), {})
+    common = {"backbone": name, "dropout": True, "lr_scale": {"text": 0.3, "bias": 2.0}, "save_every": 2}
+    common |= {"schedule": plan, "schedule_options": options, "warmup_steps": 1}
+    whole = train(settings("whole", **common), stage)
+    folder = interrupted(settings("parts", **common), stage, 3, monkeypatch)
+    train(settings("parts", **common, resume=str(folder)), stage)
+    assert same(whole, folder) == ALL_SAME
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6] and len({row["temperature"] for row in rows}) == 4
+    if name != "tgcir":  # negative control: it has no dropout
+        folder = interrupted(settings("drawn", **common), stage, 3, monkeypatch)
+        seed = torch.manual_seed
+        monkeypatch.setattr(torch, "manual_seed", lambda number: seed(number + 1))
+        train(settings("drawn", **common, resume=str(folder)), stage)
+        found = same(whole, folder)
+        assert not found["metrics.jsonl"] and not found["last.safetensors"]
 
 
 def test_a_run_stopped_twice_equals_an_uninterrupted_one(settings, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -1,7 +1,8 @@
 """What tests run in processes of their own, on the toy dataset.
 
 killed:    toy_script.py killed TOY INIT OUTPUT      a stage 1 run that kills itself before step 5
-processes: toy_script.py processes TOY INIT OUTPUT   one step's loss and gradients, then a run, of both stages
+processes: toy_script.py processes TOY INITS OUTPUT  one step's loss and gradients, then a run, of both stages, from
+                                                     each of the folders in INITS, which are named by backbone
 """
 
 import os
@@ -58,22 +59,27 @@ def runs(toy: Toy, init: Path, output: Path) -> None:
     """
     for stage in (1, 2):
         config = toy_config(
-            toy.folder, init=str(init), output=str(output / f"stage{stage}"), max_steps=4, eps=1e-2, lr=0.1
-        )
+            toy.folder, init=str(init), output=str(output / f"stage{stage}"), max_steps=4, eps=1e-2, lr=0.1,
+            backbone=init.name,
+        )  # fmt: skip
         loop.train(config, stage)
 
 
-def processes(toy: Toy, init: Path, output: Path) -> None:
-    """Both, in the processes that torchrun started."""
+def processes(toy: Toy, inits: Path, output: Path) -> None:
+    """Both, for each backbone, in the processes that torchrun started."""
     accelerator = Accelerator()
     assert accelerator.num_processes == int(os.environ["WORLD_SIZE"]) == 2, accelerator.num_processes
     assert torch.distributed.get_backend() == "gloo"
     Accelerator.end_training = lambda self: None  # it ends the process group, which the next run here still needs
-    for stage in (1, 2):
-        found = first_step(toy, init, stage, output / "banks", BATCH)
-        if accelerator.is_main_process:
-            write_tensors(output / f"step{stage}.safetensors", found, {"world": accelerator.num_processes})
-    runs(toy, init, output)
+    for init in sorted(inits.iterdir()):
+        for stage in (1, 2):
+            found = first_step(toy, init, stage, output / "banks", BATCH)
+            if accelerator.is_main_process:
+                (output / init.name).mkdir(exist_ok=True)
+                write_tensors(
+                    output / init.name / f"step{stage}.safetensors", found, {"world": accelerator.num_processes}
+                )
+        runs(toy, init, output / init.name)
     torch.distributed.destroy_process_group()
 
 

@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_backbones import tiny_backbone, tiny_options
 from torch import Tensor, nn
 
-from spn4cir.backbones import build_backbone
+from spn4cir.backbones import BACKBONES, build_backbone
 from spn4cir.backbones.clip4cir import CLIP4CIR
 from spn4cir.checkpoints import (
     load_model,
@@ -21,7 +23,9 @@ from spn4cir.checkpoints import (
     save_progress,
     write_tensors,
 )
+from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
+from spn4cir.train import load_backbone
 
 
 def test_tensors_come_back(tmp_path: Path) -> None:
@@ -294,3 +298,136 @@ def test_newest_run_of_one_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         run_folder(tmp_path, name, 100)
     found = newest_run("data", "bone")
     assert found is not None and found.name == "stage1-20260102-000000"
+
+
+# --- changed options --------------------------------------------------------------------------------------------------
+
+
+class Headed(CLIP4CIR):
+    """CLIP4CIR with a layer more, if it is wanted, and a number that weighs nothing."""
+
+    name = "headed"
+
+    def __init__(self, head: int = 0, weight: float = 1.0, load_weights: bool = True):
+        super().__init__(load_weights=load_weights)
+        self.options = {"head": head, "weight": weight}
+        if head:
+            self.head = nn.Linear(2, head)
+
+
+@pytest.fixture
+def headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one without the layer, whose weights are not the embedded ones."""
+    monkeypatch.setitem(BACKBONES, Headed.name, Headed)
+    backbone = Headed()
+    with torch.no_grad():
+        next(backbone.parameters()).add_(1)
+    save_model(tmp_path / "headed", backbone, {})
+    return tmp_path / "headed"
+
+
+def test_changed_options_hold(headed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is changed holds, in the model that is saved next as well, and the rest is as it was; weights are those of
+    the folder."""
+    loaded = load_model(headed, {"weight": 0.5})
+    assert loaded.options == {"head": 0, "weight": 0.5} and capsys.readouterr().out == ""
+    save_model(headed.parent / "again", loaded, {})
+    again = load_model(headed.parent / "again")
+    assert again.options == loaded.options
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in read_tensors(headed / "model.safetensors")[0].items())
+    assert not torch.equal(next(again.parameters()), next(Headed().parameters()))  # negative control
+    assert load_model(headed).options == {"head": 0, "weight": 1.0}  # the folder itself is left alone
+
+
+def test_what_an_option_brings_is_new_and_said(headed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its names and how many, and they are as the constructor makes them; all others come from the folder."""
+    torch.manual_seed(3)
+    loaded = load_model(headed, {"head": 4}).state_dict()
+    told = capsys.readouterr().out
+    assert "head.bias, head.weight" in told and "(2 names): initialised anew" in told and told.count("\n") == 1
+    state = read_tensors(headed / "model.safetensors")[0]
+    assert loaded.keys() - state.keys() == {"head.weight", "head.bias"} and loaded["head.weight"].any()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("changes", [None, {}, {"weight": 0.5}, {"head": 4}])
+def test_a_change_excuses_nothing_else(headed: Path, changes: dict[str, object] | None) -> None:
+    """A weight that the folder should have and has not is an error, whatever else is changed."""
+    weights, about = read_tensors(headed / "model.safetensors")
+    del weights["clip.ln_final.bias"]
+    write_tensors(headed / "model.safetensors", weights, about)
+    with pytest.raises(InputError, match=r"1 missing, such as clip\.ln_final\.bias"):
+        load_model(headed, changes)
+
+
+def test_changes_that_cannot_be(headed: Path) -> None:
+    """An unknown option, and one that leaves weights over: a line that names it."""
+    for changes, told in (({"colour": 1}, "backbone headed has no option 'colour'; known: head, weight"),):
+        with pytest.raises(InputError, match=told) as raised:
+            load_model(headed, changes)
+        assert "\n" not in str(raised.value)
+    save_model(headed.parent / "more", load_model(headed, {"head": 4}), {})
+    with pytest.raises(InputError, match=r"2 unexpected, such as head\.bias"):
+        load_model(headed.parent / "more", {"head": 0})
+    with pytest.raises(InputError, match=r"2 of another shape, such as head\.bias"):
+        load_model(headed.parent / "more", {"head": 5})
+
+
+@pytest.mark.parametrize("name", ["blip4cir", "sprc"])
+def test_a_tokenizer_comes_with_the_folder(name: str, tmp_path: Path) -> None:
+    """Also where the one that it was made with is gone; a copy of the copy names neither; a changed one is taken."""
+    own = tmp_path / "words"
+    shutil.copytree(tiny_options(name, tmp_path)["tokenizer"], own)
+    backbone = tiny_backbone(name, tmp_path, tokenizer=str(own))
+    save_model(tmp_path / "one", backbone, {})
+    swapped = (own / "tokenizer.json").read_text()
+    one, two = (entry for entry in json.loads(swapped)["model"]["vocab"].items() if entry[1] in (43, 44))
+    swapped = json.loads(swapped)
+    swapped["model"]["vocab"] |= {one[0]: two[1], two[0]: one[1]}
+    (own / "tokenizer.json").write_text(json.dumps(swapped))
+    texts = [one[0], two[0], "in green"]
+
+    def same(other: object) -> bool:
+        found = backbone.tokenize(texts), other.tokenize(texts)  # type: ignore[attr-defined]
+        return all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+    assert not same(load_model(tmp_path / "one", {"tokenizer": str(own)}))
+    shutil.rmtree(own)
+    first = load_model(tmp_path / "one")
+    assert same(first) and first.options == backbone.options
+    save_model(tmp_path / "two", first, {})
+    shutil.rmtree(tmp_path / "one")
+    assert same(load_model(tmp_path / "two"))
+    told = "".join(path.read_text() for path in (tmp_path / "two").rglob("*.json"))
+    assert str(own) in told and str(tmp_path / "one") not in told
+    shutil.rmtree(tmp_path / "two" / "tokenizer")
+    with pytest.raises(InputError, match=r"cannot load tokenizer"):  # negative control
+        load_model(tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_recipe_changes_the_options_of_its_start(name: str, headed: Path, tmp_path: Path) -> None:
+    """``init`` with options that differ, equal ones, and an unknown one; the folder of another backbone."""
+    start = tiny_backbone(name, tmp_path)
+    save_model(tmp_path / "init", start, {})
+    option, value = {"clip4cir": ("pretrained", "openai"), "tgcir": ("ckd", 2.5), "blip4cir": ("train_vision", False),
+                     "sprc": ("align", 0.25)}[name]  # fmt: skip
+    options = {option: value, **{key: start.options[key] for key in list(start.options)[:1]}}
+    for stage in (1, 2):
+        config = TrainConfig(backbone=name, init=str(tmp_path / "init"), backbone_options=options)
+        found = load_backbone(config, stage)
+        assert found.options == {**start.options, option: value} != start.options
+        state = start.state_dict()
+        assert all(torch.equal(state[key], v) for key, v in found.state_dict().items())
+    with pytest.raises(InputError, match=f"backbone {name} has no option 'colour'"):
+        load_backbone(TrainConfig(backbone=name, init=config.init, backbone_options={"colour": 1}), 1)
+    with pytest.raises(InputError, match=rf"holds a headed, and the backbone is {name}: give --backbone headed"):
+        load_backbone(TrainConfig(backbone=name, init=str(headed)), 2)
+
+
+def test_separated_is_not_for_people_to_change(tmp_path: Path) -> None:
+    """A stage-1 model whose twins would be random is refused; the same value is no change."""
+    save_model(tmp_path / "one", build_backbone("tgcir"), {})
+    with pytest.raises(InputError, match="stage 2 separates a model itself"):
+        load_model(tmp_path / "one", {"separated": True})
+    assert load_model(tmp_path / "one", {"separated": False}).options["separated"] is False

@@ -155,3 +155,33 @@ def test_every_field_is_explained() -> None:
     """Each field stands in the docstring, from which --help is made."""
     assert TrainConfig.__doc__
     assert [f.name for f in dataclasses.fields(TrainConfig) if f"\n        {f.name}: " not in TrainConfig.__doc__] == []
+
+
+@pytest.mark.parametrize(("argv", "name", "value"), [
+    (["--lr-scale.clip", "0.1", "--lr-scale.text_fc", "2"], "lr_scale", {"clip": 0.1, "text_fc": 2}),
+    (["--lr-scale", "{clip: 0.1}"], "lr_scale", {"clip": 0.1}),
+    (["--schedule", "drops", "--schedule-options", "{epochs: [5, 10]}"], "schedule_options", {"epochs": [5, 10]}),
+    (["--schedule", "onecycle", "--schedule-options.warmup", "0.02"], "schedule_options", {"warmup": 0.02}),
+    (["--bank-references=recompute"], "bank_references", "recompute"), (["--dropout", "true"], "dropout", True),
+])  # fmt: skip
+def test_settings_that_hold_names_and_numbers(tmp_path: Path, argv: list[str], name: str, value: object) -> None:
+    """Given on the command line or in a file, they are the same settings, and come back from the saved file."""
+    config = settings(tmp_path, "", *argv)
+    assert getattr(config, name) == value != getattr(TrainConfig(), name)
+    write_yaml(config, tmp_path / "saved.yaml")
+    assert parse(TrainConfig, tmp_path / "saved.yaml", []) == config
+
+
+@pytest.mark.parametrize(("yaml", "told"), [
+    ("lr_scale: {clip: 0}", "the factor of clip must be above 0, got 0"),
+    ("lr_scale: {clip: -0.1}", "clip"), ("lr_scale: {clip: .nan}", "clip"), ("lr_scale: {clip: .inf}", "clip"),
+    ("lr_scale: {clip: fast}", "lr_scale"), ("lr_scale: 0.1", "lr_scale"),
+    ("lr_scale: null", "lr_scale cannot be null"),
+    ("bank_references: kept", "bank_references"), ("dropout: 0.1", "dropout"), ("bank_dtype: bfloat16", "bank_dtype"),
+    ("schedule: drops\nschedule_options: {epochs: 5}", "epochs of drops cannot be 5"),
+    ("schedule: cosine\nschedule_options: {warmup: 0.1}", "schedule cosine has no option 'warmup'; known: epochs"),
+    ("beta2: 1.0", "beta2"),
+])  # fmt: skip
+def test_names_and_numbers_that_cannot_be_meant(tmp_path: Path, yaml: str, told: str) -> None:
+    """One line that names the setting."""
+    assert told in refused(tmp_path, yaml)

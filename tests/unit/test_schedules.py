@@ -54,6 +54,11 @@ def test_warm_up_comes_before() -> None:
     ("cosine", {"epochs": [3]}, r"cannot be \[3\]"),
     ("onecycle", {"start": "low"}, "cannot be 'low'"),
     ("onecycle", {"begin": 1}, "known: epochs, warmup, start"),
+    ("onecycle", {"epochs": float("inf")}, "epochs of onecycle cannot be inf"),
+    ("cosine", {"epochs": float("nan")}, "epochs of cosine cannot be nan"),
+    ("cosine", {"epochs": True}, "cannot be True"),
+    ("cosine", {"epochs": None}, "cannot be None"),
+    ("drops", {"epochs": [1, -2]}, r"cannot be \[1, -2\]"),
 ])  # fmt: skip
 def test_wrong_options(name: str, options: dict, told: str) -> None:  # type: ignore[type-arg]
     """One line that says which, before anything runs."""
