@@ -11,6 +11,7 @@ from data_gen.files import read_jsonl
 from data_gen.match_pairs import check_window, match_pairs
 from data_gen.settings import GenerateConfig, command
 from data_gen.write_text import write_text
+from spn4cir.config import TrainConfig
 from spn4cir.types import Dataset
 
 
@@ -28,7 +29,7 @@ def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
         f"--generated {config.file('triplets.json')}",
         f" --data-root {config.data_root}" * bool(config.data_root),
     )
-    other = f"--config recipes/{config.dataset}_clip4cir_stage2_generated.yaml{root} {made}"
+    other = f"--config recipes/{config.dataset}_{TrainConfig.backbone}_stage2_generated.yaml{root} {made}"
     small = config.dataset == GenerateConfig.dataset
     print(f"\nnext: accelerate launch recipes/stage2.py {f'{made} --generated-share 0.25' if small else other}")
 

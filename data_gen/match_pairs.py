@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from data_gen.deduplicate import canonical_images
 from data_gen.files import digest, is_done, mark_done, read_jsonl, weights_digest, write_jsonl
 from data_gen.settings import GenerateConfig, command
+from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
@@ -77,7 +78,7 @@ def encode(config: GenerateConfig, dataset: Dataset, ids: list[str]) -> "Tensor"
         name, tag = config.matcher, ""
     elif not tag and name != "embedded":
         raise InputError(f"matcher {name!r} needs a tag of pretrained weights behind a colon, such as {name}:openai")
-    matcher = build_backbone("clip4cir", model=name, pretrained=tag or None).eval()
+    matcher = build_backbone(TrainConfig.backbone, model=name, pretrained=tag or None).eval()
     matcher.to("cuda" if torch.cuda.is_available() else "cpu")
     images, found = ImageSource(dataset.path, matcher.transform), []
     with torch.inference_mode():

@@ -135,9 +135,9 @@ def runs_root() -> Path:
     return Path(os.environ.get("SPN4CIR_RUNS", "runs"))
 
 
-def newest_run(dataset: str, backbone: str, stage: int | None = None) -> Path | None:
-    """The newest completed run of a dataset and backbone, or None."""
-    done = (runs_root() / dataset / backbone).glob(f"stage{stage or '*'}-*/result.json")
+def newest_run(dataset: str, backbone: str | None, stage: int | None = None) -> Path | None:
+    """The newest completed run of a dataset and backbone (of any backbone for None), or None."""
+    done = (runs_root() / dataset).glob(f"{backbone or '*'}/stage{stage or '*'}-*/result.json")
     newest = max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name), default=None)
     return newest and newest.parent
 

@@ -79,7 +79,7 @@ def _evaluate() -> None:
     parser.add_argument("--protocol", help="id of a protocol of that split (default: the run's, else the dataset's)")
     parser.add_argument("--dataset", help=f"default: that of --run, else {TrainConfig.dataset}")
     parser.add_argument("--data-root", help="where its files lie")
-    parser.add_argument("--backbone", default="clip4cir", help="whose newest run is meant (default: clip4cir)")
+    parser.add_argument("--backbone", help="whose newest run is meant, or whose embedded weights (default: any run's)")
     parser.add_argument("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
     parser.add_argument("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
@@ -114,6 +114,9 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     from spn4cir.images import ImageSource
 
     run = args.run or checkpoints.newest_run(args.dataset or TrainConfig.dataset, args.backbone)
+    held = checkpoints.read_model(run)[0] if run else None
+    if args.run and args.backbone not in (None, held):
+        raise InputError(f"--run {run} holds a {held}, not a {args.backbone}")
     of_run = read_settings(run / "config.yaml", TrainConfig) if run and (run / "config.yaml").is_file() else {}
     name = args.dataset or of_run.get("dataset") or TrainConfig.dataset
     dataset = load_dataset(name, args.data_root or (of_run.get("data_root") if name == of_run.get("dataset") else None))
@@ -125,7 +128,7 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         raise InputError(f"{benchmark.name}: its targets are not public: give --submission DIR and ask its server")
     if args.submission:
         _check_submission(args.submission, benchmark)
-    backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone)
+    backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone or TrainConfig.backbone)
     backbone.to(_device())
     images = ImageSource(dataset.path, backbone.transform)
     shown = sys.stderr if args.json == "-" else sys.stdout

@@ -210,6 +210,7 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
     return values
 
 
-def write_yaml(config: Any, path: Path) -> None:
-    """A dataclass as YAML, so that it can be given back as ``--config``."""
-    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+def write_yaml(config: Any, path: Path, title: str = "") -> None:
+    """A dataclass as YAML under a comment, so that it can be given back as ``--config``."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    write_text(path, f"# {title}\n{text}" if title else text)

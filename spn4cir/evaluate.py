@@ -56,7 +56,7 @@ def embed(
     asked: dict[str, list[int]] = {}
     for number, query in enumerate(benchmark.queries):
         asked.setdefault(query.reference, []).append(number)
-    targets: list[Tensor] = []
+    targets: Tensor | None = None
     queries: dict[str, list[Tensor]] = {mode: [torch.empty(0)] * len(benchmark.queries) for mode in modes}
     with tqdm(total=len(benchmark.gallery), desc=f"encode {benchmark.name}", unit="image", leave=False) as bar:
         for start in range(0, len(benchmark.gallery), batch_size):
@@ -73,9 +73,12 @@ def embed(
                     for number, vector in zip(numbers, vectors, strict=True):
                         found[number] = vector
             del reference  # before the next ones are made
-            targets.append(target)
+            if targets is None:
+                targets = target.new_empty(len(benchmark.gallery), *target.shape[1:])
+            targets[start : start + len(ids)] = target
             bar.update(len(ids))
-    return Embedded(torch.cat(targets), {mode: torch.stack(found) for mode, found in queries.items()})
+    assert targets is not None, "a gallery has images"
+    return Embedded(targets, {mode: torch.stack(found) for mode, found in queries.items()})
 
 
 def _features(

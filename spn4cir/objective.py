@@ -37,29 +37,32 @@ class Objective(nn.Module):
 
     def forward(self, batch: TripletBatch) -> Tensor:
         """The loss of one batch, a scalar: the mean over this process's queries, against the candidates of all."""
-        temperature: Tensor = self.temperature
-        if temperature.requires_grad:
-            temperature = temperature.clamp(*TEMPERATURE_BOUNDS)
-        return self._against_batch(batch, temperature) if self.bank is None else self._against_bank(batch, temperature)
+        return self._against_batch(batch) if self.bank is None else self._against_bank(batch)
 
-    def _against_batch(self, batch: TripletBatch, temperature: Tensor) -> Tensor:
+    @torch.no_grad()
+    def hold_temperature(self) -> None:
+        """Bring a learned temperature back within its bounds, after a step."""
+        if self.temperature.requires_grad:
+            self.temperature.clamp_(*TEMPERATURE_BOUNDS)
+
+    def _against_batch(self, batch: TripletBatch) -> Tensor:
         """Stage 1: encode the batch's images; candidates are the targets of all processes."""
         assert batch.pixels is not None, "stage 1 needs pixels"
         features = self.backbone.encode_image(batch.pixels)  # (U, …)
         targets = ImageFeatures(features.reference[batch.target], features.target[batch.target])
         composed = self.backbone.compose(features.reference[batch.reference], batch.tokens)
-        contrast = InBatch(batch.identity, temperature)
+        contrast = InBatch(batch.identity, self.temperature)
         terms = self.backbone.extra_losses(composed, targets, contrast)
         return sum(terms.values(), contrast(composed.query, targets.target))
 
-    def _against_bank(self, batch: TripletBatch, temperature: Tensor) -> Tensor:
+    def _against_bank(self, batch: TripletBatch) -> Tensor:
         """Stage 2: candidates are all rows of the bank, whose reference features were gathered with the batch."""
         assert self.bank is not None
         if batch.features is not None:
             reference = batch.features.float()
         else:
             assert batch.pixels is not None, "without a bank of references, stage 2 needs pixels"
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(batch.pixels.device.type, enabled=False):  # as the bank was made
                 reference = self.backbone.encode_image(batch.pixels).reference[batch.reference]
         query = self.backbone.compose(reference, batch.tokens).query
-        return info_nce(query, self.bank.target, batch.target, temperature)
+        return info_nce(query, self.bank.target, batch.target, self.temperature)

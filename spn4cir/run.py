@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Run:
         self.config = config
         if self.main and not config.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_yaml(config, self.folder / "config.yaml")
+            write_yaml(config, self.folder / "config.yaml", f"stage {self.stage}")
         if self.main:
             trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
             total = sum(p.numel() for p in module.parameters())
@@ -90,11 +91,14 @@ class Run:
             raise InputError(f"{self.folder} is no run folder: config.yaml is missing")
         if (self.folder / "result.json").is_file():
             raise InputError(f"{self.folder} is complete: there is nothing to resume")
-        last = self.folder / "last.safetensors"
-        stage = checkpoints.read_note(last)["progress"]["stage"] if last.is_file() else self.stage
+        text, last = path.read_text(encoding="utf-8"), self.folder / "last.safetensors"
+        noted = re.match(r"# stage (\d)\n", text)
+        stage = int(noted[1]) if noted else self.stage
+        if last.is_file():
+            stage = checkpoints.read_note(last)["progress"]["stage"]
         if stage != self.stage:
             raise InputError(f"{self.folder} is a stage {stage} run: resume it with recipes/stage{stage}.py")
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = yaml.safe_load(text)
         for name, value in dataclasses.asdict(config).items():
             if name not in FREE_ON_RESUME and before.get(name, value) != value:
                 raise InputError(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from spn4cir import bank as banks
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
-from spn4cir.backbones import build_backbone, check_backbone
+from spn4cir.backbones import INSIDE, build_backbone, check_backbone
 from spn4cir.config import TrainConfig
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.generated import read_generated
@@ -29,6 +29,9 @@ from spn4cir.objective import Objective
 from spn4cir.run import Run, named_by
 from spn4cir.schedules import SCHEDULES
 from spn4cir.types import Benchmark, Dataset, Query, Triplet
+
+SOURCES = {"model", "pretrained", "config", "tokenizer"}
+"""Options of a backbone that say where weights and words come from."""
 
 
 def train(config: TrainConfig, stage: int) -> Path:
@@ -54,7 +57,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     dataset = load_dataset(config.dataset, config.data_root)
     benchmark = dataset.benchmark("val", config.protocol)
     triplets, judge = load_triplets(config, dataset, benchmark, run.say)
-    backbone = load_backbone(config, stage).to(accelerator.device)
+    backbone = load_backbone(config, stage, run.say).to(accelerator.device)
     images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
     candidates = training_images(config, dataset, triplets)
     with accelerator.main_process_first():  # the others find in the cache what the first has decoded
@@ -103,6 +106,7 @@ def train(config: TrainConfig, stage: int) -> Path:
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
+            objective.hold_temperature()
             losses.append(loss.detach())
             state["step"] += 1
             bar.update()
@@ -127,7 +131,8 @@ def train(config: TrainConfig, stage: int) -> Path:
             run.save(objective, optimizer, state)
         accelerator.wait_for_everyone()
     bar.close()
-    if run.main and judge is not benchmark:  # selected on what was put aside; reported is the protocol, once
+    if run.main and (judge is not benchmark or (gallery and config.bank_dtype != "float32")):
+        # selected on what was put aside, or on rounded features; reported is the protocol, in full, once
         best = checkpoints.load_model(run.folder).to(accelerator.device)
         state["best"]["result"] = evaluate(best, benchmark, images, batch_size=config.eval_batch_size)
     run.finish(state, judge.name)
@@ -260,11 +265,14 @@ def split_rows(triplets: Sequence[Triplet]) -> tuple[list[int], list[int]]:
     )
 
 
-def load_backbone(config: TrainConfig, stage: int) -> Backbone:
+def load_backbone(config: TrainConfig, stage: int, say: Callable[[str], None] = print) -> Backbone:
     """The model to start from: ``init``, else for stage 2 the newest stage 1, else a new one from its options.
 
-    Options that differ from those of ``init`` hold; what only they bring is initialised anew.
+    Options that differ from those of ``init`` hold, and what only they bring is initialised anew; but those that say
+    where weights come from do not, and that is said.
     """
+    if inside := config.backbone_options.keys() & set(INSIDE):
+        raise InputError(f"backbone {config.backbone}: {inside.pop()} is not for a recipe to set")
     if stage == 1 and not config.init:
         return build_backbone(config.backbone, **config.backbone_options)
     if not config.init:
@@ -281,6 +289,8 @@ def load_backbone(config: TrainConfig, stage: int) -> Backbone:
     if name != config.backbone:
         raise InputError(f"{config.init} holds a {name}, and the backbone is {config.backbone}: give --backbone {name}")
     changes = {key: value for key, value in config.backbone_options.items() if options.get(key) != value}
+    for key in sorted(SOURCES & changes.keys()):
+        say(f"{config.init} is the start: its own {key} holds, and {changes.pop(key)!r} of backbone_options does not")
     return checkpoints.load_model(Path(config.init), changes)
 
 

@@ -1,7 +1,8 @@
 """Backbones by name. A new one is one file here, one line in ``BACKBONES`` and one test."""
 
 import inspect
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from spn4cir.backbone import Backbone
 from spn4cir.backbones.blip4cir import BLIP4CIR
@@ -11,6 +12,9 @@ from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.errors import InputError
 
 BACKBONES: dict[str, type[Backbone]] = {"clip4cir": CLIP4CIR, "tgcir": TGCIR, "blip4cir": BLIP4CIR, "sprc": SPRC}
+
+INSIDE = ("load_weights", "separated")
+"""Arguments of a backbone that are not for people to give."""
 
 
 def check_backbone(name: str) -> None:
@@ -26,8 +30,21 @@ def build_backbone(name: str, **options: Any) -> Backbone:
         InputError: for an unknown name or option.
     """
     check_backbone(name)
-    known = inspect.signature(BACKBONES[name]).parameters
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise InputError(f"backbone {name} has no option {unknown[0]!r}; known: {', '.join(known)}")
+    known = get_type_hints(BACKBONES[name].__init__)
+    for option, value in options.items():
+        if option not in known:
+            told = ", ".join(key for key in inspect.signature(BACKBONES[name]).parameters if key not in INSIDE)
+            raise InputError(f"backbone {name} has no option {option!r}; known: {told}")
+        if not _is_a(value, known[option]):
+            raise InputError(f"option {option} of backbone {name} cannot be {value!r}")
     return BACKBONES[name](**options)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value as JSON and YAML give them is of a type, a union or a mapping."""
+    if get_args(hint) and get_origin(hint) in (Union, UnionType):
+        return any(_is_a(value, part) for part in get_args(hint))
+    kind = get_origin(hint) or hint
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -146,13 +146,13 @@ class CLIP4CIR(Backbone):
         """(B, 3, H, W) → reference (B, 1, E) as CLIP gives it, target (B, 1, E) of unit norm."""
         parts = [pixels] if self.options["train_clip"] else torch.split(pixels, SEEN_AT_ONCE)
         features = torch.cat([self.clip.encode_image(part) for part in parts])  # (B, E)
-        return ImageFeatures(features[:, None], F.normalize(features.float(), dim=-1)[:, None])
+        return ImageFeatures(features[:, None], F.normalize(_wide(features), dim=-1)[:, None])
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, 1, E) and texts → queries (B, E)."""
         text = self._encode_text(tokens["text"])  # (B, E)
-        image, text = reference[:, 0].float(), text.float()
-        mixed = image + text if self.combiner is None else self.combiner(image, text).float()
+        image, text = _wide(reference[:, 0]), _wide(text)
+        mixed = image + text if self.combiner is None else _wide(self.combiner(image, text))
         return Composed(F.normalize(mixed, dim=-1))
 
     def _encode_text(self, text: Tensor) -> Tensor:
@@ -187,3 +187,8 @@ class CLIP4CIR(Backbone):
         super().train(mode)
         nn.Module.train(self.clip, False)
         return self
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

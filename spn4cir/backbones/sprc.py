@@ -20,6 +20,7 @@ from spn4cir.types import Composed, ImageFeatures, Tokens
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "blip2"
 WORDS = 50
+PARTS = ("vision_config", "qformer_config", "num_query_tokens", "image_text_hidden_size")
 GIANT = 1408  # width of ViT-g, whose 16 heads are 88 wide
 TOWER = "visual_encoder."
 VISION = (
@@ -109,6 +110,10 @@ class SPRC(Backbone):
         super().__init__()
         if model is None and config is None:
             raise InputError("sprc needs a model, or the config of one")
+        if min(rtc, align) < 0:
+            raise InputError(f"rtc and align are weights of 0 or more, got {rtc} and {align}")
+        if unknown := [key for key in config or {} if key not in PARTS]:
+            raise InputError(f"config of sprc has no {unknown[0]!r}; known: {', '.join(PARTS)}")
         located = str(EMBEDDED) if model == "embedded" else model
         self.blip2: Any = load_library(
             Blip2ForImageTextRetrieval, located or "of that config", config, load_weights and located is not None

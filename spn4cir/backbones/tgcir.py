@@ -71,8 +71,9 @@ class TGCIR(Backbone):
         load_weights: bool = True,
     ):
         super().__init__()
-        if not kl_temperature > 0:
-            raise InputError(f"kl_temperature must be above 0, got {kl_temperature}")
+        if not kl_temperature > 0 or min(ortho, ckd, kl) < 0:
+            given = f"got {kl_temperature}, {ortho}, {ckd}, {kl}"
+            raise InputError(f"kl_temperature is to be above 0, and ortho, ckd and kl 0 or more; {given}")
         self.options = {"model": model, "pretrained": pretrained, "ortho": ortho, "ckd": ckd, "kl": kl}
         self.options |= {"kl_temperature": kl_temperature, "separated": False}
         self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, load_weights, pad_ratio=None)
@@ -98,6 +99,8 @@ class TGCIR(Backbone):
             InputError: if it is neither, or if no ``model`` is stated and the shapes are not those of one of OpenAI's.
         """
         _, published, ignored = Published.find(content, "state_dict")
+        if not any(name.startswith("backbone.") for name in published):
+            raise InputError(f"the names in state_dict should begin with backbone., not as in {next(iter(published))}")
         if "loss_T" in published:
             ignored["loss_T"] = _scale_reason(published.pop("loss_T"))
         for name in JIT_NUMBERS:
@@ -273,7 +276,7 @@ def _drop_alias(published: dict[str, Any]) -> dict[str, str]:
         one, two = published.pop(name), published.get(twin)
         if not (isinstance(one, Tensor) and isinstance(two, Tensor) and torch.equal(one, two)):
             raise InputError(f"{name} should be the same tensor as {twin}, and is not")
-        ignored[name] = f"the same as {twin}"
+        ignored[name] = "a second name of the visual tower's weights"
     return ignored
 
 

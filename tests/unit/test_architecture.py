@@ -165,6 +165,21 @@ def test_no_dataset_name_outside_datasets() -> None:
     assert not wrong
 
 
+def test_no_backbone_name_outside_backbones() -> None:
+    """As for datasets; the scripts in embedded/ that make a backbone's weights may name it."""
+    wrong = []
+    for path in LIBRARY:
+        if room_of(module_of(path)) in ("backbones", "embedded"):
+            continue
+        allowed = _defaults(TREES[path])
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in allowed:
+                prose = any(c.isspace() for c in node.value)  # docstrings, help and examples may name one
+                if not prose and any(name in node.value for name in BACKBONES):
+                    wrong.append(f"{name_of(path)}:{node.lineno}: {node.value!r}")
+    assert not wrong
+
+
 def test_no_test_of_a_plugin_name_outside_plugins() -> None:
     """``if backbone == "…"`` or ``if dataset == "…"`` stands nowhere but where the plug-ins live."""
     wrong = []
