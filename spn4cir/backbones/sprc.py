@@ -112,8 +112,8 @@ class SPRC(Backbone):
             raise InputError("sprc needs a model, or the config of one")
         if min(rtc, align) < 0:
             raise InputError(f"rtc and align are weights of 0 or more, got {rtc} and {align}")
-        if unknown := [key for key in config or {} if key not in PARTS]:
-            raise InputError(f"config of sprc has no {unknown[0]!r}; known: {', '.join(PARTS)}")
+        if lacking := [key for key in PARTS[:2] if config is not None and key not in config]:
+            raise InputError(f"config of sprc lacks {lacking[0]!r}; it states {', '.join(PARTS)}")
         located = str(EMBEDDED) if model == "embedded" else model
         self.blip2: Any = load_library(
             Blip2ForImageTextRetrieval, located or "of that config", config, load_weights and located is not None

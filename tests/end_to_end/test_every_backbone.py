@@ -247,6 +247,24 @@ def test_a_checkpoint_of_another_backbone(refused: Call, tmp_path: Path) -> None
         assert line == f"{tmp_path / 'held'} holds a tgcir, and the backbone is blip4cir: give --backbone tgcir"
 
 
+def test_an_evaluation_of_another_backbone(refused: Call, tmp_path: Path) -> None:
+    """A checkpoint that is not of the stated backbone is not evaluated under its name."""
+    save_model(tmp_path / "start", build_backbone("tgcir"), {})
+    line = refused(EVAL, "--run", tmp_path / "start", "--backbone", "sprc")
+    assert line.endswith("holds a tgcir, not a sprc")
+
+
+def test_the_newest_run_is_that_of_any_backbone(call: Call, runs: Path) -> None:
+    """Without --backbone the newest run of the dataset is meant, whichever model it holds."""
+    for name in ("tgcir", "clip4cir"):
+        run = runs / "emoji" / name / "stage1-20260101-000000"
+        save_model(run, build_backbone(name), {})
+        (run / "result.json").write_text("{}")
+    os.utime(runs / "emoji" / "clip4cir" / "stage1-20260101-000000" / "result.json", (1, 1))
+    assert "model " in (out := call(EVAL)) and "tgcir" in out.splitlines()[0]
+    assert "clip4cir" in call(EVAL, "--backbone", "clip4cir").splitlines()[0]
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"backbone": "sprk", "options": {}}', '{"backbone": "sprc"}'])
 def test_a_damaged_note_of_a_checkpoint(refused: Call, tmp_path: Path, content: str) -> None:
     """Whatever stands where a model's name should."""

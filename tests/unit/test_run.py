@@ -89,6 +89,18 @@ def test_resume_of_the_other_stage(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_stage_is_known_before_anything_is_saved(tmp_path: Path, stage: int) -> None:
+    """A run that was killed at once is not continued as another stage; its settings say which it is."""
+    write_yaml(TrainConfig(), tmp_path / "config.yaml", f"stage {stage}")
+    resumed = TrainConfig(resume=str(tmp_path))
+    if stage == 2:
+        with pytest.raises(InputError, match=r"is a stage 2 run: resume it with recipes/stage2\.py"):
+            Run.open(resumed, 1, alone())
+    else:
+        assert Run.open(resumed, 1, alone()).folder == tmp_path
+
+
 def test_a_complete_run_is_not_resumed(tmp_path: Path) -> None:
     """It would rewrite its result."""
     (tmp_path / "result.json").write_text("{}")

@@ -15,7 +15,7 @@ from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
 from spn4cir.images import TripletBatch
 from spn4cir.objective import Objective
-from spn4cir.train import parameter_groups, train
+from spn4cir.train import load_backbone, parameter_groups, train
 
 TEXTS = ["make it red", "a blue one instead", "in green", "less of it"]
 
@@ -161,3 +161,62 @@ def test_the_loop_switches_dropout_on_where_it_is_told(  # type: ignore[no-untyp
     monkeypatch.setattr(kind, "compose", seen)
     train(configure(init=str(tmp_path / "init"), backbone=name.split()[0], dropout=dropout, epochs=2, max_steps=6), 1)
     assert modes == {"steps": {dropout and HAVE_DROPOUT[name]}, "evaluation": {False}}
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def test_a_learned_temperature_is_held_within_its_bounds(tmp_path: Path) -> None:
+    """A step beyond a bound is taken back, so that it can come back; one that is fixed is left alone."""
+    whole = objective("clip4cir", tmp_path)
+    for value, held in ((0.001, 0.005), (0.9, 0.5), (0.07, 0.07)):
+        whole.temperature.data.fill_(value)
+        whole.hold_temperature()
+        assert whole.temperature.item() == pytest.approx(held)
+        whole.zero_grad()
+        whole(batch(whole)).backward()
+        assert whole.temperature.grad is not None and whole.temperature.grad.abs() > 0
+    fixed = Objective(whole.backbone, 0.9)
+    fixed.hold_temperature()
+    assert fixed.temperature.item() == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_options_that_name_weights_yield_to_the_start(name: str, tmp_path: Path) -> None:
+    """The saved ones hold and stay recorded, and that is said; others hold."""
+    save_model(tmp_path / "start", tiny_backbone(name, tmp_path), {})
+    told: list[str] = []
+    config = TrainConfig(backbone=name, init=str(tmp_path / "start"), backbone_options={"model": "another"})
+    found = load_backbone(config, 2, told.append)
+    assert (
+        found.options["model"] != "another" and len(told) == 1 and "'another' of backbone_options does not" in told[0]
+    )
+    with pytest.raises(InputError, match="has no option 'colour'"):
+        load_backbone(TrainConfig(backbone=name, init=config.init, backbone_options={"colour": 1}), 2)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("inside", ["load_weights", "separated"])
+def test_inner_arguments_are_not_for_recipes(name: str, inside: str) -> None:
+    """One line, and no such name among the known ones."""
+    with pytest.raises(InputError, match=f"{inside} is not for a recipe to set"):
+        load_backbone(TrainConfig(backbone=name, backbone_options={inside: True}), 1)
+    with pytest.raises(InputError) as error:
+        load_backbone(TrainConfig(backbone=name, backbone_options={"colour": 1}), 1)
+    assert inside not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "options", "told"), [
+    ("sprc", {"rtc": "abc"}, "option rtc of backbone sprc cannot be 'abc'"),
+    ("sprc", {"text_length": "x"}, "cannot be 'x'"),
+    ("sprc", {"rtc": -1}, "weights of 0 or more"),
+    ("sprc", {"model": None, "config": {"qformer": {}}}, "config of sprc lacks 'vision_config'"),
+    ("tgcir", {"ckd": -2}, "0 or more"),
+    ("tgcir", {"kl": True}, "cannot be True"),
+    ("blip4cir", {"config": "abc"}, "cannot be 'abc'"),
+    ("clip4cir", {"train_clip": "yes"}, "cannot be 'yes'"),
+])  # fmt: skip
+def test_an_option_of_a_wrong_kind_is_one_line(name: str, options: dict[str, Any], told: str) -> None:
+    """Before anything is built."""
+    with pytest.raises(InputError, match=told):
+        load_backbone(TrainConfig(backbone=name, backbone_options=options), 1)
