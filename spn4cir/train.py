@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -48,10 +47,10 @@ def train(config: TrainConfig, stage: int) -> Path:
         InputError: before anything is written, if data, weights or settings do not fit.
     """
     check_backbone(config.backbone)
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # the first process may be building a bank
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[patient])
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would say nothing
+    process = PartialState(timeout=timedelta(hours=24))  # processes wait while the first one builds a bank
+    if config.mixed_precision == "fp16" and process.device.type == "cpu":  # accelerate would say nothing
         raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     torch.manual_seed(config.seed)
     run = Run.open(config, stage, accelerator)
     dataset = load_dataset(config.dataset, config.data_root)

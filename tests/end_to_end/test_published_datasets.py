@@ -194,7 +194,7 @@ def test_the_combiner_follows_a_first_stage(
 
 def test_fp16_needs_a_gpu(refused: Callable[..., str], fashioniq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate would train in float32 on a CPU and say nothing."""
-    monkeypatch.setattr(train, "PartialState", lambda: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(train, "PartialState", lambda timeout: SimpleNamespace(device=torch.device("cpu")))
     line = refused(*recipe("fashioniq", 1, fashioniq, "--mixed-precision", "fp16"))
     assert "mixed_precision fp16 needs a GPU" in line and "--mixed-precision no" in line
 
