@@ -71,7 +71,7 @@ def test_imported_weights_give_the_published_vectors(
     assert all(torch.equal(value, wanted[name]) for name, value in backbone.state_dict().items())
     told = " ".join(capsys.readouterr().out.split())
     assert f"matched {len(wanted)} missing 0 unexpected 0 of another shape 0 ignored" in told
-    assert "backbone.clip.context_length (a number beside" in told
+    assert "a number beside the weights of OpenAI's archives: backbone.clip." in told
 
 
 def test_the_scale_is_told_as_a_temperature(folder: str) -> None:

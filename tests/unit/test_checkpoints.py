@@ -405,13 +405,12 @@ def test_a_tokenizer_comes_with_the_folder(name: str, tmp_path: Path) -> None:
         load_model(tmp_path / "two")
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ["tgcir", "blip4cir", "sprc"])  # all options of the other say what its weights are
 def test_a_recipe_changes_the_options_of_its_start(name: str, headed: Path, tmp_path: Path) -> None:
     """``init`` with options that differ, equal ones, and an unknown one; the folder of another backbone."""
     start = tiny_backbone(name, tmp_path)
     save_model(tmp_path / "init", start, {})
-    option, value = {"clip4cir": ("pretrained", "openai"), "tgcir": ("ckd", 2.5), "blip4cir": ("train_vision", False),
-                     "sprc": ("align", 0.25)}[name]  # fmt: skip
+    option, value = {"tgcir": ("ckd", 2.5), "blip4cir": ("train_vision", False), "sprc": ("align", 0.25)}[name]
     options = {option: value, **{key: start.options[key] for key in list(start.options)[:1]}}
     for stage in (1, 2):
         config = TrainConfig(backbone=name, init=str(tmp_path / "init"), backbone_options=options)
