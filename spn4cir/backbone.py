@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spn4cir.errors import InputError
 from spn4cir.losses import InBatch
@@ -15,6 +17,16 @@ from spn4cir.types import Composed, ImageFeatures, Tokens
 
 PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
 """How entries begin that only continuing a training needs."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 or wider, whatever mixed precision made of it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Unit norm along the last dimension, in float32 or wider."""
+    return F.normalize(wide(x), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _open(folder: Path, parts: Mapping[str, str], rows: dict[str, int]) -> Bank 
 def _fits(bank: Bank, backbone: Backbone, pixels: Tensor) -> bool:
     """Whether the first row is what the model gives, but for rounding and the size of a batch."""
     features = backbone.encode_image(pixels.to(next(backbone.parameters()).device))
-    stored = ImageFeatures(bank.reference[[0]] if bank.reference else features.reference, bank.target[:1])
+    stored = ImageFeatures(bank.reference[[0]] if bank.reference is not None else features.reference, bank.target[:1])
     pairs = [(now.float().cpu(), then.float().cpu()) for now, then in zip(features, stored, strict=True)]
     return all(now.shape == then.shape and (now - then).norm() <= 0.01 * now.norm() for now, then in pairs)
 

@@ -59,9 +59,9 @@ def load_library(kind: type[M], model: str | Path, config: Mapping[str, Any] | N
     Raises:
         InputError: if there is no such model, or if it lacks weights or has others.
     """
+    settings = None if config else load_settings(kind.config_class, model)
     try:
-        settings: PreTrainedConfig
-        settings = kind.config_class.from_dict(dict(config)) if config else kind.config_class.from_pretrained(model)
+        settings = settings or kind.config_class.from_dict(dict(config or {}))
         if not load_weights:
             return cast(M, kind(settings).eval())
         loaded, report = kind.from_pretrained(model, config=settings, dtype=torch.float32, output_loading_info=True)

@@ -24,7 +24,9 @@ def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
         return _block_scores(query, candidates)
     if query.requires_grad and torch.is_grad_enabled() and not candidates.requires_grad:
         # a bank that is stored in half precision is widened block by block, in the backward pass once more
-        found = [checkpoint(_block_scores, query, block, use_reentrant=False) for block in blocks]
+        found = [
+            checkpoint(_block_scores, query, block, use_reentrant=False, preserve_rng_state=False) for block in blocks
+        ]
     else:
         found = [_block_scores(query, block) for block in blocks]
     return torch.cat(found, 1)

@@ -47,11 +47,7 @@ def train(config: TrainConfig, stage: int) -> Path:
         InputError: before anything is written, if data, weights or settings do not fit.
     """
     check_backbone(config.backbone)
-    process = PartialState(timeout=timedelta(hours=24))  # processes wait while the first one builds a bank
-    if config.mixed_precision == "fp16" and process.device.type == "cpu":  # accelerate would say nothing
-        raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    torch.manual_seed(config.seed)
+    accelerator = start(config)
     run = Run.open(config, stage, accelerator)
     dataset = load_dataset(config.dataset, config.data_root)
     benchmark = dataset.benchmark("val", config.protocol)
@@ -76,14 +72,14 @@ def train(config: TrainConfig, stage: int) -> Path:
     if stage == 2:
         with accelerator.main_process_first():
             bank = frozen_features(config, backbone, images, hashes).to(accelerator.device)
-        if run.main and bank.reference:
+        if run.main and bank.reference is not None:
             shown = {image_id: pixels[image_id] for image_id in judge.gallery}
             held = bank.rows.keys() >= shown.keys()  # of triplets that were put aside
             gallery = bank if held else frozen_features(config, backbone, images, shown).to(accelerator.device)
         probe = banks.Probe(backbone, images(candidates[0]))
         objective.bank = bank
     identity = banks.assign_rows({t.target: hashes[t.target] for t in triplets})
-    references = bank.references if bank and bank.reference else None
+    references = bank.references if bank and bank.reference is not None else None
     collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None, references)
     loader = DataLoader(
         TripletRows(triplets, config.seed), batch_sampler=sampler, collate_fn=collate, num_workers=config.workers
@@ -136,6 +132,15 @@ def train(config: TrainConfig, stage: int) -> Path:
         state["best"]["result"] = evaluate(best, benchmark, images, batch_size=config.eval_batch_size)
     run.finish(state, judge.name)
     return run.folder
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """Join the processes and seed this one. Raises ``InputError`` for a precision that the device does not have."""
+    state = PartialState(timeout=timedelta(hours=24))  # processes wait while the first one builds a bank
+    if config.mixed_precision == "fp16" and state.device.type == "cpu":  # accelerate would say nothing
+        raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
+    torch.manual_seed(config.seed)
+    return Accelerator(mixed_precision=config.mixed_precision)
 
 
 def schedule(config: TrainConfig, step: int, steps: int, epoch: int) -> float:

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from spn4cir.backbone import Backbone, Published
+from spn4cir.backbone import Backbone, Published, unit
 from spn4cir.blip import (
     BERT,
     load_library,
@@ -195,14 +194,14 @@ class BLIP4CIR(Backbone):
         trains = any(parameter.requires_grad for parameter in see.parameters())
         parts = [pixels] if trains else torch.split(pixels, SEEN_AT_ONCE)
         tokens = torch.cat([see(pixel_values=part).last_hidden_state for part in parts])  # (B, L, D)
-        return ImageFeatures(tokens, _unit(project(tokens[:, :1])))
+        return ImageFeatures(tokens, unit(project(tokens[:, :1])))
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, L, D) and texts → queries (B, E)."""
         hidden = self.blip.text_encoder(
             input_ids=tokens["ids"], attention_mask=tokens["mask"], encoder_hidden_states=reference
         ).last_hidden_state  # (B, T, text width)
-        return Composed(_unit(self.blip.text_proj(hidden[:, 0])))
+        return Composed(unit(self.blip.text_proj(hidden[:, 0])))
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """The vision tower and its projection."""
@@ -215,11 +214,6 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := [key for key in config if key not in known]:
         raise InputError(f"config of blip4cir has no {unknown[0]!r}; known: {', '.join(known)}")
     return architecture(config.get("vision_config"), config.get("text_config"), config.get(known[0], 256))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Unit norm along the last dimension, in float32 or wider."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def _reason(name: str, value: Any, own: bool) -> str:

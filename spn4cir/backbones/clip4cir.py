@@ -7,9 +7,8 @@ import open_clip
 import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from spn4cir.backbone import Backbone, Published
+from spn4cir.backbone import Backbone, Published, unit, wide
 from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
@@ -146,14 +145,14 @@ class CLIP4CIR(Backbone):
         """(B, 3, H, W) → reference (B, 1, E) as CLIP gives it, target (B, 1, E) of unit norm."""
         parts = [pixels] if self.options["train_clip"] else torch.split(pixels, SEEN_AT_ONCE)
         features = torch.cat([self.clip.encode_image(part) for part in parts])  # (B, E)
-        return ImageFeatures(features[:, None], F.normalize(_wide(features), dim=-1)[:, None])
+        return ImageFeatures(features[:, None], unit(features)[:, None])
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, 1, E) and texts → queries (B, E)."""
         text = self._encode_text(tokens["text"])  # (B, E)
-        image, text = _wide(reference[:, 0]), _wide(text)
-        mixed = image + text if self.combiner is None else _wide(self.combiner(image, text))
-        return Composed(F.normalize(mixed, dim=-1))
+        image, text = wide(reference[:, 0]), wide(text)
+        mixed = image + text if self.combiner is None else self.combiner(image, text)
+        return Composed(unit(mixed))
 
     def _encode_text(self, text: Tensor) -> Tensor:
         """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows.
@@ -187,8 +186,3 @@ class CLIP4CIR(Backbone):
         super().train(mode)
         nn.Module.train(self.clip, False)
         return self
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

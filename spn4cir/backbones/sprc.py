@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2ForImageTextRetrieval, PreTrainedConfig
 
-from spn4cir.backbone import Backbone, Published
+from spn4cir.backbone import Backbone, Published, unit
 from spn4cir.blip import BERT, load_library, load_tokenizer, vision_names, vision_settings
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
@@ -191,7 +191,7 @@ class SPRC(Backbone):
         states = self.blip2.qformer(
             query_embeds=queries, query_length=self.count, encoder_hidden_states=tokens
         ).last_hidden_state  # (B, K, H)
-        return ImageFeatures(tokens, _unit(self.blip2.vision_projection(states)))
+        return ImageFeatures(tokens, unit(self.blip2.vision_projection(states)))
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, L, D) and texts → queries (B, E).
@@ -223,7 +223,7 @@ class SPRC(Backbone):
         With no image all positions are text, so the length of the query is nought, which the library must be told.
         """
         hidden = reader.qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state
-        return _unit(reader.text_projection(hidden[:, place]))
+        return unit(reader.text_projection(hidden[:, place]))
 
     def extra_losses(self, composed: Composed, targets: ImageFeatures, contrast: InBatch) -> dict[str, Tensor]:
         """``rtc``, the text behind the prompt against the targets; ``align``, the mean fused state to the prompt's."""
@@ -260,11 +260,6 @@ class SPRC(Backbone):
         if self.twin is None:
             self.twin = TextTwin(self.blip2)
             self.options["separated"] = True
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Unit norm over the last dimension, in float32 or wider."""
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def _plain(settings: PreTrainedConfig) -> dict[str, Any]:

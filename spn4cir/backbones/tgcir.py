@@ -10,7 +10,7 @@ from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spn4cir.backbone import Backbone, Published
+from spn4cir.backbone import Backbone, Published, unit, wide
 from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
 from spn4cir.errors import InputError
 from spn4cir.losses import InBatch, gather
@@ -130,15 +130,15 @@ class TGCIR(Backbone):
         last = (found["image_intermediates_prefix"][0], found["image_intermediates"][0])
         x = torch.cat(last, 1)  # (B, 1 + patches, width), before the last norm
         tokens = _tokens(found["image_features"], self.image_fc(x), self.learner, self.masks)  # (B, 12, E)
-        return ImageFeatures(tokens, F.normalize(_wide(tokens).mean(1, keepdim=True), dim=-1))
+        return ImageFeatures(tokens, unit(tokens.mean(1, keepdim=True)))
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, 12, E) and texts → queries (B, E); states: both sides' tokens, and the gate (B, 12, 1)."""
-        reference, text = _wide(reference), _wide(self._encode_text(tokens["text"]))  # (B, 12, E) each
-        gate = _wide(self.gate(torch.cat([reference, text], -1)))  # (B, 12, 1)
+        reference, text = wide(reference), wide(self._encode_text(tokens["text"]))  # (B, 12, E) each
+        gate = wide(self.gate(torch.cat([reference, text], -1)))  # (B, 12, 1)
         fused = gate * reference + (1 - gate) * text  # (B, 12, E)
         states = {"reference": reference, "text": text, "gate": gate}
-        return Composed(F.normalize(fused.mean(1), dim=-1), states)
+        return Composed(unit(fused.mean(1)), states)
 
     def _encode_text(self, text: Tensor) -> Tensor:
         """(B, context) → tokens (B, 12, E). All positions are computed, as those of padding are averaged too."""
@@ -157,9 +157,9 @@ class TGCIR(Backbone):
         are sums of weighted cosines over tokens, not one cosine; those that ``kl`` learns from are cosines.
         """
         reference, text, gate = (composed.states[name] for name in ("reference", "text", "gate"))
-        target = _wide(targets.reference)  # (B, 12, E)
-        remain = _wide(self.teacher_remain(torch.cat([reference.detach(), target], -1)))  # (B, 12, 1)
-        replace = _wide(self.teacher_replace(torch.cat([text.detach(), target], -1)))  # (B, 12, 1)
+        target = wide(targets.reference)  # (B, 12, E)
+        remain = wide(self.teacher_remain(torch.cat([reference.detach(), target], -1)))  # (B, 12, 1)
+        replace = wide(self.teacher_replace(torch.cat([text.detach(), target], -1)))  # (B, 12, 1)
         query = self._flat(remain * reference.detach() + replace * text.detach())  # (B, 12·E)
         wanted = self._flat(target)  # (B, 12·E)
         distilled = F.mse_loss(gate, remain.detach()) + F.mse_loss(1 - gate, replace.detach())
@@ -205,11 +205,6 @@ class TGCIR(Backbone):
         return self
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _gate(width: int) -> nn.Sequential:
     """Two tokens side by side (…, 2·E) → how much of one is taken, (…, 1)."""
     return nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
@@ -228,7 +223,7 @@ def _tokens(pooled: Tensor, positions: Tensor, learner: nn.Module, masks: Tensor
     overall = pooled[:, None] * masks.relu()  # (B, P, E)
     weights = learner(positions).sigmoid()  # (B, T, Q)
     local = torch.einsum("bte,btq->bqe", positions, weights) / positions.shape[1]  # (B, Q, E)
-    return torch.cat([_wide(overall), _wide(local)], 1)
+    return torch.cat([wide(overall), wide(local)], 1)
 
 
 def _off_orthogonal(tokens: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def gradients(
     """The term itself, and its gradient by each parameter and each of the inputs."""
     found = torch.autograd.grad(term, [*named.values(), *leaves], retain_graph=True, materialize_grads=True)
     inputs = dict(zip(("input.reference", "input.target", "input.temperature"), found[len(named) :], strict=True))
-    return {"value": term.detach(), **rename(dict(zip(named, found, strict=False))), **inputs}
+    return {"value": term.detach(), **rename(dict(zip(named, found[: len(named)], strict=True))), **inputs}
 
 
 @pytest.mark.parametrize("term", [*TERMS, "total"])

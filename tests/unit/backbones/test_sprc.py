@@ -271,7 +271,7 @@ def test_options_are_small_and_whole(build: Callable[..., SPRC]) -> None:
     ({"config": config(use_qformer_text_input=False)}, "its Q-Former reads no text"),
     ({"tokenizer": "no/such"}, "cannot load tokenizer 'no/such'"),
     ({"config": config(vocab_size=99)}, "entries, and the model has 99"),
-    ({"model": "no/such", "config": None}, "cannot load Blip2ForImageTextRetrieval 'no/such'"),
+    ({"model": "no/such", "config": None}, "cannot load Blip2Config 'no/such'"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_one_line(build: Callable[..., SPRC], options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
