@@ -38,7 +38,7 @@ def recipe(stage: int, default: Path, text: str | None) -> None:
 
 def _own_recipe(default: Path) -> Path:
     """The recipe of the dataset and backbone that the command line names, if there is one."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dataset")
     parser.add_argument("--backbone")
     parser.add_argument("--init", type=Path)
@@ -48,7 +48,7 @@ def _own_recipe(default: Path) -> Path:
         held = read_json(note)
         given.backbone = str(held.get("backbone")) if isinstance(held, dict) else None
     name = default.name.replace(TrainConfig.dataset, given.dataset or TrainConfig.dataset)
-    path = default.with_name(name.replace(TrainConfig.backbone, given.backbone or TrainConfig.backbone))
+    path = default.parent / name.replace(TrainConfig.backbone, given.backbone or TrainConfig.backbone)
     return path if path.is_file() else default
 
 

@@ -239,6 +239,16 @@ def test_an_unknown_backbone(
     assert not runs.exists()
 
 
+@pytest.mark.parametrize(("arguments", "told"), [
+    (("--backbone", "a/b"), "unknown backbone 'a/b'"),
+    (("--dataset", "a/b"), "unknown dataset 'a/b'"),
+    (("--backbone",), "expected one argument"),
+])  # fmt: skip
+def test_a_name_that_cannot_be_one(refused: Call, arguments: tuple[str, ...], told: str) -> None:
+    """It is looked for as part of a file's name, and refused in one line all the same."""
+    assert told in refused("recipes/stage1.py", *arguments)
+
+
 def test_a_checkpoint_of_another_backbone(refused: Call, tmp_path: Path) -> None:
     """Is no start for the one that is stated."""
     save_model(tmp_path / "held", build_backbone("tgcir"), {})
