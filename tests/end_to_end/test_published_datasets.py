@@ -124,7 +124,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Triplet]:
 
 def generated_file(dataset: str, root: Path, backbone: str = "clip4cir") -> None:
     """Eight generated triplets in the published shape, where the backbone's recipe looks for them."""
-    said = yaml.safe_load((ROOT / "recipes" / f"{dataset}_{backbone}_stage2_generated.yaml").read_text())
+    paths = (ROOT / "recipes" / f"{dataset}_{backbone}_stage2{end}.yaml" for end in ("_generated", ""))
+    said = yaml.safe_load(next(path for path in paths if path.is_file()).read_text())
     if dataset == "fashioniq":
         ids = [f"BDTR{n:05d}" for n in range(14)]
         rows = [{"target": ids[n + 1], "candidate": ids[n], "captions": [f"a dress of {n} dots"]} for n in range(8)]
@@ -172,6 +173,23 @@ def test_all_recipes_run(
             assert Path(said["init"]).name.startswith("stage1-")
         assert {"R@10", "R@50", "Rmean"} <= set(found["metrics"])
         assert dataset != "cirr" or {"R@1", "R@5", "Rs@1", "Rs@2", "Rs@3"} <= set(found["metrics"])
+
+
+@pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])
+def test_zero_shot_trains_on_generated_triplets_alone(
+    call: Call, request: pytest.FixtureRequest, runs: Path, trained: list[Triplet], dataset: str
+) -> None:
+    """Both stages see no annotated triplet, and the bank holds the images of generated ones."""
+    root = request.getfixturevalue(dataset)
+    generated_file(dataset, root, "clip4cir_zeroshot")
+    for stage in (1, 2):
+        call(*recipe(dataset, stage, root, backbone="clip4cir_zeroshot"), "--batch-size", 4)
+        assert len(trained) == 8 and all(t.generated for t in trained)
+        found = result_of(runs, dataset, f"stage{stage}-*")
+        assert found["steps"] == 2 and found["protocol"] == found["selected_on"]
+    named = {i for t in trained for i in (t.reference, t.target)}
+    banks = {json.loads(path.read_text())["images"] for path in runs.glob("banks/*/bank.json")}
+    assert len(named) == 9 and 9 in banks and len(banks) == 2  # the other one is the gallery's
 
 
 @pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])

@@ -149,6 +149,16 @@ for place, numbers in (
 ):
     about = {"dataset": place.partition("/")[0], "backbone": "clip4cir", "protocol": place}
     ROWS[f"{about['dataset']}_clip4cir_combiner"] = Row(1, numbers, place, AGAIN, COMMON | COMBINER | about)
+for dataset, place in (("fashioniq", "fashioniq/original-noref"), ("cirr", "cirr/val")):
+    # CLIP ViT-L/14, the last two rows of the paper's commands: generated triplets alone, no figure in numbers
+    about = {"dataset": dataset, "backbone": "clip4cir", "protocol": place, "annotated": 0}
+    about["generated"] = GENERATED[dataset].format("zs")
+    clip = {"backbone_options": {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}}
+    for stage, own in (
+        (1, clip | {"batch_size": 48, "epochs": 10, "lr": 2e-6, "temperature": 0.01}),
+        (2, {"batch_size": 128, "epochs": 5, "lr": 2e-6, "temperature": 0.02}),
+    ):
+        ROWS[f"{dataset}_clip4cir_zeroshot_stage{stage}"] = Row(stage, {}, place, "", COMMON | own | about)
 # A further recipe of a published dataset is one more entry.
 
 
