@@ -194,7 +194,9 @@ class Run:
         if self.stage == 2:
             return f"spn4cir-eval --run {self.folder} --ablate"
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
-        return f"accelerate launch recipes/stage2.py{named_by(self.config)}{aside} --init {self.folder}"
+        same = {name: getattr(self.config, name) for name in ("annotated", "generated", "generated_share")}
+        data = "".join(f" --{name.replace('_', '-')} {value}" for name, value in same.items() if value is not None)
+        return f"accelerate launch recipes/stage2.py{named_by(self.config)}{aside} --init {self.folder}{data}"
 
 
 def named_by(config: TrainConfig) -> str:

@@ -125,7 +125,8 @@ def test_what_a_stage_says_comes_next_runs(call: Call, runs: Path, backbone: str
     first = check_run(one, 1, backbone, lr=0.02, warmup_steps=0)
     check_figures(call(EVAL, "--backbone", backbone, "--split", "val", "--json", "-"), one, first)
     named = [] if backbone == TrainConfig.backbone else ["--backbone", backbone]
-    assert following == [STAGES[2], *named, "--init", str(one)]
+    data = ["--annotated", str(settings(one)["annotated"])]  # the same triplets
+    assert following == [STAGES[2], *named, "--init", str(one), *data]
 
     following = advice(call(*following, *FEW, *FAST))
     two = only(runs, f"emoji/{backbone}/stage2-*")

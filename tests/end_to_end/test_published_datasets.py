@@ -183,10 +183,11 @@ def test_zero_shot_trains_on_generated_triplets_alone(
     root = request.getfixturevalue(dataset)
     generated_file(dataset, root, "clip4cir_zeroshot")
     for stage in (1, 2):
-        call(*recipe(dataset, stage, root, backbone="clip4cir_zeroshot"), "--batch-size", 4)
+        out, _ = call(*recipe(dataset, stage, root, backbone="clip4cir_zeroshot"), "--batch-size", 4)
         assert len(trained) == 8 and all(t.generated for t in trained)
         found = result_of(runs, dataset, f"stage{stage}-*")
         assert found["steps"] == 2 and found["protocol"] == found["selected_on"]
+        assert stage == 2 or "--annotated 0 --generated captions/" in out  # what it says comes next sees no other
     named = {i for t in trained for i in (t.reference, t.target)}
     banks = {json.loads(path.read_text())["images"] for path in runs.glob("banks/*/bank.json")}
     assert len(named) == 9 and 9 in banks and len(banks) == 2  # the other one is the gallery's
