@@ -160,7 +160,7 @@ def test_the_script_itself(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
     run = only(tmp_path / "runs", "emoji/sprc/stage1-*")
     check_run(run, 1, "sprc")
-    assert advice(told.stdout) == [STAGES[2], "--backbone", "sprc", "--init", str(run)]
+    assert advice(told.stdout) == [STAGES[2], "--backbone", "sprc", "--init", str(run), "--annotated", "64"]
 
 
 # --- which recipe ----------------------------------------------------------------------------------------------------
