@@ -2,10 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_gen.processes import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import write_text
 
@@ -38,6 +40,96 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     """All rows or none; a note of what made the file before goes first, so that it never speaks for these rows."""
     path.with_suffix(".done.json").unlink(missing_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class Journal:
+    """Blocks of rows as they get ready, in files that survive a kill: a block is whole, or it is done again.
+
+    Each process appends to a file of its own, one line a block, and knows the blocks of all files that are there. Only
+    places in files are held in memory, not rows.
+
+    Args:
+        out: the file that the blocks will make up; the journal lies beside it.
+        made_by: digest of settings and inputs; journals of another one are not touched.
+        processes: who writes.
+
+    Raises:
+        InputError: where a file cannot be written; what was written before stays.
+    """
+
+    def __init__(self, out: Path, made_by: str, processes: Processes):
+        self._pattern = f"{out.stem}.{made_by}.*.partial.jsonl"
+        self._folder, self._places = out.parent, dict[int, tuple[Path, int]]()
+        own = out.with_name(self._pattern.replace("*", str(processes.index)))
+        cut_torn(own)
+        processes.wait()  # nobody reads what another one still cuts
+        for path in sorted(out.parent.glob(self._pattern)):
+            self._scan(path)
+        self.path = own
+        try:
+            self._file = own.open("ab", buffering=0)
+        except OSError as error:
+            raise InputError(f"{own} cannot be written: {error.strerror}") from None
+        processes.wait()  # nobody writes what another one still scans
+
+    def _scan(self, path: Path) -> None:
+        place = 0
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    block = json.loads(line)["block"] if line.endswith(b"\n") else None
+                except (ValueError, KeyError, TypeError):
+                    block = None
+                if isinstance(block, int):
+                    self._places[block] = (path, place)
+                place += len(line)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._places
+
+    def add(self, block: int, rows: Sequence[Row]) -> None:
+        """Append a block; it is on its way to the disk when this returns."""
+        place = self._file.seek(0, os.SEEK_END)
+        line = json.dumps({"block": block, "rows": list(rows)}, ensure_ascii=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError as error:
+            self._file.truncate(place)
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror}; what is in it stays, and the same command goes on "
+                "from there"
+            ) from None
+        self._places[block] = (self.path, place)
+
+    def close(self) -> None:
+        """Close this process's file."""
+        self._file.close()
+
+    def rows(self) -> Iterator[Row]:
+        """All rows by block, those of other processes included: call it on a journal opened after they closed theirs."""
+        for block in sorted(self._places):
+            path, place = self._places[block]
+            with path.open("rb") as file:
+                file.seek(place)
+                yield from json.loads(file.readline())["rows"]
+
+    def remove(self) -> None:
+        """Remove all files of this journal: their rows are elsewhere now."""
+        self.close()
+        for path in self._folder.glob(self._pattern):
+            path.unlink(missing_ok=True)
+
+
+def cut_torn(path: Path) -> None:
+    """Cut off what follows the last newline of a file, if it is there."""
+    if path.is_file():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
 
 
 class Appender:

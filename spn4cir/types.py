@@ -175,6 +175,14 @@ class Dataset(ABC):
         """What to show a person for an image."""
         return image_id
 
+    def category(self, image_id: str) -> str:
+        """What kind of thing an image shows, where the files say so; else empty."""
+        return ""
+
+    def caption(self, image_id: str) -> str:
+        """A description of an image that came with it; else empty."""
+        return ""
+
     def file(self, name: str) -> Path:
         """A file that a person names: as it stands, or below the dataset's folder."""
         path = Path(name)

@@ -71,6 +71,15 @@ class FashionIQ(Dataset):
         listed = [i for category in CATEGORIES for i in self._listed(category, "train")]
         return list(dict.fromkeys([*self._named(), *listed]))
 
+    def category(self, image_id: str) -> str:
+        """Dress, shirt or toptee; of an image that is listed under several, the last."""
+        return self._categories.get(image_id, "")
+
+    @cached_property
+    def _categories(self) -> dict[str, str]:
+        named = {i: c for c in CATEGORIES for row in self._rows(c, "train") for i in row[:2]}
+        return named | {i: c for c in CATEGORIES for i in self._listed(c, "train")}
+
     def triplets(self) -> list[Triplet]:
         """Dress, shirt, toptee in file order; the text is one of both captions in either order, or one alone."""
         rows = [row for category in CATEGORIES for row in self._rows(category, "train")]

@@ -55,6 +55,14 @@ class Skipping(Dataset):
         """What to show a person for an image."""
         return self.whole.label(image_id)
 
+    def category(self, image_id: str) -> str:
+        """What kind of thing an image shows."""
+        return self.whole.category(image_id)
+
+    def caption(self, image_id: str) -> str:
+        """A description that came with an image."""
+        return self.whole.caption(image_id)
+
     def training_images(self) -> list[str]:
         """Without skipped ones."""
         return [i for i in self.whole.training_images() if i not in self.skipped]

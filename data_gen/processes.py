@@ -1,0 +1,34 @@
+"""Several processes that share the work of a step: which am I, how many are we, and waiting for each other."""
+
+import os
+
+
+class Processes:
+    """The processes of ``torchrun`` or ``accelerate launch``; one, without either.
+
+    Attributes:
+        index: of this process, from 0.
+        count: of all.
+    """
+
+    def __init__(self) -> None:
+        self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            state = PartialState()
+            assert state.num_processes == self.count, f"{state.num_processes} processes found, {self.count} expected"
+            state.wait_for_everyone()
+
+    def say(self, text: str) -> None:
+        """Print a line once."""
+        if self.first:
+            print(text, flush=True)
