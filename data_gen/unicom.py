@@ -61,15 +61,9 @@ SIZES = {
     "ViT-L/14@336px": Size(336, 14, 1024, 24, 16, 768),
 }
 PUBLISHED = {
-    "ViT-B/32": Weights(
-        "FP16-ViT-B-32.pt", "b32", "f9d5696a9b58dbbbefee2d31615ca59084f2895a0fdd2ca4c235e0f9b2793f7a"
-    ),
-    "ViT-B/16": Weights(
-        "FP16-ViT-B-16.pt", "b16", "c04f324f7c3b4435667236ec6c0eca1cd62f9d64fbfc2d06f8e8e60e6497edef"
-    ),
-    "ViT-L/14": Weights(
-        "FP16-ViT-L-14.pt", "l14", "ff3ab62ff782876460099e6e0ee17b73a7c01109de2fffd595f16f4129404bbd"
-    ),
+    "ViT-B/32": Weights("FP16-ViT-B-32.pt", "b32", "f9d5696a9b58dbbbefee2d31615ca59084f2895a0fdd2ca4c235e0f9b2793f7a"),
+    "ViT-B/16": Weights("FP16-ViT-B-16.pt", "b16", "c04f324f7c3b4435667236ec6c0eca1cd62f9d64fbfc2d06f8e8e60e6497edef"),
+    "ViT-L/14": Weights("FP16-ViT-L-14.pt", "l14", "ff3ab62ff782876460099e6e0ee17b73a7c01109de2fffd595f16f4129404bbd"),
     "ViT-L/14@336px": Weights(
         "FP16-ViT-L-14-336px.pt", "l14_336px", "3916ab5aed3b522fc90345be8b4457fe5dad60801ad2af5a6871c0c096e8d7ea"
     ),
