@@ -44,5 +44,15 @@ def canonical_images(config: GenerateConfig) -> list[str]:
     return list(dict.fromkeys(row["canonical"] for row in read_jsonl(config.file("images.jsonl"))))
 
 
+def reference_images(config: GenerateConfig, dataset: Dataset) -> list[str]:
+    """Canonical images that act as references, in the dataset's order."""
+    ids = canonical_images(config)
+    if config.references == "all":
+        return ids
+    canonical = {row["image_id"]: row["canonical"] for row in read_jsonl(config.file("images.jsonl"))}
+    acting = {canonical.get(t.reference) for t in dataset.triplets()}
+    return [i for i in ids if i in acting]
+
+
 if __name__ == "__main__":
     command(deduplicate, __doc__)
