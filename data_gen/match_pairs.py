@@ -187,7 +187,7 @@ def pools_of(config: GenerateConfig, dataset: Dataset) -> list[Pool]:
             raise InputError(f"{place}: one image alone cannot be paired")
         window = ranks_of(config, others)
         if window and window[1] > others + 1:
-            raise InputError(f"window {list(window)} reaches beyond the {others} other images of {place}")
+            raise InputError(f"window [{window[0]}, {window[1]}) reaches beyond the {others} other images of {place}")
         pools.append(Pool(category, tuple(members), window))
     return pools
 

@@ -22,6 +22,7 @@ ROWS = 256  # references compared with all others at once: (ROWS, N) scores are 
 # A float32 dot product of E terms of unit vectors errs by about √E · 2⁻²⁴, and by more than λ times that with a probability
 # below 2 exp(-λ²/2), here 3e-14 (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019, theorem 3.1)
 ERRORS = 8
+PAIRS = 2**15  # images that are compared in float64 at once
 HALVINGS = 18  # of the range of scores, where a rank is bracketed by counting
 
 
@@ -154,11 +155,18 @@ class Window:
         self, scores: "Tensor", positions: Sequence[int], low: "Tensor", high: "Tensor"
     ) -> list[tuple[int, Array, Array]]:
         """For each row how many are surely above a range of scores, and those that may be in it as ``_sorted`` gives."""
+        import torch
+
         high, low = (high + self.slack)[:, None], (low - self.slack)[:, None]
         above = (scores > high).sum(1).tolist()
-        row, column = (index.cpu().numpy() for index in ((scores >= low) & (scores <= high)).nonzero(as_tuple=True))
-        split = np.split(column, np.searchsorted(row, np.arange(1, len(positions))))
-        return [(a, *self._sorted(p, near)) for a, p, near in zip(above, positions, split, strict=True)]
+        row, column = ((scores >= low) & (scores <= high)).nonzero(as_tuple=True)  # (n,) each
+        image = torch.as_tensor(positions, device=scores.device)[row]
+        parts = zip(image.split(PAIRS), column.split(PAIRS), strict=True)
+        exact = torch.cat([(self._all[one].double() * self._all[other]).sum(-1) for one, other in parts])  # (n,)
+        where, others, values = (part.cpu().numpy() for part in (row, column, exact))
+        order = np.lexsort((others, -values, where))
+        cuts = np.searchsorted(where, np.arange(1, len(positions)))
+        return list(zip(above, np.split(others[order], cuts), np.split(values[order], cuts), strict=True))
 
 
 def _at(scores: Array, ranks: list[int]) -> Array:
