@@ -66,7 +66,8 @@ class Matcher:
 def identify(name: str) -> dict[str, Any]:
     """What decides a matcher's vectors: kind, model, and the digest of its weights where they are local.
 
-    Quick beside loading it: files are read, no model is built. A model of a hub stands for itself by its name.
+    Quick beside loading it: files are read, no model is built. A model of a hub stands for itself by its name, a local
+    one by its content, so that it may be moved.
 
     Raises:
         InputError: if there is no such kind of matcher, or what it names locally is missing.
@@ -76,12 +77,13 @@ def identify(name: str) -> dict[str, Any]:
         return {"kind": kind, "model": kind, "weights": content_digest(EMBEDDED)}
     if kind == "unicom":
         return _identify_unicom(model)
-    folder = _local(kind, model)
     if kind == "run":
-        weights = content_digest(*(Path(model) / file for file in ("model.json", "model.safetensors")))
-    else:
-        weights = content_digest(folder) if folder else None
-    return {"kind": kind, "model": model, "weights": weights}
+        files = [Path(model) / file for file in ("model.json", "model.safetensors")]
+        return {"kind": kind, "model": "a folder", "weights": content_digest(*files)}
+    local = _local(kind, model)
+    if local is not None:
+        model = model.partition(":")[0] if local.is_file() else "a folder"
+    return {"kind": kind, "model": model, "weights": content_digest(local) if local else None}
 
 
 def load_matcher(name: str) -> Matcher:
@@ -127,30 +129,42 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _local(kind: str, model: str) -> Path | None:
-    """The folder or file that a model's name stands for, if it is one."""
+    """The folder or file that a model's name stands for or ends with, if it does."""
     path = Path(model.removeprefix("local-dir:"))
-    if model.startswith("local-dir:") and not path.is_dir():
-        raise InputError(f"matcher {kind}:{model}: there is no folder {path}")
     if kind == "open_clip" and not model.startswith("local-dir:"):  # MODEL:FILE
-        tag = Path(model.partition(":")[2])
-        return tag if tag.is_file() else None
+        file = Path(model.partition(":")[2])
+        return file if file.is_file() else None
+    if not path.is_dir() and model.startswith(("local-dir:", "/", ".", "~")):
+        raise InputError(f"matcher {kind}:{model}: there is no folder {path}")
     return path if path.is_dir() else None
 
 
 def _identify_unicom(model: str) -> dict[str, Any]:
     from data_gen.unicom import PUBLISHED, check_weights, known_size
 
-    if Path(model).suffix in WEIGHTS or Path(model).exists():
-        return {"kind": "unicom", "model": Path(model).name, "weights": check_weights(Path(model))}
-    size = known_size(model)
-    return {"kind": "unicom", "model": size, "weights": PUBLISHED[size].sha256}
+    if not is_file_of_unicom(model):
+        return {"kind": "unicom", "model": known_size(model), "weights": PUBLISHED[known_size(model)].sha256}
+    found = check_weights(Path(model))
+    return {"kind": "unicom", "model": {w.sha256: size for size, w in PUBLISHED.items()}.get(found), "weights": found}
 
 
-def _failed(kind: str, model: str, error: Exception, url: str = "") -> InputError:
+def is_file_of_unicom(model: str) -> bool:
+    """Whether what stands behind ``unicom:`` is a file rather than a size."""
+    from data_gen.unicom import SIZES
+
+    return model not in SIZES and (Path(model).suffix in WEIGHTS or Path(model).exists())
+
+
+def _failed(kind: str, model: str, error: Exception, advice: str) -> InputError:
     """One line for whatever a library raises."""
     said = " ".join(str(error).split())[:250]
-    where = f" (where there is no network, get {url} and give its folder)" if url else ""
-    return InputError(f"matcher {kind}:{model} cannot be loaded{where}: {said or type(error).__name__}")
+    return InputError(f"matcher {kind}:{model} cannot be loaded{advice}: {said or type(error).__name__}")
+
+
+def _download(kind: str, hub: str, then: str = "") -> str:
+    """Advice for who has no network."""
+    then = then or f"give its folder, as {kind}:FOLDER"
+    return f" (where there is no network: get https://huggingface.co/{hub} and {then})" if hub else ""
 
 
 def _embedded(model: str, made_by: dict[str, Any]) -> Matcher:
@@ -182,9 +196,10 @@ def _unicom(model: str, made_by: dict[str, Any]) -> Matcher:
     from spn4cir.backbone import unit
     from spn4cir.images import Transform
 
-    published = made_by["model"] in SIZES
-    path = find_weights(model) if published else Path(model)
-    network = load_unicom(path, SIZES[made_by["model"]] if published else None)
+    if is_file_of_unicom(model):
+        network = load_unicom(Path(model))
+    else:
+        network = load_unicom(find_weights(model), SIZES[made_by["model"]])
     transform = Transform(network.size.image, pad_ratio=None)  # resized, cropped and normalised as CLIP's images are
     return Matcher(network, transform, lambda pixels: unit(network(pixels)), made_by, "the projection of all patches")
 
@@ -195,15 +210,23 @@ def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
     from spn4cir.backbone import unit
     from spn4cir.clip import load_clip
 
-    name, tag = (model, None) if model.startswith(("local-dir:", "hf-hub:")) else _tagged(model)
-    clip, _, _ = load_clip(name, tag, load_weights=True, pad_ratio=None)
+    schema, _, hub = model.partition(":")
+    name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)
+    advice = _download("open_clip", hub if schema == "hf-hub" else "", "give its folder, as open_clip:local-dir:FOLDER")
+    if tag:
+        known = open_clip.get_pretrained_cfg(name, tag)
+        advice = _download("open_clip", known.get("hf_hub", "").strip("/"), f"give its file, as open_clip:{name}:FILE")
+    try:
+        clip, _, _ = load_clip(name, tag, load_weights=True, pad_ratio=None)
+    except InputError as error:  # its advice is for the command line of training
+        raise _failed("open_clip", model, ValueError(str(error).rpartition("): ")[2]), advice) from None
     prepare = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
     transform = open_clip.transform.image_transform_v2(prepare, is_train=False)
     return Matcher(clip, transform, lambda pixels: unit(clip.encode_image(pixels)), made_by, "the image embedding")
 
 
 def _tagged(model: str) -> tuple[str, str]:
-    """Model and tag of open_clip."""
+    """Model and tag of open_clip, with the activation that the weights of that tag were trained with."""
     import open_clip
 
     name, _, tag = model.partition(":")
@@ -211,8 +234,12 @@ def _tagged(model: str) -> tuple[str, str]:
         raise InputError(f"open_clip has no model {name!r}; {_close(name, open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags and not Path(tag).is_file():
-        known = f"known: {', '.join(tags)}, or a file of weights" if tags else "and there are none but in files"
+        known = f"known: {', '.join(tags[:8])}{' …' * (len(tags) > 8)} or a file" if tags else "there are but files"
         raise InputError(f"open_clip:{name} needs a tag of pretrained weights behind a colon, got {tag!r}; {known}")
+    trained = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+    if tag in tags and trained != open_clip.get_model_config(name).get("quick_gelu", False):
+        other = f"{name}-quickgelu" if trained else name.removesuffix("-quickgelu")
+        raise InputError(f"{tag} of open_clip's {name} has another activation: the matcher is open_clip:{other}:{tag}")
     return name, tag
 
 
@@ -231,12 +258,13 @@ def _timm(model: str, made_by: dict[str, Any]) -> Matcher:
     if ":" not in name and not timm.is_model(name):
         raise InputError(f"timm has no model {model!r}; {_close(model, timm.list_models(pretrained=True))}")
     config = timm.get_pretrained_cfg(name) if ":" not in name else None
-    hub = (config and config.hf_hub_id) or ""
+    hub = name.removeprefix("hf-hub:") if config is None else config.hf_hub_id or ""
+    data: Any = timm.data  # without types
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
-        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
+        transform = data.create_transform(**data.resolve_model_data_config(network), is_training=False)
     except (RuntimeError, ValueError, OSError, KeyError, AttributeError) as error:
-        raise _failed("timm", model, error, f"huggingface.co/{hub}" * bool(hub)) from None
+        raise _failed("timm", model, error, _download("timm", "" if Path(model).is_dir() else hub)) from None
     return Matcher(network, transform, lambda pixels: unit(network(pixels)), made_by, "the pooled features")
 
 
@@ -250,7 +278,8 @@ def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
         processor = AutoImageProcessor.from_pretrained(model)
         network, about = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
-        raise _failed("transformers", model, error, f"huggingface.co/{model}" * (not Path(model).exists())) from None
+        advice = _download("transformers", "" if Path(model).is_dir() else model)
+        raise _failed("transformers", model, error, advice) from None
     lost = [name for name in about["missing_keys"] if "pooler" not in name]
     if lost:
         raise InputError(f"transformers:{model} lacks {len(lost)} weights of its model, such as {lost[0]}")

@@ -12,15 +12,7 @@ from spn4cir.errors import InputError, run_command
 from spn4cir.types import Dataset
 
 PRESETS = Path(__file__).parent.parent / "recipes"
-POSITIVE = (
-    "words",
-    "max_new_tokens",
-    "caption_batch_size",
-    "match_batch_size",
-    "pairs_per_image",
-    "requests",
-    "timeout",
-)
+POSITIVE = ("words", "max_new_tokens", "caption_batch_size", "match_batch_size", "pairs_per_image", "requests", "timeout")
 
 
 @dataclass
