@@ -26,9 +26,9 @@ from data_gen.settings import GenerateConfig
 from spn4cir.files import write_text as write_file
 from spn4cir.types import Dataset
 
-COUNT, SIDE, MIDDLE, GAP = 20, 160, 250, 14
+COUNT, SIDE, MIDDLE, GAP, PAD = 20, 160, 250, 14, 10
 TEXT, SMALL = 18, 13
-WIDTH = 2 * SIDE + MIDDLE + 4 * GAP  # of a cell
+WIDTH = 2 * (SIDE + GAP + PAD) + MIDDLE  # of a cell
 
 
 def write_sheet(config: GenerateConfig, dataset: Dataset) -> None:
@@ -73,18 +73,18 @@ def about(row: Row) -> str:
 def draw_sheet(title: str, shown: list[tuple[Row, Image.Image, Image.Image]]) -> Image.Image:
     """Two columns of triplets: reference, text, target, and the captions of both pictures below them."""
     cells = [_cell(*one) for one in shown]
+    top = 2 * GAP + line_height(24)
     lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
-    top = 3 * GAP + line_height(24)
-    height = top + sum(max(cell.height for cell in line) + GAP for line in lines) + GAP
-    canvas = Image.new("RGB", (2 * WIDTH + 3 * GAP, height), "white")
+    tall = [max(cell.height for cell in line) for line in lines]
+    canvas = Image.new("RGB", (2 * WIDTH + 3 * GAP, top + sum(tall) + GAP * (len(tall) + 1)), "white")
     write_lines(canvas, (GAP, GAP), [title], 24)
     y = top
-    for line in lines:
+    for line, height in zip(lines, tall, strict=True):
         for column, cell in enumerate(line):
-            canvas.paste(cell, (GAP + column * (WIDTH + GAP), y))
-        tall = max(cell.height for cell in line)
-        y += tall + GAP
-        ImageDraw.Draw(canvas).line((GAP, y - GAP // 2, canvas.width - GAP, y - GAP // 2), fill=LINE)
+            x = GAP + column * (WIDTH + GAP)
+            canvas.paste(cell, (x, y))
+            ImageDraw.Draw(canvas).rectangle((x, y, x + WIDTH - 1, y + height - 1), outline=LINE)
+        y += height + GAP
     return canvas
 
 
@@ -93,12 +93,12 @@ def _cell(row: Row, reference: Image.Image, target: Image.Image) -> Image.Image:
     text, told = wrap(row["modification"], TEXT, MIDDLE), wrap(about(row), SMALL, MIDDLE)
     height = SIDE + 4 + max(map(len, captions)) * line_height(SMALL)
     middle = len(text) * line_height(TEXT) + 6 + len(told) * line_height(SMALL)
-    canvas = Image.new("RGB", (WIDTH, max(height, middle)), "white")
-    for picture, lines, x in zip((reference, target), captions, (0, SIDE + MIDDLE + 2 * GAP), strict=True):
-        paste_centred(canvas, picture, (x, 0), SIDE)
-        write_lines(canvas, (x, SIDE + 4), lines, SMALL, GREY)
-    y = write_lines(canvas, (SIDE + GAP, max(0, (SIDE - middle) // 2)), text, TEXT)
-    write_lines(canvas, (SIDE + GAP, y + 6), told, SMALL, GREY)
+    canvas = Image.new("RGB", (WIDTH, max(height, middle) + 2 * PAD), "white")
+    for picture, lines, x in zip((reference, target), captions, (PAD, WIDTH - PAD - SIDE), strict=True):
+        paste_centred(canvas, picture, (x, PAD), SIDE)
+        write_lines(canvas, (x, PAD + SIDE + 4), lines, SMALL, GREY)
+    y = write_lines(canvas, (PAD + SIDE + GAP, PAD + max(0, (SIDE - middle) // 2)), text, TEXT)
+    write_lines(canvas, (PAD + SIDE + GAP, y + 6), told, SMALL, GREY)
     return canvas
 
 

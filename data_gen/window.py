@@ -15,7 +15,7 @@ from spn4cir.types import Dataset
 
 PLACES = {"lowest ranks": 0.0, "a quarter up": 0.25, "the middle": 0.5, "three quarters up": 0.75, "highest ranks": 1.0}
 EACH, SIDE, GAP = 4, 110, 14
-LEFT, PLOT_HEIGHT = 130, 200
+LEFT, PLOT_HEIGHT = 145, 200
 WIDTH = LEFT + EACH * (2 * SIDE + 2 * GAP) + GAP
 BINS = 40
 
