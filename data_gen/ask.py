@@ -165,7 +165,9 @@ class _Work:
         self.held: list[tuple[int, list[Reply]]] = []
         self.failed = 0
 
-    def run(self, blocks: Mapping[int, Sequence[Question]], answer: Callable[[Sequence[Question]], list[Reply]]) -> None:
+    def run(
+        self, blocks: Mapping[int, Sequence[Question]], answer: Callable[[Sequence[Question]], list[Reply]]
+    ) -> None:
         """Answer and commit all blocks; if one cannot be, those that are under way first."""
         numbers, waiting = iter(blocks), dict[Future[list[Reply]], int]()
         bar = tqdm(total=sum(map(len, blocks.values())), desc="ask", unit="question", disable=not blocks)
