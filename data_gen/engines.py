@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_gen.ask import Answer, Engine, Question, Try
 from data_gen.files import digest, weights_digest
+from data_gen.processes import on_cpu
 from data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 
@@ -184,7 +185,7 @@ def own_device() -> str:
     """The device of this process: one of CUDA for each of a machine's processes; or the CPU."""
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available():
+    if on_cpu():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 

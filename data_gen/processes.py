@@ -27,7 +27,7 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            state = PartialState(timeout=PATIENCE)
+            state = PartialState(cpu=on_cpu(), timeout=PATIENCE)  # it does not read ACCELERATE_USE_CPU itself
             assert state.num_processes == self.count, f"{state.num_processes} processes found, {self.count} expected"
             state.wait_for_everyone()
 
@@ -35,3 +35,10 @@ class Processes:
         """Print a line once."""
         if self.first:
             print(text, flush=True)
+
+
+def on_cpu() -> bool:
+    """Whether models run on the CPU: there is no CUDA device, or ACCELERATE_USE_CPU wants none."""
+    import torch
+
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
