@@ -20,26 +20,49 @@ def read_jsonl(path: Path) -> list[Row]:
     Raises:
         InputError: if the file is missing, or another line is no JSON object.
     """
+    return list(stream_jsonl(path))
+
+
+def stream_jsonl(path: Path) -> Iterator[Row]:
+    """Rows of a file one by one, for files that would fill the memory; otherwise as ``read_jsonl``."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        file = path.open("rb")
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run the step before this one") from None
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn, or nothing
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected an object")
-        rows.append(row)
-    return rows
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: expected an object")
+            yield row
+
+
+def count_lines(path: Path) -> int:
+    """How many lines a file holds; none if it is not there."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """All rows or none; a note of what made the file before goes first, so that it never speaks for these rows."""
+    """All rows or none, one by one; a note of what made the file before goes first, so that it never speaks for these."""
     path.with_suffix(".done.json").unlink(missing_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 class Journal:
@@ -160,7 +183,9 @@ def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
     for path in inputs:
         if not path.is_file():
             raise InputError(f"{path} is missing: run the step before this one")
-        total.update(path.read_bytes())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                total.update(part)
     return total.hexdigest()[:16]
 
 
