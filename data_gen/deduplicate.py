@@ -54,12 +54,14 @@ def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     if not canonical:
         first = failed[0]
         raise InputError(
-            f"{dataset.name}: none of {len(ids)} images can be used; {paths[first['image_id']]} {first['reason']}{listed}"
+            f"{dataset.name}: none of {len(ids)} images can be used, such as {paths[first['image_id']]}, which "
+            f"{first['reason']}{listed}"
         )
     if unique < 2:
         only = f"{len(canonical)} images are" if len(canonical) > 1 else "1 image is"
         raise InputError(f"{dataset.name}: {only} left, of 1 picture, which cannot be paired with another{listed}")
-    write_jsonl(out, ({"image_id": i, "pixels": inspected[i].pixels, "canonical": first} for i, first in canonical.items()))
+    rows = ({"image_id": i, "pixels": inspected[i].pixels, "canonical": first} for i, first in canonical.items())
+    write_jsonl(out, rows)
     mark_done(out, made_by, images=len(canonical), unique=unique, failed=len(failed))
     left_out = f", {len(failed)} left out{listed}" if failed else ""
     print(f"deduplicate: {len(canonical)} images, {unique} unique{left_out} → {out}")

@@ -182,11 +182,13 @@ def _of_folder(root: Path) -> Contents:
     if found.unsafe:
         contents.notes.append(
             f"{len(found.unsafe)} pictures are left out since their names hold control characters, backslashes or no "
-            f"Unicode, such as {ascii(found.unsafe[0])}"
+            f"Unicode, such as {found.unsafe[0]!a}"
         )
     path = find_table(root, "captions")
     if path:
-        columns = read_table(path, {"image": (*ROLES["image"], *ROLES["id"]), "caption": ROLES["caption"]}, ROLES)
+        columns = read_table(
+            path, {"image": (*ROLES["image"], *ROLES["id"]), "caption": ROLES["caption"]}, ("image", "caption")
+        )
         given = zip(columns["image"], columns["caption"], strict=True)
         captions = {image_id.removeprefix("./"): _one_line(text) for image_id, text in given}
         contents.captions = {i: text for i, text in captions.items() if i in contents.paths}
@@ -203,7 +205,7 @@ def _of_table(path: Path) -> Contents:
     contents = Contents({})
     for row, (image_id, place) in enumerate(zip(ids, inner, strict=True), 1):
         if not safe_name(image_id):
-            raise _wrong(path, row, "image_id", f"{ascii(image_id):.60} is empty or holds control characters")
+            raise _wrong(path, row, "image_id", f"{image_id!a:.60} is empty or holds control characters")
         if image_id in contents.paths:
             raise _wrong(path, row, "image_id", f"{short(image_id)} occurs twice")
         contents.paths[image_id] = place
@@ -228,7 +230,7 @@ def _inner(path: Path, row: int, value: str) -> object:
     except InputError:
         inner = None
     if inner is None or not safe_name(str(inner)):
-        told = f"{ascii(value):.60} is no path below {path.parent}, relative to it and without control characters"
+        told = f"{value!a:.60} is no path below {path.parent}, relative to it and without control characters"
         raise _wrong(path, row, "image", told)
     return inner
 

@@ -9,7 +9,7 @@ from spn4cir.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 OWN = "images.cache.jsonl"
-"""A folder that holds this file holds what data generation wrote, its picture sheet included: no pictures of anybody."""
+"""A folder that holds this file holds what data generation wrote, a picture sheet included: it is no catalogue's."""
 
 # Names go into JSON, HTML, logs and shells: no control characters, no line separators, no marks that turn the direction
 # of text, no backslash (a separator elsewhere), nothing that is no Unicode (a name that cannot be written down again).
@@ -65,7 +65,7 @@ def walk(root: Path) -> Pictures:
 
 
 def _below(path: str, real: str) -> bool:
-    return os.path.realpath(path).startswith(os.path.join(real, ""))
+    return os.path.realpath(path).startswith(real.rstrip(os.sep) + os.sep)
 
 
 def stray_links(root: Path, inner: set[str]) -> set[str]:
@@ -78,7 +78,7 @@ def stray_links(root: Path, inner: set[str]) -> set[str]:
         place = root / folder
         if not place.is_dir():
             continue  # its pictures are missing, which is said of each
-        if not _below(os.path.join(os.path.realpath(place), "x"), real):
+        if not _below(f"{os.path.realpath(place)}/x", real):
             stray.add(folder)
             continue
         with os.scandir(place) as listing:
