@@ -70,6 +70,17 @@ def caption(config: GenerateConfig, dataset: Dataset) -> None:
         plan.unlink(missing_ok=True)
 
 
+def look_ahead(config: GenerateConfig, dataset: Dataset) -> None:
+    """Raise ``InputError`` for a prompt or a model that cannot work, before hours of other steps.
+
+    Nothing is looked for where captions are there already.
+    """
+    read_prompt(config)
+    there = config.captions or config.file("captions.jsonl").is_file()
+    if not there and not all(tidy(dataset.caption(i)) for i in dataset.training_images()):
+        engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens).look()
+
+
 def wanted_images(config: GenerateConfig) -> list[str]:
     """Images to caption, in the dataset's order: all unique ones, or those of them that occur in a pair.
 
