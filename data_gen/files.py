@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,13 @@ class Journal:
         self._file.close()
 
     def rows(self) -> Iterator[Row]:
-        """All rows by block, those of other processes included: call it on a journal opened after they closed theirs."""
-        for block in sorted(self._places):
-            path, place = self._places[block]
-            with path.open("rb") as file:
-                file.seek(place)
-                yield from json.loads(file.readline())["rows"]
+        """All rows by block, of other processes too if the journal was opened after they closed theirs."""
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in self._places.values()}}
+            for block in sorted(self._places):
+                path, place = self._places[block]
+                files[path].seek(place)
+                yield from json.loads(files[path].readline())["rows"]
 
     def remove(self) -> None:
         """Remove all files of this journal: their rows are elsewhere now."""
@@ -153,28 +155,6 @@ def cut_torn(path: Path) -> None:
         if whole < len(content):
             with path.open("r+b") as file:
                 file.truncate(whole)
-
-
-class Appender:
-    """Append-only rows that survive a kill: what is torn at the end is cut off when the file is opened again."""
-
-    def __init__(self, path: Path):
-        if path.is_file():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                with path.open("r+b") as file:
-                    file.truncate(whole)
-        self._file = path.open("a", encoding="utf-8")
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Write rows as one block and flush them."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
