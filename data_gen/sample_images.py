@@ -88,7 +88,7 @@ def sample_images(config: SampleConfig) -> None:
     _write_table(table, taken)
     (out / "sample.jsonl").unlink(missing_ok=True)
     (out / "sample.done.json").unlink(missing_ok=True)
-    mark_done(table, made_by, images=len(taken), candidates=total, broken=broken, **asdict(config))
+    mark_done(table, made_by, **asdict(config), taken=len(taken), candidates=total, broken=broken)
     fewer = f", all there are of the {config.images} asked for" if len(taken) < config.images else ""
     print(f"sample: {len(taken)} of {total} images{fewer}, {broken} broken ones passed over → {table}")
     print(f"next: python data_gen/make_triplets.py --dataset {Catalogue.name} --data-root {out}")

@@ -86,9 +86,7 @@ def test_links(folder: Path, tmp_path: Path) -> None:
     (folder / "dangling.png").symlink_to(folder / "nothing.png")
     dataset = Catalogue(str(folder))
     assert dataset.training_images() == sorted([*IDS, "inner.png"])
-    assert dataset.notes() == [
-        f"catalogue: 2 links to folders, or out of {folder}, are not followed, such as 'loop'"
-    ]
+    assert dataset.notes() == [f"catalogue: 2 links to folders, or out of {folder}, are not followed, such as 'loop'"]
 
 
 @pytest.mark.parametrize("name", [
@@ -103,7 +101,9 @@ def test_names_that_are_refused(folder: Path, name: bytes) -> None:
     assert "1 pictures are left out" in note and note.isprintable() and note.isascii()
 
 
-@pytest.mark.parametrize("name", ['<img src="x" onerror=alert(1)>.png', "a'b & c.png", "100%.png", "日本.png", "a #1?.png"])
+@pytest.mark.parametrize(
+    "name", ['<img src="x" onerror=alert(1)>.png', "a'b & c.png", "100%.png", "日本.png", "a #1?.png"]
+)
 def test_names_that_are_taken(folder: Path, name: str) -> None:
     """Anything else is a name: whoever shows it escapes it."""
     picture(folder / name)
