@@ -179,7 +179,10 @@ def on_device(path: Path, count: int, blocks: int) -> dict[str, Any]:
     cpu = Window(np.asarray(vectors), lo, hi, 1, SEED)
     cpu.device, cpu._all = "cpu", torch.from_numpy(np.asarray(vectors))
     assert cpu.draw(range(16), [str(n) for n in range(16)], [()] * 16) == [
-        [one._replace(similarity=other[0].similarity)] for one, other in zip((f[0] for f in found[:16]), cpu.draw(range(16), [str(n) for n in range(16)], [()] * 16), strict=True)
+        [one._replace(similarity=other[0].similarity)]
+        for one, other in zip(
+            (f[0] for f in found[:16]), cpu.draw(range(16), [str(n) for n in range(16)], [()] * 16), strict=True
+        )
     ], "a GPU finds other pairs than a CPU"
     total = -(-count // ROWS)
     return {

@@ -66,7 +66,9 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     if processes.first:
         rows, dropped = _kept(config, list(journal.rows()))
         if not rows:
-            raise InputError(f"no pair is left of {config.dataset}: {_reasons(dropped) or 'all partners are annotated'}")
+            raise InputError(
+                f"no pair is left of {config.dataset}: {_reasons(dropped) or 'all partners are annotated'}"
+            )
         write_jsonl(out, ({**row, "made_by": made_by} for row in rows))
         write_text(config.file("window.json"), json.dumps(matching.report(pools, references, rows)) + "\n")
         mark_done(out, made_by, settings=about, rows=len(rows), dropped=dropped)
@@ -114,7 +116,12 @@ class Matching:
         if self._window is None:
             found = draw_uniformly(positions, names, never, len(ids), self.config.pairs_per_image, self.config.seed)
             return [
-                {"reference": name, "target": ids[other], "rank": None, "similarity": self._similarity(name, ids[other])}
+                {
+                    "reference": name,
+                    "target": ids[other],
+                    "rank": None,
+                    "similarity": self._similarity(name, ids[other]),
+                }
                 for name, others in zip(names, found, strict=True)
                 for other in others
             ]

@@ -68,7 +68,7 @@ class GenerateConfig:
     references: Literal["all", "annotated"] = "all"
     matcher: str = "embedded"
     match_batch_size: int = 256
-    window: list[float] | None = field(default_factory=lambda: [1, 20])
+    window: list[float] | None = field(default_factory=lambda: [1.0, 20.0])
     pool: Literal["all", "category"] = "all"
     pairs_per_image: int = 4
     pairs: int | None = None

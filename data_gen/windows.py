@@ -5,6 +5,7 @@ float32 find a wanted rank up to the error that they may have; the few images wi
 the definition. So neither the block size, nor the number of threads or processes, nor the device moves a pair.
 """
 
+import itertools
 import math
 import os
 import random
@@ -87,7 +88,9 @@ class Window:
         ranks = [self._ranks(*one) for one in zip(taken, names, strict=True)]
         parts = np.array_split(np.arange(len(rows)), _cores())
         with ThreadPoolExecutor(len(parts)) as pool:  # a partition runs outside the interpreter's lock
-            values = [one for part in pool.map(lambda own: [_at(rows[n], ranks[n]) for n in own], parts) for one in part]
+            values = [
+                one for part in pool.map(lambda own: [_at(rows[n], ranks[n]) for n in own], parts) for one in part
+            ]
         return [
             [self._partner(row, image, rank, value) for rank, value in zip(own, at, strict=True)]
             for row, image, own, at in zip(rows, positions, ranks, values, strict=True)
@@ -125,7 +128,9 @@ class Window:
 
     def _sorted(self, position: int, others: Array) -> tuple[Array, Array]:
         """Others by falling exact similarity, equal ones by position; and these similarities."""
-        exact = np.einsum("nd,d->n", self.vectors[others], self.vectors[position], dtype=np.float64)  # each summed alike
+        exact = np.einsum(
+            "nd,d->n", self.vectors[others], self.vectors[position], dtype=np.float64
+        )  # each summed alike
         order = np.lexsort((others, -exact))
         return others[order], exact[order]
 
@@ -165,8 +170,9 @@ class Window:
         exact = torch.cat([(self._all[one].double() * self._all[other]).sum(-1) for one, other in parts])  # (n,)
         where, others, values = (part.cpu().numpy() for part in (row, column, exact))
         order = np.lexsort((others, -values, where))
-        cuts = np.searchsorted(where, np.arange(1, len(positions)))
-        return list(zip(above, np.split(others[order], cuts), np.split(values[order], cuts), strict=True))
+        others, values = others[order], values[order]
+        cuts = [0, *np.searchsorted(where, np.arange(1, len(positions))).tolist(), len(others)]
+        return [(above[n], others[a:b], values[a:b]) for n, (a, b) in enumerate(itertools.pairwise(cuts))]
 
 
 def _at(scores: Array, ranks: list[int]) -> Array:
@@ -196,7 +202,12 @@ def bracket(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
 
 
 def draw_uniformly(
-    positions: Sequence[int], names: Sequence[str], never: Sequence[Collection[int]], pool: int, per_image: int, seed: int
+    positions: Sequence[int],
+    names: Sequence[str],
+    never: Sequence[Collection[int]],
+    pool: int,
+    per_image: int,
+    seed: int,
 ) -> list[list[int]]:
     """Partners of images among ``pool`` positions, whatever they show; arguments as for ``Window``."""
     found = []

@@ -23,7 +23,9 @@ def clustered(seed: int = 0) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype("float32"))
 
 
-def by_the_definition(vectors: np.ndarray[Any, Any], lo: int, hi: int, k: int, seed: int, never: list[list[int]]) -> Any:
+def by_the_definition(
+    vectors: np.ndarray[Any, Any], lo: int, hi: int, k: int, seed: int, never: list[list[int]]
+) -> Any:
     """Full float64 matrix, full stable sort, and the draws."""
     wide = vectors.astype("float64")
     scores = (wide[:, None] * wide[None]).sum(-1)

@@ -32,7 +32,9 @@ def fake_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given vectors instead of a model."""
 
     def vectors(config: GenerateConfig, data: Dataset, ids: list[str], processes: object) -> Any:
-        return VECTORS[[IDS.index(i) for i in ids]] if config.window or config.max_image_similarity is not None else None
+        return (
+            VECTORS[[IDS.index(i) for i in ids]] if config.window or config.max_image_similarity is not None else None
+        )
 
     monkeypatch.setattr(step, "_vectors", vectors)
 
