@@ -1,7 +1,7 @@
 """Make triplets from images alone: deduplicate, match pairs, caption, write the text; what is done is skipped.
 
-Pairs come before captions, so that only images that occur in a pair are captioned. A run that was killed goes on with the
-same command; several processes share the work.
+Pairs come before captions, so that only images that occur in a pair are captioned. A run that was killed goes on with
+the same command; several processes share the work.
 
 examples:
   python data_gen/make_triplets.py --dataset emoji

@@ -1,8 +1,8 @@
 """Partners from a window of similarity ranks: exact, without the dense matrix and without sorting it.
 
 The order of images is *defined* by the dot products of their vectors in float64, equal ones by position. Products in
-float32 find a wanted rank up to the error that they may have; the few images within that error of it are then ordered by
-the definition. So neither the block size, nor the number of threads or processes, nor the device moves a pair.
+float32 find a wanted rank up to the error that they may have; the few images within that error of it are then ordered
+by the definition. So neither the block size, nor the number of threads or processes, nor the device moves a pair.
 """
 
 import itertools
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 ROWS = 256  # references compared with all others at once: (ROWS, N) scores are all that is held
-# A float32 dot product of E terms of unit vectors errs by about √E · 2⁻²⁴, and by more than λ times that with a probability
-# below 2 exp(-λ²/2), here 3e-14 (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019, theorem 3.1)
+# A float32 dot product of E terms of unit vectors errs by about √E · 2⁻²⁴, and by more than λ times that with a
+# probability below 2 exp(-λ²/2), here 3e-14 (Higham and Mary, "A new approach to probabilistic rounding error analysis",
+# SIAM Journal on Scientific Computing, 2019)
 ERRORS = 8
 PAIRS = 2**15  # images that are compared in float64 at once
 HALVINGS = 18  # of the range of scores, where a rank is bracketed by counting
@@ -159,7 +160,7 @@ class Window:
     def _near(
         self, scores: "Tensor", positions: Sequence[int], low: "Tensor", high: "Tensor"
     ) -> list[tuple[int, Array, Array]]:
-        """For each row how many are surely above a range of scores, and those that may be in it as ``_sorted`` gives."""
+        """For each row how many are surely above a range of scores, and those that may be in it, as of ``_sorted``."""
         import torch
 
         high, low = (high + self.slack)[:, None], (low - self.slack)[:, None]
