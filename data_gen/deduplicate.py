@@ -2,46 +2,136 @@
 
 examples:
   python data_gen/deduplicate.py --dataset emoji
+  python data_gen/deduplicate.py --dataset catalogue --data-root FOLDER
 """
 
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from data_gen.files import digest, is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.processes import Processes
 from data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
+if TYPE_CHECKING:
+    from spn4cir.deduplicate import Inspected
+
 
 def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
-    """Write images.jsonl: one row per training image, with its pixel hash and canonical image."""
+    """Write images.jsonl: one row per candidate, with its pixel hash and canonical image.
+
+    Images that are missing or do not decode are left out, and listed in images.failed.jsonl. Of several processes only
+    the first works.
+
+    Raises:
+        InputError: if fewer than two different images are left.
+    """
+    processes = Processes()
+    if processes.first:
+        _deduplicate(config, dataset)
+    processes.wait()
+
+
+def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
+    from spn4cir.datasets.pictures import OWN
     from spn4cir.deduplicate import canonical_ids, inspect_images
 
-    out, ids = config.file("images.jsonl"), dataset.training_images()
-    made_by = digest({"step": "deduplicate", "ids": ids, "files": [_stamp(dataset.path(i)) for i in ids]})
+    out, ids = config.file("images.jsonl"), _candidates(config, dataset)
+    paths = {image_id: dataset.path(image_id) for image_id in ids}
+    made_by = _made_by(paths)
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
-    inspected = inspect_images({i: dataset.path(i) for i in ids})
+    inspected = inspect_images(paths, config.file(OWN))
+    failed = list(_failed(inspected, paths))
+    _note_failed(config.file("images.failed.jsonl"), failed)
+    canonical = canonical_ids({i: one.pixels for i, one in inspected.items() if not one.problem})
+    unique, listed = len(set(canonical.values())), f": see {config.file('images.failed.jsonl')}" if failed else ""
+    if not canonical:
+        first = failed[0]
+        raise InputError(
+            f"{dataset.name}: none of {len(ids)} images can be used, such as {paths[first['image_id']]}, which "
+            f"{first['reason']}{listed}"
+        )
+    if unique < 2:
+        only = f"{len(canonical)} images are" if len(canonical) > 1 else "1 image is"
+        raise InputError(f"{dataset.name}: {only} left, of 1 picture, which cannot be paired with another{listed}")
+    rows = ({"image_id": i, "pixels": inspected[i].pixels, "canonical": first} for i, first in canonical.items())
+    write_jsonl(out, rows)
+    mark_done(out, made_by, images=len(canonical), unique=unique, failed=len(failed))
+    left_out = f", {len(failed)} left out{listed}" if failed else ""
+    print(f"deduplicate: {len(canonical)} images, {unique} unique{left_out} → {out}")
+
+
+def _candidates(config: GenerateConfig, dataset: Dataset) -> list[str]:
+    """Image ids that may occur, in the dataset's order."""
+    ids = dataset.training_images()
+    if config.candidates == "named":
+        triplets = dataset.triplets()
+        if not triplets:
+            raise InputError(f"candidates: named needs annotated triplets, and {dataset.name} has none: give all")
+        named = {i for t in triplets for i in (t.reference, t.target)}
+        ids = [image_id for image_id in ids if image_id in named]
+    if not ids:
+        raise InputError(f"{dataset.name} has no images to make triplets of")
+    return ids
+
+
+def _made_by(paths: dict[str, Path]) -> str:
+    """A short name for ids and their files' sizes and times, by which a change is noticed."""
+    total = hashlib.sha256(b"deduplicate")
+    for image_id, path in paths.items():
+        try:
+            told = path.stat()
+            total.update(f"{json.dumps(image_id)} {told.st_size} {told.st_mtime_ns}\n".encode())
+        except OSError:
+            total.update(f"{json.dumps(image_id)} missing\n".encode())
+    return total.hexdigest()[:16]
+
+
+def _failed(inspected: "dict[str, Inspected]", paths: dict[str, Path]) -> Iterator[dict[str, Any]]:
     for image_id, (_, problem, detail) in inspected.items():
         if problem:
-            told = "is missing" if problem == "missing" else f"does not decode: {detail}"
-            raise InputError(f"image {dataset.path(image_id)} {told}")
-    canonical = canonical_ids({i: one.pixels for i, one in inspected.items()})
-    rows = [{"image_id": i, "pixels": inspected[i].pixels, "canonical": canonical[i]} for i in ids]
-    unique = len(set(canonical.values()))
-    write_jsonl(out, rows)
-    mark_done(out, made_by, images=len(rows), unique=unique)
-    print(f"deduplicate: {len(rows)} images, {unique} unique → {out}")
+            told = detail.replace(str(paths[image_id]), paths[image_id].name)
+            yield {
+                "image_id": image_id,
+                "reason": "is missing" if problem == "missing" else f"does not decode: {told}",
+            }
 
 
-def _stamp(path: Path) -> list[int]:
-    """Size and time of an image file, by which a change is noticed; empty if it is missing."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+def _note_failed(path: Path, failed: list[dict[str, Any]]) -> None:
+    if failed:
+        write_jsonl(path, failed)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def canonical_images(config: GenerateConfig) -> list[str]:
     """One image of each class, in the dataset's order."""
     return list(dict.fromkeys(row["canonical"] for row in read_jsonl(config.file("images.jsonl"))))
+
+
+def reference_images(config: GenerateConfig, dataset: Dataset) -> list[str]:
+    """Canonical images that act as reference, in the dataset's order.
+
+    Raises:
+        InputError: if they are to be those of annotated triplets, and there are none.
+    """
+    rows = read_jsonl(config.file("images.jsonl"))
+    wanted = {row["image_id"] for row in rows}
+    if config.references == "annotated":
+        triplets = dataset.triplets()
+        if not triplets:
+            raise InputError(f"references: annotated needs annotated triplets, and {dataset.name} has none: give all")
+        wanted &= {triplet.reference for triplet in triplets}
+        if not wanted:
+            raise InputError(f"references: annotated: no reference of {dataset.name}'s triplets is among the images")
+    chosen = {row["canonical"] for row in rows if row["image_id"] in wanted}
+    return list(dict.fromkeys(row["canonical"] for row in rows if row["canonical"] in chosen))
 
 
 if __name__ == "__main__":

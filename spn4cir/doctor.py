@@ -83,7 +83,7 @@ def _usable(dataset: Dataset) -> list[Check]:
             examples = tuple(f"none of {group}" for group in benchmark.silent_groups)
             faults.append(Check(f"queries of {name} that are left", len(benchmark.queries), None, level, examples))
     if triplets == []:
-        faults.append(Check("triplets that are left to train on", 0, None, "problem"))
+        faults.append(Check("triplets that are left to train on", 0, None, "problem" if dataset.annotated else "fact"))
     return faults
 
 

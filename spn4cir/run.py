@@ -181,12 +181,16 @@ class Run:
             }
             write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
             chosen = f"stage {self.stage}: step {best['step']} of {state['step']}"
-            if judge == best["result"]["protocol"]:
+            unasked = "/holdout" in best["result"]["protocol"]  # nobody has annotated any query
+            if unasked:
+                print(f"\n{chosen}, the best on {judge}: generated triplets put aside, no question of a person's")
+            elif judge == best["result"]["protocol"]:
                 print(f"\n{chosen}, the best on {judge}: selected on what it reports, as published figures are")
             else:
                 print(f"\n{chosen}, the best on {judge}, training triplets put aside; reported once on")
             print(table(best["result"]))
-            print(f"\nsaved in {self.folder}\nnext: {self._next()}", flush=True)
+            first = "queries of your own, where this says; " if unasked and self.stage == 2 else ""
+            print(f"\nsaved in {self.folder}\nnext: {first}{self._next()}", flush=True)
         self.accelerator.end_training()
 
     def _next(self) -> str:

@@ -19,7 +19,7 @@ from spn4cir.backbone import Backbone
 from spn4cir.backbones import INSIDE, build_backbone, check_backbone
 from spn4cir.config import TrainConfig
 from spn4cir.datasets import load_dataset
-from spn4cir.datasets.generated import read_generated
+from spn4cir.datasets.generated import open_generated
 from spn4cir.deduplicate import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate, metric_names, selection_score
@@ -50,13 +50,15 @@ def train(config: TrainConfig, stage: int) -> Path:
     accelerator = start(config)
     run = Run.open(config, stage, accelerator)
     dataset = load_dataset(config.dataset, config.data_root)
-    benchmark = dataset.benchmark("val", config.protocol)
-    triplets, judge = load_triplets(config, dataset, benchmark, run.say)
+    asked = bool(dataset.protocols) or config.selection == "val"  # people's own pictures may come without any query
+    benchmark = dataset.benchmark("val", config.protocol) if asked else None
+    dataset, triplets, judge = load_triplets(config, dataset, benchmark, run.say)
+    reported = benchmark or judge
     backbone = load_backbone(config, stage, run.say).to(accelerator.device)
     images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
     candidates = training_images(config, dataset, triplets)
     with accelerator.main_process_first():  # the others find in the cache what the first has decoded
-        pixels = hash_pixels(dataset, [*candidates, *judge.gallery, *benchmark.gallery], run.say, show=run.main)
+        pixels = hash_pixels(dataset, [*candidates, *judge.gallery, *reported.gallery], run.say, show=run.main)
     hashes = {image_id: pixels[image_id] for image_id in candidates}
 
     main, side = split_rows(triplets)
@@ -126,10 +128,10 @@ def train(config: TrainConfig, stage: int) -> Path:
             run.save(objective, optimizer, state)
         accelerator.wait_for_everyone()
     bar.close()
-    if run.main and (judge is not benchmark or (gallery and config.bank_dtype != "float32")):
+    if run.main and (judge is not reported or (gallery and config.bank_dtype != "float32")):
         # selected on what was put aside, or on rounded features; reported is the protocol, in full, once
         best = checkpoints.load_model(run.folder).to(accelerator.device)
-        state["best"]["result"] = evaluate(best, benchmark, images, batch_size=config.eval_batch_size)
+        state["best"]["result"] = evaluate(best, reported, images, batch_size=config.eval_batch_size)
     run.finish(state, judge.name)
     return run.folder
 
@@ -166,9 +168,12 @@ def frozen_features(config: TrainConfig, backbone: Backbone, images: ImageSource
 
 
 def load_triplets(
-    config: TrainConfig, dataset: Dataset, benchmark: Benchmark, say: Callable[[str], None]
-) -> tuple[list[Triplet], Benchmark]:
-    """Annotated triplets, cut to the limit, then generated ones; and the benchmark that selects.
+    config: TrainConfig, dataset: Dataset, benchmark: Benchmark | None, say: Callable[[str], None]
+) -> tuple[Dataset, list[Triplet], Benchmark]:
+    """The dataset, with images that only generated triplets name; the triplets; and the benchmark that selects.
+
+    Triplets are the annotated ones, cut to the limit, then the generated ones. What is put aside is annotated where
+    anything is.
 
     Raises:
         InputError: if there are no triplets, or the benchmark lacks a metric to select by.
@@ -176,50 +181,64 @@ def load_triplets(
     for note in dataset.notes():
         say(note)
     for name in config.select_by or ():
-        if name not in metric_names(benchmark):
+        if benchmark and name not in metric_names(benchmark):
             known = ", ".join(metric_names(benchmark))
             raise InputError(f"select_by: {benchmark.name} has no metric {name!r}; known: {known}")
-    triplets, judge = dataset.triplets()[: config.annotated], benchmark
-    if config.selection == "holdout":
-        triplets, judge = put_aside(config, triplets)
-        lacking = [name for name in config.select_by or () if name not in metric_names(judge)]
-        if lacking:
-            config.select_by = [name for name in config.select_by or () if name not in lacking] or None
-            names = ", ".join(config.select_by or judge.selection)
-            say(f"{judge.name} has no {', '.join(lacking)}: selected by {names}")
+    triplets, generated = dataset.triplets()[: config.annotated], list[Triplet]()
     if config.generated:
         default = Path("data") / dataset.name / "generated" / "triplets.json"
         path = default if config.generated == "auto" else dataset.file(config.generated)
-        generated, notes = read_generated(path, dataset.training_images(), dataset.skipped)
-        triplets += generated
+        dataset, generated, notes = open_generated(path, dataset, benchmark.gallery if benchmark else ())
         for note in notes:
             say(note)
-    if not triplets:
-        raise InputError("no triplets to train on: raise annotated, or give generated ones")
-    return triplets, judge
+    if not triplets and not generated:
+        raise InputError(f"no triplets to train on: {'raise annotated, or ' * dataset.annotated}give generated ones")
+    if config.selection == "val":
+        assert benchmark is not None
+        return dataset, triplets + generated, benchmark
+    if triplets:
+        triplets, judge = put_aside(config, triplets)
+    else:
+        generated, judge = put_aside(config, generated, dataset.training_images())
+    lacking = [name for name in config.select_by or () if name not in metric_names(judge)]
+    if lacking:
+        config.select_by = [name for name in config.select_by or () if name not in lacking] or None
+        names = ", ".join(config.select_by or judge.selection)
+        say(f"{judge.name} has no {', '.join(lacking)}: selected by {names}")
+    return dataset, triplets + generated, judge
 
 
-def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Triplet], Benchmark]:
-    """A fraction of the annotated triplets as a benchmark, and the rest.
+def put_aside(
+    config: TrainConfig, triplets: Sequence[Triplet], gallery: Sequence[str] = ()
+) -> tuple[list[Triplet], Benchmark]:
+    """A fraction of the triplets as a benchmark, and the rest.
 
     A triplet's own words decide on its side, so that it is the same for all seeds, for both stages, and whatever other
-    triplets there are.
+    triplets there are. Of generated triplets, which come in numbers for one target, the target decides, so that none is
+    learned from and asked for.
+
+    Args:
+        config: says which fraction.
+        triplets: annotated ones, or generated ones.
+        gallery: what generated ones are ranked over; annotated ones are ranked over the images that are put aside.
     """
+    made = triplets[0].generated
     drawn = {
-        n: random.Random(f"holdout/{t.reference}/{t.target}/{t.modifications}").random()
+        n: random.Random(f"holdout/{t.target if made else f'{t.reference}/{t.target}/{t.modifications}'}").random()
         for n, t in enumerate(triplets)
         if t.reference != t.target  # which would not be ranked
     }
-    aside = {n for n, value in drawn.items() if value < config.holdout} or {*sorted(drawn, key=drawn.__getitem__)[:1]}
+    least = min(drawn.values(), default=0.0)
+    aside = {n for n, value in drawn.items() if value < config.holdout or value == least}
     if not 0 < len(aside) < len(triplets):
         raise InputError(
-            f"selection: holdout puts {len(aside)} of {len(triplets)} annotated triplets aside: nothing is left to "
-            f"select on, or to train on; holdout is {config.holdout}"
+            f"selection: holdout puts {len(aside)} of {len(triplets)} {'generated' if made else 'annotated'} triplets "
+            f"aside: nothing is left to select on, or to train on; holdout is {config.holdout}"
         )
     asked = [triplets[n] for n in sorted(aside)]
     judge = Benchmark(
-        name=f"{config.dataset}/holdout-{config.holdout:g}",
-        gallery=tuple(dict.fromkeys(i for t in asked for i in (t.reference, t.target))),
+        name=f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}",
+        gallery=tuple(dict.fromkeys(gallery or (i for t in asked for i in (t.reference, t.target)))),
         queries=tuple(Query(t.reference, t.modifications[0], (t.target,)) for t in asked),
         exclude_reference=True,
         ks=(1, 5, 10, 50),

@@ -147,13 +147,15 @@ class Dataset(ABC):
     """Raw files turned into triplets and benchmarks; no tensors, and no word of any file format outside.
 
     ``protocols`` are the ids of each split, the default first. ``root`` is the folder of the files, if they have one.
-    ``skipped`` are images that the person who runs this leaves out.
+    ``skipped`` are images that the person who runs this leaves out. ``annotated`` says whether training triplets come
+    with the files.
     """
 
     name: ClassVar[str]
     protocols: ClassVar[Mapping[str, tuple[str, ...]]]
     root: Path | None = None
     skipped: frozenset[str] = frozenset()
+    annotated: bool = True
 
     @abstractmethod
     def path(self, image_id: str) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
@@ -9,7 +10,12 @@ from spn4cir.datasets.skip import Skipping, read_skip_list
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
-DATASETS: dict[str, Callable[[str | None], Dataset]] = {"emoji": Emoji, "fashioniq": FashionIQ, "cirr": CIRR}
+DATASETS: dict[str, Callable[[str | None], Dataset]] = {
+    "emoji": Emoji,
+    "fashioniq": FashionIQ,
+    "cirr": CIRR,
+    "catalogue": Catalogue,
+}
 
 
 def load_dataset(name: str, root: str | None = None) -> Dataset:

@@ -1,21 +1,77 @@
-"""Generated triplets in the published JSON shapes: lists of reference, target and captions."""
+"""Generated triplets in the published JSON shapes: lists of reference, target and captions.
 
-from collections.abc import Iterable
+Those of images of a dataset name its ids. Those of other images, as the zero-shot setting learns from, also say where
+their pictures lie: relative to the folder of the file, or to one above it (the next one; any, below the current
+directory), and never outside.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from spn4cir.datasets.files import Entry, read_entries
+from spn4cir.datasets.files import Entry, inner_path, read_entries
 from spn4cir.errors import InputError
-from spn4cir.types import Triplet
+from spn4cir.files import short
+from spn4cir.types import Benchmark, Dataset, Triplet
 
-SHAPES = (
-    ("reference_name", "target_name", "captions"),  # out of domain, where ids are addresses
-    ("candidate", "target", "captions"),  # FashionIQ
-    ("reference", "target_hard", "caption"),  # CIRR
-)
+OUT_OF_DOMAIN = ("reference_name", "target_name", "captions")  # ids are addresses; reference and target are paths
+SHAPES = (OUT_OF_DOMAIN, ("candidate", "target", "captions"), ("reference", "target_hard", "caption"))
+MAKE = "python data_gen/make_triplets.py"
+
+
+class WithImages(Dataset):
+    """A dataset and images that only generated triplets name, which training may touch as well.
+
+    Args:
+        whole: the dataset; its benchmarks and annotated triplets stay as they are.
+        images: image id → picture.
+    """
+
+    def __init__(self, whole: Dataset, images: Mapping[str, Path]):
+        self.whole, self.images = whole, dict(images)
+        self.root, self.skipped, self.annotated = whole.root, whole.skipped, whole.annotated
+        self.name, self.protocols = whole.name, whole.protocols  # type: ignore[misc]
+
+    def path(self, image_id: str) -> Path:
+        """The picture of an image."""
+        return self.images[image_id] if image_id in self.images else self.whole.path(image_id)
+
+    def training_images(self) -> list[str]:
+        """Those of the dataset, then the others."""
+        return [*self.whole.training_images(), *self.images]
+
+    def triplets(self) -> list[Triplet]:
+        """Those of the dataset."""
+        return self.whole.triplets()
+
+    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        """That of the dataset."""
+        return self.whole.benchmark(split, protocol)
+
+
+def open_generated(
+    path: Path, dataset: Dataset, ranked: Iterable[str] = ()
+) -> tuple[Dataset, list[Triplet], list[str]]:
+    """Triplets of a generated file, of images of a dataset or of others that the file says the place of.
+
+    Args:
+        path: the file.
+        dataset: whose training images are known.
+        ranked: image ids that no other image may have, since a benchmark ranks them.
+
+    Returns:
+        The dataset, with the other images if there are any; the triplets; and a line for each reason why some were left
+        out.
+
+    Raises:
+        InputError: naming the file, the entry and the field.
+    """
+    others = _Others(path, frozenset(ranked))
+    triplets, notes = _read(path, frozenset(dataset.training_images()), dataset.skipped, others.add)
+    return WithImages(dataset, others.images) if others.images else dataset, triplets, notes
 
 
 def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()) -> tuple[list[Triplet], list[str]]:
-    """Triplets of a generated file, whoever made it.
+    """Triplets of a generated file, whoever made it, all of whose images are known.
 
     Args:
         path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
@@ -29,15 +85,20 @@ def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()
     Raises:
         InputError: naming the file, the entry and the field.
     """
+    return _read(path, frozenset(known), frozenset(skipped), None)
+
+
+def _read(
+    path: Path, known: frozenset[str], out: frozenset[str], other: Callable[[Entry, str, str], None] | None
+) -> tuple[list[Triplet], list[str]]:
     if not path.is_file():
         raise InputError(
-            f"generated triplets {path} are missing: make them with python data_gen/make_triplets.py and "
+            f"generated triplets {path} are missing: make them with {MAKE} and "
             "give --generated auto, or put the published file there"
         )
-    out, allowed = frozenset(skipped), frozenset(known)
     triplets, empty, left_out, same = [], 0, 0, 0
     for entry in read_entries(path):
-        triplet = _triplet(entry, allowed | out)
+        triplet = _triplet(entry, known | out if out else known, other)
         if not triplet.modifications:
             empty += 1
         elif triplet.reference == triplet.target:
@@ -52,23 +113,111 @@ def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()
     return triplets, notes
 
 
-def _triplet(entry: Entry, allowed: frozenset[str]) -> Triplet:
+def _triplet(entry: Entry, allowed: frozenset[str], other: Callable[[Entry, str, str], None] | None) -> Triplet:
     """One entry; without modifications if it has no text that says anything."""
     shape = next((shape for shape in SHAPES if shape[0] in entry or shape[1] in entry), SHAPES[2])
     ids = []
     for key in shape[:2]:
         image_id = entry.text(key)
         if image_id not in allowed:
-            raise entry.error(key, f"{image_id[:60]!r} is no training image")
+            if other is None or shape is not OUT_OF_DOMAIN:
+                raise entry.error(key, f"{image_id[:60]!r} is no training image")
+            other(entry, key.removesuffix("_name"), image_id)
         ids.append(image_id)
     one = isinstance(entry.get(shape[2], object, "a text"), str)
     texts = [entry.text(shape[2])] if one else entry.texts(shape[2])
     return Triplet(ids[0], ids[1], tuple(text for text in texts if text.strip()), generated=True)
 
 
-def published_shape(dataset: str, triplet: Triplet, captions: tuple[str, str]) -> dict[str, object]:
-    """One entry as it is published for a dataset, ``captions`` being those of reference and target."""
+class _Others:
+    """Images of a generated file that are no dataset's, and where their pictures lie.
+
+    Args:
+        path: the generated file.
+        ranked: ids that are not for them.
+    """
+
+    def __init__(self, path: Path, ranked: frozenset[str]):
+        self._file, self._ranked, self._root = path, ranked, Path()
+        self.images: dict[str, Path] = {}
+
+    def add(self, entry: Entry, key: str, image_id: str) -> None:
+        """Take an image from the field that holds its path."""
+        if image_id in self._ranked:
+            raise entry.error(f"{key}_name", f"{short(image_id)} is no training image, but one that is evaluated on")
+        try:
+            inner = inner_path(self._file, key, entry.text(key))
+        except InputError:
+            if key not in entry:
+                raise
+            raise entry.error(
+                key,
+                f"{short(entry.text(key))} is no path below a folder: a published file names pictures on its authors' "
+                f"disk; get your own by data_gen/sample_images.py and make triplets of them by {MAKE}",
+            ) from None
+        if not self.images:
+            self._root = self._choose_root(entry, key, inner.as_posix())
+        place = self._root / inner
+        if self.images.setdefault(image_id, place) != place:
+            raise entry.error(key, f"{short(image_id)} was {self.images[image_id]} before: one id, one picture")
+
+    def _choose_root(self, entry: Entry, key: str, inner: str) -> Path:
+        roots = _roots(self._file.parent)
+        for root in roots:
+            if (root / inner).is_file():
+                return root
+        raise entry.error(
+            key,
+            f"{short(inner)} lies neither in {self._file.parent} nor in {roots[-1]}: put a copy of this file into the "
+            "folder that its paths start from",
+        )
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Folders that paths in a file of ``folder`` may start from, the nearest first."""
+    own, here = folder.absolute(), Path.cwd()
+    above = [place for place in own.parents if place == own.parent or here in (place, *place.parents)]
+    return [own, *above]
+
+
+def picture_places(dataset: Dataset, folder: Path) -> Callable[[str], str]:
+    """Image id → its picture's path, as a generated file in ``folder`` may say it.
+
+    It starts from the nearest folder that ``open_generated`` looks from; where none holds the dataset, from the
+    dataset's own root, into which the file must then be copied to be used with another dataset.
+    """
+    own = (dataset.root or Path()).absolute()
+    start = next((root for root in _roots(folder) if root in (own, *own.parents)), own)
+
+    def place(image_id: str) -> str:
+        path = dataset.path(image_id).absolute()
+        return path.relative_to(start).as_posix() if start in path.parents else image_id
+
+    return place
+
+
+def published_shape(
+    dataset: str, triplet: Triplet, captions: tuple[str, str], places: tuple[str, str] | None = None
+) -> dict[str, object]:
+    """One entry as it is published for a dataset; for a catalogue, the shape of out-of-domain images.
+
+    Args:
+        dataset: its name.
+        triplet: what is to be written.
+        captions: those of reference and target.
+        places: paths of their pictures, as ``picture_places`` gives them; by default the ids.
+    """
     texts, described = list(triplet.modifications), {"caption1": captions[0], "caption2": captions[1]}
+    if dataset == "catalogue":
+        reference, target = places or (triplet.reference, triplet.target)
+        return {
+            "reference": reference,
+            "target": target,
+            "reference_name": triplet.reference,
+            "target_name": triplet.target,
+            "captions": texts,
+            **described,
+        }
     if dataset == "cirr":
         return {
             "pairid": 0,

@@ -40,7 +40,7 @@ class Skipping(Dataset):
 
     def __init__(self, whole: Dataset, reasons: Mapping[str, str]):
         self.whole, self.reasons = whole, dict(reasons)
-        self.root, self.skipped = whole.root, frozenset(reasons)
+        self.root, self.skipped, self.annotated = whole.root, frozenset(reasons), whole.annotated
         self.name, self.protocols = whole.name, whole.protocols  # type: ignore[misc]
 
     def path(self, image_id: str) -> Path:

@@ -8,11 +8,13 @@ from typing import cast
 import pytest
 from PIL import Image
 
-from data_gen.deduplicate import canonical_images, deduplicate
+from data_gen.deduplicate import canonical_images, deduplicate, reference_images
 from data_gen.files import read_jsonl
+from data_gen.processes import Processes
 from data_gen.settings import GenerateConfig
+from spn4cir import deduplicate as inspection
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
+from spn4cir.types import Dataset, Triplet
 
 COLORS = {"c": "blue", "a": "red", "b": "green"}  # the dataset's order is not that of the alphabet
 
@@ -59,29 +61,101 @@ def test_done_until_the_images_are_others(folder: Path, capsys: pytest.CaptureFi
 def test_an_image_that_changed_is_seen(folder: Path) -> None:
     """Under the same name an image may be replaced: the step is then not done."""
     config = GenerateConfig(output=str(folder / "out"))
-    deduplicate(config, dataset(folder, ["a", "b"]))
+    deduplicate(config, dataset(folder, ["a", "b", "c"]))
     shutil.copy(folder / "a.png", folder / "b.png")
-    deduplicate(config, dataset(folder, ["a", "b"]))
-    assert canonical_images(config) == ["a"]
+    deduplicate(config, dataset(folder, ["a", "b", "c"]))
+    assert canonical_images(config) == ["a", "c"]
 
 
-def test_a_broken_image_is_named(folder: Path) -> None:
-    """Which file to mend is told, and nothing is marked as done."""
+def test_broken_images_are_left_out_and_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the dataset's order with the reason; the list goes when all are mended."""
+    config, ids = GenerateConfig(output=str(folder / "out")), ["a", "gone", "b", "c"]
     (folder / "b.png").write_bytes(b"")
+    deduplicate(config, dataset(folder, ids))
+    assert canonical_images(config) == ["a", "c"] and "2 left out: see" in capsys.readouterr().out
+    failed = read_jsonl(config.file("images.failed.jsonl"))
+    assert [row["image_id"] for row in failed] == ["gone", "b"] and failed[0]["reason"] == "is missing"
+    assert failed[1]["reason"].startswith("does not decode: ") and str(folder) not in failed[1]["reason"]
+    shutil.copy(folder / "wide.png", folder / "b.png")
+    shutil.copy(folder / "a3.png", folder / "gone.png")
+    deduplicate(config, dataset(folder, ids))
+    assert canonical_images(config) == ["a", "b", "c"] and not config.file("images.failed.jsonl").exists()
+
+
+@pytest.mark.parametrize(("ids", "said"), [
+    ([], "x has no images"), (["gone"], r"none of 1 images can be used, such as .*gone\.png, which is missing: see"),
+    (["a"], "1 image is left, of 1 picture, which cannot be paired"), (["a", "gone"], r"1 image is left.*failed\.jsonl"),
+    (["a", "a2", "a3"], "3 images are left, of 1 picture"),
+])  # fmt: skip
+def test_too_few_images(folder: Path, ids: list[str], said: str) -> None:
+    """One line, and nothing is marked as done."""
     config = GenerateConfig(output=str(folder / "out"))
-    with pytest.raises(InputError, match=r"b\.png"):
-        deduplicate(config, dataset(folder, ["a", "b"]))
-    assert not list((folder / "out").glob("*"))
+    with pytest.raises(InputError, match=said):
+        deduplicate(config, dataset(folder, ids))
+    assert not list((folder / "out").glob("*done*")) and not (folder / "out" / "images.jsonl").exists()
 
 
-def test_the_first_of_several_broken_images_is_named(folder: Path) -> None:
-    """In the dataset's order, whatever was looked at first, in one line; a missing one is called missing."""
-    config, broken = GenerateConfig(output=str(folder / "out")), ["a", *(f"x{n}" for n in range(40)), "b", "c"]
-    for n in range(40):
-        shutil.copy(folder / "a.png", folder / f"x{n}.png")
-    (folder / "b.png").unlink()
-    (folder / "c.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"^image .*b\.png is missing$"):
-        deduplicate(config, dataset(folder, broken))
-    with pytest.raises(InputError, match=r"^image .*c\.png does not decode: [^\n]*$"):
-        deduplicate(config, dataset(folder, [*reversed(broken)]))
+def annotated(folder: Path, *pairs: tuple[str, str]) -> Dataset:
+    found = dataset(folder, ["c", "a2", "a", "b", "wide"])
+    found.triplets = lambda: [Triplet(r, t, ("x",)) for r, t in pairs]  # type: ignore[method-assign]
+    return found
+
+
+def test_candidates_and_references_of_annotated_triplets(folder: Path) -> None:
+    """Only what they name, in the dataset's order; a reference is known by its class."""
+    config = GenerateConfig(output=str(folder / "out"), candidates="named", references="annotated")
+    source = annotated(folder, ("b", "a"), ("a", "c"))
+    deduplicate(config, source)
+    assert canonical_images(config) == ["c", "a", "b"] and reference_images(config, source) == ["a", "b"]
+    config.candidates = "all"
+    deduplicate(config, source)
+    assert canonical_images(config) == ["c", "a2", "b", "wide"] and reference_images(config, source) == ["a2", "b"]
+    config.references = "all"
+    assert reference_images(config, source) == canonical_images(config)
+
+
+def test_without_annotated_triplets(folder: Path) -> None:
+    """One line for each setting that needs some."""
+    config = GenerateConfig(output=str(folder / "out"), candidates="named", references="annotated")
+    with pytest.raises(InputError, match="candidates: named needs annotated triplets, and x has none"):
+        deduplicate(config, annotated(folder))
+    config.candidates = "all"
+    deduplicate(config, annotated(folder))
+    with pytest.raises(InputError, match="references: annotated needs annotated triplets"):
+        reference_images(config, annotated(folder))
+    with pytest.raises(InputError, match="no reference of x's triplets is among the images"):
+        reference_images(config, annotated(folder, ("elsewhere", "a")))
+
+
+def test_what_was_decoded_is_not_decoded_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at any image, the next run goes on behind it."""
+    config, looked = GenerateConfig(output=str(folder / "out")), []
+    monkeypatch.setattr(inspection, "BLOCK", 1)
+    monkeypatch.setattr(inspection, "_cores", lambda: 1)
+
+    def slow(path: Path) -> Image.Image:
+        looked.append(path.stem)
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        return decode(path)
+
+    decode = inspection.decode
+    monkeypatch.setattr(inspection, "decode", slow)
+    with pytest.raises(KeyboardInterrupt):
+        deduplicate(config, dataset(folder, ["c", "a", "b"]))
+    deduplicate(config, dataset(folder, ["c", "a", "b"]))
+    assert looked == ["c", "a", "b", "b"] and canonical_images(config) == ["c", "a", "b"]
+
+
+def test_only_the_first_process_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for it."""
+    waited: list[int] = []
+    monkeypatch.setattr(Processes, "wait", lambda self: waited.append(self.index))
+    config = GenerateConfig(output=str(folder / "out"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    deduplicate(config, dataset(folder, ["a", "b"]))
+    assert waited == [1] and not (folder / "out").exists()
+    monkeypatch.setenv("RANK", "0")
+    deduplicate(config, dataset(folder, ["a", "b"]))
+    assert waited == [1, 0] and canonical_images(config) == ["a", "b"]

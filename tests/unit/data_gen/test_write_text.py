@@ -14,7 +14,7 @@ from data_gen.write_text import compose_text, difference, write_text
 from spn4cir.datasets.generated import read_generated
 from spn4cir.types import Dataset, Triplet
 
-NOBODY = cast(Dataset, SimpleNamespace(name="x"))
+NOBODY = cast(Dataset, SimpleNamespace(name="x", path=lambda image_id: Path("pictures") / f"{image_id}.png"))
 
 
 def drawn(reference: str, target: str) -> set[str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from spn4cir.datasets.generated import published_shape
+from spn4cir.datasets.cirr import CIRR as Cirr
+from spn4cir.datasets.generated import open_generated, picture_places, published_shape
 from spn4cir.datasets.generated import read_generated as read
 from spn4cir.errors import InputError
 from spn4cir.types import Triplet
@@ -132,3 +133,100 @@ def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
     """The message names the file and the command."""
     with pytest.raises(InputError, match=r"absent\.json are missing: make them with python data_gen/make_triplets\.py"):
         read_generated(tmp_path / "absent.json")
+
+
+# --- images of no dataset ---
+
+OTHER = {
+    "reference": "images/1.png", "target": "images/2.png", "reference_name": "http://x/1", "target_name": "http://x/2",
+    "captions": ["red"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A folder of two pictures, and a place for generated files in it."""
+    for name in ("1", "2"):
+        picture = tmp_path / "other" / "images" / f"{name}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(b"")
+    (tmp_path / "other" / "generated").mkdir()
+    return tmp_path / "other"
+
+
+def at(folder: Path, *entries: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "made.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder / "made.json"
+
+
+@pytest.mark.parametrize("where", ["", "generated"])
+def test_other_images_have_places(cirr: Path, other: Path, where: str) -> None:
+    """Paths start from the file's folder or the one above; the dataset knows the images, its own stay as they are."""
+    whole = Cirr(str(cirr))
+    mixed = {**CIRR, "reference": "train-0-0-img0", "target_hard": "train-1-0-img1"}
+    dataset, triplets, notes = open_generated(at(other / where, OTHER, mixed), whole)
+    assert triplets[0] == Triplet("http://x/1", "http://x/2", ("red",), generated=True) and not notes
+    assert dataset.path("http://x/2") == other / "images/2.png"
+    assert dataset.path("train-0-0-img0") == whole.path("train-0-0-img0")
+    assert dataset.training_images() == [*whole.training_images(), "http://x/1", "http://x/2"]
+    assert dataset.benchmark("val") == whole.benchmark("val") and dataset.triplets() == whole.triplets()
+    assert open_generated(at(other, mixed), whole)[0] is whole  # nothing to add
+
+
+def test_other_images_below_the_current_directory(cirr: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders further above are looked at below the current directory only."""
+    path = at(other / "a" / "b" / "c", OTHER)
+    with pytest.raises(InputError, match="put a copy of this file into the folder that its paths start from"):
+        open_generated(path, Cirr(str(cirr)))
+    monkeypatch.chdir(other)
+    assert open_generated(path, Cirr(str(cirr)))[0].path("http://x/1") == other / "images/1.png"
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"reference": "/root_path/cc/1.jpg"}, "field 'reference': .* data_gen/sample_images.py"),
+    ({"target": "../1.png"}, "field 'target': .* no path below a folder"), ({"target": 3}, "field 'target': expected a"),
+    ({"reference": "images/9.png"}, "field 'reference': .* lies neither in"),
+    ({"reference_name": "http://x/2"}, "field 'target': .* one id, one picture"),
+    ({"target_name": "dev-0-0-img0"}, "field 'target_name': .* one that is evaluated on"),
+])  # fmt: skip
+def test_other_images_that_are_refused(cirr: Path, other: Path, change: dict[str, Any], said: str) -> None:
+    """File, entry and field, in one line; private paths of published files say what to do instead."""
+    path, dataset = at(other, {**OTHER, **change}), Cirr(str(cirr))
+    with pytest.raises(InputError, match=said) as error:
+        open_generated(path, dataset, [*dataset.benchmark("val").gallery, "dev-0-0-img0"])
+    assert f"{path}, entry 0" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_that_is_missing(cirr: Path, other: Path) -> None:
+    """An id that no dataset knows needs one; other shapes have none."""
+    with pytest.raises(InputError, match="field 'target': is missing"):
+        open_generated(at(other, {k: v for k, v in OTHER.items() if k != "target"}), Cirr(str(cirr)))
+    with pytest.raises(InputError, match="field 'candidate': 'a' is no training image"):
+        open_generated(at(other, FASHIONIQ), Cirr(str(cirr)))
+
+
+@pytest.mark.parametrize("out", ["other/generated", "elsewhere"])
+def test_places_are_found_again(
+    cirr: Path, other: Path, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What picture_places writes, open_generated finds: beside the pictures, or elsewhere below the same folder."""
+    from spn4cir.datasets.catalogue import Catalogue
+
+    monkeypatch.chdir(tmp_path)
+    catalogue, folder = Catalogue(str(other)), tmp_path / out / "deep"
+    place = picture_places(catalogue, folder)
+    triplet = Triplet("images/1.png", "images/2.png", ("red",), generated=True)
+    entry = published_shape("catalogue", triplet, ("one", "two"), (place("images/1.png"), place("images/2.png")))
+    assert entry.keys() == {*OTHER, "caption1", "caption2"} and not str(entry["reference"]).startswith(("/", ".."))
+    path = at(folder, entry)
+    dataset, triplets, _ = open_generated(path, Cirr(str(cirr)))
+    assert triplets == [triplet] and dataset.path("images/2.png") == other / "images/2.png"
+    assert read(path, catalogue.training_images()) == ([triplet], [])  # as a catalogue, its ids are known
+
+
+def test_places_that_are_too_far(other: Path, tmp_path: Path) -> None:
+    """Then paths start from the root of the pictures, into which a copy of the file belongs."""
+    from spn4cir.datasets.catalogue import Catalogue
+
+    assert picture_places(Catalogue(str(other)), tmp_path / "a" / "b" / "c")("images/1.png") == "images/1.png"

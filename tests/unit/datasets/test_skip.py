@@ -137,7 +137,7 @@ def test_training_honours_it_and_says_so(fashioniq: Path) -> None:
     config = TrainConfig(dataset="fashioniq", data_root=str(fashioniq), generated="made.json")
     dataset = load_dataset("fashioniq", str(fashioniq))
     benchmark, said = dataset.benchmark("val"), list[str]()
-    triplets, judge = load_triplets(config, dataset, benchmark, said.append)
+    dataset, triplets, judge = load_triplets(config, dataset, benchmark, said.append)
     assert judge.name == "fashioniq/original+skip" and "BSVA00002" not in judge.gallery and len(judge.queries) < 24
     assert "BSVA00002" not in judge.group_gallery["shirt"]
     images = training_images(config, dataset, triplets)

@@ -1,0 +1,207 @@
+"""Sample images from webdataset shards or a folder into a catalogue, to make triplets for zero-shot training of.
+
+examples:
+  python data_gen/sample_images.py --shards 'cc3m/{00000..00331}.tar' --images 50000
+  python data_gen/sample_images.py --shards 'cc3m/*.tar' --images 50000 --seed 7 --output data/cc3m
+  python data_gen/sample_images.py --folder photos --list chosen.txt --images 1000 --output data/photos
+  python data_gen/make_triplets.py --dataset catalogue --data-root data/cc3m
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.settings import PRESETS
+from data_gen.sources import Candidate, Smallest, expand, folder_candidates, shard_candidates
+from spn4cir.config import parse
+from spn4cir.errors import InputError, run_command
+from spn4cir.files import read_json, write_text
+
+SPARE = 1.25  # candidates that are remembered for each image that is wanted, since some will not decode
+LARGEST = 256 << 20  # bytes of a picture that is worth looking at
+
+
+@dataclass
+class SampleConfig:
+    """What is sampled from where. Either shards or folder.
+
+    Args:
+        shards: tar files of the webdataset format, as a pattern of braces and wildcards: 'cc3m/{00000..00331}.tar'.
+        folder: a folder of images instead, whatever lies below it.
+        list: a text file of paths below that folder, one a line, to sample from these only.
+        images: how many; all, if there are fewer.
+        seed: which ones. The order of shards and files does not matter, and a smaller sample is part of a larger one.
+        output: folder to fill, which the catalogue dataset opens.
+    """
+
+    shards: str | None = None
+    folder: str | None = None
+    list: str | None = None
+    images: int = 50000
+    seed: int = 42
+    output: str = "data/catalogue"
+
+    def __post_init__(self) -> None:
+        if (self.shards is None) == (self.folder is None):
+            raise InputError("give either --shards 'PATTERN.tar' or --folder FOLDER")
+        if self.list and not self.folder:
+            raise InputError("list names paths below a folder: give --folder too")
+        if self.images < 1:
+            raise InputError(f"images must be at least 1, got {self.images}")
+
+
+def sample_images(config: SampleConfig) -> None:
+    """Fill the output folder: images/, in folders by hash, and catalogue.csv, which is written last.
+
+    Each candidate has a keyed hash of its shard's name and its own, and those with the smallest hashes that decode are
+    taken, in that order, with their bytes as they are. One pass over the headers of the shards finds them; only the
+    chosen are read. Killed at any time, the same command goes on and ends with the same files.
+
+    Raises:
+        InputError: if the sources hold no image, or the folder holds another sample.
+    """
+    from spn4cir.datasets.catalogue import Catalogue
+
+    out = Path(config.output)
+    files = expand(config.shards) if config.shards else [Path(config.folder or "")]
+    made_by = _made_by(config, files)
+    table = out / f"{Catalogue.name}.csv"
+    if is_done(table, made_by):
+        print(f"sample: {table} is done")
+        return
+    _claim(out, made_by, config)
+    wanted = config.images
+    while True:
+        chosen, total = _candidates(config, files, out / "sample.jsonl", made_by, int(wanted * SPARE) + 64)
+        taken, broken = _take(chosen, out, config.images)
+        if len(taken) == config.images or len(chosen) == total:
+            break
+        wanted *= 2  # so many are broken that the spare ones do not do
+    if not taken:
+        raise InputError(f"none of {total} images in {config.shards or config.folder} decodes")
+    _write_table(table, taken)
+    (out / "sample.jsonl").unlink(missing_ok=True)
+    (out / "sample.done.json").unlink(missing_ok=True)
+    mark_done(table, made_by, **asdict(config), taken=len(taken), candidates=total, broken=broken)
+    fewer = f", all there are of the {config.images} asked for" if len(taken) < config.images else ""
+    print(f"sample: {len(taken)} of {total} images{fewer}, {broken} broken ones passed over → {table}")
+    print(f"next: python data_gen/make_triplets.py --dataset {Catalogue.name} --data-root {out}")
+
+
+def _made_by(config: SampleConfig, files: Sequence[Path]) -> str:
+    """A short name for the sources and what is asked of them; where they lie does not matter."""
+    stamps = [[path.name, path.stat().st_size] for path in files if path.is_file()]
+    listed = Path(config.list).read_text(encoding="utf-8") if config.list and Path(config.list).is_file() else ""
+    about = [config.images, config.seed, sorted(stamps), listed, bool(config.folder) and str(config.folder)]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def _claim(out: Path, made_by: str, config: SampleConfig) -> None:
+    """Note in the folder which sample it is for. Raises ``InputError`` if it is for another, or cannot be made."""
+    note = out / "sample.json"
+    if note.is_file():
+        before = read_json(note)
+        if not isinstance(before, dict) or before.get("made_by") != made_by:
+            raise InputError(f"{out} holds another sample, of other sources or settings: give another --output")
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise InputError(f"--output {out} is not empty and holds no sample: give another folder")
+    except OSError as error:
+        raise InputError(f"--output {out} cannot be made: {error.strerror}") from None
+    write_text(note, json.dumps({"made_by": made_by, **asdict(config)}, indent=1) + "\n")
+
+
+def _candidates(
+    config: SampleConfig, files: Sequence[Path], note: Path, made_by: str, keep: int
+) -> tuple[list[Candidate], int]:
+    """The candidates of the smallest hashes, and how many there are in all; from the note if it was done before."""
+    made_by = f"{made_by}/{keep}"
+    if is_done(note, made_by):
+        rows, places = read_jsonl(note), {path.name: path for path in files if config.shards}
+        total = int(read_json(note.with_suffix(".done.json"))["total"])
+        return [Candidate.from_row(row, places, files[0]) for row in rows], total
+    smallest = Smallest(keep)
+    for candidate in folder_candidates(files[0], config.list) if config.folder else shard_candidates(files):
+        smallest.add(f"{config.seed}/{candidate.name}", candidate)
+    if not smallest.total:
+        raise InputError(f"{config.shards or config.folder} holds no images")
+    chosen = smallest.sorted()
+    write_jsonl(note, (candidate.as_row() for candidate in chosen))
+    mark_done(note, made_by, total=smallest.total)
+    return chosen, smallest.total
+
+
+def _take(chosen: Sequence[Candidate], out: Path, images: int) -> tuple[list[tuple[Candidate, str, str]], int]:
+    """Copy the first that decode: them with the places of their copies and their ids, and how many were passed over."""
+    from tqdm import tqdm
+
+    good: dict[int, bool] = {}
+    ids: dict[int, str] = {}
+    waiting = iter(range(len(chosen)))
+    with tqdm(total=images, desc="sample", unit="image") as bar:
+        while batch := list(islice(waiting, images - sum(good.values()))):
+            for number in sorted(batch, key=lambda n: chosen[n].place):  # the disk is read forwards
+                good[number] = _copy(chosen[number], out)
+                ids[number] = chosen[number].read_address() if good[number] else ""
+                bar.update(good[number])
+    taken, used = [], set[str]()
+    for number in sorted(n for n, fine in good.items() if fine):
+        one = chosen[number]
+        image_id = next(i for i in (ids[number], one.safe_id, one.copy_name) if i and i not in used)
+        used.add(image_id)
+        taken.append((one, one.copy_name, image_id))
+    return taken, len(good) - len(taken)
+
+
+def _copy(one: Candidate, out: Path) -> bool:
+    """Put a picture in its place, bytes as they are; False if it does not decode, and nothing is left then."""
+    from spn4cir.images import decode
+
+    place = out / one.copy_name
+    if place.is_file():
+        return True
+    beside = place.with_name(place.name + ".tmp")
+    if not 0 < one.size <= LARGEST:
+        return False
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with one.open() as source, beside.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    except FileNotFoundError:
+        return False  # listed, but not there
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(
+            f"{place} cannot be written, or {one.source} not read: {error.strerror}; what is there stays, and the same "
+            "command goes on from there"
+        ) from None
+    try:
+        decode(beside)
+    except Exception:  # foreign bytes in a dozen decoders: whatever one raises, the next candidate is taken
+        beside.unlink(missing_ok=True)
+        return False
+    os.replace(beside, place)
+    return True
+
+
+def _write_table(table: Path, taken: Sequence[tuple[Candidate, str, str]]) -> None:
+    import csv
+    import io
+
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "image_id", "source"])
+    writer.writerows([name, image_id, ascii(one.name)[1:-1]] for one, name, image_id in taken)
+    write_text(table, text.getvalue())
+
+
+if __name__ == "__main__":
+    run_command(lambda: sample_images(parse(SampleConfig, PRESETS / "sample_images.yaml", text=__doc__ or "")))

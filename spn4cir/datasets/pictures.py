@@ -1,0 +1,90 @@
+"""Pictures in a folder: one walk over its names, no look at any single file."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spn4cir.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+OWN = "images.cache.jsonl"
+"""A folder that holds this file holds what data generation wrote, a picture sheet included: it is no catalogue's."""
+
+# Names go into JSON, HTML, logs and shells: no control characters, no line separators, no marks that turn the direction
+# of text, no backslash (a separator elsewhere), nothing that is no Unicode (a name that cannot be written down again).
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def safe_name(text: str) -> bool:
+    """Whether a text may be the id of an image: not empty, on one line, and the same wherever it is written."""
+    return bool(text) and len(text) <= 2000 and not _UNSAFE.search(text)
+
+
+@dataclass
+class Pictures:
+    """What a walk found. ``ids`` are paths below the root, sorted; the other lists hold what was left out."""
+
+    ids: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    unsafe: list[str] = field(default_factory=list)
+    has_texts: bool = False
+
+
+def walk(root: Path) -> Pictures:
+    """All pictures below a folder, by suffix; hidden names and folders of data generation are passed over.
+
+    Links to pictures below the root are followed; all others, and links to folders, are not.
+
+    Raises:
+        InputError: if a folder cannot be read.
+    """
+    found, real, todo = Pictures(), os.path.realpath(root), [""]
+    while todo:
+        inner = todo.pop()
+        try:
+            with os.scandir(root / inner) as listing:
+                entries = [entry for entry in listing if not entry.name.startswith(".")]
+        except OSError as error:
+            raise InputError(f"folder {root / inner} cannot be read: {error.strerror}") from None
+        if inner and any(entry.name == OWN for entry in entries):
+            continue
+        for entry in entries:
+            name = f"{inner}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                todo.append(f"{name}/")
+            elif entry.is_symlink() and (entry.is_dir() or not _below(entry.path, real)):
+                found.links.append(name)
+            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                (found.ids if safe_name(name) else found.unsafe).append(name)
+            elif entry.name.endswith(".txt"):
+                found.has_texts = True
+    for names in (found.ids, found.links, found.unsafe):
+        names.sort()
+    return found
+
+
+def _below(path: str, real: str) -> bool:
+    return os.path.realpath(path).startswith(real.rstrip(os.sep) + os.sep)
+
+
+def stray_links(root: Path, inner: set[str]) -> set[str]:
+    """Of folders below the root, given by their paths: names in them, or themselves, that lead out of it.
+
+    Each folder is listed once, so that a million files in a few folders cost a few calls.
+    """
+    real, stray = os.path.realpath(root), set[str]()
+    for folder in sorted(inner):
+        place = root / folder
+        if not place.is_dir():
+            continue  # its pictures are missing, which is said of each
+        if not _below(f"{os.path.realpath(place)}/x", real):
+            stray.add(folder)
+            continue
+        with os.scandir(place) as listing:
+            stray |= {
+                f"{folder}/{entry.name}".removeprefix("./")
+                for entry in listing
+                if entry.is_symlink() and not _below(entry.path, real)
+            }
+    return stray

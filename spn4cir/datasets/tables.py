@@ -1,0 +1,93 @@
+"""Tables of others, read as columns of texts: CSV, TSV, JSONL and Parquet. Every error names the file and the row."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spn4cir.errors import InputError
+from spn4cir.files import short
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def find_table(folder: Path, stem: str) -> Path | None:
+    """The table of that name in a folder, whatever its format; of several, the first by ``SUFFIXES``."""
+    return next((path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
+
+
+def read_table(path: Path, roles: Mapping[str, Sequence[str]], needed: Sequence[str]) -> dict[str, list[str]]:
+    """Columns by what they are for; an empty cell is an empty text.
+
+    Args:
+        path: the table; its suffix says the format.
+        roles: role → names that its column may have, the first that is there counts; case does not matter.
+        needed: roles that must be there.
+
+    Returns:
+        Role → one text for each row; no entry for a role without a column.
+
+    Raises:
+        InputError: if the file cannot be read, a needed column is missing, or a cell holds no text.
+    """
+    frame = _frame(path)
+    named = {str(column).strip().lower(): column for column in reversed(frame.columns)}
+    found = {}
+    for role, names in roles.items():
+        column = next((named[name] for name in names if name in named), None)
+        if column is not None:
+            cells = enumerate(frame[column].tolist(), 1)
+            found[role] = [_text(path, row, column, cell) for row, cell in cells]
+        elif role in needed:
+            known = ", ".join(map(str, frame.columns)) or "none"
+            raise InputError(f"{path}: one column must be called {' or '.join(names)}; there are: {known:.200}")
+    return found
+
+
+def _frame(path: Path) -> Any:
+    """The table as pandas reads it, nothing guessed: what looks like a number or like nothing stays a text."""
+    import pandas
+
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path} is no table: known are {', '.join(SUFFIXES)}")
+    try:
+        if suffix == ".jsonl":
+            return pandas.DataFrame(_rows(path), dtype=object)
+        if suffix == ".parquet":
+            return pandas.read_parquet(path)
+        separator = "," if suffix == ".csv" else "\t"
+        return pandas.read_csv(
+            path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
+        )
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:  # the readers' own errors are of these two kinds
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:200]}") from None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{path}, line {number}: {error}") from None
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}, line {number}: expected an object, got {short(row)}")
+                rows.append(row)
+    return rows
+
+
+def _text(path: Path, row: int, column: object, cell: object) -> str:
+    if isinstance(cell, str):
+        return cell
+    if cell is None or cell != cell:  # pandas' empty cell is not equal to itself
+        return ""
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return str(cell)
+    raise InputError(f"{path}, row {row}, column {str(column)!r}: expected a text, got {short(cell)}")

@@ -1,0 +1,90 @@
+"""A catalogue of one's own: from a folder of pictures with texts beside them to triplets, stage 1 and stage 2."""
+
+import json
+import runpy
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_gen.files import read_jsonl
+from spn4cir.cli import evaluate_command
+from spn4cir.datasets.emoji import Emoji
+
+ROOT = Path(__file__).parents[2]
+MAKE, SAMPLE = "data_gen/make_triplets.py", "data_gen/sample_images.py"
+STAGES = {1: "recipes/stage1.py", 2: "recipes/stage2.py"}
+FEW = ("--max-steps", 3, "--batch-size", 8, "--workers", 0, "--mixed-precision", "no", "--eval-every", 0)
+OPTIONS = ("--captioner", "embedded", "--matcher", "embedded", "--window", "[1, 8]", "--pairs-per-image", 3)
+Call = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Run a script in this process; returns what it wrote to standard output and to standard error."""
+
+    def run(program: str, *arguments: object) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        capfd.readouterr()
+        if program == "spn4cir-eval":
+            evaluate_command()
+        else:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        return capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Forty real pictures in folders, each with its name in a text beside it, and one that is broken."""
+    monkeypatch.chdir(tmp_path)
+    dataset, root = Emoji(), tmp_path / "shop"
+    jobs = ("firefighter", "judge")
+    ids = [i for i in dataset.training_images() if any(job in dataset.label(i) for job in jobs)][:40]
+    assert len(ids) == 40
+    for image_id in ids:
+        place = root / jobs["judge" in dataset.label(image_id)] / f"<{image_id}>.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(dataset.path(image_id), place)
+        place.with_suffix(".txt").write_text(f"{dataset.label(image_id)}\nnot read\n", encoding="utf-8")
+    (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return root
+
+
+def result_of(runs: Path, stage: int, dataset: str) -> dict[str, Any]:
+    (folder,) = (runs / dataset / "clip4cir").glob(f"stage{stage}-*")
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return {"run": folder, **found}
+
+
+def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One command makes triplets, two train on them, and the figure says on what it is."""
+    data = ("--dataset", "catalogue", "--data-root", shop)
+    out, _ = call(MAKE, *data, *OPTIONS)
+    made = Path("data/catalogue/generated")
+    assert "1 left out: see" in out
+    assert [row["image_id"] for row in read_jsonl(made / "images.failed.jsonl")] == ["broken.png"]
+    entries = json.loads((made / "triplets.json").read_text())
+    assert len(entries) >= 30 and all((shop.parent / e["reference"]).is_file() for e in entries)
+    beside = {p.relative_to(shop).with_suffix(".png").as_posix(): p.read_text() for p in shop.rglob("*.txt")}
+    said = [beside[row["image_id"]].splitlines()[0] == row["caption"] for row in read_jsonl(made / "captions.jsonl")]
+    assert sum(said) > 0.75 * len(said)  # the embedded captioner knows these pictures, if it is asked at all
+    for stage in STAGES:
+        out, _ = call(STAGES[stage], *data, "--generated", "auto", "--candidates", "named", *FEW, "--skip" * 0 or "--seed", 1)
+        found = result_of(runs, stage, "catalogue")
+        assert found["steps"] == 3 and found["protocol"] == found["selected_on"] == "catalogue/holdout-generated-0.1"
+        assert "generated triplets put aside, no question of a person's" in out
+    assert "queries of your own, where this says; spn4cir-eval" in out
+    with pytest.raises(SystemExit):
+        call("spn4cir-eval", "--run", found["run"])
+    assert f"write {shop}/queries.csv" in capfd.readouterr().err
+    rows = "".join(f'"{e["reference_name"]}","{e["captions"][0]}","{e["target_name"]}"\n' for e in entries[:5])
+    (shop / "queries.csv").write_text(f"reference,modification,target\n{rows}", encoding="utf-8")
+    (shop / "broken.png").unlink()
+    result = json.loads(call("spn4cir-eval", "--run", found["run"], "--json", "-")[0])
+    assert result["protocol"] == "catalogue/val" and result["groups"]["all"]["queries"] == 5
