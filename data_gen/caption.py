@@ -96,6 +96,8 @@ def wanted_images(config: GenerateConfig) -> list[str]:
     named = {row[role] for row in read_jsonl(pairs) for role in ("reference", "target")}
     if unknown := named.difference(ids):
         raise InputError(f"{pairs} names {short(min(unknown))}, which images.jsonl lacks: run match_pairs.py again")
+    if not named:
+        raise InputError(f"{pairs} names no image to caption: widen the window of match_pairs.py")
     return [i for i in ids if i in named]
 
 

@@ -65,7 +65,7 @@ class Endpoint:
         rate = config.requests_per_minute
         self._gap = 60 * processes / rate if rate else 0.0
         self._lock, self._next, self._answered = threading.Lock(), 0.0, 0
-        self._closed = threading.Event()
+        self._closed, self._final = threading.Event(), InputError(f"{self.address}: given up")
         self._key = os.environ.get(KEY, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError(f"{KEY} holds letters that no key has")  # http.client would show it
@@ -103,7 +103,7 @@ class Endpoint:
             sent += 1
             if sent > self.config.retries:
                 if found.away:
-                    raise InputError(f"{found.text}; what was answered stays, and the same command goes on from there")
+                    raise self._stop(f"{found.text}; what was answered stays, and the same command goes on from there")
                 return Answer("", problem=found.text)
             self._pause(sent, found)
 
@@ -155,12 +155,13 @@ class Endpoint:
         if error.code not in AGAIN and error.code < 500:
             hint = f"; the key is taken from {KEY}" if error.code in (401, 403) else ""
             hint = "; is the address right, and the model's name?" if error.code == 404 else hint
-            raise InputError(told + hint)
+            raise self._stop(told + hint)
         return Trouble(told, _seconds(error.headers.get("Retry-After")), away=error.code in (429, 503))
 
     def _wait_for_turn(self) -> None:
         """Wait until a request may be sent: neither above the rate, nor while the server wants none."""
         while True:
+            self._sleep(0)  # only if nothing stops it
             with self._lock:
                 now = time.monotonic()
                 if now >= self._next:
@@ -179,7 +180,15 @@ class Endpoint:
 
     def _sleep(self, seconds: float) -> None:
         if self._closed.wait(seconds):
-            raise InputError(f"{self.address}: given up")
+            raise self._final
+
+    def _stop(self, reason: str) -> InputError:
+        """Send nothing more: the error that all threads raise, whichever of them is asked first."""
+        with self._lock:
+            if not self._closed.is_set():
+                self._final = InputError(reason)
+                self._closed.set()
+            return self._final
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

@@ -81,15 +81,16 @@ class Local:
 
     def _load(self) -> None:
         """Load the model once. Raises ``InputError`` for one that cannot do what is asked."""
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
         if self._model is not None:
             return
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
         kind = AutoModelForImageTextToText if self.images else AutoModelForCausalLM
         try:
             self._processor: Any = (AutoProcessor if self.images else AutoTokenizer).from_pretrained(self.source)
             model, info = kind.from_pretrained(self.source, dtype=self._dtype(), output_loading_info=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
             raise self._unknown(error) from None
         if info["missing_keys"]:
             raise InputError(f"model {self.name!r} lacks weights, such as {sorted(info['missing_keys'])[0]}")

@@ -107,6 +107,8 @@ class GenerateConfig:
         for name in ("pairs", "max_caption_count", "requests_per_minute", "max_tokens"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.prompt_file is None and "{words}" not in self.prompt:
+            raise InputError(f"prompt must hold {{words}}, where the number of words goes, got {self.prompt!r}")
         if self.retries < 0:
             raise InputError(f"retries must be 0 or more, got {self.retries}")
         if self.window is not None:
