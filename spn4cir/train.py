@@ -199,7 +199,7 @@ def load_triplets(
     if triplets:
         triplets, judge = put_aside(config, triplets)
     else:
-        generated, judge = put_aside(config, generated, dataset.training_images())
+        generated, judge = put_aside(config, generated)
     lacking = [name for name in config.select_by or () if name not in metric_names(judge)]
     if lacking:
         config.select_by = [name for name in config.select_by or () if name not in lacking] or None
@@ -208,19 +208,13 @@ def load_triplets(
     return dataset, triplets + generated, judge
 
 
-def put_aside(
-    config: TrainConfig, triplets: Sequence[Triplet], gallery: Sequence[str] = ()
-) -> tuple[list[Triplet], Benchmark]:
+def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Triplet], Benchmark]:
     """A fraction of the triplets as a benchmark, and the rest.
 
     A triplet's own words decide on its side, so that it is the same for all seeds, for both stages, and whatever other
     triplets there are. Of generated triplets, which come in numbers for one target, the target decides, so that none is
-    learned from and asked for.
-
-    Args:
-        config: says which fraction.
-        triplets: annotated ones, or generated ones.
-        gallery: what generated ones are ranked over; annotated ones are ranked over the images that are put aside.
+    learned from and asked for; and they are ranked over all images that any of them names, where annotated ones are
+    ranked over those put aside.
     """
     made = triplets[0].generated
     drawn = {
@@ -238,7 +232,7 @@ def put_aside(
     asked = [triplets[n] for n in sorted(aside)]
     judge = Benchmark(
         name=f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}",
-        gallery=tuple(dict.fromkeys(gallery or (i for t in asked for i in (t.reference, t.target)))),
+        gallery=tuple(dict.fromkeys(i for t in (triplets if made else asked) for i in (t.reference, t.target))),
         queries=tuple(Query(t.reference, t.modifications[0], (t.target,)) for t in asked),
         exclude_reference=True,
         ks=(1, 5, 10, 50),

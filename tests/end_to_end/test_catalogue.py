@@ -4,16 +4,18 @@ import json
 import runpy
 import shutil
 import sys
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_gen.files import read_jsonl
+from spn4cir import train
 from spn4cir.cli import evaluate_command
 from spn4cir.datasets.emoji import Emoji
+from spn4cir.images import TripletRows
+from spn4cir.types import Triplet
 
 ROOT = Path(__file__).parents[2]
 MAKE, SAMPLE = "data_gen/make_triplets.py", "data_gen/sample_images.py"
@@ -40,15 +42,29 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Triplet]:
+    """The triplets that the last run trained on."""
+    found: list[Triplet] = []
+
+    class Rows(TripletRows):
+        def __init__(self, triplets: Sequence[Triplet], seed: int):
+            super().__init__(triplets, seed)
+            found[:] = triplets
+
+    monkeypatch.setattr(train, "TripletRows", Rows)
+    return found
+
+
+@pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Forty real pictures in folders, each with its name in a text beside it, and one that is broken."""
     monkeypatch.chdir(tmp_path)
     dataset, root = Emoji(), tmp_path / "shop"
-    jobs = ("firefighter", "judge")
-    ids = [i for i in dataset.training_images() if any(job in dataset.label(i) for job in jobs)][:40]
-    assert len(ids) == 40
-    for image_id in ids:
-        place = root / jobs["judge" in dataset.label(image_id)] / f"<{image_id}>.png"
+    jobs = ("firefighter", "judge", "farmer", "cook")
+    found = [(i, job) for i in dataset.training_images() for job in jobs if job in dataset.label(i)][:40]
+    assert len(found) == 40
+    for image_id, job in found:
+        place = root / job / f"<{image_id}>.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(dataset.path(image_id), place)
         place.with_suffix(".txt").write_text(f"{dataset.label(image_id)}\nnot read\n", encoding="utf-8")
@@ -75,7 +91,7 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
     said = [beside[row["image_id"]].splitlines()[0] == row["caption"] for row in read_jsonl(made / "captions.jsonl")]
     assert sum(said) > 0.75 * len(said)  # the embedded captioner knows these pictures, if it is asked at all
     for stage in STAGES:
-        out, _ = call(STAGES[stage], *data, "--generated", "auto", "--candidates", "named", *FEW, "--skip" * 0 or "--seed", 1)
+        out, _ = call(STAGES[stage], *data, "--generated", "auto", *FEW)
         found = result_of(runs, stage, "catalogue")
         assert found["steps"] == 3 and found["protocol"] == found["selected_on"] == "catalogue/holdout-generated-0.1"
         assert "generated triplets put aside, no question of a person's" in out
@@ -88,3 +104,39 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
     (shop / "broken.png").unlink()
     result = json.loads(call("spn4cir-eval", "--run", found["run"], "--json", "-")[0])
     assert result["protocol"] == "catalogue/val" and result["groups"]["all"]["queries"] == 5
+
+
+def zero_shot(call: Call, root: Path, stage: int, made: Path) -> str:
+    recipe = ROOT / "recipes" / f"fashioniq_clip4cir_zeroshot_stage{stage}.yaml"
+    given = ("--config", recipe, "--data-root", root, "--generated", made, *FEW)
+    return call(STAGES[stage], *given, "--backbone-options", "{model: embedded}")[0]
+
+
+def test_other_images_for_a_published_dataset(
+    call: Call, shop: Path, fashioniq: Path, runs: Path, trained: list[Triplet]
+) -> None:
+    """Sampled, made into triplets, and learned from by the zero-shot recipes, whose figure is the dataset's own."""
+    call(SAMPLE, "--folder", shop, "--images", 30, "--output", "other")
+    call(MAKE, "--dataset", "catalogue", "--data-root", "other", *OPTIONS)
+    made = Path("data/catalogue/generated/triplets.json")
+    for stage in STAGES:
+        zero_shot(call, fashioniq, stage, made)
+        found = result_of(runs, stage, "fashioniq")
+        assert found["steps"] == 3 and found["protocol"] == "fashioniq/original-noref"
+        assert trained and all(t.generated and (shop / t.reference).is_file() for t in trained)
+    banks = [note.read_text() for note in runs.glob("banks/*/*.json")]
+    named = [any(t.reference in note for t in trained) for note in banks]
+    assert any(named) and not all(named)  # the bank of candidates is the others', the gallery's is not
+
+
+def test_published_out_of_domain_files_say_what_to_do(
+    call: Call, fashioniq: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their paths are of the authors' disk: one line."""
+    entry = {"reference": "/data/cc/1.jpg", "target": "/data/cc/2.jpg", "captions": ["x"]}
+    entry |= {"reference_name": "http://x/1", "target_name": "http://x/2"}
+    (tmp_path / "cap.cc.train.json").write_text(json.dumps([entry]))
+    with pytest.raises(SystemExit):
+        zero_shot(call, fashioniq, 1, tmp_path / "cap.cc.train.json")
+    line = capfd.readouterr().err.strip()
+    assert "entry 0, field 'reference'" in line and "data_gen/sample_images.py" in line and "\n" not in line

@@ -59,8 +59,8 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "cc"
 
 
-def config(folder: Path, out: str = "out", **changes: Any) -> SampleConfig:
-    settings = {"shards": f"{folder}/cc-{{0000..0002}}.tar", "images": 10, "output": str(folder.parent / out)}
+def config(source: Path, out: str = "out", **changes: Any) -> SampleConfig:
+    settings = {"shards": f"{source}/cc-{{0000..0002}}.tar", "images": 10, "output": str(source.parent / out)}
     return SampleConfig(**{**settings, **changes})
 
 
