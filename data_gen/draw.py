@@ -34,6 +34,11 @@ def font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
+def known_letters(text: str) -> bool:
+    """Whether ``font`` has all letters of a text: those of Europe's Latin alphabets, and common punctuation."""
+    return all(letter < "\u0180" or "\u2010" <= letter <= "\u2044" for letter in text)
+
+
 class Pictures:
     """Thumbnails of a dataset's images, and a word about those that cannot be shown.
 

@@ -52,7 +52,7 @@ def count_lines(path: Path) -> int:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """All rows or none, one by one; a note of what made the file before goes first, so that it never speaks for these."""
+    """All rows or none, in a stream; the note of what made the old file goes first: it must not speak for these."""
     path.with_suffix(".done.json").unlink(missing_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:

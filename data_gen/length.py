@@ -29,22 +29,28 @@ class TokenCounter:
         if tokenizer not in ("clip", "embedded"):
             self._library = _load(tokenizer)
             return
-        import open_clip
-
-        own: Any = open_clip.get_tokenizer("ViT-L-14" if tokenizer == "clip" else f"local-dir:{EMBEDDED}")
+        own = _of_clip(tokenizer)
         self._clean, self._library = own.clean_fn, getattr(own, "tokenizer", None)
         self._tokens_of_word = lru_cache(1 << 20)(lambda word: len(own.encode(word)))
 
     def __call__(self, texts: Sequence[str]) -> list[int]:
         """Texts → their numbers of tokens."""
         if self._clean:
-            texts = [text if _is_plain(text) else self._clean(text) for text in texts]
+            texts = [" ".join(text.split()) if _is_plain(text) else self._clean(text) for text in texts]
         if self._library is None:  # no token of CLIP's reaches over a space
             return [2 + sum(self._tokens_of_word(word) for word in text.lower().split()) for text in texts]
         if not texts:
             return []
         found = self._library(list(texts), truncation=False, padding=False, verbose=False)
         return [len(ids) for ids in found["input_ids"]]
+
+
+@lru_cache(2)
+def _of_clip(tokenizer: str) -> Any:
+    """open_clip's; the large one takes a second to read."""
+    import open_clip
+
+    return open_clip.get_tokenizer("ViT-L-14" if tokenizer == "clip" else f"local-dir:{EMBEDDED}")
 
 
 def _is_plain(text: str) -> bool:

@@ -53,7 +53,8 @@ class TripletWriter:
 
     Attributes:
         count: triplets so far.
-        words: of their texts.
+        words: of their texts together.
+        tokens: likewise.
         distinct: hashes of their texts.
         templates: how many of them each template made.
         rewritten: how many hold a text that a model wrote anew.
@@ -68,7 +69,7 @@ class TripletWriter:
         self._dataset, self._made_by = dataset, made_by
         self._path_of = lru_cache(1 << 18)(lambda image_id: str(dataset.path(image_id)))
         self._place = lru_cache(1 << 18)(picture_places(dataset, paths[1].parent))
-        self.count, self.words, self.rewritten = 0, 0, 0
+        self.count, self.words, self.tokens, self.rewritten = 0, 0, 0, 0
         self.distinct, self.templates = set[int](), Counter[str]()
         self._group: list[Row] = []
         text, schema = pa.string(), _columns(pa)
@@ -87,6 +88,7 @@ class TripletWriter:
             self._flush()
         self.count += 1
         self.words += len(row["modification"].split())
+        self.tokens += row["tokens"]
         self.rewritten += "llm_caption" in row
         self.distinct.add(hash(row["modification"]))
         self.templates[row["template"]] += 1

@@ -36,17 +36,17 @@ def write_summary(config: GenerateConfig, made: "TripletWriter", texts: "Texts",
         "captions_failed": count_lines(config.file("captions.failed.jsonl")),
         "triplets": made.count,
         "distinct_texts": len(made.distinct),
-        "target_caption_instead_of_a_text_too_long": texts.shortened,
+        "too_long_so_target_caption_alone": texts.shortened,
     }
     if config.rewriter:
-        counts |= {"rewritten": made.rewritten, "rewriting_failed": made.count - made.rewritten}
+        counts |= {"rewritten": made.rewritten, "not_rewritten": made.count - made.rewritten}
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_A_MACHINE}
     summary = {
         "counts": counts,
         "dropped": dict(sorted(texts.dropped.items(), key=lambda pair: (-pair[1], pair[0]))),
         "templates": dict(sorted(made.templates.items())),
         "mean_words": round(made.words / max(made.count, 1), 2),
-        "mean_tokens": round(texts.tokens / max(made.count, 1), 2),
+        "mean_tokens": round(made.tokens / max(made.count, 1), 2),
         "settings": settings,
         "made_by": made_by,
     }

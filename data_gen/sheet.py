@@ -10,7 +10,9 @@ from data_gen.draw import (
     GREY,
     LINE,
     Pictures,
+    font,
     image_tag,
+    known_letters,
     line_height,
     page,
     paste_centred,
@@ -77,7 +79,16 @@ def draw_sheet(title: str, shown: list[tuple[Row, Image.Image, Image.Image]]) ->
     lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
     tall = [max(cell.height for cell in line) for line in lines]
     canvas = Image.new("RGB", (2 * WIDTH + 3 * GAP, top + sum(tall) + GAP * (len(tall) + 1)), "white")
+    x = GAP + round(font(24).getlength(title)) + 2 * GAP
     write_lines(canvas, (GAP, GAP), [title], 24)
+    if any(not known_letters(text) for row, _, _ in shown for text in (row["modification"], *row["captions"])):
+        write_lines(
+            canvas,
+            (x, GAP + 10),
+            ["Boxes are letters that the font of this picture lacks: see sheet.html"],
+            SMALL,
+            GREY,
+        )
     y = top
     for line, height in zip(lines, tall, strict=True):
         for column, cell in enumerate(line):

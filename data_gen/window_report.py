@@ -74,11 +74,14 @@ def describe(config: GenerateConfig, ranks: Any, similarities: Any) -> list[str]
     """The window in words: ranks, and the similarities of its pairs."""
     import numpy as np
 
-    window = _window_file(config).get("window") or [int(ranks.min()), int(ranks.max()) + 1]
+    known = _window_file(config)
+    stated = {tuple(window) for window in known.get("ranks", {}).values() if window}
+    first, end = stated.pop() if len(stated) == 1 else (int(ranks.min()), int(ranks.max()) + 1)
+    images = f" of {known['images']:,} images" if "images" in known else ""
     low, *quarters, high = np.quantile(similarities, [0, 0.25, 0.5, 0.75, 1])
     middle = ", ".join(f"{value:.3f}" for value in quarters)
     return [
-        f"Ranks {window[0]:,} to {window[1] - 1:,}: {len(ranks):,} pairs",
+        f"Ranks {first:,} to {end - 1:,}: {len(ranks):,} pairs{images}",
         f"similarity from {low:.3f} to {high:.3f}, quarters at {middle}",
     ]
 
@@ -120,6 +123,9 @@ def draw_chart(shares: dict[str, list[float]]) -> Image.Image:
             left, right = across(edges[n]), across(edges[n + 1]) - 1
             if height:
                 draw.rectangle((left, 20 + PLOT_HEIGHT - height, max(left, right), 20 + PLOT_HEIGHT), fill=ink)
+    for n in used if "all" in shares else ():  # where the window's bars stand before them
+        y = 20 + PLOT_HEIGHT - round(shares["all"][n] / top * PLOT_HEIGHT)
+        draw.line((across(edges[n]), y, across(edges[n + 1]) - 1, y), fill=GREY)
     draw.line((20, 20 + PLOT_HEIGHT, canvas.width - 20, 20 + PLOT_HEIGHT), fill=GREY)
     for n in range(6):
         value = low + n / 5 * (high - low)

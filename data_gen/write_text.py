@@ -17,6 +17,7 @@ from data_gen.length import TokenCounter
 from data_gen.outputs import KINDS, triplet_files
 from data_gen.processes import Processes
 from data_gen.report import reasons, write_summary
+from data_gen.rewrite import Rewriter
 from data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
@@ -122,17 +123,17 @@ class Texts:
     Args:
         config: settings.
         captions: of all images.
+        count: of tokens, for the guard.
 
     Attributes:
         pairs: pairs seen so far.
         dropped: how many of them were dropped, by reason.
         shortened: texts that were too long, so that the target's caption stands in their place.
-        tokens: of all texts together.
     """
 
-    def __init__(self, config: GenerateConfig, captions: Captions):
-        self.config, self.captions, self.count = config, captions, TokenCounter(config.tokenizer)
-        self.pairs, self.shortened, self.tokens, self.dropped = 0, 0, 0, Counter[str]()
+    def __init__(self, config: GenerateConfig, captions: Captions, count: TokenCounter):
+        self.config, self.captions, self.count = config, captions, count
+        self.pairs, self.shortened, self.dropped = 0, 0, Counter[str]()
 
     def of(self, pairs: Iterable[Row]) -> Iterator[Row]:
         """Rows of pairs, in their order; each holds ``tokens``, how long its text is."""
@@ -183,27 +184,29 @@ class Texts:
                 self.dropped[f"too long: more than {limit} tokens"] += 1
                 continue
             self.shortened += "shortened" in row
-            self.tokens += row["tokens"]
             yield row
 
 
 def write_text(config: GenerateConfig, dataset: Dataset) -> None:
-    """Write triplets.jsonl with what each came from, triplets.json in the published shape, triplets.parquet, summary.json.
+    """Write triplets.jsonl with what each came from, triplets.json as published, triplets.parquet, and summary.json.
 
     Raises:
         InputError: if a file is missing or damaged, or no pair gives a triplet; what was there before stays.
     """
-    processes = Processes()
+    processes, rewriter = Processes(), Rewriter.of(config)
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))
-    settings = text_settings(config)
+    settings = text_settings(config) | ({"rewriter": rewriter.about} if rewriter else {})
     made_by = digest({"step": "write", "dataset": dataset.name, **settings}, pairs, captions)
     done = is_done(out, made_by) and all(config.file(name).is_file() for name in FILES)
     processes.wait()  # all have looked before the first one writes
     if done:
         processes.say(f"write: {out} is done")
         return
+    known, count = Captions(config), TokenCounter(config.tokenizer)
+    if rewriter:
+        rewriter.rewrite(lambda: Texts(config, known, count).of(stream_jsonl(pairs)), count, made_by)
     if processes.first:
-        _write(config, dataset, made_by, settings)
+        _write(config, dataset, Texts(config, known, count), rewriter, (made_by, settings))
     processes.wait()
 
 
@@ -213,18 +216,21 @@ def text_settings(config: GenerateConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _write(config: GenerateConfig, dataset: Dataset, made_by: str, settings: dict[str, Any]) -> None:
+def _write(
+    config: GenerateConfig, dataset: Dataset, texts: Texts, rewriter: Rewriter | None, made: tuple[str, dict[str, Any]]
+) -> None:
     from tqdm import tqdm
 
-    texts, out = Texts(config, Captions(config)), config.file("triplets.json")
+    out, (made_by, settings) = config.file("triplets.json"), made
     pairs = tqdm(stream_jsonl(config.file("pairs.jsonl")), desc="write", unit="pair", leave=False)
+    rows = rewriter.apply(texts.of(pairs), texts.count) if rewriter else texts.of(pairs)
     with triplet_files(config, dataset, made_by) as files:
-        for row in texts.of(pairs):
+        for row in rows:
             files.add(row)
-        files.finish()
         if not files.count:
             told = reasons(texts.dropped) or "there is no pair"
             raise InputError(f"{config.file('pairs.jsonl')} gives no triplet: {told}")
+        files.finish()
         out.with_suffix(".done.json").unlink(missing_ok=True)  # it must not speak for what takes the old one's place
     summary = write_summary(config, files, texts, made_by)
     mark_done(out, made_by, **settings, triplets=files.count, dropped=summary["dropped"])
