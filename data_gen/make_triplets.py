@@ -28,11 +28,9 @@ from spn4cir.types import Dataset
 def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     """All four steps, pictures to look at, and a summary."""
     look_ahead(config, dataset)
-    for step in (deduplicate, match_pairs, caption, write_text):
+    for step in (deduplicate, match_pairs, caption, write_text, write_window, write_sheet):
         step(config, dataset)
     if Processes().first:
-        write_window(config, dataset)
-        write_sheet(config, dataset)
         summarise(config, dataset)
         print(f"\nnext: {next_command(config)}")
 
