@@ -1,12 +1,13 @@
 """Captioning in batches against one image at a time, and why the ratio is what it is.
 
 The embedded captioner describes embedded images both ways; the captions must be equal. The time of a caption is the
-first pass over image and prompt, and then one step a token. The time of either is a fixed cost, of calls and of reading
-the weights, which a batch shares, and a cost of each image, the arithmetic, which it does not: ``parts`` holds both, from
-the times of a batch and of one image (T = fixed + batch * each), and ``finding`` says it in words.
+first pass over image and prompt, and then one step a token. The time of either is a fixed cost, of calls and of
+reading the weights, which a batch shares, and a cost of each image, the arithmetic, which it does not: ``finding``
+tells them apart from the times of a batch and of one image (T = fixed + batch * each) that ``parts`` holds.
 
 With ``--real-size`` the model has the shape of LLaVA-1.5-7B (CLIP ViT-L/14@336, Llama 7B), random weights in half
-precision, random pixels and a fixed number of new tokens: images a second by batch size. It needs torch and transformers.
+precision, random pixels and a fixed number of new tokens: images a second by batch size. torch and transformers are
+enough for it.
 
 examples:
   python -m benchmarks.captioning                        # a minute on two cores
@@ -218,8 +219,8 @@ def finding(found: dict[str, Any]) -> str:
     ):
         each = (all_of_them - one) / max(size - 1, 1)
         told.append(
-            f"a {name} takes {one:.1f} ms for one image and {all_of_them:.1f} for {size}: {one - each:.1f} fixed, shared by "
-            f"a batch, and {each:.2f} for each image"
+            f"a {name} takes {one:.1f} ms for one image and {all_of_them:.1f} for {size}: {one - each:.1f} fixed, "
+            f"shared by a batch, and {each:.2f} for each image"
         )
     return "; ".join(told)
 
