@@ -57,7 +57,7 @@ def compose_text(template: str, reference: str, target: str, draw: random.Random
 
 def write_text(config: GenerateConfig, dataset: Dataset) -> None:
     """Write triplets.json in the published shape, and triplets.jsonl with what each came from."""
-    from spn4cir.datasets.generated import picture_places, published_shape
+    from spn4cir.datasets.generated import entry_writer
 
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))
     settings = {"templates": list(config.templates), "seed": config.seed}
@@ -66,7 +66,7 @@ def write_text(config: GenerateConfig, dataset: Dataset) -> None:
         print(f"write: {out} is done")
         return
     caption = {row["image_id"]: row["caption"] for row in read_jsonl(captions)}
-    rows, entries, dropped, place = [], [], Counter[str](), picture_places(dataset, config.folder)
+    rows, entries, dropped, entry = [], [], Counter[str](), entry_writer(dataset, config.folder)
     for pair in read_jsonl(pairs):
         texts = caption.get(pair["reference"]), caption.get(pair["target"])
         if texts[0] is None or texts[1] is None:
@@ -81,10 +81,7 @@ def write_text(config: GenerateConfig, dataset: Dataset) -> None:
             dropped[f"{template} has nothing to say"] += 1
         else:
             rows.append({**pair, "modification": text, "template": template, "captions": texts})
-            triplet, places = Triplet(pair["reference"], pair["target"], (text,)), None
-            if dataset.root:
-                places = place(triplet.reference), place(triplet.target)
-            entries.append(published_shape(dataset.name, triplet, (texts[0], texts[1]), places))
+            entries.append(entry(Triplet(pair["reference"], pair["target"], (text,)), (texts[0], texts[1])))
     write_jsonl(config.file("triplets.jsonl"), rows)
     write_file(out, json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
     mark_done(out, made_by, **settings, triplets=len(rows), dropped=dict(dropped))
