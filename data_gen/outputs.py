@@ -64,11 +64,11 @@ class TripletWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from spn4cir.datasets.generated import picture_places
+        from spn4cir.datasets.generated import entry_writer
 
         self._dataset, self._made_by = dataset, made_by
         self._path_of = lru_cache(1 << 18)(lambda image_id: str(dataset.path(image_id)))
-        self._place = lru_cache(1 << 18)(picture_places(dataset, paths[1].parent))
+        self._published = entry_writer(dataset, paths[1].parent)
         self.count, self.words, self.tokens, self.rewritten = 0, 0, 0, 0
         self.distinct, self.templates = set[int](), Counter[str]()
         self._group: list[Row] = []
@@ -94,11 +94,8 @@ class TripletWriter:
         self.templates[row["template"]] += 1
 
     def _entry(self, row: Row) -> Row:
-        from spn4cir.datasets.generated import published_shape
-
         triplet = Triplet(row["reference"], row["target"], (row["modification"],))
-        places = (self._place(triplet.reference), self._place(triplet.target)) if self._dataset.root else None
-        entry = published_shape(self._dataset.name, triplet, tuple(row["captions"]), places)
+        entry = self._published(triplet, tuple(row["captions"]))
         return {**entry, "llm_caption": row["llm_caption"]} if "llm_caption" in row else entry
 
     def _record(self, row: Row) -> Row:

@@ -196,6 +196,17 @@ def picture_places(dataset: Dataset, folder: Path) -> Callable[[str], str]:
     return place
 
 
+def entry_writer(dataset: Dataset, folder: Path) -> Callable[[Triplet, tuple[str, str]], dict[str, object]]:
+    """What ``published_shape`` says of a triplet and its captions, in a file of ``folder``."""
+    place = picture_places(dataset, folder) if dataset.name == "catalogue" else None
+
+    def entry(triplet: Triplet, captions: tuple[str, str]) -> dict[str, object]:
+        places = (place(triplet.reference), place(triplet.target)) if place else None
+        return published_shape(dataset.name, triplet, captions, places)
+
+    return entry
+
+
 def published_shape(
     dataset: str, triplet: Triplet, captions: tuple[str, str], places: tuple[str, str] | None = None
 ) -> dict[str, object]:

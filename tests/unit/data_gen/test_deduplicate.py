@@ -84,7 +84,8 @@ def test_broken_images_are_left_out_and_listed(folder: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize(("ids", "said"), [
     ([], "x has no images"), (["gone"], r"none of 1 images can be used, such as .*gone\.png, which is missing: see"),
-    (["a"], "1 image is left, of 1 picture, which cannot be paired"), (["a", "gone"], r"1 image is left.*failed\.jsonl"),
+    (["a"], "1 image is left, of 1 picture, which cannot be paired"),
+    (["a", "gone"], r"1 image is left.*failed\.jsonl"),
     (["a", "a2", "a3"], "3 images are left, of 1 picture"),
 ])  # fmt: skip
 def test_too_few_images(folder: Path, ids: list[str], said: str) -> None:

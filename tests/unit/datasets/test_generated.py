@@ -185,7 +185,8 @@ def test_other_images_below_the_current_directory(cirr: Path, other: Path, monke
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"reference": "/root_path/cc/1.jpg"}, "field 'reference': .* data_gen/sample_images.py"),
-    ({"target": "../1.png"}, "field 'target': .* no path below a folder"), ({"target": 3}, "field 'target': expected a"),
+    ({"target": "../1.png"}, "field 'target': .* no path below a folder"),
+    ({"target": 3}, "field 'target': expected a"),
     ({"reference": "images/9.png"}, "field 'reference': .* lies neither in"),
     ({"reference_name": "http://x/2"}, "field 'target': .* one id, one picture"),
     ({"target_name": "dev-0-0-img0"}, "field 'target_name': .* one that is evaluated on"),
