@@ -1,12 +1,12 @@
 """Data generation, killed again and again: what a resumed run leaves must be what an uninterrupted one leaves.
 
-Runs ``data_gen/make_triplets.py`` once to its end. Then the same command is started in an empty folder, gets SIGKILL after
-a random time, and is started again, until it was killed so many times; the last start may finish. A run that finishes
-earlier is compared, and the next starts in an empty folder. At the end two processes share the work of one more run.
+Runs ``data_gen/make_triplets.py`` once to its end. Then the same command is started in an empty folder, gets SIGKILL
+after a random time, and is started again, until it was killed so many times; the last start may finish. A run that
+finishes earlier is compared, and the next starts in an empty folder. At the end two processes share one more run.
 
 examples:
   python -m benchmarks.kills --kills 20 --json benchmarks/results/kills.json
-  python -m benchmarks.kills --kills 3 --options '--dataset catalogue --data-root my/pictures --captions my/captions.jsonl'
+  python -m benchmarks.kills --kills 3 --options '--dataset catalogue --data-root my/pictures --matcher embedded'
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Windows of ranks: partial selection against the dense matrix and a full argsort.
 
-Vectors are made up: unit norm, width 768, with 64 directions that matter more than the rest, so that similarities spread
-as those of image encoders do (standard deviation about 0.1); a last row has none, the hardest case, where the most
-images are near any rank. First all pairs are compared with those of a full stable sort of float64 products.
+Vectors are made up: unit norm, width 768, with 64 directions that matter more than the rest, so that similarities
+spread as those of image encoders do (standard deviation about 0.1); a last row has none, the hardest case, where the
+most images are near any rank. First all pairs are compared with those of a full stable sort of float64 products.
 
 examples:
   python -m benchmarks.matching
@@ -105,7 +105,7 @@ def by_the_definition(path: Path) -> dict[str, Any]:
 
 
 def measured(task: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
-    """In a process of its own; adds its peak of extra anonymous memory in MB, beyond what importing and vectors take."""
+    """In a process of its own; adds its peak of extra anonymous memory in MB, beyond what imports and vectors take."""
     here, there = CONTEXT.Pipe()
     child = CONTEXT.Process(target=_serve, args=(there, task, path))
     child.start()
@@ -155,7 +155,7 @@ def on_cpu(window: Window) -> Window:
 
 
 def on_device(path: Path, count: int, blocks: int) -> dict[str, Any]:
-    """Counting on a GPU: some blocks of references against all images; and sorting there, as the straightforward way."""
+    """Counting on a GPU: some blocks of references against all images; and sorting there, the straightforward way."""
     make_vectors(path, count, 64)
     vectors = np.load(path, mmap_mode="c")
     lo, hi = window_of(count)

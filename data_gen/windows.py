@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Array: TypeAlias = "np.ndarray[Any, Any]"
 ROWS = 256  # references compared with all others at once: (ROWS, N) scores are all that is held
 # A float32 dot product of E terms of unit vectors errs by about √E · 2⁻²⁴, and by more than λ times that with a
-# probability below 2 exp(-λ²/2), here 3e-14 (Higham and Mary, "A new approach to probabilistic rounding error analysis",
-# SIAM Journal on Scientific Computing, 2019)
+# probability below 2 exp(-λ²/2), here 3e-14 (Higham and Mary, "A new approach to probabilistic rounding error
+# analysis", SIAM Journal on Scientific Computing, 2019)
 ERRORS = 8
 PAIRS = 2**15  # images that are compared in float64 at once
 HALVINGS = 18  # of the range of scores, where a rank is bracketed by counting
@@ -167,7 +167,7 @@ class Window:
         above = (scores > high).sum(1).tolist()
         row, column = ((scores >= low) & (scores <= high)).nonzero(as_tuple=True)  # (n,) each
         image = torch.as_tensor(positions, device=scores.device)[row]
-        parts = zip(image.split(PAIRS), column.split(PAIRS), strict=True)
+        parts = zip(torch.split(image, PAIRS), torch.split(column, PAIRS), strict=True)
         exact = torch.cat([(self._all[one].double() * self._all[other]).sum(-1) for one, other in parts])  # (n,)
         where, others, values = (part.cpu().numpy() for part in (row, column, exact))
         order = np.lexsort((others, -values, where))

@@ -103,8 +103,8 @@ def test_two_processes_make_the_same_triplets(tmp_path: Path) -> None:
     pictures.mkdir()
     for image_id in few.training_images()[:40]:
         (pictures / f"{image_id}.png").write_bytes(few.path(image_id).read_bytes())
-    options = "--dataset catalogue --matcher embedded --captioner embedded --window [1,6] --match-batch-size 8".split()
-    options += ["--caption-batch-size", "8", "--data-root", str(pictures)]
+    options = ["--dataset", "catalogue", "--data-root", str(pictures), "--matcher", "embedded", "--window", "[1,6]"]
+    options += ["--captioner", "embedded", "--match-batch-size", "8", "--caption-batch-size", "8"]
     script = str(Path(__file__).parents[2] / "data_gen" / "make_triplets.py")
     for name, many in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
         command = [sys.executable, *many, script, *options, "--output", str(tmp_path / name)]
