@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_gen.files import Journal, digest, is_done, mark_done
 from data_gen.matchers import Matcher
-from data_gen.processes import Processes
+from data_gen.processes import Processes, on_cpu
 from data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
@@ -112,7 +112,7 @@ def _device() -> str:
     """A GPU for each process of a machine, if there are any."""
     import torch
 
-    if not torch.cuda.is_available():
+    if on_cpu():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 

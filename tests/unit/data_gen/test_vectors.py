@@ -19,6 +19,7 @@ import torch
 from conftest import Toy
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data_gen import files, vectors
 from data_gen.files import write_jsonl
@@ -207,14 +208,20 @@ def finished_or_noted(folder: Path) -> bytes:
     return finished(folder)
 
 
+def encode_and_die(folder: Path, toy: Toy) -> None:
+    """For a forked process: one that is killed while it holds the lock of progress bars would keep it for ever."""
+    tqdm.set_lock(threading.RLock())
+    encoded(folder, toy, Counting(0.02).matcher)
+
+
 def test_sigkill(tmp_path: Path, toy: Toy, whole: bytes) -> None:
     """Killed by the system at random moments, again and again, until it is through."""
     folder, draw, context = tmp_path / "x", random.Random(4), multiprocessing.get_context("fork")
     kills = 0
-    for _ in range(60):
-        process = context.Process(target=encoded, args=(folder, toy, Counting(0.02).matcher))
+    for attempt in range(60):
+        process = context.Process(target=encode_and_die, args=(folder, toy))
         process.start()
-        process.join(draw.uniform(0.02, 0.15))
+        process.join(draw.uniform(0.02, 0.15) * (1 + attempt / 5))  # a busy machine gets further too
         if process.exitcode is None and process.pid:
             os.kill(process.pid, signal.SIGKILL)
         process.join()
