@@ -127,8 +127,6 @@ def test_other_images_for_a_published_dataset(
     named = {i for t in trained for i in (t.reference, t.target)}
     held = {json.loads(note.read_text())["images"] for note in runs.glob("banks/*/*.json")}
     assert len(named) in held  # candidates are these alone
-        len(named)
-    }  # candidates are these alone
 
 
 def test_published_out_of_domain_files_say_what_to_do(
