@@ -1,102 +1,303 @@
-"""Step 2: caption each unique image with a multimodal LLM.
+"""Step 3: caption the images with a multimodal LLM, here or on a server.
 
 examples:
   python data_gen/caption.py --dataset emoji
   python data_gen/caption.py --dataset emoji --captioner llava-hf/llava-1.5-7b-hf --words 8
+  python data_gen/caption.py --dataset emoji --captioner NAME --endpoint http://host:8000/v1 --requests 64
+  ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 data_gen/caption.py --dataset emoji
 """
 
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from data_gen.ask import Answer, Engine, Question, Reply, ask
 from data_gen.deduplicate import canonical_images
-from data_gen.files import Appender, digest, is_done, mark_done, read_jsonl, weights_digest, write_jsonl
+from data_gen.engines import engine_of
+from data_gen.files import Row, digest, is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.processes import Processes
 from data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
+from spn4cir.files import read_json, short
+from spn4cir.files import write_text as write_file
 from spn4cir.types import Dataset
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-EMBEDDED = Path(__file__).parent.parent / "spn4cir" / "embedded" / "llava"
-
-
-class Captioner:
-    """A multimodal LLM of transformers that answers one prompt about an image.
-
-    Args:
-        model: ``embedded``, a hub name or a folder.
-        prompt: the question.
-        max_new_tokens: bound of an answer.
-
-    Raises:
-        InputError: if there is no such model.
-    """
-
-    def __init__(self, model: str, prompt: str, max_new_tokens: int):
-        import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        name = str(EMBEDDED) if model == "embedded" else model
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.float16 if self.device == "cuda" else torch.float32
-        try:
-            self.processor: Any = AutoProcessor.from_pretrained(name)
-            self.model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(self.device).eval()
-        except (OSError, ValueError) as error:
-            raise InputError(f"captioner {model!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-        self.processor.tokenizer.padding_side = "left"  # answers must follow their prompts directly
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        self.text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        self.max_new_tokens = max_new_tokens
-
-    def __call__(self, pictures: "list[Image.Image]") -> list[str]:
-        """B RGB images → B captions; greedy, so the same images give the same captions."""
-        import torch
-
-        inputs = self.processor(text=[self.text] * len(pictures), images=pictures, return_tensors="pt", padding=True)
-        inputs = inputs.to(self.device, dtype=self.model.dtype)
-        with torch.inference_mode():
-            out = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        answers = out[:, inputs["input_ids"].shape[1] :]
-        return [answer.strip() for answer in self.processor.batch_decode(answers, skip_special_tokens=True)]
+GIVEN = "given"  # the model of a caption that nobody had to make
+REFUSAL = re.compile(
+    r"\W*((i.?m|i am|we.?re|we are) (so |very |really )?(sorry|unable|not able)\b|sorry\b"
+    r"|(my apologies|i apologi[sz]e)\b"
+    r"|as an? (ai|artificial|(large )?language)\b|i (can ?not|can.?t|could ?n.?t|do not|don.?t)\b"
+    r"|unfortunately,? (i|there)\b|there is no image\b)",
+    re.IGNORECASE,
+)
+QUOTES = ('""', "''", "“”", "‘’", "«»", "``")
 
 
 def caption(config: GenerateConfig, dataset: Dataset) -> None:
-    """Write captions.jsonl: one row per unique image. A batch is the unit of commit; a killed run goes on after it."""
-    from tqdm import tqdm
+    """Write captions.jsonl, a row for each image in the dataset's order, and captions.failed.jsonl.
 
-    from spn4cir.images import open_image
+    Captions that are there already, by the same model, prompt and pixels, are kept. What came with the dataset, or is
+    given in a file, is not asked for.
 
-    out, ids = config.file("captions.jsonl"), canonical_images(config)
-    prompt = config.prompt.replace("{words}", str(config.words))
-    settings = {"captioner": config.captioner, "prompt": prompt, "max_new_tokens": config.max_new_tokens}
-    weights = weights_digest(EMBEDDED if config.captioner == "embedded" else Path(config.captioner))
-    made_by = digest({"step": "caption", "weights": weights, **settings}, config.file("images.jsonl"))
-    if is_done(out, made_by):
-        print(f"caption: {out} is done")
+    Raises:
+        InputError: for a prompt, a model or a file that cannot work; what was answered before stays.
+    """
+    out, failed, processes = config.file("captions.jsonl"), config.file("captions.failed.jsonl"), Processes()
+    ids = wanted_images(config)
+    given = given_captions(config, dataset, ids)
+    engine = engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens)
+    job = _Job(config, dataset, engine, [i for i in ids if i not in given])
+    made_by = job.made_by(given)
+    if is_done(out, made_by) and failed.is_file():
+        processes.say(f"caption: {out} is done")
         return
-    partial = config.file(f"captions.{made_by}.partial.jsonl")
-    known = {row["image_id"]: row["caption"] for row in read_jsonl(partial)} if partial.is_file() else {}
-    captioner, file = Captioner(config.captioner, prompt, config.max_new_tokens), Appender(partial)
-    bar = tqdm(total=len(ids), desc="caption", unit="image")
-    for start in range(0, len(ids), config.caption_batch_size):
-        batch = ids[start : start + config.caption_batch_size]
-        if known.keys() >= set(batch):
-            bar.update(len(batch))
-            continue  # a torn batch is done again as a whole: bits may depend on what is captioned together
-        answers = captioner([open_image(dataset.path(i)) for i in batch])
-        known |= dict(zip(batch, answers, strict=True))
-        file.add({"image_id": i, "caption": text} for i, text in zip(batch, answers, strict=True))
-        bar.update(len(batch))
-    bar.close()
-    file.close()
-    empty = [i for i in ids if not known[i].strip()]
-    write_jsonl(out, ({"image_id": i, "caption": known[i], "made_by": made_by} for i in ids if known[i].strip()))
-    mark_done(out, made_by, **settings, captions=len(ids) - len(empty), empty=empty)
-    partial.unlink()
-    print(f"caption: {len(ids) - len(empty)} captions, {len(empty)} empty → {out}")
+    if job.ids:
+        engine.look()
+    asked, plan = job.plan(out, made_by, processes)
+    if given:
+        told = config.captions or "the dataset"
+        processes.say(f"caption: {len(given)} captions are from {told}, {len(job.ids)} images are left")
+    if len(asked) < len(job.ids):
+        processes.say(f"caption: {len(job.ids) - len(asked)} captions are kept, {len(asked)} images are left")
+    finish = partial(job.finish, out=out, made_by=made_by, given=given)
+    ask(out, [job.question(i) for i in asked], engine, partial(check_caption, config.words), config, finish)
+    if processes.first:
+        plan.unlink(missing_ok=True)
+
+
+def look_ahead(config: GenerateConfig, dataset: Dataset) -> None:
+    """Raise ``InputError`` for a prompt or a model that cannot work, before hours of other steps.
+
+    Nothing is looked for where captions are there already.
+    """
+    read_prompt(config)
+    there = config.captions or config.file("captions.jsonl").is_file()
+    if not there and not all(tidy(dataset.caption(i)) for i in dataset.training_images()):
+        engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens).look()
+
+
+def wanted_images(config: GenerateConfig) -> list[str]:
+    """Images to caption, in the dataset's order: all unique ones, or those of them that occur in a pair.
+
+    Raises:
+        InputError: if a file of a step before is missing, or the pairs name an image that is none.
+    """
+    ids = canonical_images(config)
+    if config.caption_images == "all":
+        return ids
+    pairs = config.file("pairs.jsonl")
+    if not pairs.is_file():
+        raise InputError(f"{pairs} is missing: run match_pairs.py before, or caption all with --caption-images all")
+    named = {row[role] for row in read_jsonl(pairs) for role in ("reference", "target")}
+    if unknown := named.difference(ids):
+        raise InputError(f"{pairs} names {short(min(unknown))}, which images.jsonl lacks: run match_pairs.py again")
+    if not named:
+        raise InputError(f"{pairs} names no image to caption: widen the window of match_pairs.py")
+    return [i for i in ids if i in named]
+
+
+def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str]) -> dict[str, str]:
+    """Captions that need not be made: of a file, then of all images; else those that came with the dataset.
+
+    A caption of a duplicate, which has the same pixels, is as good.
+
+    Raises:
+        InputError: if the file cannot be read, or lacks an image.
+    """
+    rows = read_jsonl(config.file("images.jsonl"))
+    if config.captions:
+        path = dataset.file(config.captions)
+        known = read_captions(path)
+    else:
+        known = {r["image_id"]: text for r in rows if (text := tidy(dataset.caption(r["image_id"])))}
+    named = {r["canonical"]: known[r["image_id"]] for r in reversed(rows) if r["image_id"] in known}
+    found = {i: known.get(i, named[i]) for i in ids if i in named}
+    if config.captions and (missing := [i for i in ids if i not in found]):
+        raise InputError(
+            f"{path} lacks captions of {len(missing)} of {len(ids)} images, the first being {short(missing[0])}: add "
+            "them, or leave --captions out"
+        )
+    return found
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Captions by image id, of a JSON list or of JSON lines; the last of several is taken, as in the published files.
+
+    Raises:
+        InputError: if the file is missing or damaged, or an entry has no image id or no caption.
+    """
+    entries = read_json(path) if path.suffix != ".jsonl" else _lines(path)
+    found = {}
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+        image_id, text = (entry.get("image_id"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(image_id, str) or not isinstance(text, str):
+            raise InputError(f"{path}, entry {number}: expected an image_id and a caption, got {short(entry)}")
+        if tidy(text):
+            found[image_id] = tidy(text)
+    return found
+
+
+def _lines(path: Path) -> list[Any]:
+    """JSON lines that somebody else wrote: the last need not end."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON lines: {error}") from None
+
+
+class _Job:
+    """What is asked about each image, and what becomes of the answers.
+
+    Args:
+        config: of the run.
+        dataset: whose images they are.
+        engine: answers.
+        ids: images that need a caption made.
+
+    Raises:
+        InputError: if the prompt names the category, and an image has none.
+    """
+
+    def __init__(self, config: GenerateConfig, dataset: Dataset, engine: Engine, ids: Sequence[str]):
+        self.config, self.dataset, self.engine, self.ids = config, dataset, engine, ids
+        self.template = read_prompt(config).replace("{words}", str(config.words))
+        self.pixels = {row["image_id"]: row["pixels"] for row in read_jsonl(config.file("images.jsonl"))}
+        if "{category}" in self.template and (bare := [i for i in ids if not dataset.category(i)]):
+            raise InputError(
+                f"the prompt names the {{category}}, but {len(bare)} images have none, the first being {short(bare[0])}"
+            )
+
+    def prompt(self, image_id: str) -> str:
+        """What is asked about an image."""
+        if "{category}" not in self.template:
+            return self.template
+        return self.template.replace("{category}", self.dataset.category(image_id))
+
+    def question(self, image_id: str) -> Question:
+        """The question about an image."""
+        return Question(image_id, self.prompt(image_id), self.dataset.path(image_id), self.pixels[image_id])
+
+    def recipe(self, image_id: str) -> str:
+        """A short name for everything that decides an image's caption."""
+        about = {"step": "caption", **self.engine.about}
+        return digest({**about, "prompt": self.prompt(image_id), "pixels": self.pixels[image_id]})
+
+    def made_by(self, given: dict[str, str]) -> str:
+        """A short name for everything that decides the file."""
+        total = hashlib.sha256()
+        for image_id in self.ids:
+            total.update(f"{image_id}\n{self.recipe(image_id)}\n".encode())
+        settings = {"seed": self.config.seed, "retries": self.config.retries, "given": given}
+        return digest({"step": "caption", "asked": total.hexdigest(), **settings})
+
+    def kept(self, out: Path) -> dict[str, Row]:
+        """Rows of an earlier file, perhaps for other pairs, that would be made alike."""
+        rows = read_jsonl(out) if out.is_file() else []
+        known = (row for row in rows if row.get("model") != GIVEN and row.get("image_id") in self.pixels)
+        return {row["image_id"]: row for row in known if row.get("made_by") == self.recipe(row["image_id"])}
+
+    def plan(self, out: Path, made_by: str, processes: Processes) -> tuple[list[str], Path]:
+        """Images to ask about, and the file that says so: a run that was killed while it wrote plans nothing anew."""
+        path = out.with_name(f"{out.stem}.{made_by}.plan.json")
+        if processes.first and not path.is_file():
+            kept = self.kept(out)
+            write_file(path, json.dumps([i for i in self.ids if i not in kept]))
+        processes.wait()
+        asked: list[str] = read_json(path)
+        return asked, path
+
+    def finish(self, replies: list[Reply], out: Path, made_by: str, given: dict[str, str]) -> None:
+        """Write captions and failures, and tell how many there are.
+
+        Raises:
+            InputError: if there is no caption at all.
+        """
+        failed_file, rows = out.with_name("captions.failed.jsonl"), self.kept(out)
+        failed = [reply for reply in replies if reply.problem]
+        reasons = Counter(reply.problem if reply.read else "no readable answer" for reply in failed)
+        write_jsonl(failed_file, ({"image_id": r.key, "reason": r.problem, "answer": r.text} for r in failed))
+        for reply in replies:
+            if not reply.problem:
+                rows[reply.key] = self._row(reply.key, reply.text, self.config.captioner)
+        rows |= {image_id: self._row(image_id, text, GIVEN) for image_id, text in given.items()}
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        if not rows:
+            raise InputError(f"none of {len(replies)} captions passed the checks ({told}): see {failed_file}")
+        write_jsonl(out, (rows[i] for i in canonical_images(self.config) if i in rows))
+        about = {**self.engine.about, "prompt": self.template, "words": self.config.words}
+        mark_done(out, made_by, **about, captions=len(rows), given=len(given), failed=dict(reasons))
+        lost = f"; {len(failed)} failed ({told}), listed in {failed_file}" if failed else ""
+        print(f"caption: {len(rows)} captions{lost} → {out}")
+
+    def _row(self, image_id: str, text: str, model: str) -> Row:
+        asked = model != GIVEN
+        prompt = hashlib.sha256(self.prompt(image_id).encode()).hexdigest()[:8] if asked else None
+        made_by = self.recipe(image_id) if asked else digest({GIVEN: text})
+        return {"image_id": image_id, "caption": text, "model": model, "prompt": prompt, "made_by": made_by}
+
+
+def read_prompt(config: GenerateConfig) -> str:
+    """The prompt, or that of the file.
+
+    Raises:
+        InputError: if it does not say where the number of words goes.
+    """
+    if config.prompt_file is None:
+        prompt, source = config.prompt, "prompt"
+    else:
+        source = f"prompt_file {config.prompt_file}"
+        try:
+            prompt = Path(config.prompt_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if "{words}" not in prompt:
+        raise InputError(f"{source} must hold {{words}}, where the number of words goes, got {short(prompt)}")
+    return prompt
+
+
+def tidy(text: str) -> str:
+    """One line without control characters, and without quotes around it."""
+    line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
+    while len(line) > 1 and line[0] + line[-1] in QUOTES and not {line[0], line[-1]} & set(line[1:-1]):
+        line = line[1:-1].strip()
+    return line
+
+
+def check_caption(words: int, question: Question, answer: Answer) -> tuple[str, str | None]:
+    """A caption on one line, and what is wrong with it, if anything.
+
+    LLaVA runs to some fifteen words where ten are asked for, so only what is far beyond that is too long.
+    """
+    text = tidy(answer.text)
+    if not re.search(r"\w", text):
+        return text, "empty"
+    if REFUSAL.match(text):
+        return text, "refusal"
+    if repeats(text):
+        return text, "repetition"
+    if answer.cut or len(text.split()) > 2 * words + 10:
+        return text, "too long"
+    return text, None
+
+
+def repeats(text: str) -> bool:
+    """Whether the same words come again and again: one four times in a row, several three times, or most of them."""
+    words = re.findall(r"\w+", text.lower())
+    for size in range(1, min(len(words) // 3, 16) + 1):
+        times = 4 if size == 1 else 3
+        for start in range(len(words) - times * size + 1):
+            if words[start : start + times * size] == words[start : start + size] * times:
+                return True
+    grams = [tuple(words[n : n + 3]) for n in range(len(words) - 2)]
+    return len(grams) >= 12 and len(set(grams)) < len(grams) / 2
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,49 @@ def read_jsonl(path: Path) -> list[Row]:
     Raises:
         InputError: if the file is missing, or another line is no JSON object.
     """
+    return list(stream_jsonl(path))
+
+
+def stream_jsonl(path: Path) -> Iterator[Row]:
+    """Rows of a file one by one, for files that would fill the memory; otherwise as ``read_jsonl``."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        file = path.open("rb")
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run the step before this one") from None
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn, or nothing
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected an object")
-        rows.append(row)
-    return rows
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: expected an object")
+            yield row
+
+
+def count_lines(path: Path) -> int:
+    """How many lines a file holds; none if it is not there."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """All rows or none; a note of what made the file before goes first, so that it never speaks for these rows."""
+    """All rows or none, in a stream; the note of what made the old file goes first: it must not speak for these."""
     path.with_suffix(".done.json").unlink(missing_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 class Journal:
@@ -108,12 +132,13 @@ class Journal:
         self._file.close()
 
     def rows(self) -> Iterator[Row]:
-        """All rows by block, those of other processes included: call it on a journal opened after they closed theirs."""
-        for block in sorted(self._places):
-            path, place = self._places[block]
-            with path.open("rb") as file:
-                file.seek(place)
-                yield from json.loads(file.readline())["rows"]
+        """All rows by block, of other processes too if the journal was opened after they closed theirs."""
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in self._places.values()}}
+            for block in sorted(self._places):
+                path, place = self._places[block]
+                files[path].seek(place)
+                yield from json.loads(files[path].readline())["rows"]
 
     def remove(self) -> None:
         """Remove all files of this journal: their rows are elsewhere now."""
@@ -132,35 +157,15 @@ def cut_torn(path: Path) -> None:
                 file.truncate(whole)
 
 
-class Appender:
-    """Append-only rows that survive a kill: what is torn at the end is cut off when the file is opened again."""
-
-    def __init__(self, path: Path):
-        if path.is_file():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                with path.open("r+b") as file:
-                    file.truncate(whole)
-        self._file = path.open("a", encoding="utf-8")
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Write rows as one block and flush them."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
 def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
     """A short name for settings and the content of input files."""
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in inputs:
         if not path.is_file():
             raise InputError(f"{path} is missing: run the step before this one")
-        total.update(path.read_bytes())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                total.update(part)
     return total.hexdigest()[:16]
 
 

@@ -1,91 +1,298 @@
-"""Step 3: pair each image with others from a window of similarity ranks, neither too similar nor too dissimilar.
+"""Step 2: pair each image with others from a window of similarity ranks, neither too similar nor too dissimilar.
 
 examples:
   python data_gen/match_pairs.py --dataset emoji --window '[1, 20]' --pairs-per-image 4
+  python data_gen/match_pairs.py --dataset fashioniq --matcher unicom:ViT-L/14 --window '[0.4, 0.8]' --pool category
+  python data_gen/match_pairs.py --dataset cirr --window null                 # uniformly, without any encoder
 """
 
+import json
+import math
 import random
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data_gen.deduplicate import canonical_images
-from data_gen.files import digest, is_done, mark_done, read_jsonl, weights_digest, write_jsonl
+from data_gen.deduplicate import canonical_images, reference_images
+from data_gen.files import Journal, Row, digest, is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.processes import Processes
 from data_gen.settings import GenerateConfig, command
-from spn4cir.config import TrainConfig
+from data_gen.windows import ROWS, Window, draw_uniformly
 from spn4cir.errors import InputError
+from spn4cir.files import write_text
 from spn4cir.types import Dataset
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from data_gen.windows import Array
 
-EMBEDDED = Path(__file__).parent.parent / "spn4cir" / "embedded" / "clip"
-ROWS = 512  # images compared with all others at once
+SAMPLE = 512  # references whose similarities to all others the report shows
+BINS = 200
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images that may be partners of each other, and the window over them.
+
+    Attributes:
+        category: that they share; empty where all candidates are one pool.
+        ids: of the images.
+        window: ranks [lo, hi) among the others; None draws uniformly.
+    """
+
+    category: str
+    ids: tuple[str, ...]
+    window: tuple[int, int] | None
 
 
 def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     """Write pairs.jsonl: reference, target, and the target's rank and similarity as seen from the reference."""
-    out, ids = config.file("pairs.jsonl"), canonical_images(config)
-    lo, hi = config.window
-    check_window(config, len(ids))
-    settings = {"matcher": config.matcher, "window": [lo, hi], "per_image": config.pairs_per_image, "seed": config.seed}
-    canonical = {row["image_id"]: row["canonical"] for row in read_jsonl(config.file("images.jsonl"))}
-    annotated = {
-        (canonical.get(t.reference, t.reference), canonical.get(t.target, t.target)) for t in dataset.triplets()
-    }
-    named = {"embedded": str(EMBEDDED)}.get(config.matcher, config.matcher.removeprefix("local-dir:"))
-    about = {"annotated": sorted(annotated), "weights": weights_digest(Path(named))}
-    made_by = digest({"step": "match", **about, **settings}, config.file("images.jsonl"))
-    if is_done(out, made_by):
-        print(f"match: {out} is done")
+    processes, out = Processes(), config.file("pairs.jsonl")
+    pools, never, about = pools_of(config, dataset), annotated_partners(config, dataset), _about(config)
+    references = reference_images(config, dataset)
+    partners = {i: sorted(targets) for i, targets in sorted(never.items())}
+    decides = {"step": "match", "annotated": partners, "references": references, **about}
+    made_by = digest(decides | {"pools": [(p.category, p.ids) for p in pools]}, config.file("images.jsonl"))
+    done = is_done(out, made_by)
+    processes.wait()  # nobody makes what another one has not looked for
+    if done:
+        processes.say(f"match: {out} is done")
         return
-    vectors = encode(config, dataset, ids)  # (N, E)
-    rows = []
-    for start in range(0, len(ids), ROWS):
-        scores = vectors[start : start + ROWS] @ vectors.T  # (b, N)
-        for n in range(len(scores)):
-            scores[n, start + n] = float("-inf")  # never itself
-        values, found = scores.sort(dim=1, descending=True, stable=True)
-        for n, image_id in enumerate(ids[start : start + ROWS]):
-            ranks = [r for r in range(lo, hi) if (image_id, ids[found[n, r - 1]]) not in annotated]
-            draw = random.Random(f"{config.seed}/{image_id}")
-            for rank in sorted(draw.sample(ranks, min(config.pairs_per_image, len(ranks)))):
-                similarity = round(values[n, rank - 1].item(), 4)
-                rows.append(
-                    {"reference": image_id, "target": ids[found[n, rank - 1]], "rank": rank, "similarity": similarity}
-                )
-    write_jsonl(out, rows)
-    mark_done(out, made_by, **settings, pairs=len(rows))
-    print(f"match: {len(rows)} pairs of ranks [{lo}, {hi}) → {out}")
+    ids = canonical_images(config)
+    matching = Matching(config, _vectors(config, dataset, ids, processes), {i: n for n, i in enumerate(ids)}, never)
+    blocks = list(_blocks(pools, references))
+    _work(matching, blocks, Journal(out, made_by, processes), processes)
+    journal = Journal(out, made_by, processes)  # now with the blocks of all
+    assert all(n in journal for n in range(len(blocks))), "a block of pairs is missing"
+    if processes.first:
+        rows, dropped = _kept(config, list(journal.rows()))
+        if not rows:
+            raise InputError(
+                f"no pair is left of {config.dataset}: {_reasons(dropped) or 'all partners are annotated'}"
+            )
+        write_jsonl(out, ({**row, "made_by": made_by} for row in rows))
+        write_text(config.file("window.json"), json.dumps(matching.report(pools, references, rows)) + "\n")
+        mark_done(out, made_by, settings=about, rows=len(rows), dropped=dropped)
+        journal.remove()
+        told = _reasons(dropped)
+        print(f"match: {len(rows)} pairs {_described(pools)}{told and f'; left out: {told}'} → {out}", flush=True)
+    processes.wait()
 
 
-def check_window(config: GenerateConfig, images: int) -> None:
-    """Raises ``InputError`` if the window reaches beyond the other images."""
+class Block(NamedTuple):
+    """The unit of work: some references of a pool."""
+
+    pool: Pool
+    references: Sequence[str]
+
+
+class Matching:
+    """Draws pairs.
+
+    Args:
+        config: of the step.
+        vectors: (N, E) of all candidates; None where draws are uniform.
+        row_of: image id → its row of them.
+        never: image id → targets that it is not to have.
+    """
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        vectors: "Array | None",
+        row_of: Mapping[str, int],
+        never: Mapping[str, Collection[str]],
+    ):
+        self.config, self.vectors, self.row_of, self.never = config, vectors, row_of, never
+        self._pool: Pool | None = None
+        self._place: dict[str, int] = {}
+        self._window: Window | None = None
+
+    def rows(self, block: Block) -> list[Row]:
+        """Pairs of the references of a block, in their order."""
+        self._enter(block.pool)
+        ids, names = block.pool.ids, block.references
+        positions = [self._place[i] for i in names]
+        never = [[self._place[i] for i in self.never.get(name, ()) if i in self._place] for name in names]
+        if self._window is None:
+            found = draw_uniformly(positions, names, never, len(ids), self.config.pairs_per_image, self.config.seed)
+            return [
+                {
+                    "reference": name,
+                    "target": ids[other],
+                    "rank": None,
+                    "similarity": self._similarity(name, ids[other]),
+                }
+                for name, others in zip(names, found, strict=True)
+                for other in others
+            ]
+        return [
+            {"reference": name, "target": ids[one.position], "rank": one.rank, "similarity": round(one.similarity, 4)}
+            for name, partners in zip(names, self._window.draw(positions, names, never), strict=True)
+            for one in partners
+        ]
+
+    def _enter(self, pool: Pool) -> None:
+        """Prepare for the blocks of a pool, which come one after another."""
+        if self._pool is pool:
+            return
+        self._pool, self._place = pool, {i: n for n, i in enumerate(pool.ids)}
+        if pool.window is not None:
+            config = self.config
+            self._window = Window(self._vectors_of(pool), *pool.window, config.pairs_per_image, config.seed)
+
+    def _vectors_of(self, pool: Pool) -> "Array":
+        """(n, E) of a pool; a view of the stored vectors where it holds all of them."""
+        assert self.vectors is not None
+        rows = [self.row_of[i] for i in pool.ids]
+        return self.vectors if rows == list(range(len(self.vectors))) else self.vectors[rows]
+
+    def _similarity(self, reference: str, target: str) -> float | None:
+        if self.vectors is None:
+            return None
+        one, other = (self.vectors[self.row_of[i]].astype("float64") for i in (reference, target))
+        return round(float((one * other).sum()), 4)
+
+    def report(self, pools: Sequence[Pool], references: Sequence[str], rows: Sequence[Row]) -> Row:
+        """What people set a window by: similarities of some references to all others, beside those of the pairs."""
+        about = {"window": self.config.window, "pool": self.config.pool, "images": len(self.row_of), "pairs": len(rows)}
+        ranks = {pool.category: pool.window for pool in pools}
+        if self.vectors is None:
+            return {**about, "ranks": ranks}
+        import numpy as np
+
+        edges = np.linspace(-1, 1, BINS + 1)
+        every, quantiles = np.zeros(BINS, int), []
+        for pool in pools:
+            own = set(pool.ids)
+            sample = [i for i in references if i in own]
+            vectors = self._vectors_of(pool)
+            for name in sample[:: max(1, len(sample) * len(pools) // SAMPLE)]:
+                scores = vectors @ self.vectors[self.row_of[name]]  # (n,)
+                every += np.histogram(np.delete(scores, pool.ids.index(name)), edges)[0]
+        for at in (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1):
+            quantiles.append([at, round(float(np.quantile([row["similarity"] for row in rows], at)), 4)])
+        chosen = np.histogram([row["similarity"] for row in rows], edges)[0]
+        histogram = {"edges": edges.round(4).tolist(), "all": every.tolist(), "window": chosen.tolist()}
+        return {**about, "ranks": ranks, "histogram": histogram, "quantiles": quantiles}
+
+
+def pools_of(config: GenerateConfig, dataset: Dataset) -> list[Pool]:
+    """All candidates as one pool, or one for each category.
+
+    Raises:
+        InputError: if there are too few images for a pair, or a window reaches beyond the other images of a pool.
+    """
+    ids, groups = canonical_images(config), dict[str, list[str]]()
+    for image_id in ids:
+        groups.setdefault(dataset.category(image_id) if config.pool == "category" else "", []).append(image_id)
+    if config.pool == "category" and set(groups) == {""}:
+        raise InputError(f"pool category: the images of {config.dataset} have no categories; use --pool all")
+    pools = []
+    for category, members in groups.items():
+        others, place = len(members) - 1, config.dataset + (category and f", category {category}")
+        if others < 1:
+            raise InputError(f"{place}: one image alone cannot be paired")
+        window = ranks_of(config, others)
+        if window and window[1] > others + 1:
+            raise InputError(f"window [{window[0]}, {window[1]}) reaches beyond the {others} other images of {place}")
+        pools.append(Pool(category, tuple(members), window))
+    return pools
+
+
+def ranks_of(config: GenerateConfig, others: int) -> tuple[int, int] | None:
+    """The window as ranks [lo, hi) of so many other images; fractions give one rank at least."""
+    if config.window is None:
+        return None
     lo, hi = config.window
-    if hi > images:
-        raise InputError(f"window [{lo}, {hi}) reaches beyond the {images - 1} other images of {config.dataset}")
+    if not config.fractions:
+        return int(lo), int(hi)
+    first = min(math.floor(lo * others) + 1, others)
+    return first, max(math.floor(hi * others) + 1, first + 1)
 
 
-def encode(config: GenerateConfig, dataset: Dataset, ids: list[str]) -> "Tensor":
-    """(N, E) unit vectors of images by the matcher."""
-    import torch
+def annotated_partners(config: GenerateConfig, dataset: Dataset) -> dict[str, set[str]]:
+    """Image id → targets that annotated triplets give it, all by their canonical ids."""
+    canonical = {row["image_id"]: row["canonical"] for row in read_jsonl(config.file("images.jsonl"))}
+    partners: dict[str, set[str]] = {}
+    for triplet in dataset.triplets():
+        reference, target = (canonical.get(i, i) for i in (triplet.reference, triplet.target))
+        partners.setdefault(reference, set()).add(target)
+    return partners
+
+
+def _about(config: GenerateConfig) -> dict[str, Any]:
+    """What decides the pairs, beside the images."""
+    from data_gen.matchers import identify
+
+    named = ("window", "pool", "pairs_per_image", "pairs", "max_image_similarity", "seed")
+    about: dict[str, Any] = {name: getattr(config, name) for name in named}
+    return about | ({"matcher": identify(config.matcher)} if _needs_vectors(config) else {})
+
+
+def _needs_vectors(config: GenerateConfig) -> bool:
+    return config.window is not None or config.max_image_similarity is not None
+
+
+def _vectors(config: GenerateConfig, dataset: Dataset, ids: Sequence[str], processes: Processes) -> "Array | None":
+    """(N, E) unit vectors of all candidates, encoded if they are not there."""
+    if not _needs_vectors(config):
+        return None
+    from data_gen.matchers import identify, load_matcher
+    from data_gen.vectors import encode_all, stored_vectors, vectors_made_by
+
+    made_by = vectors_made_by(config, ids, identify(config.matcher))
+    stored = stored_vectors(config, len(ids), made_by)
+    processes.wait()
+    if stored is not None:
+        return stored
+    return encode_all(config, dataset, ids, load_matcher(config.matcher), processes, made_by)
+
+
+def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> Iterator[Block]:
+    """All references, pool by pool, in blocks of a fixed size."""
+    acting = set(references)
+    for pool in pools:
+        own = [i for i in pool.ids if i in acting]
+        for start in range(0, len(own), ROWS):
+            yield Block(pool, own[start : start + ROWS])
+
+
+def _work(matching: Matching, blocks: Sequence[Block], journal: Journal, processes: Processes) -> None:
+    """Do what is not done of this process's blocks."""
     from tqdm import tqdm
 
-    from spn4cir.backbones import build_backbone
-    from spn4cir.images import ImageSource
+    mine = [n for n in range(len(blocks)) if n % processes.count == processes.index and n not in journal]
+    for n in tqdm(mine, "match", unit="block", disable=not processes.first or not mine):
+        journal.add(n, matching.rows(blocks[n]))
+    journal.close()
+    processes.wait()
 
-    name, _, tag = config.matcher.partition(":")
-    if config.matcher.startswith(("local-dir:", "hf-hub:")):
-        name, tag = config.matcher, ""
-    elif not tag and name != "embedded":
-        raise InputError(f"matcher {name!r} needs a tag of pretrained weights behind a colon, such as {name}:openai")
-    matcher = build_backbone(TrainConfig.backbone, model=name, pretrained=tag or None).eval()
-    matcher.to("cuda" if torch.cuda.is_available() else "cpu")
-    images, found = ImageSource(dataset.path, matcher.transform), []
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(ids), 256), "match", unit="batch"):
-            pixels = images.stack(ids[start : start + 256]).to(next(matcher.parameters()).device)
-            found.append(matcher.encode_target(pixels)[:, 0].cpu())
-    return torch.cat(found)
+
+def _kept(config: GenerateConfig, rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
+    """Pairs that pass the filter, or as many of them as are wanted; and how many were left out, by reason."""
+    dropped: dict[str, int] = {}
+    bound, wanted = config.max_image_similarity, config.pairs
+    if bound is not None:
+        before, rows = len(rows), [row for row in rows if row["similarity"] <= bound]
+        dropped[f"image similarity above {bound}"] = before - len(rows)
+    if wanted is not None and wanted < len(rows):
+        dropped[f"more than {wanted} pairs"] = len(rows) - wanted
+        places = sorted(random.Random(f"{config.seed}/pairs").sample(range(len(rows)), wanted))
+        rows = [rows[n] for n in places]
+    return rows, dropped
+
+
+def _reasons(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} since {reason}" for reason, count in dropped.items() if count)
+
+
+def _described(pools: Sequence[Pool]) -> str:
+    """The windows in words."""
+    windows = sorted({pool.window for pool in pools if pool.window})
+    if not windows:
+        return "drawn uniformly"
+    shown = ", ".join(f"[{lo}, {hi})" for lo, hi in windows[:3]) + " …" * (len(windows) > 3)
+    return f"of ranks {shown}" + f" within {len(pools)} categories" * (len(pools) > 1)
 
 
 if __name__ == "__main__":

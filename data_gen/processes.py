@@ -1,6 +1,9 @@
 """Several processes that share the work of a step: which am I, how many are we, and waiting for each other."""
 
 import os
+from datetime import timedelta
+
+PATIENCE = timedelta(days=30)  # a process that is done early may wait for hours; without it, ten minutes end the run
 
 
 class Processes:
@@ -24,7 +27,7 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            state = PartialState()
+            state = PartialState(cpu=on_cpu(), timeout=PATIENCE)  # it does not read ACCELERATE_USE_CPU itself
             assert state.num_processes == self.count, f"{state.num_processes} processes found, {self.count} expected"
             state.wait_for_everyone()
 
@@ -32,3 +35,10 @@ class Processes:
         """Print a line once."""
         if self.first:
             print(text, flush=True)
+
+
+def on_cpu() -> bool:
+    """Whether models run on the CPU: there is no CUDA device, or ACCELERATE_USE_CPU wants none."""
+    import torch
+
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()

@@ -12,7 +12,9 @@ from spn4cir.errors import InputError, run_command
 from spn4cir.types import Dataset
 
 PRESETS = Path(__file__).parent.parent / "recipes"
-POSITIVE = ("words", "max_new_tokens", "caption_batch_size", "match_batch_size", "pairs_per_image", "requests", "timeout")
+POSITIVE = (
+    "words", "max_new_tokens", "caption_batch_size", "match_batch_size", "pairs_per_image", "requests", "timeout",
+)  # fmt: skip
 
 
 @dataclass
@@ -68,7 +70,7 @@ class GenerateConfig:
     references: Literal["all", "annotated"] = "all"
     matcher: str = "embedded"
     match_batch_size: int = 256
-    window: list[float] | None = field(default_factory=lambda: [1, 20])
+    window: list[float] | None = field(default_factory=lambda: [1.0, 20.0])
     pool: Literal["all", "category"] = "all"
     pairs_per_image: int = 4
     pairs: int | None = None
@@ -105,10 +107,13 @@ class GenerateConfig:
         for name in ("pairs", "max_caption_count", "requests_per_minute", "max_tokens"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.prompt_file is None and "{words}" not in self.prompt:
+            raise InputError(f"prompt must hold {{words}}, where the number of words goes, got {self.prompt!r}")
         if self.retries < 0:
             raise InputError(f"retries must be 0 or more, got {self.retries}")
         if self.window is not None:
             self._check_window(self.window)
+            self.window = self.window if self.fractions else [int(rank) for rank in self.window]
         if not self.templates:
             raise InputError("templates must name at least one of difference, instead, unlike, target")
 
@@ -119,7 +124,8 @@ class GenerateConfig:
 
     def _check_window(self, window: list[float]) -> None:
         ordered = len(window) == 2 and window[0] < window[1]
-        if not ordered or not (self.fractions and window[0] >= 0 or window[0] >= 1 and not any(x % 1 for x in window)):
+        ranks = ordered and window[0] >= 1 and not any(x % 1 for x in window)
+        if not ordered or not (ranks or (self.fractions and window[0] >= 0)):
             raise InputError(
                 f"window must be two ranks lo < hi with lo at least 1, or two fractions from 0 to 1, got {window}"
             )
@@ -153,7 +159,7 @@ def command(step: Callable[[GenerateConfig, Dataset], None], text: str | None) -
 
 
 def choose_preset(dataset: str, backbone: str | None = None) -> Path:
-    """The preset of a dataset and a backbone; of the dataset; or, for a dataset without one, of the embedded dataset."""
+    """The preset of a dataset and a backbone; of the dataset; or, where there is none, of the embedded dataset."""
     names = [f"{dataset}_{backbone or GenerateConfig.backbone}", dataset, GenerateConfig.dataset]
     files = [PRESETS / f"triplets_{Path(name).name}.yaml" for name in names]
     return next((file for file in files if file.is_file()), files[-1])

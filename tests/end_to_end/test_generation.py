@@ -1,12 +1,19 @@
 """The four steps on a few real images, with the embedded captioner and matcher."""
 
 import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_gen import files
 from data_gen.make_triplets import make_triplets
-from data_gen.match_pairs import encode
 from data_gen.settings import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.generated import read_generated
@@ -41,7 +48,68 @@ def test_a_window_beyond_the_images_stops_before_captioning(tmp_path: Path) -> N
     assert not list(tmp_path.glob("captions*"))
 
 
-def test_a_matcher_without_weights_is_refused() -> None:
-    """A model of random weights would rank at random."""
-    with pytest.raises(InputError, match="pretrained"):
-        encode(GenerateConfig(matcher="ViT-B-32"), Few(), [])
+FINAL = ("images.jsonl", "pairs.jsonl", "captions.jsonl", "triplets.jsonl", "triplets.json", "triplets.parquet")
+SETTINGS: dict[str, Any] = {"window": [1, 6], "pairs_per_image": 2, "caption_batch_size": 16, "match_batch_size": 16}
+
+
+def killed_at(write: int, output: Path) -> bool:
+    """Run all steps in a process that gets SIGKILL at its n-th write: half of a line is written, or no file renamed."""
+    child = multiprocessing.get_context("fork").Process(target=_run_until, args=(write, output))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL), child.exitcode
+    return child.exitcode != 0
+
+
+def _run_until(write: int, output: Path) -> None:
+    left, replace, add = iter(range(write)), os.replace, files.Journal.add
+
+    def stop() -> bool:
+        return next(left, None) is None
+
+    def dying_replace(*given: Any) -> None:
+        if stop():
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*given)
+
+    def dying_add(self: files.Journal, block: int, rows: Any) -> None:
+        if stop():
+            with self.path.open("ab") as file:
+                file.write(b'{"block": 1, "rows": [{"torn')
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, block, rows)
+
+    os.replace, files.Journal.add = dying_replace, dying_add  # type: ignore[method-assign]
+    make_triplets(GenerateConfig(output=str(output), **SETTINGS), Few())
+
+
+def test_killed_at_any_write_and_resumed(tmp_path: Path) -> None:
+    """Whatever write a kill hits, what the next run leaves is what an uninterrupted one leaves, byte for byte."""
+    make_triplets(GenerateConfig(output=str(tmp_path / "whole"), **SETTINGS), Few())
+    draw, kills, output = random.Random(0), 0, tmp_path / "killed"
+    while killed_at(draw.randrange(12), output):
+        kills += 1
+        assert kills < 60
+    assert kills >= 3
+    for name in FINAL:
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not [path for path in output.iterdir() if ".partial." in path.name or path.suffix == ".tmp"]
+    assert (output / "sheet.png").is_file() and (output / "window.html").is_file()
+
+
+def test_two_processes_make_the_same_triplets(tmp_path: Path) -> None:
+    """From the command line, on a folder of pictures: all steps by two processes, and by one."""
+    pictures, few = tmp_path / "pictures", Few()
+    pictures.mkdir()
+    for image_id in few.training_images()[:40]:
+        (pictures / f"{image_id}.png").write_bytes(few.path(image_id).read_bytes())
+    options = "--dataset catalogue --matcher embedded --captioner embedded --window [1,6] --match-batch-size 8".split()
+    options += ["--caption-batch-size", "8", "--data-root", str(pictures)]
+    script = str(Path(__file__).parents[2] / "data_gen" / "make_triplets.py")
+    for name, many in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+        command = [sys.executable, *many, script, *options, "--output", str(tmp_path / name)]
+        told = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr[-2000:]
+        assert told.stdout.count("next: ") == 1
+    for name in FINAL:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name

@@ -1,11 +1,16 @@
 """Files of the steps."""
 
 import os
+import resource
+import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from data_gen.files import Appender, digest, is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.files import Journal, cut_torn, digest, is_done, mark_done, read_jsonl, write_jsonl
+from data_gen.processes import Processes
 from spn4cir.errors import InputError
 
 ROWS = [{"a": 1}, {"b": "ä\u2028"}, {"c": [None, 1.5]}]
@@ -53,28 +58,136 @@ def test_a_torn_tail_is_left_out(path: Path, cut: int) -> None:
     assert read_jsonl(path) == [{"a": 1}]
 
 
-@pytest.mark.parametrize("cut", range(1, 17))
-def test_the_appender_repairs_a_torn_tail(path: Path, cut: int) -> None:
-    """What is torn is cut off, and new rows stand on lines of their own."""
+@pytest.mark.parametrize("cut", range(1, 24))
+def test_a_torn_tail_is_cut(path: Path, cut: int) -> None:
+    """Nothing but whole lines is left; a file that is whole, or not there, is not touched."""
     write_jsonl(path, [{"a": 1}, {"b": "äö€😀"}])
-    path.write_bytes(path.read_bytes()[:-cut])
-    file = Appender(path)
-    file.add([{"c": 3}, {"d": 4}])
-    file.close()
-    assert read_jsonl(path) == [{"a": 1}, {"c": 3}, {"d": 4}]
+    whole = path.read_bytes()
+    cut_torn(path)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-cut])
+    cut_torn(path)
+    assert path.read_bytes() in (whole[:9], b"") and (path.read_bytes() == b"") == (len(whole) - cut < 9)
+    cut_torn(path.with_name("none"))
+    assert not path.with_name("none").exists()
 
 
-def test_the_appender_keeps_what_is_whole(path: Path) -> None:
-    """A new file is made, an existing one continued, a file that is all torn emptied; rows are there before close."""
-    file = Appender(path)
-    file.add([{"a": 1}])
-    assert read_jsonl(path) == [{"a": 1}]
-    file.close()
-    Appender(path).add([{"b": 2}])
-    assert read_jsonl(path) == [{"a": 1}, {"b": 2}]
-    path.write_bytes(b'{"a": ')
-    Appender(path).close()
-    assert path.read_bytes() == b""
+BLOCKS = {n: [{"n": n, "text": "äö€😀\u2028"}, {"n": -n}][: n % 3] for n in range(5)}  # an empty one among them
+
+
+def process(index: int = 0, count: int = 1) -> Processes:
+    """One of several processes that wait for nobody."""
+    return cast(Processes, SimpleNamespace(index=index, count=count, wait=lambda: None))
+
+
+def journal_of(path: Path, made_by: str = "x", index: int = 0) -> Journal:
+    return Journal(path, made_by, process(index))
+
+
+def test_a_journal_gives_rows_by_block(path: Path) -> None:
+    """In whatever order blocks are added; it knows which are there; removed, nothing is left."""
+    journal = journal_of(path)
+    assert 3 not in journal and list(journal.rows()) == []
+    for n in (3, 0, 4, 1, 2):
+        journal.add(n, BLOCKS[n])
+        assert n in journal
+    journal.close()
+    again = journal_of(path)
+    assert list(again.rows()) == [row for n in range(5) for row in BLOCKS[n]]
+    assert all(n in again for n in BLOCKS) and 5 not in again
+    again.remove()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_journal_torn_anywhere(path: Path) -> None:
+    """Cut at any byte, whole blocks are known, the torn one is not, and what is added makes the journal as it was."""
+    journal = journal_of(path)
+    ends = []
+    for n, rows in BLOCKS.items():
+        journal.add(n, rows)
+        ends.append(journal.path.stat().st_size)
+    journal.close()
+    whole = journal.path.read_bytes()
+    for size in range(len(whole)):
+        journal.path.write_bytes(whole[:size])
+        again = journal_of(path)
+        assert [n for n in BLOCKS if n in again] == [n for n, end in enumerate(ends) if end <= size]
+        for n, rows in BLOCKS.items():
+            if n not in again:
+                again.add(n, rows)
+        again.close()
+        assert again.path.read_bytes() == whole
+
+
+def test_two_writers(path: Path) -> None:
+    """Each has a file of its own; opened again, either knows the blocks of both, merged in their order."""
+    writers = [journal_of(path, index=i) for i in (0, 1)]
+    for n, rows in BLOCKS.items():
+        writers[n % 2].add(n, rows)
+    for writer in writers:
+        writer.close()
+    assert writers[0].path != writers[1].path
+    for index in (0, 1, 2):  # a third process, too, if there are more next time
+        again = journal_of(path, index=index)
+        assert list(again.rows()) == [row for n in range(5) for row in BLOCKS[n]]
+        again.close()
+    journal_of(path).remove()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_journal_of_other_settings_is_not_touched(path: Path) -> None:
+    """Neither read nor repaired nor removed."""
+    other = journal_of(path, "other")
+    other.add(0, [{"a": 1}])
+    other.close()
+    torn = other.path.read_bytes() + b'{"block": 1'
+    other.path.write_bytes(torn)
+    journal = journal_of(path)
+    assert 0 not in journal
+    journal.remove()
+    assert other.path.read_bytes() == torn
+
+
+def test_a_line_that_is_no_block_is_passed_over(path: Path) -> None:
+    """Damage in the middle costs that block, not the others."""
+    journal = journal_of(path)
+    for n in (0, 1, 2):
+        journal.add(n, BLOCKS[n])
+    journal.close()
+    lines = journal.path.read_bytes().split(b"\n")
+    lines[1] = b"\x00" * len(lines[1])
+    journal.path.write_bytes(b"\n".join(lines))
+    again = journal_of(path)
+    assert [n in again for n in (0, 1, 2)] == [True, False, True]
+    again.add(1, BLOCKS[1])
+    again.close()
+    assert list(journal_of(path).rows()) == [row for n in (0, 1, 2) for row in BLOCKS[n]]
+
+
+def test_a_full_disk_leaves_whole_blocks(path: Path) -> None:
+    """A block that does not fit is not there in part; one line says so; with room again the journal goes on."""
+    journal = journal_of(path)
+    journal.add(0, BLOCKS[2])
+    size = journal.path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 7, before[1]))  # a real limit: some bytes still fit
+    try:
+        with pytest.raises(InputError, match=r"partial\.jsonl cannot be written: File too large; what is in it stays"):
+            journal.add(1, BLOCKS[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert journal.path.stat().st_size == size and 1 not in journal
+    journal.add(1, BLOCKS[1])
+    journal.close()
+    assert list(journal_of(path).rows()) == [*BLOCKS[2], *BLOCKS[1]]
+
+
+def test_a_journal_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """Known before any work is done."""
+    with pytest.raises(InputError, match="cannot be written"):
+        journal_of(tmp_path / "missing" / "rows.jsonl")
 
 
 @pytest.mark.parametrize("line", [b'{"a": ', b"[1]", b"3", b"", b'{"a": "\xff"}'])

@@ -17,9 +17,10 @@ def test_presets_parse(preset: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("prompt", "describe the image"), ("prompt", "describe in {word} words"), ("window", [0, 5]), ("window", [5, 5]),
+    ("window", [0, 5]), ("window", [0.5, 3]), ("window", [-0.1, 0.5]), ("window", [5, 5]),
     ("window", [5, 1]), ("window", [1]), ("window", [1, 2, 3]), ("words", 0), ("max_new_tokens", 0), ("templates", []),
-    ("caption_batch_size", 0), ("pairs_per_image", -1),
+    ("caption_batch_size", 0), ("pairs_per_image", -1), ("pairs", 0), ("max_caption_count", 0), ("retries", -1),
+    ("requests", 0), ("requests_per_minute", 0), ("timeout", 0), ("max_tokens", 0),
 ])  # fmt: skip
 def test_values_that_cannot_be_meant(key: str, value: Any) -> None:
     """Each is refused with its name."""

@@ -1,5 +1,6 @@
 """From two captions to a modification text."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any, cast
 import pytest
 
 from data_gen.files import read_jsonl, write_jsonl
+from data_gen.report import summarise
 from data_gen.settings import GenerateConfig
-from data_gen.write_text import compose_text, difference, write_text
+from data_gen.write_text import FILES, caption_similarity, compose_text, difference, write_text
 from spn4cir.datasets.generated import read_generated
+from spn4cir.errors import InputError
 from spn4cir.types import Dataset, Triplet
 
-NOBODY = cast(Dataset, SimpleNamespace(name="x"))
+NOBODY = cast(Dataset, SimpleNamespace(name="x", path=lambda image_id: Path("pictures") / f"{image_id}.png"))
 
 
 def drawn(reference: str, target: str) -> set[str]:
@@ -67,11 +70,16 @@ def test_template_difference() -> None:
     assert found == difference("red apple", "green apple", random.Random(3))
 
 
-def made(folder: Path, pairs: list[tuple[str, str]], **settings: Any) -> GenerateConfig:
+CAPTIONS = {"a": "red apple", "b": "green apple", "c": "Red Apple", "d": "two dogs", "e": "green apple tree"}
+
+
+def made(
+    folder: Path, pairs: list[tuple[str, str]], captions: dict[str, str] = CAPTIONS, **settings: Any
+) -> GenerateConfig:
     """A folder with captions and pairs, written out."""
     config = GenerateConfig(output=str(folder), **settings)
-    captions = {"a": "red apple", "b": "green apple", "c": "Red Apple", "d": "two dogs", "e": "green apple tree"}
-    write_jsonl(config.file("captions.jsonl"), ({"image_id": i, "caption": c} for i, c in captions.items()))
+    rows = [{"image_id": i, "caption": c, "model": "who"} for i, c in captions.items()]
+    write_jsonl(config.file("captions.jsonl"), rows)
     rows = [{"reference": r, "target": t, "rank": 1, "similarity": 0.5} for r, t in pairs]
     write_jsonl(config.file("pairs.jsonl"), rows)
     write_text(config, NOBODY)
@@ -99,6 +107,8 @@ def test_text_of_a_pair_does_not_depend_on_the_others(tmp_path: Path) -> None:
     alone = [
         read_jsonl(made(tmp_path / f"{n}", [p], **settings).file("triplets.jsonl"))[0] for n, p in enumerate(pairs)
     ]
+    for row in (*alone, *together):
+        del row["made_by"]  # of all pairs of a run
     assert alone == together
     assert len({row["template"] for row in together}) > 1
 
@@ -114,9 +124,183 @@ def test_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is done" not in capsys.readouterr().out
 
 
-def test_a_lost_half_is_written_again(tmp_path: Path) -> None:
-    """The step writes two files: it is not done while one of them is missing."""
+@pytest.mark.parametrize("name", FILES)
+def test_a_lost_file_is_written_again(tmp_path: Path, name: str) -> None:
+    """The step writes four files: it is not done while one of them is missing."""
     config = made(tmp_path, [("a", "b")])
-    config.file("triplets.jsonl").unlink()
+    before = config.file(name).read_bytes()
+    config.file(name).unlink()
     write_text(config, NOBODY)
-    assert len(read_jsonl(config.file("triplets.jsonl"))) == 1
+    assert config.file(name).read_bytes() == before
+
+
+def test_texts_stay_what_they_were(tmp_path: Path) -> None:
+    """The published figures stand on these texts: the same seed draws the same phrasings, release after release."""
+    words = ["red", "green", "cat", "dog", "tree", "small", "old", "boat"]
+    draw = random.Random(0)
+    captions = {f"i{n}": " ".join(draw.sample(words, 3)) for n in range(40)}
+    pairs = [(f"i{a}", f"i{b}") for a in range(40) for b in range(40) if a != b]
+    templates = ["difference", "instead", "unlike", "target"]
+    rows = read_jsonl(made(tmp_path / "4", pairs, captions, templates=templates).file("triplets.jsonl"))
+    rows += read_jsonl(made(tmp_path / "1", pairs, captions).file("triplets.jsonl"))
+    texts = json.dumps([[row["reference"], row["target"], row["modification"]] for row in rows])
+    assert len(rows) == 2762
+    assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "b6acf0a07f5424bd"
+    other = read_jsonl(made(tmp_path / "7", pairs, captions, seed=7).file("triplets.jsonl"))
+    assert [row["modification"] for row in other] != [row["modification"] for row in rows[-len(other) :]]
+
+
+def test_parquet_opens_with_datasets(tmp_path: Path) -> None:
+    """The library reads what stands in the JSONL, with the paths of the pictures; the same run gives the same bytes."""
+    pairs = [("a", "b"), ("b", "e"), ("d", "e")]
+    configs = [made(tmp_path / name, pairs, templates=["unlike", "target"]) for name in "xy"]
+    one, other = (config.file("triplets.parquet").read_bytes() for config in configs)
+    assert one == other
+    import datasets
+
+    found = datasets.load_dataset(
+        "parquet", data_files=str(configs[0].file("triplets.parquet")), cache_dir=str(tmp_path / "cache"), split="train"
+    )
+    rows = read_jsonl(configs[0].file("triplets.jsonl"))
+    assert len(found) == len(rows) == 3
+    for record, row in zip(found, rows, strict=True):
+        assert record["modifications"] == [row["modification"]]
+        assert [record["reference_caption"], record["target_caption"]] == row["captions"]
+        assert record["reference_path"] == f"pictures/{row['reference']}.png"
+        for key in ("reference", "target", "rank", "similarity", "template", "model", "made_by"):
+            assert record[key] == row[key]
+    assert rows[0]["model"] == "who"
+
+
+def test_pairs_without_ranks(tmp_path: Path) -> None:
+    """Uniform draws have neither rank nor similarity, and the Parquet file says so."""
+    config = made(tmp_path, [("a", "b")])
+    write_jsonl(config.file("pairs.jsonl"), [{"reference": "a", "target": "b", "rank": None, "similarity": None}])
+    write_text(config, NOBODY)
+    import pandas
+
+    [record] = pandas.read_parquet(config.file("triplets.parquet")).to_dict("records")
+    assert pandas.isna(record["rank"]) and pandas.isna(record["similarity"]) and record["target"] == "b"
+
+
+@pytest.mark.parametrize("dataset", ["cirr", "fashioniq"])
+def test_the_json_is_what_the_library_would_write_at_once(tmp_path: Path, dataset: str) -> None:
+    """Written entry by entry, the published file has the bytes of one list."""
+    config = made(tmp_path, [("a", "b"), ("b", "e")])
+    config.file("triplets.done.json").unlink()
+    write_text(config, cast(Dataset, SimpleNamespace(name=dataset, path=NOBODY.path)))
+    text = config.file("triplets.json").read_text()
+    entries = json.loads(text)
+    assert text == json.dumps(entries, ensure_ascii=False, indent=0) + "\n"
+    assert ("pairid" in entries[0]) == (dataset == "cirr") and entries[0]["caption1"] == "red apple"
+
+
+LONG = " ".join(["apple"] * 20)
+
+
+@pytest.mark.parametrize(("reference", "target", "expected", "count"), [
+    ("a cat", "two dogs", "Unlike a cat, I want two dogs", 0),
+    (LONG, "two dogs", "two dogs", 1),
+    ("a cat", LONG, None, 0),
+    (LONG, LONG + " x", None, 0),
+])  # fmt: skip
+def test_the_guard(tmp_path: Path, reference: str, target: str, expected: str | None, count: int) -> None:
+    """Too long: the target's caption alone; that too long as well: dropped. Both are counted."""
+    captions = {"a": reference, "b": target, "c": "red", "d": "blue"}
+    config = made(tmp_path, [("a", "b"), ("c", "d")], captions, templates=["unlike"], max_tokens=20)
+    rows = {row["reference"]: row for row in read_jsonl(config.file("triplets.jsonl"))}
+    summary = json.loads(config.file("summary.json").read_text())
+    assert (rows["a"]["modification"] if "a" in rows else None) == expected
+    assert summary["counts"]["too_long_so_target_caption_alone"] == count
+    assert summary["dropped"] == ({} if expected else {"too long: more than 20 tokens": 1})
+    assert all(row["tokens"] <= 20 for row in rows.values())
+    if count:
+        assert rows["a"]["template"] == "target" and rows["a"]["shortened"] == "unlike"
+
+
+def test_the_bound_is_the_last_length_that_fits(tmp_path: Path) -> None:
+    """A text of exactly ``max_tokens`` is kept: two words and two marks make four."""
+    for limit, expected in ((4, "red apple"), (3, None)):
+        captions = {"a": "two dogs", "b": "red apple", "c": "tree"}
+        pairs = [("a", "b"), ("a", "c")]
+        config = made(tmp_path / str(limit), pairs, captions, templates=["target"], max_tokens=limit)
+        texts = {row["target"]: row["modification"] for row in read_jsonl(config.file("triplets.jsonl"))}
+        assert texts.get("b") == expected and texts["c"] == "tree"
+
+
+@pytest.mark.parametrize(("one", "other", "shared"), [
+    ("red apple", "Apple, red!", 1.0), ("red apple", "green apple", 1 / 3), ("cat", "dog", 0.0), ("", "", 1.0),
+    ("a a a cat", "a dog", 1 / 3),
+])  # fmt: skip
+def test_caption_similarity(one: str, other: str, shared: float) -> None:
+    """Words in both over words in either, each once; case and punctuation aside."""
+    assert caption_similarity(one, other) == pytest.approx(shared)
+
+
+def test_filters(tmp_path: Path) -> None:
+    """Off by default; each drops what it says, and counts it."""
+    pairs = [("a", "b"), ("a", "c"), ("d", "e"), ("e", "b"), ("e", "zz")]
+    captions = CAPTIONS | {"f": " green  APPLE"}
+
+    def run(name: str, **settings: Any) -> tuple[list[tuple[str, str]], dict[str, int]]:
+        config = made(tmp_path / name, pairs, captions, templates=["instead"], **settings)
+        rows = read_jsonl(config.file("triplets.jsonl"))
+        return [(r["reference"], r["target"]) for r in rows], json.loads(config.file("summary.json").read_text())[
+            "dropped"
+        ]
+
+    always = {"the two captions are equal": 1, "an image has no caption": 1}
+    assert run("off") == ([("a", "b"), ("d", "e"), ("e", "b")], always)
+    shared = {"the captions share more than 0.5 of their words": 1}
+    assert run("similar", max_caption_similarity=0.5) == ([("a", "b"), ("d", "e")], always | shared)
+    assert run("bound", max_caption_similarity=2 / 3)[0] == [("a", "b"), ("d", "e"), ("e", "b")]
+    often = {"a caption occurs more than 1 times": 2}
+    assert run("often", max_caption_count=1) == ([("d", "e")], always | often)
+    assert run("twice", max_caption_count=2)[0] == [("a", "b"), ("d", "e"), ("e", "b")]
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    """No triplet at all is an error that says why; the files of a run before stay as they were."""
+    config = made(tmp_path, [("a", "b")])
+    before = config.file("triplets.parquet").read_bytes()
+    write_jsonl(config.file("pairs.jsonl"), [{"reference": "a", "target": "c", "rank": 1, "similarity": 1.0}])
+    with pytest.raises(InputError, match="no triplet: 1 since the two captions are equal"):
+        write_text(config, NOBODY)
+    assert config.file("triplets.parquet").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names the folder; no half file takes a place, and the same command then works."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("data_gen.outputs.os.replace", full)
+    with pytest.raises(InputError, match="cannot be written: No space left"):
+        made(tmp_path, [("a", "b")])
+    assert not list(tmp_path.glob("triplets*"))
+    monkeypatch.undo()
+    assert made(tmp_path, [("a", "b")]).file("triplets.parquet").is_file()
+
+
+def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counts, means and settings; nothing that names this machine; and what is printed of it."""
+    config = GenerateConfig(output=str(tmp_path))
+    images = [{"image_id": i, "canonical": "a" if i == "c" else i} for i in "abcde"]
+    write_jsonl(config.file("images.jsonl"), images)
+    write_jsonl(config.file("captions.failed.jsonl"), [{"image_id": "x"}])
+    made(tmp_path, [("a", "b"), ("b", "e"), ("a", "d")], templates=["target"])
+    text = config.file("summary.json").read_text()
+    summary = json.loads(text)
+    assert summary["counts"] == {
+        "images": 5, "unique_images": 4, "pairs": 3, "captions": 5, "captions_failed": 1, "triplets": 3,
+        "distinct_texts": 3, "too_long_so_target_caption_alone": 0,
+    }  # fmt: skip
+    assert (summary["mean_words"], summary["mean_tokens"]) == (2.33, 4.33)
+    assert summary["templates"] == {"target": 3} and summary["settings"]["templates"] == ["target"]
+    assert str(tmp_path) not in text
+    capsys.readouterr()
+    summarise(config, NOBODY)
+    told = capsys.readouterr().out
+    assert "triplets 3" in told and "dropped: none" in told and "red apple  +  «two dogs»  →  two dogs" in told

@@ -1,0 +1,259 @@
+"""Ask a language model many questions: in blocks that survive a kill, by several processes, each answer checked."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from tqdm import tqdm
+
+from data_gen.files import Journal, Row, digest
+from data_gen.processes import Processes
+from data_gen.settings import GenerateConfig
+from spn4cir.errors import InputError
+from spn4cir.files import short
+
+Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
+FIRST, LATER = 8, 64  # so many unreadable answers in a row, nothing before or something, mean that the engine is broken
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked.
+
+    Args:
+        key: names the question among all.
+        prompt: what a user says, or a whole chat; an image belongs to its last message.
+        image: a picture to look at.
+        mark: what else decides the answer, such as the hash of the pixels.
+    """
+
+    key: str
+    prompt: str | Sequence[Message]
+    image: Path | None = None
+    mark: str = ""
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The messages, without the image."""
+        if isinstance(self.prompt, str):
+            return [{"role": "user", "content": self.prompt}]
+        return [dict(message) for message in self.prompt]
+
+
+class Answer(NamedTuple):
+    """What an engine says.
+
+    Attributes:
+        text: as the model wrote it.
+        cut: whether it reached the bound of tokens without an end.
+        problem: why there is nothing to read at all, if so; such a question is not asked again.
+    """
+
+    text: str
+    cut: bool = False
+    problem: str | None = None
+
+
+class Reply(NamedTuple):
+    """What became of a question: the text, and, where the last try failed, why; ``read``: whether it could be read."""
+
+    key: str
+    text: str
+    problem: str | None
+    read: bool = True
+
+
+class Try(NamedTuple):
+    """Which time a question is asked: 0 is greedy, since that is the best answer; later ones draw, by seed."""
+
+    number: int
+    seed: int
+
+
+class Engine(Protocol):
+    """Whatever answers: a model here, or a server.
+
+    Attributes:
+        about: everything that decides its answers.
+        block: how many questions it takes at once, the unit of commit.
+        workers: how many blocks may be under way at any time.
+    """
+
+    about: dict[str, Any]
+    block: int
+    workers: int
+
+    def look(self) -> None:
+        """Raise ``InputError`` if it is known at once that this cannot work."""
+
+    def lengths(self, questions: Sequence[Question]) -> list[int] | None:
+        """How long the input of each question is, in any unit; None if it is all the same to this engine."""
+
+    def answer(self, questions: Sequence[Question], turn: Try) -> list[Answer]:
+        """Answer the questions of a block, or some of them; called from several threads."""
+
+    def close(self) -> None:
+        """Nothing more will be asked; an answer that is being waited for may be given up."""
+
+
+Check = Callable[[Question, Answer], tuple[str, str | None]]
+"""An answer's text made tidy, and what is wrong with it, if anything."""
+
+
+def ask(
+    out: Path,
+    questions: Sequence[Question],
+    engine: Engine,
+    check: Check,
+    config: GenerateConfig,
+    finish: Callable[[list[Reply]], None],
+) -> None:
+    """Ask all questions, some perhaps again, and hand over what came of them.
+
+    A block is a function of the whole list of questions, never of what a killed run has left to do, and it is asked,
+    checked, asked again where the check failed, and then committed. So neither a kill nor the number of processes
+    changes an answer. All processes call this.
+
+    Args:
+        out: the file that ``finish`` writes; the journal lies beside it.
+        questions: keys are unique.
+        engine: answers them.
+        check: tidies an answer, and judges it.
+        config: ``retries`` and ``seed``.
+        finish: takes all replies in the order of the questions, in the first process only; it writes the final files.
+
+    Raises:
+        InputError: if the engine cannot work, or the journal cannot be written; what was committed stays.
+    """
+    processes, order = Processes(), _order(questions, engine)
+    blocks = [order[start : start + engine.block] for start in range(0, len(order), engine.block)]
+    made_by = _made_by(questions, engine, config)
+    journal = Journal(out, made_by, processes)
+    mine = [n for n in range(processes.index, len(blocks), processes.count) if n not in journal]
+    work = _Work(journal, engine, fresh=not any(n in journal for n in range(len(blocks))))
+    try:
+        work.run({n: [questions[i] for i in blocks[n]] for n in mine}, partial(settle, engine, check, config))
+    finally:
+        engine.close()
+        journal.close()
+    processes.wait()
+    merged = Journal(out, made_by, processes)
+    if processes.first:
+        finish(_in_order(order, merged.rows()))
+        merged.remove()
+    else:
+        merged.close()
+    processes.wait()
+
+
+class _Work:
+    """Blocks under way in threads, and committed as they get ready.
+
+    Blocks of which nothing can be read are held back until one can be: if none ever comes, the engine is broken, and a
+    million failures would say no more than eight.
+    """
+
+    def __init__(self, journal: Journal, engine: Engine, fresh: bool):
+        self.journal, self.engine, self.read_any = journal, engine, not fresh
+        self.held: list[tuple[int, list[Reply]]] = []
+        self.failed = 0
+
+    def run(
+        self, blocks: Mapping[int, Sequence[Question]], answer: Callable[[Sequence[Question]], list[Reply]]
+    ) -> None:
+        """Answer and commit all blocks; if one cannot be, those that are under way first."""
+        numbers, waiting = iter(blocks), dict[Future[list[Reply]], int]()
+        bar = tqdm(total=sum(map(len, blocks.values())), desc="ask", unit="question", disable=not blocks)
+        with bar, ThreadPoolExecutor(self.engine.workers) as pool:
+            try:
+                while True:
+                    for number in islice(numbers, 2 * self.engine.workers - len(waiting)):
+                        waiting[pool.submit(answer, blocks[number])] = number
+                    if not waiting:
+                        break
+                    ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                    for one in ready:
+                        replies = one.result()
+                        self._take(waiting.pop(one), replies)
+                        bar.set_postfix(failed=self.failed, refresh=False)
+                        bar.update(len(replies))
+                self._end()
+            except BaseException:
+                self._rescue(waiting)
+                raise
+
+    def _take(self, number: int, replies: list[Reply]) -> None:
+        self.failed += sum(reply.problem is not None for reply in replies)
+        self.held.append((number, replies))
+        if any(reply.read for reply in replies):
+            self.read_any = True
+            self._commit()
+        elif sum(len(held) for _, held in self.held) >= (LATER if self.read_any else FIRST):
+            self._give_up()
+
+    def _commit(self) -> None:
+        for number, replies in self.held:
+            self.journal.add(number, [reply._asdict() for reply in replies])
+        self.held = []
+
+    def _end(self) -> None:
+        """Commit what was held back; but not if nothing was ever read."""
+        if self.held and not self.read_any:
+            self._give_up()
+        self._commit()
+
+    def _give_up(self) -> None:
+        found = self.held[-1][1][-1]
+        told = f"{sum(len(held) for _, held in self.held)} questions in a row got no readable answer"
+        raise InputError(f"{told}; the last: {found.problem}, for {short(found.key)}")
+
+    def _rescue(self, waiting: Mapping[Future[list[Reply]], int]) -> None:
+        """Commit what can still be had of the blocks under way: an answer may have been paid for."""
+        self.engine.close()
+        for one in waiting:
+            one.cancel()
+        for one, number in waiting.items():
+            if not one.cancelled() and one.exception() is None and all(reply.read for reply in one.result()):
+                with suppress(InputError):  # the one that is being told came first
+                    self.journal.add(number, [reply._asdict() for reply in one.result()])
+
+
+def settle(engine: Engine, check: Check, config: GenerateConfig, questions: Sequence[Question]) -> list[Reply]:
+    """Ask the questions of a block; those whose answer fails the check again, ``config.retries`` times at most."""
+    replies: dict[str, Reply] = {}
+    left = list(questions)
+    for number in range(config.retries + 1):
+        for question, answer in zip(left, engine.answer(left, Try(number, config.seed)), strict=True):
+            text, problem = (answer.text, None) if answer.problem else check(question, answer)
+            replies[question.key] = Reply(question.key, text, answer.problem or problem, not answer.problem)
+        left = [q for q in left if replies[q.key].problem and replies[q.key].read]
+        if not left:
+            break
+    return [replies[question.key] for question in questions]
+
+
+def _order(questions: Sequence[Question], engine: Engine) -> list[int]:
+    """Positions of the questions, the longest first, so that what is too much for the memory shows at once."""
+    lengths = engine.lengths(questions) if questions else None
+    return sorted(range(len(questions)), key=(lambda n: -lengths[n]) if lengths else (lambda n: n))
+
+
+def _made_by(questions: Sequence[Question], engine: Engine, config: GenerateConfig) -> str:
+    asked = hashlib.sha256()
+    for one in questions:
+        asked.update(json.dumps([one.key, one.chat, str(one.image or ""), one.mark]).encode())
+    settings = {"block": engine.block, "retries": config.retries, "seed": config.seed, "questions": asked.hexdigest()}
+    return digest({**engine.about, **settings})
+
+
+def _in_order(order: Sequence[int], rows: Iterator[Row]) -> list[Reply]:
+    """Replies in the order of the questions, from rows in the order of the blocks."""
+    found = dict(zip(order, rows, strict=True))
+    return [Reply(**found[n]) for n in range(len(order))]

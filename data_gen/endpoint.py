@@ -1,0 +1,272 @@
+"""Any OpenAI-compatible server as an engine: requests at once, a bound on their rate, retries with back-off."""
+
+import base64
+import email.utils
+import hashlib
+import http.client
+import io
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from data_gen.ask import Answer, Question, Try
+from data_gen.processes import Processes
+from data_gen.settings import GenerateConfig
+from spn4cir.errors import InputError
+
+KEY = "SPN4CIR_API_KEY"  # the environment variable that holds the secret; it is never written anywhere
+AGAIN = (408, 409, 425, 429)  # and 5xx: refusals that may pass
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is sent again: doubled each time
+LOSSLESS = 1 << 20  # pixels of an image that is sent as it is; larger ones as a good JPEG
+
+
+class Trouble(NamedTuple):
+    """Why a request got no answer.
+
+    Attributes:
+        text: one line.
+        wait: seconds that the server asks for.
+        away: whether the server answers nobody now, rather than not this question.
+    """
+
+    text: str
+    wait: float = 0.0
+    away: bool = False
+
+
+class Endpoint:
+    """A model behind ``/v1/chat/completions``; one question is one block.
+
+    Args:
+        address: of the server, such as http://host:8000/v1.
+        model: the model's name there.
+        config: ``requests``, ``requests_per_minute`` (both of all processes together), ``timeout``, ``retries``.
+        max_new_tokens: bound of an answer.
+
+    Raises:
+        InputError: if the address is none, or the key cannot be one.
+    """
+
+    block = 1
+
+    def __init__(self, address: str, model: str, config: GenerateConfig, max_new_tokens: int):
+        self.address, self.model, self.config = chat_address(address), model, config
+        self.max_new_tokens, processes = max_new_tokens, Processes().count
+        self.workers = max(1, config.requests // processes)
+        self.about: dict[str, Any] = {"endpoint": self.address, "model": model, "max_new_tokens": max_new_tokens}
+        rate = config.requests_per_minute
+        self._gap = 60 * processes / rate if rate else 0.0
+        self._lock, self._next, self._answered = threading.Lock(), 0.0, 0
+        self._closed, self._final = threading.Event(), InputError(f"{self.address}: given up")
+        self._key = os.environ.get(KEY, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InputError(f"{KEY} holds letters that no key has")  # http.client would show it
+        self._opener = urllib.request.build_opener(_Stay)
+
+    def look(self) -> None:
+        """Nothing is known before the first question."""
+
+    def lengths(self, questions: Sequence[Question]) -> None:
+        """All the same: the server makes its own batches."""
+
+    def close(self) -> None:
+        """No request is sent again."""
+        self._closed.set()
+
+    def answer(self, questions: Sequence[Question], turn: Try) -> list[Answer]:
+        """Send one question, again if need be.
+
+        Raises:
+            InputError: if the server cannot be reached, or refuses for good.
+        """
+        return [self._answer(question, turn) for question in questions]
+
+    def _answer(self, question: Question, turn: Try) -> Answer:
+        body = json.dumps(self._request(question, turn)).encode()
+        sent, answered = 0, -1
+        while True:
+            self._wait_for_turn()
+            found = self._send(body)
+            if isinstance(found, Answer):
+                self._answered += 1
+                return found
+            if found.away and answered != self._answered:
+                sent, answered = 0, self._answered  # others got an answer meanwhile, so waiting is not in vain
+            sent += 1
+            if sent > self.config.retries:
+                if found.away:
+                    raise self._stop(f"{found.text}; what was answered stays, and the same command goes on from there")
+                return Answer("", problem=found.text)
+            self._pause(sent, found)
+
+    def _request(self, question: Question, turn: Try) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = list(question.chat)
+        if question.image:
+            parts = [
+                {"type": "image_url", "image_url": {"url": data_url(question.image)}},
+                {"type": "text", "text": messages[-1]["content"]},
+            ]
+            messages[-1] = {**messages[-1], "content": parts}
+        request = {"model": self.model, "messages": messages, "max_tokens": self.max_new_tokens, "temperature": 0.0}
+        if turn.number:
+            named = repr((turn.seed, turn.number, question.key)).encode()
+            seed = int.from_bytes(hashlib.sha256(named).digest()[:4], "big") >> 1
+            request |= {"temperature": 0.7, "top_p": 0.9, "seed": seed}
+        return request
+
+    def _send(self, body: bytes) -> Answer | Trouble:
+        """One request. Raises ``InputError`` for what no repetition would mend."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self.address, body, headers)
+        try:
+            with self._opener.open(request, timeout=self.config.timeout) as reply:
+                content = reply.read()
+        except urllib.error.HTTPError as error:
+            return self._refused(error)
+        except TimeoutError:
+            return Trouble(f"{self.address} gave no answer within {self.config.timeout:g} seconds")
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                return Trouble(f"{self.address} gave no answer within {self.config.timeout:g} seconds")
+            refused = not isinstance(error.reason, ConnectionResetError | BrokenPipeError)
+            told = "cannot be reached" if refused else "dropped the connection"
+            return Trouble(f"{self.address} {told}: {_line(str(error.reason))}", away=refused)
+        except (http.client.HTTPException, OSError) as error:
+            return Trouble(f"{self.address} dropped the connection: {_line(str(error) or type(error).__name__)}")
+        return read_answer(content)
+
+    def _refused(self, error: urllib.error.HTTPError) -> Trouble:
+        try:
+            content = error.read(100_000)
+        except (http.client.HTTPException, OSError):
+            content = b""
+        told = f"{self.address} answers {error.code}: {_message(content) or error.reason}"
+        told = told.replace(self._key or "\0", "***")
+        if error.code not in AGAIN and error.code < 500:
+            hint = f"; the key is taken from {KEY}" if error.code in (401, 403) else ""
+            hint = "; is the address right, and the model's name?" if error.code == 404 else hint
+            raise self._stop(told + hint)
+        return Trouble(told, _seconds(error.headers.get("Retry-After")), away=error.code in (429, 503))
+
+    def _wait_for_turn(self) -> None:
+        """Wait until a request may be sent: neither above the rate, nor while the server wants none."""
+        while True:
+            self._sleep(0)  # only if nothing stops it
+            with self._lock:
+                now = time.monotonic()
+                if now >= self._next:
+                    self._next = now + self._gap
+                    return
+                left = self._next - now
+            self._sleep(left)
+
+    def _pause(self, sent: int, trouble: Trouble) -> None:
+        """Back off; if the server says for how long, then for all requests."""
+        if trouble.wait:
+            with self._lock:
+                self._next = max(self._next, time.monotonic() + trouble.wait)
+        pause = min(FIRST_PAUSE * 2 ** (sent - 1), LONGEST_PAUSE)
+        self._sleep(max(pause * random.uniform(0.5, 1.0), trouble.wait))
+
+    def _sleep(self, seconds: float) -> None:
+        if self._closed.wait(seconds):
+            raise self._final
+
+    def _stop(self, reason: str) -> InputError:
+        """Send nothing more: the error that all threads raise, whichever of them is asked first."""
+        with self._lock:
+            if not self._closed.is_set():
+                self._final = InputError(reason)
+                self._closed.set()
+            return self._final
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows nobody elsewhere: the key would go along."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def chat_address(address: str) -> str:
+    """The whole address of the chat, from one with or without ``/v1`` and a slash at the end.
+
+    Raises:
+        InputError: if it is no http or https address.
+    """
+    parts = urlsplit(address.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"endpoint must be an address such as http://host:8000/v1, got {address!r}")
+    if "@" in parts.netloc:
+        raise InputError(f"endpoint must not hold a password: the key is taken from {KEY} in the environment")
+    whole = address.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    return f"{whole}{'' if urlsplit(whole).path else '/v1'}/chat/completions"
+
+
+def data_url(path: Path) -> str:
+    """An image as RGB in a data URL; transparent parts are white. Raises ``InputError`` if it does not decode."""
+    from spn4cir.images import open_image
+
+    picture, kept = open_image(path), io.BytesIO()
+    lossless = picture.width * picture.height <= LOSSLESS
+    if lossless:
+        picture.save(kept, "PNG", compress_level=1)
+    else:
+        picture.save(kept, "JPEG", quality=95)
+    return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(kept.getvalue()).decode()}"
+
+
+def read_answer(content: bytes) -> Answer | Trouble:
+    """The answer in what a server sent; or what is wrong with it."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return Trouble(f"the server's answer is no JSON, or half of it: {_line(content.decode(errors='replace'))!r}")
+    try:
+        choice = found["choices"][0]
+        text = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        return Trouble(f"the server's answer holds no choices: {_line(json.dumps(found))!r}")
+    if not isinstance(text, str):
+        return Trouble(f"the server's answer holds no text: {_line(json.dumps(choice))!r}")
+    return Answer(text.strip(), cut=choice.get("finish_reason") == "length")
+
+
+def _message(content: bytes) -> str:
+    """What a server says about an error, in one line."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return _line(content.decode(errors="replace"))
+    for name in ("error", "message", "detail"):
+        if isinstance(found, dict) and found.get(name):
+            found = found[name]
+    return _line(found if isinstance(found, str) else json.dumps(found))
+
+
+def _line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:300]
+
+
+def _seconds(header: str | None) -> float:
+    """Seconds from a Retry-After header, which holds a number or a date; 0 for none."""
+    if not header:
+        return 0.0
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return 0.0

@@ -1,0 +1,215 @@
+"""Engines that answer questions: a model on this machine, or (in ``data_gen.endpoint``) a server."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_gen.ask import Answer, Engine, Question, Try
+from data_gen.files import digest, weights_digest
+from data_gen.processes import on_cpu
+from data_gen.settings import GenerateConfig
+from spn4cir.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBEDDED = Path(__file__).parent.parent / "spn4cir" / "embedded" / "llava"
+DRAWN = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # asked again, greedy would say the same
+
+
+def engine_of(model: str, endpoint: str | None, config: GenerateConfig, *, images: bool, max_new_tokens: int) -> Engine:
+    """The engine that a configuration means; nothing is loaded or sent yet.
+
+    Args:
+        model: ``embedded``, a name or folder of transformers, or the model's name on the server.
+        endpoint: address of an OpenAI-compatible server, if it is one.
+        config: batch size, and how a server is asked.
+        images: whether the questions have images.
+        max_new_tokens: bound of an answer.
+    """
+    if endpoint is not None:
+        from data_gen.endpoint import Endpoint
+
+        return Endpoint(endpoint, model, config, max_new_tokens)
+    return Local(model, images=images, batch_size=config.caption_batch_size, max_new_tokens=max_new_tokens)
+
+
+class Local:
+    """A language model of transformers on this process's device; one batch is one block.
+
+    Args:
+        model: ``embedded``, a hub name or a folder.
+        images: whether it looks at images, or only reads.
+        batch_size: questions answered at once.
+        max_new_tokens: bound of an answer.
+    """
+
+    workers = 2  # one batch is decoded while the model is busy with another
+
+    def __init__(self, model: str, *, images: bool, batch_size: int, max_new_tokens: int):
+        self.name, self.images, self.block, self.max_new_tokens = model, images, batch_size, max_new_tokens
+        folder = EMBEDDED if model == "embedded" else Path(model)
+        weights = weights_digest(folder)
+        self.source, self.device = str(folder) if weights else model, own_device()
+        self.about: dict[str, Any] = {
+            "model": folder.name if weights else model,
+            "weights": weights,
+            "files": digest({}, *sorted([*folder.glob("*.json"), *folder.glob("*.jinja")])) if weights else None,
+            "dtype": "float32" if self.device == "cpu" else "half",
+            "max_new_tokens": max_new_tokens,
+        }
+        self._busy, self._preparing = threading.Lock(), threading.Lock()
+        self._model: Any = None
+
+    def look(self) -> None:
+        """Raises ``InputError`` if there is no such model."""
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(self.source)
+        except (OSError, ValueError) as error:
+            raise self._unknown(error) from None
+
+    def _unknown(self, error: Exception) -> InputError:
+        where = (
+            "name a folder that holds one, or one of the hub (`hf download NAME` fetches it where there is a network)"
+        )
+        return InputError(f"model {self.name!r} cannot be loaded: {where}; {' '.join(str(error).split())[:200]}")
+
+    def _load(self) -> None:
+        """Load the model once. Raises ``InputError`` for one that cannot do what is asked."""
+        if self._model is not None:
+            return
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+        kind = AutoModelForImageTextToText if self.images else AutoModelForCausalLM
+        try:
+            self._processor: Any = (AutoProcessor if self.images else AutoTokenizer).from_pretrained(self.source)
+            model, info = kind.from_pretrained(self.source, dtype=self._dtype(), output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+            raise self._unknown(error) from None
+        if info["missing_keys"]:
+            raise InputError(f"model {self.name!r} lacks weights, such as {sorted(info['missing_keys'])[0]}")
+        self._tokenizer: Any = getattr(self._processor, "tokenizer", self._processor)
+        if not (getattr(self._processor, "chat_template", None) or self._tokenizer.chat_template):
+            raise InputError(f"model {self.name!r} has no chat template: take one that was trained to answer")
+        self._tokenizer.padding_side = "left"  # answers must follow their prompts directly
+        self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
+        self._model = model.to(self.device).eval()
+
+    def _dtype(self) -> Any:
+        """Half precision on a CUDA device, in the kind that the model was trained in; single on a CPU."""
+        import torch
+        from transformers import AutoConfig
+
+        if self.device == "cpu":
+            return torch.float32
+        trained = AutoConfig.from_pretrained(self.source).dtype
+        brain = trained == torch.bfloat16 and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if brain else torch.float16
+
+    def lengths(self, questions: Sequence[Question]) -> list[int] | None:
+        """Areas of images, if larger ones make more tokens; else letters of the prompts, if they vary."""
+        from PIL import Image
+
+        with self._preparing:
+            self._load()
+            sizes = ((64, 64), (512, 512), (2048, 512)) if self.images else ()
+            tokens = {self._process(questions[:1], [Image.new("RGB", s)])["input_ids"].shape[1] for s in sizes}
+        if len(tokens) > 1:
+            return [_area(question.image) for question in questions]
+        letters = [sum(len(message["content"]) for message in question.chat) for question in questions]
+        return letters if len(set(letters)) > 1 else None
+
+    def _process(self, questions: Sequence[Question], pictures: list[Any]) -> Any:
+        """Chats → what the model takes, padded on the left."""
+        chats = [_with_image(q.chat) if self.images else q.chat for q in questions]
+        texts = [self._processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
+        begins = self._tokenizer.bos_token and texts[0].startswith(self._tokenizer.bos_token)
+        options = {"return_tensors": "pt", "padding": True, "add_special_tokens": not begins}
+        if self.images:
+            return self._processor(text=texts, images=[[picture] for picture in pictures], **options)
+        return self._processor(texts, **options)
+
+    def answer(self, questions: Sequence[Question], turn: Try) -> list[Answer]:
+        """One batch, decoded and prepared in the caller's thread, while the model may be busy with another's."""
+        from spn4cir.images import open_image
+
+        pictures = [open_image(question.image) for question in questions if question.image]
+        with self._preparing:  # a tokenizer is not made for two threads at once
+            self._load()
+            inputs = self._process(questions, pictures)
+        with self._busy:
+            out = self._generate(inputs, _seed(questions, turn) if turn.number else None)  # (B, T)
+        with self._preparing:
+            texts = self._tokenizer.batch_decode(out, skip_special_tokens=True)
+        ends = self._ends()
+        cut = [out.shape[1] >= self.max_new_tokens and not ends & set(row) for row in out.tolist()]
+        return [Answer(text.strip(), one) for text, one in zip(texts, cut, strict=True)]
+
+    def _generate(self, inputs: Any, seed: int | None) -> "Tensor":
+        """(B, T) new tokens; greedy without a seed."""
+        import torch
+
+        devices = [] if self.device == "cpu" else [self.device]
+        how = {"do_sample": False} if seed is None else DRAWN
+        with torch.inference_mode(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed or 0)
+            try:
+                inputs = inputs.to(self.device)
+                inputs = {k: v.to(self._model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+                pad = self._tokenizer.pad_token_id
+                out = self._model.generate(
+                    **inputs, max_new_tokens=self.max_new_tokens, num_beams=1, pad_token_id=pad, **how
+                )
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"{self.device} has no room for a batch of {self.block}: lower caption_batch_size"
+                ) from None
+        new: Tensor = out[:, inputs["input_ids"].shape[1] :].cpu()
+        return new
+
+    def _ends(self) -> set[int]:
+        """Tokens that end an answer."""
+        end = self._model.generation_config.eos_token_id
+        return {self._tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+
+    def close(self) -> None:
+        """Nothing is waited for."""
+
+
+def own_device() -> str:
+    """The device of this process: one of CUDA for each of a machine's processes; or the CPU."""
+    import torch
+
+    if on_cpu():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def _with_image(chat: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """A chat whose last message shows an image before its text."""
+    parts: list[dict[str, Any]] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+    parts[-1]["content"].insert(0, {"type": "image"})
+    return parts
+
+
+def _area(path: Path | None) -> int:
+    """Pixels of an image file, from its head; 0 if it has none that can be read: to decode it will tell why."""
+    from PIL import Image
+
+    try:
+        with Image.open(path or "") as picture:
+            return picture.width * picture.height
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0
+
+
+def _seed(questions: Sequence[Question], turn: Try) -> int:
+    """What a draw depends on, and nothing else."""
+    named = repr((turn.seed, turn.number, [question.key for question in questions]))
+    return int.from_bytes(hashlib.sha256(named.encode()).digest()[:6], "big")

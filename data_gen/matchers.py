@@ -1,0 +1,350 @@
+"""Image encoders that rank: Unicom, open_clip, timm, transformers, and models of this project.
+
+Each turns images into unit vectors in float32, whose products are the similarities. Weights are computed with in
+single precision whatever they are stored in.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spn4cir.config import TrainConfig
+from spn4cir.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor, nn
+
+EMBEDDED = Path(__file__).parent.parent / "spn4cir" / "embedded" / "clip"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".json")
+"""Files of a model's folder that decide what it computes."""
+
+
+class Matcher:
+    """An image encoder.
+
+    Args:
+        module: what ``vectors`` reads, put in eval mode.
+        transform: RGB image → (3, H, W).
+        vectors: (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32.
+        made_by: kind, model and digest of its weights.
+        says: which vector of the model it is, in a few words.
+    """
+
+    def __init__(
+        self,
+        module: "nn.Module",
+        transform: "Callable[[Image.Image], Tensor]",
+        vectors: "Callable[[Tensor], Tensor]",
+        made_by: dict[str, Any],
+        says: str,
+    ):
+        self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
+        self.made_by, self.says = made_by, says
+
+    @property
+    def device(self) -> "torch.device":
+        """Where it computes."""
+        return next(self.module.parameters()).device
+
+    def to(self, device: "torch.device | str") -> "Matcher":
+        """Move it there."""
+        self.module.to(device)
+        return self
+
+    def encode(self, pixels: "Tensor") -> "Tensor":
+        """(B, 3, H, W) → (B, E) in float32, of unit norm, on the device of the model."""
+        import torch
+
+        with torch.inference_mode():
+            return self._vectors(pixels.to(self.device))
+
+
+def identify(name: str) -> dict[str, Any]:
+    """What decides a matcher's vectors: kind, model, and the digest of its weights where they are local.
+
+    Quick beside loading it: files are read, no model is built. A model of a hub stands for itself by its name, a local
+    one by its content, so that it may be moved.
+
+    Raises:
+        InputError: if there is no such kind of matcher, or what it names locally is missing.
+    """
+    kind, model = _split(name)
+    if kind == "embedded":
+        return {"kind": kind, "model": kind, "weights": content_digest(EMBEDDED)}
+    if kind == "unicom":
+        return _identify_unicom(model)
+    if kind == "run":
+        files = [Path(model) / file for file in ("model.json", "model.safetensors")]
+        return {"kind": kind, "model": "a folder", "weights": content_digest(*files)}
+    local = _local(kind, model)
+    if local is not None:
+        model = model.partition(":")[0] if local.is_file() else "a folder"
+    return {"kind": kind, "model": model, "weights": content_digest(local) if local else None}
+
+
+def load_matcher(name: str) -> Matcher:
+    """The matcher of a name, on the CPU.
+
+    Args:
+        name: ``embedded``, ``unicom:SIZE`` or ``unicom:FILE``, ``open_clip:MODEL:TAG``, ``timm:MODEL``,
+            ``transformers:NAME`` or ``run:FOLDER``.
+
+    Raises:
+        InputError: if there is none, or its weights are missing and cannot be downloaded.
+    """
+    kind, model = _split(name)
+    return LOADERS[kind](model, identify(name))
+
+
+def content_digest(*paths: Path) -> str:
+    """SHA-256 of files, or of the model files of a folder, names included. Raises ``InputError`` for a missing one."""
+    total = hashlib.sha256()
+    for path in paths:
+        files = sorted(p for p in path.iterdir() if p.suffix in WEIGHTS) if path.is_dir() else [path]
+        for file in files:
+            try:
+                with file.open("rb") as opened:
+                    content = hashlib.sha256()
+                    while part := opened.read(1 << 22):
+                        content.update(part)
+            except FileNotFoundError:
+                raise InputError(f"{file.parent} holds no model: {file.name} is missing") from None
+            total.update(f"{file.name} {content.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Kind and model."""
+    kind, _, model = name.partition(":")
+    if kind not in LOADERS or bool(model) == (kind == "embedded"):
+        raise InputError(
+            f"matcher {name!r} is unknown; known: embedded, unicom:ViT-L/14 (or its file of weights), "
+            "open_clip:MODEL:TAG, timm:MODEL, transformers:NAME and run:FOLDER"
+        )
+    return kind, model
+
+
+def _local(kind: str, model: str) -> Path | None:
+    """The folder or file that a model's name stands for or ends with, if it does."""
+    path = Path(model.removeprefix("local-dir:"))
+    if kind == "open_clip" and not model.startswith("local-dir:"):  # MODEL:FILE
+        file = Path(model.partition(":")[2])
+        return file if file.is_file() else None
+    if not path.is_dir() and model.startswith(("local-dir:", "/", ".", "~")):
+        raise InputError(f"matcher {kind}:{model}: there is no folder {path}")
+    return path if path.is_dir() else None
+
+
+def _identify_unicom(model: str) -> dict[str, Any]:
+    from data_gen.unicom import PUBLISHED, check_weights, known_size
+
+    if not is_file_of_unicom(model):
+        return {"kind": "unicom", "model": known_size(model), "weights": PUBLISHED[known_size(model)].sha256}
+    found = check_weights(Path(model))
+    return {"kind": "unicom", "model": {w.sha256: size for size, w in PUBLISHED.items()}.get(found), "weights": found}
+
+
+def is_file_of_unicom(model: str) -> bool:
+    """Whether what stands behind ``unicom:`` is a file rather than a size."""
+    from data_gen.unicom import SIZES
+
+    return model not in SIZES and (Path(model).suffix in WEIGHTS or Path(model).exists())
+
+
+def _failed(kind: str, model: str, error: Exception, advice: str) -> InputError:
+    """One line for whatever a library raises."""
+    said = " ".join(str(error).split())[:250]
+    return InputError(f"matcher {kind}:{model} cannot be loaded{advice}: {said or type(error).__name__}")
+
+
+def _download(kind: str, hub: str, then: str = "") -> str:
+    """Advice for who has no network."""
+    then = then or f"give its folder, as {kind}:FOLDER"
+    return f" (where there is no network: get https://huggingface.co/{hub} and {then})" if hub else ""
+
+
+def _embedded(model: str, made_by: dict[str, Any]) -> Matcher:
+    from spn4cir.backbones import build_backbone
+
+    return _of_backbone(build_backbone(TrainConfig.backbone, model="embedded"), made_by)
+
+
+def _run(model: str, made_by: dict[str, Any]) -> Matcher:
+    from spn4cir.checkpoints import load_model
+
+    return _of_backbone(load_model(Path(model)), made_by)
+
+
+def _of_backbone(backbone: Any, made_by: dict[str, Any]) -> Matcher:
+    """Its target vector as it is; of several the mean, of unit norm again."""
+    from spn4cir.backbone import unit
+
+    def vectors(pixels: "Tensor") -> "Tensor":
+        targets: Tensor = backbone.encode_target(pixels)  # (B, K, E)
+        return targets[:, 0].float() if targets.shape[1] == 1 else unit(targets.float().mean(1))
+
+    says = "the target vector, or the mean of several"
+    return Matcher(backbone, backbone.transform, vectors, made_by, says)
+
+
+def _unicom(model: str, made_by: dict[str, Any]) -> Matcher:
+    from data_gen.unicom import SIZES, find_weights, load_unicom
+    from spn4cir.backbone import unit
+    from spn4cir.images import Transform
+
+    if is_file_of_unicom(model):
+        network = load_unicom(Path(model))
+    else:
+        network = load_unicom(find_weights(model), SIZES[made_by["model"]])
+    transform = Transform(network.size.image, pad_ratio=None)  # resized, cropped and normalised as CLIP's images are
+    return Matcher(network, transform, lambda pixels: unit(network(pixels)), made_by, "the projection of all patches")
+
+
+def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
+    import open_clip
+
+    from spn4cir.backbone import unit
+    from spn4cir.clip import load_clip
+
+    schema, _, hub = model.partition(":")
+    name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)
+    advice = _download("open_clip", hub if schema == "hf-hub" else "", "give its folder, as open_clip:local-dir:FOLDER")
+    if tag:
+        known = open_clip.get_pretrained_cfg(name, tag)
+        advice = _download("open_clip", known.get("hf_hub", "").strip("/"), f"give its file, as open_clip:{name}:FILE")
+    try:
+        clip, _, _ = load_clip(name, tag, load_weights=True, pad_ratio=None)
+    except InputError as error:  # its advice is for the command line of training
+        raise _failed("open_clip", model, ValueError(str(error).rpartition("): ")[2]), advice) from None
+    prepare = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
+    transform = open_clip.transform.image_transform_v2(prepare, is_train=False)
+    return Matcher(clip, transform, lambda pixels: unit(clip.encode_image(pixels)), made_by, "the image embedding")
+
+
+def _tagged(model: str) -> tuple[str, str]:
+    """Model and tag of open_clip, with the activation that the weights of that tag were trained with."""
+    import open_clip
+
+    name, _, tag = model.partition(":")
+    if name not in open_clip.list_models():
+        raise InputError(f"open_clip has no model {name!r}; {_close(name, open_clip.list_models())}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags and not Path(tag).is_file():
+        known = f"known: {', '.join(tags[:8])}{' …' * (len(tags) > 8)} or a file" if tags else "there are but files"
+        raise InputError(f"open_clip:{name} needs a tag of pretrained weights behind a colon, got {tag!r}; {known}")
+    trained = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+    if tag in tags and trained != open_clip.get_model_config(name).get("quick_gelu", False):
+        other = f"{name}-quickgelu" if trained else name.removesuffix("-quickgelu")
+        raise InputError(f"{tag} of open_clip's {name} has another activation: the matcher is open_clip:{other}:{tag}")
+    return name, tag
+
+
+def _close(name: str, known: list[str]) -> str:
+    """The names that are most like this one."""
+    close = difflib.get_close_matches(name, known, 5, 0.3) or known[:5]
+    return f"the closest of {len(known)} are {', '.join(close)}"
+
+
+def _timm(model: str, made_by: dict[str, Any]) -> Matcher:
+    import timm
+
+    from spn4cir.backbone import unit
+
+    name = f"local-dir:{model}" if Path(model).is_dir() else model
+    if ":" not in name and not timm.is_model(name):
+        raise InputError(f"timm has no model {model!r}; {_close(model, timm.list_models(pretrained=True))}")
+    config = timm.get_pretrained_cfg(name) if ":" not in name else None
+    hub = name.removeprefix("hf-hub:") if config is None else config.hf_hub_id or ""
+    data: Any = timm.data  # without types
+    try:
+        network = timm.create_model(name, pretrained=True, num_classes=0)
+        transform = data.create_transform(**data.resolve_model_data_config(network), is_training=False)
+    except (RuntimeError, ValueError, OSError, KeyError, AttributeError) as error:
+        raise _failed("timm", model, error, _download("timm", "" if Path(model).is_dir() else hub)) from None
+    return Matcher(network, transform, lambda pixels: unit(network(pixels)), made_by, "the pooled features")
+
+
+def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
+    import torch
+    from transformers import AutoImageProcessor, AutoModel
+
+    from spn4cir.backbone import unit
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(model)
+        network, about = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        advice = _download("transformers", "" if Path(model).is_dir() else model)
+        raise _failed("transformers", model, error, advice) from None
+    lost = [name for name in about["missing_keys"] if "pooler" not in name]
+    if lost:
+        raise InputError(f"transformers:{model} lacks {len(lost)} weights of its model, such as {lost[0]}")
+
+    def transform(picture: "Image.Image") -> "Tensor":
+        pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    read, says = _choose_vector(network, transform, pooler=not about["missing_keys"])
+    if read is None:
+        raise InputError(f"matcher transformers:{model} gives no vector for an image: {says}")
+    return Matcher(network, transform, lambda pixels: unit(read(pixels)), made_by, says)
+
+
+def _choose_vector(
+    network: Any, transform: "Callable[[Image.Image], Tensor]", pooler: bool
+) -> "tuple[Callable[[Tensor], Tensor] | None, str]":
+    """Which vector of a model of transformers stands for an image: a function of pixels, and how to call it.
+
+    The image embedding of models of images and texts; else the pooled output, unless its weights are missing and would
+    be random, as those of a classifier's are; else the class token; else the mean over all places.
+
+    Args:
+        network: the model; it is shown a white image.
+        transform: RGB image → (3, H, W).
+        pooler: whether the weights of a pooled output, if it has any, are there.
+    """
+    import torch
+    from PIL import Image
+
+    white = transform(Image.new("RGB", (64, 64), "white"))[None]
+    images = getattr(network, "get_image_features", None)
+    try:
+        with torch.inference_mode():
+            output = network.eval()(pixel_values=white) if images is None else images(pixel_values=white)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return None, " ".join(str(error).split())[:200]
+    if images is not None:
+        read, says = (lambda pixels: _pooled(images(pixel_values=pixels)), "the image embedding")
+        return (read, says) if _pooled(output).ndim == 2 else (None, f"its features are {tuple(_pooled(output).shape)}")
+    if pooler and getattr(output, "pooler_output", None) is not None:
+        return lambda pixels: network(pixel_values=pixels).pooler_output.flatten(1), "the pooled output"
+    if getattr(output, "last_hidden_state", None) is None:
+        return None, f"its output is {', '.join(output)}"
+    if any(name.endswith("cls_token") for name, _ in network.named_parameters()):
+        return lambda pixels: network(pixel_values=pixels).last_hidden_state[:, 0], "the class token"
+
+    def mean(pixels: "Tensor") -> "Tensor":
+        states: Tensor = network(pixel_values=pixels).last_hidden_state  # (B, L, D) or (B, D, H, W)
+        return states.mean(1) if states.ndim == 3 else states.flatten(2).mean(2)
+
+    return mean, "the mean over all places"
+
+
+def _pooled(output: Any) -> "Tensor":
+    """The pooled vector of an output, which older models give by itself."""
+    pooled: Tensor = output if hasattr(output, "ndim") else output.pooler_output
+    return pooled
+
+
+LOADERS: dict[str, Callable[[str, dict[str, Any]], Matcher]] = {
+    "embedded": _embedded,
+    "unicom": _unicom,
+    "open_clip": _open_clip,
+    "timm": _timm,
+    "transformers": _transformers,
+    "run": _run,
+}
