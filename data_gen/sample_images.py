@@ -1,4 +1,4 @@
-"""Sample images from webdataset shards or a folder into a catalogue, to make triplets for zero-shot training of.
+"""Sample images from webdataset shards or a folder into a catalogue, of which triplets for zero-shot training are made.
 
 examples:
   python data_gen/sample_images.py --shards 'cc3m/{00000..00331}.tar' --images 50000
