@@ -102,7 +102,8 @@ class TripletWriter:
         paths = {f"{role}_path": self._path_of(row[role]) for role in ("reference", "target")}
         captions = dict(zip(("reference_caption", "target_caption"), row["captions"], strict=True))
         made = {"modifications": [row["modification"]], "made_by": self._made_by}
-        return {name: {**row, **paths, **captions, **made}.get(name) for name in self._schema.names}
+        known = {**row, **paths, **captions, **made}
+        return {name: known.get(name) for name in self._schema.names}
 
     def _flush(self) -> None:
         import pyarrow as pa
