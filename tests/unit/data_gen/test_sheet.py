@@ -15,7 +15,7 @@ from data_gen.draw import font, known_letters, wrap
 from data_gen.files import write_jsonl
 from data_gen.settings import GenerateConfig
 from data_gen.sheet import sample, write_sheet
-from data_gen.window import draw_chart, histogram, sample_pairs, write_window
+from data_gen.window_report import draw_chart, histogram, sample_pairs, write_window
 from data_gen.write_text import write_text
 from spn4cir.types import Dataset
 
