@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -205,7 +205,7 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
             raise InputError(
                 f"config file {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
-        if values[key] is None and known[key].default is not None:
+        if values[key] is None and type(None) not in get_args(known[key].type):
             raise InputError(f"config file {path}: {key} cannot be null")
     return values
 

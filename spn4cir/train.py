@@ -1,6 +1,7 @@
 """The one loop, for both stages: build, step, evaluate, save."""
 
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -138,11 +140,19 @@ def train(config: TrainConfig, stage: int) -> Path:
 
 def start(config: TrainConfig) -> Accelerator:
     """Join the processes and seed this one. Raises ``InputError`` for a precision that the device does not have."""
-    state = PartialState(timeout=timedelta(hours=24))  # processes wait while the first one builds a bank
-    if config.mixed_precision == "fp16" and state.device.type == "cpu":  # accelerate would say nothing
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # processes wait while the first one builds a bank
+    none = not torch.accelerator.is_available()  # else several processes on a CPU would not find each other
+    accelerator = Accelerator(cpu=none, mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would say nothing
         raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:  # each would train by itself, and nothing would say so
+        raise InputError(
+            f"{expected} processes were started, and {accelerator.num_processes} found each other: start as many as "
+            "there are GPUs, or on CPUs ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"
+        )
     torch.manual_seed(config.seed)
-    return Accelerator(mixed_precision=config.mixed_precision)
+    return accelerator
 
 
 def schedule(config: TrainConfig, step: int, steps: int, epoch: int) -> float:

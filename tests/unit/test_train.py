@@ -1,7 +1,11 @@
 """Parts of the loop: which parameters learn how fast, and where dropout is."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +19,7 @@ from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
 from spn4cir.images import TripletBatch
 from spn4cir.objective import Objective
-from spn4cir.train import load_backbone, parameter_groups, train
+from spn4cir.train import load_backbone, parameter_groups, start, train
 
 TEXTS = ["make it red", "a blue one instead", "in green", "less of it"]
 
@@ -161,6 +165,37 @@ def test_the_loop_switches_dropout_on_where_it_is_told(  # type: ignore[no-untyp
     monkeypatch.setattr(kind, "compose", seen)
     train(configure(init=str(tmp_path / "init"), backbone=name.split()[0], dropout=dropout, epochs=2, max_steps=6), 1)
     assert modes == {"steps": {dropout and HAVE_DROPOUT[name]}, "evaluation": {False}}
+
+
+START = """
+from spn4cir.config import TrainConfig
+from spn4cir.train import start
+
+accelerator = start(TrainConfig())
+assert accelerator.gather(__import__("torch").tensor([accelerator.process_index])).tolist() == [0, 1]
+print("together")
+"""
+
+
+def test_processes_find_each_other(tmp_path: Path) -> None:
+    """Two processes of torchrun are two of a kind, not twice one, with nothing said about the CPU."""
+    (tmp_path / "start.py").write_text(START)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"} | {
+        "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    command.append(str(tmp_path / "start.py"))
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0 and told.stdout.split() == ["together"] * 2, told.stderr[-2000:]
+
+
+def test_processes_that_miss_each_other_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training by themselves would look like training together."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    monkeypatch.setattr("spn4cir.train.Accelerator", lambda **_: alone)
+    with pytest.raises(InputError, match="2 processes were started, and 1 found"):
+        start(TrainConfig())
 
 
 # --- the start -------------------------------------------------------------------------------------------------------

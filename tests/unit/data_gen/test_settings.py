@@ -1,19 +1,60 @@
 """Settings of the four steps."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_gen.settings import PRESETS, GenerateConfig
+from data_gen.settings import PRESETS, GenerateConfig, choose_preset
+from spn4cir.backbones import BACKBONES
 from spn4cir.config import parse
 from spn4cir.errors import InputError
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("triplets_*.yaml")), ids=lambda p: p.stem)
 def test_presets_parse(preset: Path) -> None:
-    """Each preset of a dataset is valid, and is of the dataset that its name says."""
-    assert parse(GenerateConfig, preset, []).dataset == preset.stem.removeprefix("triplets_")
+    """Each preset is valid, and is of the dataset and the backbone that its name says."""
+    config = parse(GenerateConfig, preset, [])
+    dataset, _, backbone = preset.stem.removeprefix("triplets_").partition("_")
+    assert config.dataset == {"outofdomain": "catalogue"}.get(dataset, dataset)
+    assert config.backbone == (backbone if backbone in BACKBONES else "clip4cir")
+
+
+def test_presets_are_chosen_by_dataset_and_backbone() -> None:
+    """All that are named so are found; a backbone without one of its own takes the dataset's, or the embedded one's."""
+    assert choose_preset("fashioniq").name == "triplets_fashioniq_clip4cir.yaml"
+    for dataset, backbone in itertools.product(("fashioniq", "cirr"), BACKBONES):
+        assert choose_preset(dataset, backbone).name == f"triplets_{dataset}_{backbone}.yaml"
+    assert choose_preset("catalogue", "sprc").name == "triplets_catalogue.yaml"
+    assert choose_preset("emoji").name == choose_preset("unheard").name == "triplets_emoji.yaml"
+
+
+# what the paper's table says of each set: window, images that act as reference, pairs, words, templates
+TABLE = {
+    "fashioniq_clip4cir": ([10000, 20000], "annotated", None, 4, ["target"]),
+    "cirr_clip4cir": ([10000, 15000], "all", None, 8, ["instead", "unlike"]),
+    "fashioniq_tgcir": ([10000, 20000], "annotated", None, 10, ["target"]),
+    "cirr_tgcir": ([10000, 15000], "all", None, 10, ["instead", "unlike"]),
+    "fashioniq_blip4cir": (None, "annotated", 3000, 10, ["target"]),
+    "cirr_blip4cir": (None, "all", None, 10, ["instead", "unlike"]),
+    "fashioniq_sprc": (None, "annotated", 6000, 10, ["target"]),
+    "cirr_sprc": (None, "annotated", None, 10, ["instead", "unlike"]),
+    "fashioniq_zeroshot": (None, "all", None, 5, ["target"]),
+    "cirr_zeroshot": (None, "all", None, 10, ["instead", "unlike"]),
+    "outofdomain_fashioniq": (None, "all", None, 10, ["target"]),
+    "outofdomain_cirr": (None, "all", None, 10, ["instead", "unlike"]),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_presets_are_those_of_the_paper(name: str) -> None:
+    config = parse(GenerateConfig, PRESETS / f"triplets_{name}.yaml", [])
+    found = config.window, config.references, config.pairs, config.words, list(config.templates)
+    assert found == TABLE[name] and config.pairs_per_image == 1 and config.seed == 42
+    assert config.captioner == "llava-hf/llava-1.5-7b-hf" and config.pool == "all"
+    assert config.window is None or config.matcher == "unicom:ViT-L/14"
+    assert config.candidates == ("named" if name.startswith("fashioniq") else "all")
 
 
 @pytest.mark.parametrize(("key", "value"), [
