@@ -1,8 +1,8 @@
 """Data generation, killed again and again: what a resumed run leaves must be what an uninterrupted one leaves.
 
-Runs ``data_gen/make_triplets.py`` once to its end. Then the same command is started in an empty folder, gets SIGKILL
-after a random time, and is started again, until it was killed so many times; the last start may finish. A run that
-finishes earlier is compared, and the next starts in an empty folder. At the end two processes share one more run.
+Runs ``data_gen/make_triplets.py`` once to its end. Then the same command is started in an empty folder and gets SIGKILL
+at a random moment of its first step; started again, at a random moment of the next step; and so on until it may finish,
+and is compared. All that is repeated until there were so many kills. At the end two processes share one more run.
 
 examples:
   python -m benchmarks.kills --kills 20 --json benchmarks/results/kills.json
@@ -29,7 +29,8 @@ from spn4cir.files import write_text
 
 ROOT = Path(__file__).parent.parent
 SAME = ("images.jsonl", "pairs.jsonl", "captions.jsonl", "triplets.jsonl", "triplets.json")
-STEPS = {"images.jsonl": "deduplicate", "pairs.jsonl": "match", "captions.jsonl": "caption", "triplets.json": "write"}
+FILES = {"images.jsonl": "deduplicate", "pairs.jsonl": "match", "captions.jsonl": "caption", "triplets.json": "write"}
+STEPS = (*FILES.values(), "report")
 
 
 def start(output: Path, options: list[str], processes: int = 1) -> "subprocess.Popen[bytes]":
@@ -46,27 +47,46 @@ def start(output: Path, options: list[str], processes: int = 1) -> "subprocess.P
     )
 
 
-def finished(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
-    """Whether it ended by itself within that time; else all of it is killed."""
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return False
-    if code:
+def ended(process: "subprocess.Popen[bytes]") -> None:
+    """Wait for its end. Raises ``InputError`` if it failed."""
+    if code := process.wait():
         raise InputError(f"make_triplets ended with exit code {code}: run it by hand with the same options")
-    return True
 
 
 def step_of(output: Path) -> str:
-    """The step that a killed run was in: that of the first file which is not finished."""
-    left = (step for name, step in STEPS.items() if not (output / name).with_suffix(".done.json").is_file())
+    """The step that a run is in: that of the first file which is not finished; before the first, ``start``."""
+    if not any(output.glob("images.*")):
+        return "start"
+    left = (step for name, step in FILES.items() if not (output / name).with_suffix(".done.json").is_file())
     return next(left, "report")
 
 
+def watch(process: "subprocess.Popen[bytes]", output: Path) -> dict[str, float]:
+    """How long each step of a whole run took, in seconds."""
+    seconds, before = dict.fromkeys(STEPS, 0.0), time.perf_counter()
+    while process.poll() is None:
+        time.sleep(0.01)
+        step, now = step_of(output), time.perf_counter()
+        seconds[step] = seconds.get(step, 0.0) + now - before
+        before = now
+    ended(process)
+    return seconds
+
+
+def kill_in(step: str, delay: float, process: "subprocess.Popen[bytes]", output: Path) -> str:
+    """Kill a run that long after it entered a step, unless it ends before; the step that it was in."""
+    while process.poll() is None and step_of(output) != step:
+        time.sleep(0.005)
+    time.sleep(delay)
+    if process.poll() is not None:
+        return ""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return step_of(output)
+
+
 def compare(output: Path, truth: Path) -> None:
-    """Raise unless all files that the promise is about are equal, byte for byte."""
+    """Raise unless all files that the promise is about are equal, byte for byte, and nothing else is left."""
     for name in SAME:
         assert (output / name).read_bytes() == (truth / name).read_bytes(), f"{name} differs after a kill"
     left = [path.name for path in output.iterdir() if ".partial." in path.name or path.suffix == ".tmp"]
@@ -75,24 +95,27 @@ def compare(output: Path, truth: Path) -> None:
 
 def run(kills: int, options: list[str], seed: int, folder: Path) -> dict[str, Any]:
     """All runs."""
-    truth, draw, begun = folder / "truth", random.Random(seed), time.perf_counter()
-    finished(start(truth, options), 1e6)
-    whole = time.perf_counter() - begun
+    truth, draw = folder / "truth", random.Random(seed)
+    seconds = watch(start(truth, options), truth)
     moments: list[dict[str, Any]] = []
     rounds = 0
     while len(moments) < kills:
         output, rounds = folder / f"round{rounds}", rounds + 1
-        while not finished(start(output, options), seconds := draw.uniform(0, whole) if len(moments) < kills else 1e6):
-            moments.append({"step": step_of(output), "after": round(seconds, 1)})
-            print(f"kill {len(moments)}: after {seconds:.1f} s, in {moments[-1]['step']}", flush=True)
+        for step in STEPS[: kills - len(moments)]:
+            delay = draw.uniform(0, seconds[step])
+            found = kill_in(step, delay, start(output, options), output)
+            if found:
+                moments.append({"aimed at": step, "after": round(delay, 3), "in": found})
+                print(f"kill {len(moments)}: {delay:.2f} s into {step}, in {found}", flush=True)
+        ended(start(output, options))
         compare(output, truth)
         print(f"round {rounds}: equal", flush=True)
-    finished(start(folder / "two", options, 2), 1e6)
+    ended(start(folder / "two", options, 2))
     compare(folder / "two", truth)
     return {
         "benchmark": "kills",
-        "what": f"make_triplets.py {shlex.join(options)}",
-        "uninterrupted seconds": round(whole, 1),
+        "what": f"make_triplets.py {shlex.join(options)}".strip(),
+        "uninterrupted seconds": {step: round(taken, 2) for step, taken in seconds.items()},
         "kills": moments,
         "rounds": rounds,
         "equal": [*SAME],

@@ -179,7 +179,7 @@ class _Work:
                     if not waiting:
                         break
                     ready, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    for one in ready:
+                    for one in sorted(ready, key=waiting.__getitem__):
                         replies = one.result()
                         self._take(waiting.pop(one), replies)
                         bar.set_postfix(failed=self.failed, refresh=False)

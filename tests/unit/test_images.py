@@ -428,3 +428,11 @@ def test_ahead_gives_the_same_batches_and_errors_and_ends_early() -> None:
     assert read == made == [0, 1, 2, 3, 4]
     made.clear()
     assert next(iter(ahead(batches()))) == 0 and len(made) <= 2  # type: ignore[arg-type]
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    """A file that a decoder would hand to an interpreter is refused, whatever its name says."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png .*PostScript"):
+        open_image(tmp_path / "a.png")

@@ -203,7 +203,7 @@ def test_what_identifies_answers(tmp_path: Path, reader: Path) -> None:
     (tmp_path / "llava" / "chat_template.jinja").write_text("{{ messages }}")
     assert about("embedded") != about(str(tmp_path / "llava"))
     assert about("embedded") != about(str(reader))
-    assert about("org/name") == {**about("org/name"), "model": "org/name", "weights": None, "dtype": "float32"}
+    assert about("org/name") == {**about("org/name"), "model": "org/name", "weights": None, "files": None}
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
