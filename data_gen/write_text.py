@@ -26,6 +26,7 @@ FORMS = {"instead": "{1} instead of {0}", "unlike": "Unlike {0}, I want {1}", "t
 """The paper's templates 0, 1 and 2."""
 FILES = (*(f"triplets.{kind}" for kind in KINDS), "summary.json")
 CHUNK = 4096  # texts counted at once
+ARTICLES = {"a", "an", "the"}  # two captions that share nothing else have nothing in common
 
 
 def difference(reference: str, target: str, draw: random.Random) -> str:
@@ -40,11 +41,13 @@ def difference(reference: str, target: str, draw: random.Random) -> str:
         draw: picks among several phrasings.
 
     Returns:
-        The text; empty if the captions hold the same words, or no word in common.
+        The text; empty if the captions hold the same words, or no word in common, articles aside.
     """
     before, after = (_words(text) for text in (reference, target))
     low_before, low_after = ({word.lower() for word in words} for words in (before, after))
-    if not low_before & low_after:
+    if not (low_before & low_after) - ARTICLES:
+        return ""
+    if not (low_before ^ low_after) - ARTICLES:
         return ""
     new = " ".join(word for word in after if word.lower() not in low_before)
     gone = " ".join(word for word in before if word.lower() not in low_after)

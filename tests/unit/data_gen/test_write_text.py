@@ -37,6 +37,15 @@ def test_difference_of_an_added_word() -> None:
     assert drawn("a man", "a man running") == {"running", "but running", "make it running", "with running"}
 
 
+def test_articles_are_nothing_in_common_and_no_difference() -> None:
+    """A frog and a fox share only "a"; "the dog" is no other dog; but "an apple" keeps its article."""
+    draw = random.Random(0)
+    assert difference("A frog.", "A fox.", draw) == ""
+    assert difference("a dog on grass", "the dog on grass", draw) == ""
+    assert difference("a dog on the grass", "a dog on grass", draw) == ""
+    assert difference("a girl with a pear", "a girl with an apple", draw).count("an apple") == 1
+
+
 def test_difference_of_a_lost_word() -> None:
     """Nothing is new: what is gone is named."""
     assert drawn("man facing right", "man") == {"without facing right"}
