@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
 """Settings that say where and how fast a run was made, not what came of it."""
+MANY = 0.75  # of the pairs
 
 
 def reasons(dropped: Mapping[str, int]) -> str:
@@ -82,6 +83,10 @@ def summarise(config: GenerateConfig, dataset: Dataset) -> None:
     summary = read_summary(config)
     print("\nsummary: " + ", ".join(f"{name} {value}" for name, value in facts(summary)))
     print(f"dropped: {reasons(summary['dropped']) or 'none'}")
+    if summary["dropped"].get("difference has nothing to say", 0) > MANY * summary["counts"]["pairs"]:
+        print(
+            "most captions share no word with their partner's, so there is no difference to name: --templates '[instead]'"
+        )
     print("\nfor example:")
     for row in some_rows(config.file("triplets.jsonl"), summary["counts"]["triplets"], 8):
         print(f"  {row['captions'][0]}  +  «{row['modification']}»  →  {row['captions'][1]}")
