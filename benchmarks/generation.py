@@ -111,13 +111,13 @@ def plan(images: int) -> str:
     rate = {d: read[d]["rows"][2]["images a second"]["float32"] for d in ("encoding", "encoding_device")}
     matching = read["matching"]["cpu"][2]
     whole = matching["seconds"]["ours"] * (images / matching["images"]) ** 2
-    device = max(read["matching_device"]["device"], key=lambda one: one["images"])
+    device = min(read["matching_device"]["device"], key=lambda one: abs(one["images"] - images))
     counted = device["seconds for all"]["ours"] * (images / device["images"]) ** 2
     vectors = images * 768 * 4 / 1e6
     llava = max(one["images a second"] for one in read["captioning_device"]["by batch"].values())
     gpu, cpu = read["encoding_device"]["machine"].split()[1], "2 cores"
     lines = [
-        "| step | on | time | disk | memory | computed from |",
+        "| step | on | time | disk | memory of a process | computed from |",
         "| --- | --- | --- | --- | --- | --- |",
         row("deduplicate", cpu, seconds + decode * images, "files, and decoding by `deduplication`", disk, memory),
         row("encode, Unicom L/14", gpu, images / rate["encoding_device"], "`encoding_device`", vectors),

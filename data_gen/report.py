@@ -84,9 +84,7 @@ def summarise(config: GenerateConfig, dataset: Dataset) -> None:
     print("\nsummary: " + ", ".join(f"{name} {value}" for name, value in facts(summary)))
     print(f"dropped: {reasons(summary['dropped']) or 'none'}")
     if summary["dropped"].get("difference has nothing to say", 0) > MANY * summary["counts"]["pairs"]:
-        print(
-            "most captions share no word with their partner's, so there is no difference to name: --templates '[instead]'"
-        )
+        print("most pairs of captions share no word, so no change can be named: try --templates '[instead]'")
     print("\nfor example:")
     for row in some_rows(config.file("triplets.jsonl"), summary["counts"]["triplets"], 8):
         print(f"  {row['captions'][0]}  +  «{row['modification']}»  →  {row['captions'][1]}")
