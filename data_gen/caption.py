@@ -41,8 +41,9 @@ QUOTES = ('""', "''", "“”", "‘’", "«»", "``")
 def caption(config: GenerateConfig, dataset: Dataset) -> None:
     """Write captions.jsonl, a row for each image in the dataset's order, and captions.failed.jsonl.
 
-    Captions that are there already, by the same model, prompt and pixels, are kept. What came with the dataset, or is
-    given in a file, is not asked for.
+    Captions that were made before, by the same model and prompt and of the same pixels, are kept; what no image needs
+    now goes to captions.kept.jsonl. What came with the dataset, or is given in a file, is not asked for. An image whose
+    answer could not be read, since a server failed, say, is asked about again by the next run.
 
     Raises:
         InputError: for a prompt, a model or a file that cannot work; what was answered before stays.
@@ -53,7 +54,7 @@ def caption(config: GenerateConfig, dataset: Dataset) -> None:
     engine = engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens)
     job = _Job(config, dataset, engine, [i for i in ids if i not in given])
     made_by = job.made_by(given)
-    if is_done(out, made_by) and failed.is_file():
+    if is_done(out, made_by) and failed.is_file() and not _unread(failed):
         processes.say(f"caption: {out} is done")
         return
     if job.ids:
@@ -199,10 +200,10 @@ class _Job:
         return digest({"step": "caption", "asked": total.hexdigest(), **settings})
 
     def kept(self, out: Path) -> dict[str, Row]:
-        """Rows of an earlier file, perhaps for other pairs, that would be made alike."""
-        rows = read_jsonl(out) if out.is_file() else []
-        known = (row for row in rows if row.get("model") != GIVEN and row.get("image_id") in self.pixels)
-        return {row["image_id"]: row for row in known if row.get("made_by") == self.recipe(row["image_id"])}
+        """Rows of earlier runs, perhaps for other pairs, that would be made alike."""
+        known = {row["made_by"]: row for row in _earlier(out)}
+        recipes = ((image_id, self.recipe(image_id)) for image_id in self.ids)
+        return {image_id: {**known[made], "image_id": image_id} for image_id, made in recipes if made in known}
 
     def plan(self, out: Path, made_by: str, processes: Processes) -> tuple[list[str], Path]:
         """Images to ask about, and the file that says so: a run that was killed while it wrote plans nothing anew."""
@@ -223,7 +224,10 @@ class _Job:
         failed_file, rows = out.with_name("captions.failed.jsonl"), self.kept(out)
         failed = [reply for reply in replies if reply.problem]
         reasons = Counter(reply.problem if reply.read else "no readable answer" for reply in failed)
-        write_jsonl(failed_file, ({"image_id": r.key, "reason": r.problem, "answer": r.text} for r in failed))
+        write_jsonl(
+            failed_file,
+            ({"image_id": r.key, "reason": r.problem, "answer": r.text, "read": r.read} for r in failed),
+        )
         for reply in replies:
             if not reply.problem:
                 rows[reply.key] = self._row(reply.key, reply.text, self.config.captioner)
@@ -231,17 +235,40 @@ class _Job:
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         if not rows:
             raise InputError(f"none of {len(replies)} captions passed the checks ({told}): see {failed_file}")
+        _put_by(out, {row["made_by"] for row in rows.values()})
         write_jsonl(out, (rows[i] for i in canonical_images(self.config) if i in rows))
         about = {**self.engine.about, "prompt": self.template, "words": self.config.words}
         mark_done(out, made_by, **about, captions=len(rows), given=len(given), failed=dict(reasons))
         lost = f"; {len(failed)} failed ({told}), listed in {failed_file}" if failed else ""
-        print(f"caption: {len(rows)} captions{lost} → {out}")
+        again = "; the same command asks again about those without a readable answer" if _unread(failed_file) else ""
+        print(f"caption: {len(rows)} captions{lost}{again} → {out}")
 
     def _row(self, image_id: str, text: str, model: str) -> Row:
         asked = model != GIVEN
         prompt = hashlib.sha256(self.prompt(image_id).encode()).hexdigest()[:8] if asked else None
         made_by = self.recipe(image_id) if asked else digest({GIVEN: text})
         return {"image_id": image_id, "caption": text, "model": model, "prompt": prompt, "made_by": made_by}
+
+
+def _earlier(out: Path) -> list[Row]:
+    """Rows that a model made in earlier runs, those in use and those put by."""
+    files = (file for file in (out, out.with_name("captions.kept.jsonl")) if file.is_file())
+    return [row for file in files for row in read_jsonl(file) if row.get("model") != GIVEN and "made_by" in row]
+
+
+def _put_by(out: Path, used: set[str]) -> None:
+    """Keep the rows of earlier runs that are not in use: they were paid for, and may be wanted again."""
+    rows = {row["made_by"]: row for row in _earlier(out) if row["made_by"] not in used}
+    file = out.with_name("captions.kept.jsonl")
+    if rows:
+        write_jsonl(file, rows.values())
+    else:
+        file.unlink(missing_ok=True)
+
+
+def _unread(failed: Path) -> bool:
+    """Whether a question was left without any readable answer."""
+    return any(not row.get("read", True) for row in read_jsonl(failed))
 
 
 def read_prompt(config: GenerateConfig) -> str:

@@ -61,7 +61,8 @@ class Endpoint:
         self.address, self.model, self.config = chat_address(address), model, config
         self.max_new_tokens, processes = max_new_tokens, Processes().count
         self.workers = max(1, config.requests // processes)
-        self.about: dict[str, Any] = {"endpoint": self.address, "model": model, "max_new_tokens": max_new_tokens}
+        # not the address: the same model may be served elsewhere tomorrow, and what it said stays good
+        self.about: dict[str, Any] = {"engine": "server", "model": model, "max_new_tokens": max_new_tokens}
         rate = config.requests_per_minute
         self._gap = 60 * processes / rate if rate else 0.0
         self._lock, self._next, self._answered = threading.Lock(), 0.0, 0

@@ -156,7 +156,7 @@ def _dying(at: int) -> Fake:
     return fake
 
 
-@pytest.mark.parametrize("moment", range(5))
+@pytest.mark.parametrize("moment", range(6))
 def test_killed_while_the_end_is_written(tmp_path: Path, dataset: Dataset, fakes: list[Fake], moment: int) -> None:
     """After new pairs, some captions being kept and some failing: nothing is asked twice, nothing is lost."""
 
@@ -178,9 +178,10 @@ def test_killed_while_the_end_is_written(tmp_path: Path, dataset: Dataset, fakes
             caption(config, dataset)
     caption(config, dataset)
     assert fakes[-1].images == []
-    for name in ("captions.jsonl", "captions.failed.jsonl", "captions.done.json"):
+    for name in ("captions.jsonl", "captions.failed.jsonl", "captions.kept.jsonl", "captions.done.json"):
         assert config.file(name).read_bytes() == whole.file(name).read_bytes(), name
-    assert list(rows_of(config)) == ["i1", "i3", "i4", "i5", "i8"]
+    assert list(rows_of(config)) == ["i1", "i5", "i8"]
+    assert list(rows_of(config, "captions.kept.jsonl")) == ["i3", "i4"]
 
 
 def _interrupting(real: Callable[..., Any], calls: list[str], moment: int) -> Callable[..., Any]:
@@ -206,20 +207,28 @@ def test_done_is_not_done_again(tmp_path: Path, dataset: Dataset, fakes: list[Fa
 
 
 def test_captions_are_kept_for_other_pairs(tmp_path: Path, dataset: Dataset, fakes: list[Fake], capsys: Any) -> None:
-    """By the same model, prompt and pixels only; kept rows do not change, nor do those that are not needed now."""
+    """By the same model, prompt and pixels only; what no pair needs now is put by, and found again."""
     caption(config_of(tmp_path, [("i1", "i2"), ("i3", "i4")]), dataset)
     before = rows_of(config_of(tmp_path, []))
     config = config_of(tmp_path, [("i1", "i5"), ("i4", "i0")])
     caption(config, dataset)
     assert fakes[-1].images == ["i0", "i5"] and "2 captions are kept, 2 images are left" in capsys.readouterr().out
-    assert list(rows_of(config)) == ["i0", "i1", "i2", "i3", "i4", "i5"]
-    assert before.items() <= rows_of(config).items()
+    assert list(rows_of(config)) == ["i0", "i1", "i4", "i5"]
+    assert rows_of(config, "captions.kept.jsonl") == {i: before[i] for i in ("i2", "i3")}
+    alone = config_of(tmp_path / "alone", [("i1", "i5"), ("i4", "i0")])
+    caption(alone, dataset)  # what was made before does not show in the file
+    assert alone.file("captions.jsonl").read_bytes() == config.file("captions.jsonl").read_bytes()
+    caption(config_of(tmp_path, [("i1", "i2"), ("i3", "i4")]), dataset)
+    assert fakes[-1].images == [] and rows_of(config) == before
+    caption(config_of(tmp_path, [("i1", "i5"), ("i4", "i0")]), dataset)
     rows = read_jsonl(config.file("images.jsonl"))
     write_jsonl(config.file("images.jsonl"), [{**r, "pixels": "new"} if r["image_id"] == "i1" else r for r in rows])
     caption(config, dataset)
     assert fakes[-1].images == ["i1"]
     caption(config_of(tmp_path, [("i1", "i5")], captioner="other"), dataset)
     assert fakes[-1].images == ["i1", "i5"] and list(rows_of(config)) == ["i1", "i5"]
+    caption(config_of(tmp_path, [("i0", "i5")]), dataset)
+    assert fakes[-1].images == []  # of the first model
 
 
 def test_more_retries_ask_only_what_failed(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) -> None:

@@ -129,7 +129,7 @@ def test_requests_per_minute(tmp_path: Path, server: FaultyServer, dataset: Data
 def test_what_fails_for_one_image_is_listed(
     tmp_path: Path, server: FaultyServer, dataset: Dataset, fault: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After all retries; the others have their captions, and a second run has nothing to do."""
+    """After all retries; the others have their captions, and a second run asks about this one alone."""
     server.faults = {"3-0-0": [fault] * 9}
     config = config_of(tmp_path, server, retries=2, timeout=0.3)
     caption(config, dataset)
@@ -137,9 +137,13 @@ def test_what_fails_for_one_image_is_listed(
     assert len(server.requests) == 11 + 3
     (failed,) = read_jsonl(config.file("captions.failed.jsonl"))
     assert failed["image_id"] == "i3" and reason in failed["reason"] and "\n" not in failed["reason"]
-    assert "11 captions; 1 failed (1 no readable answer)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "11 captions; 1 failed (1 no readable answer)" in told and "asks again" in told
+    server.faults = {}
     caption(config, dataset)
-    assert len(server.requests) == 14
+    assert len(server.requests) == 14 + 1 and captions(config) == GOOD
+    caption(config, dataset)
+    assert len(server.requests) == 15
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 413, 422, 301, 307])
@@ -229,7 +233,7 @@ def test_an_answer_cut_at_the_bound(tmp_path: Path, server: FaultyServer, datase
     config = config_of(tmp_path, server, retries=0)
     caption(config, dataset)
     assert read_jsonl(config.file("captions.failed.jsonl")) == [
-        {"image_id": "i3", "reason": "too long", "answer": "a picture that"}
+        {"image_id": "i3", "reason": "too long", "answer": "a picture that", "read": True}
     ]
 
 
@@ -273,3 +277,16 @@ def test_images_are_flattened_on_white(tmp_path: Path) -> None:
     assert kind == "data:image/png" and picture.mode == "RGB" and picture.getpixel((1, 1)) == (255, 255, 255)
     Image.new("RGB", (1100, 1000), "red").save(tmp_path / "b.png")
     assert data_url(tmp_path / "b.png").startswith("data:image/jpeg;base64,")
+
+
+def test_another_address_of_the_same_model(tmp_path: Path, server: FaultyServer, dataset: Dataset) -> None:
+    """What was said stays good when the server moves; another model's does not."""
+    caption(config_of(tmp_path, server), dataset)
+    asked = len(server.requests)
+    moved = config_of(tmp_path, server)
+    moved.endpoint = "http://127.0.0.1:9/v1"  # nobody is there
+    caption(moved, dataset)
+    assert len(server.requests) == asked
+    moved.captioner = "another"
+    with pytest.raises(InputError, match="127.0.0.1:9"):
+        caption(moved, dataset)
