@@ -74,9 +74,11 @@ def caption(config: GenerateConfig, dataset: Dataset) -> None:
 def look_ahead(config: GenerateConfig, dataset: Dataset) -> None:
     """Raise ``InputError`` for a prompt or a model that cannot work, before hours of other steps.
 
-    Nothing is looked for where captions are there already.
+    No model is looked for where captions are there already.
     """
     read_prompt(config)
+    if config.captions:
+        read_captions(dataset.file(config.captions))
     there = config.captions or config.file("captions.jsonl").is_file()
     if not there and not all(tidy(dataset.caption(i)) for i in dataset.training_images()):
         engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens).look()

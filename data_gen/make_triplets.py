@@ -13,16 +13,22 @@ examples:
 
 import shlex
 
-from data_gen.caption import caption, look_ahead
+from data_gen import caption as captions
+from data_gen.caption import caption
 from data_gen.deduplicate import deduplicate
+from data_gen.length import TokenCounter
 from data_gen.match_pairs import match_pairs
 from data_gen.processes import Processes
-from data_gen.report import summarise
+from data_gen.report import read_summary, summarise
+from data_gen.rewrite import Rewriter
 from data_gen.settings import PRESETS, GenerateConfig, command
 from data_gen.sheet import write_sheet
 from data_gen.window_report import write_window
 from data_gen.write_text import write_text
+from spn4cir.errors import InputError
 from spn4cir.types import Dataset
+
+FEW = 256  # triplets that do not fill two of the usual batches
 
 
 def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
@@ -32,17 +38,36 @@ def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
         step(config, dataset)
     if Processes().first:
         summarise(config, dataset)
-        print(f"\nnext: {next_command(config)}")
+        print(f"\nnext: {next_command(config, dataset)}")
 
 
-def next_command(config: GenerateConfig) -> str:
-    """What to type to train on the triplets: the paper's recipe for generated ones, or else stage 1."""
-    made = f"--generated {shlex.quote(str(config.file('triplets.json')))}"
-    root = f" --data-root {shlex.quote(config.data_root)}" if config.data_root else ""
-    recipe = PRESETS / f"{config.dataset}_{config.backbone}_stage2_generated.yaml"
-    if recipe.is_file():
-        return f"accelerate launch recipes/stage2.py --config recipes/{recipe.name}{root} {made}"
-    return f"accelerate launch recipes/stage1.py --dataset {config.dataset} --backbone {config.backbone}{root} {made}"
+def look_ahead(config: GenerateConfig, dataset: Dataset) -> None:
+    """Raise ``InputError`` at once for what would stop a late step, unless that is done already."""
+    if config.recipe and not (PRESETS / config.recipe).is_file():
+        raise InputError(f"recipe {config.recipe} is not in {PRESETS}")
+    captions.look_ahead(config, dataset)
+    if not config.file("triplets.done.json").is_file():
+        TokenCounter(config.tokenizer)
+        if rewriter := Rewriter.of(config):
+            rewriter.engine.look()
+
+
+def next_command(config: GenerateConfig, dataset: Dataset) -> str:
+    """What to type to train on them: the preset's recipe, or the dataset's for generated triplets, or stage 1."""
+    usual = f"{config.dataset}_{config.backbone}_stage2_generated.yaml"
+    recipe = config.recipe or (usual if (PRESETS / usual).is_file() else None)
+    stage = 2 if recipe and "_stage2" in recipe else 1
+    words = ["accelerate", "launch", f"recipes/stage{stage}.py"]
+    words += (
+        ["--config", f"recipes/{recipe}"] if recipe else ["--dataset", config.dataset, "--backbone", config.backbone]
+    )
+    if config.data_root and (recipe is None or recipe.startswith(f"{config.dataset}_")):
+        words += ["--data-root", config.data_root]  # another dataset's recipe has its own
+    words += ["--generated", str(config.file("triplets.json"))]
+    triplets = read_summary(config)["counts"]["triplets"]
+    if triplets < FEW and not dataset.annotated:
+        words += ["--batch-size", str(max(2, triplets // 4))]  # the usual one would not be filled
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

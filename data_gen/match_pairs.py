@@ -179,23 +179,32 @@ class Matching:
 def pools_of(config: GenerateConfig, dataset: Dataset) -> list[Pool]:
     """All candidates as one pool, or one for each category.
 
+    A category with too few images for a pair of the window is left out, and that is said.
+
     Raises:
-        InputError: if there are too few images for a pair, or a window reaches beyond the other images of a pool.
+        InputError: if there are too few images for a pair, or the window reaches beyond all others.
     """
     ids, groups = canonical_images(config), dict[str, list[str]]()
     for image_id in ids:
         groups.setdefault(dataset.category(image_id) if config.pool == "category" else "", []).append(image_id)
     if config.pool == "category" and set(groups) == {""}:
         raise InputError(f"pool category: the images of {config.dataset} have no categories; use --pool all")
-    pools = []
+    pools, small = [], 0
     for category, members in groups.items():
-        others, place = len(members) - 1, config.dataset + (category and f", category {category}")
-        if others < 1:
-            raise InputError(f"{place}: one image alone cannot be paired")
-        window = ranks_of(config, others)
-        if window and window[1] > others + 1:
-            raise InputError(f"window [{window[0]}, {window[1]}) reaches beyond the {others} other images of {place}")
-        pools.append(Pool(category, tuple(members), window))
+        others = len(members) - 1
+        window = ranks_of(config, others) if others else None
+        if others < 1 or (window and window[1] > others + 1):
+            small += len(members)
+        else:
+            pools.append(Pool(category, tuple(members), window))
+    if not pools and len(groups) == 1 and len(ids) > 1:
+        lo, hi = config.window or (1, 1)
+        raise InputError(f"window [{lo}, {hi}) reaches beyond the {len(ids) - 1} other images of {config.dataset}")
+    if not pools:
+        told = "one image alone cannot be paired" if len(ids) == 1 else "no category has images enough for the window"
+        raise InputError(f"{config.dataset}: {told}")
+    if small:
+        Processes().say(f"match: {small} images are left out, whose categories are too small for a pair of the window")
     return pools
 
 

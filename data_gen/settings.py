@@ -2,11 +2,13 @@
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from data_gen.processes import Processes
 from spn4cir.config import parse
 from spn4cir.errors import InputError, run_command
 from spn4cir.types import Dataset
@@ -32,8 +34,8 @@ class GenerateConfig:
         matcher: image encoder that ranks: "embedded"; "unicom:ViT-L/14" (or a file of its weights behind the colon);
             "open_clip:MODEL:TAG"; "timm:MODEL"; "transformers:NAME"; "run:FOLDER" for a checkpoint of ours.
         match_batch_size: images encoded at once.
-        window: ranks [lo, hi) from which partners are drawn, 1 being the most similar other image; as fractions of the
-            others where both are at most 1.0 and one is no whole number; null draws uniformly, without any encoder.
+        window: ranks [lo, hi) from which partners are drawn, 1 being the most similar other image; fractions of the
+            others where both are at most 1, such as [0.4, 0.8]; null draws uniformly, without any encoder.
         pool: partners come from "all" candidates, or from those of the same "category".
         pairs_per_image: partners of each reference.
         pairs: keep so many pairs of all, drawn by seed; null keeps all.
@@ -59,6 +61,7 @@ class GenerateConfig:
         max_image_similarity: drop pairs above it.
         max_caption_similarity: drop pairs whose captions share more than this part of their words.
         max_caption_count: drop pairs of an image whose caption occurs more often.
+        recipe: of recipes/, that trains on these triplets, for the last line; null takes the dataset's and backbone's.
         seed: of all draws.
     """
 
@@ -98,6 +101,7 @@ class GenerateConfig:
     max_image_similarity: float | None = None
     max_caption_similarity: float | None = None
     max_caption_count: int | None = None
+    recipe: str | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -120,7 +124,8 @@ class GenerateConfig:
     @property
     def fractions(self) -> bool:
         """Whether the window is given as fractions of the other images."""
-        return bool(self.window) and max(self.window or ()) <= 1 and any(x % 1 for x in self.window or ())
+        window = self.window or [1.0, 1.0]
+        return max(window) <= 1 and (min(window) < 1 or any(rank % 1 for rank in window))
 
     def _check_window(self, window: list[float]) -> None:
         ordered = len(window) == 2 and window[0] < window[1]
@@ -153,9 +158,33 @@ def command(step: Callable[[GenerateConfig, Dataset], None], text: str | None) -
         config = parse(GenerateConfig, preset, argv, text or "")
         from spn4cir.datasets import load_dataset
 
-        step(config, load_dataset(config.dataset, config.data_root))
+        dataset, processes = load_dataset(config.dataset, config.data_root), Processes()
+        for note in dataset.notes():
+            processes.say(note)
+        with _alone(config) if processes.first else nullcontext():
+            step(config, dataset)
 
     run_command(main)
+
+
+@contextmanager
+def _alone(config: GenerateConfig) -> Iterator[None]:
+    """Hold the folder for this run; the system lets go of it even if the run is killed.
+
+    Raises:
+        InputError: if another run holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not this kind of system
+        yield
+        return
+    with config.file(".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run works in {config.folder}: wait for it, or give --output") from None
+        yield
 
 
 def choose_preset(dataset: str, backbone: str | None = None) -> Path:

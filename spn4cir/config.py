@@ -34,7 +34,7 @@ class TrainConfig:
         init: a run or checkpoint folder to start from; stage 2 takes the newest stage 1 run if not set.
         annotated: how many annotated triplets to use, the first n; null for all.
         generated: file of generated triplets to add, as it stands or below the dataset's root; "auto" is where
-            data_gen/make_triplets.py writes.
+            data_gen/make_triplets.py writes for this backbone, or for all.
         generated_share: share of each batch that is generated; null concatenates both lists.
         candidates: stage 2's bank: "all" training images, or only those "named" by a triplet.
         bank_dtype: how the bank is stored.
@@ -149,6 +149,7 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
     path, arguments = _take_config(sys.argv[1:] if argv is None else argv, default)
     parser = ArgumentParser(
         exit_on_error=False,
+        allow_abbrev=False,
         description=text.partition("\n\n")[0] + " Settings come from --config FILE, then from options.",
         formatter_class=_Help,
         epilog=text.partition("\n\n")[2],

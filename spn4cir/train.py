@@ -196,7 +196,8 @@ def load_triplets(
             raise InputError(f"select_by: {benchmark.name} has no metric {name!r}; known: {known}")
     triplets, generated = dataset.triplets()[: config.annotated], list[Triplet]()
     if config.generated:
-        default = Path("data") / dataset.name / "generated" / "triplets.json"
+        folders = [Path("data") / dataset.name / name for name in (f"generated_{config.backbone}", "generated")]
+        default = next((folder for folder in folders if folder.is_dir()), folders[-1]) / "triplets.json"
         path = default if config.generated == "auto" else dataset.file(config.generated)
         dataset, generated, notes = open_generated(path, dataset, benchmark.gallery if benchmark else ())
         for note in notes:

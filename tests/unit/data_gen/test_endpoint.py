@@ -288,5 +288,5 @@ def test_another_address_of_the_same_model(tmp_path: Path, server: FaultyServer,
     caption(moved, dataset)
     assert len(server.requests) == asked
     moved.captioner = "another"
-    with pytest.raises(InputError, match="127.0.0.1:9"):
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9"):
         caption(moved, dataset)

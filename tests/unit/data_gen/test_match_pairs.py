@@ -137,8 +137,16 @@ def test_by_category(tmp_path: Path) -> None:
     rows = as_tuples(matched(tmp_path, window=[2, 6], pairs_per_image=4, pool="category"))
     assert sorted(rows) == sorted(naive(2, 6, pools))
     assert rows != naive(2, 6)
-    with pytest.raises(InputError, match=r"\[1, 12\).* 10 other images of emoji, category odd"):
-        matched(tmp_path, window=[1, 12], pool="category")
+
+
+def test_small_categories_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There are 12 even images and 11 odd ones; ranks up to 11 are of the even ones alone, and beyond, of none."""
+    rows = matched(tmp_path, window=[1, 12], pool="category", pairs_per_image=11)
+    even = [i for i in IDS if CATEGORY[i] == "even"]
+    assert as_tuples(rows) == naive(1, 12, [even]) and rows
+    assert "11 images are left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no category has images enough"):
+        matched(tmp_path, window=[1, 13], pool="category")
 
 
 def test_categories_that_are_not_there(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Settings of the four steps."""
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ def test_presets_are_those_of_the_paper(name: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("window", [0, 5]), ("window", [0.5, 3]), ("window", [-0.1, 0.5]), ("window", [5, 5]),
+    ("window", [0, 5]), ("window", [0.5, 3]), ("window", [0, 0]), ("window", [-0.1, 0.5]), ("window", [5, 5]),
     ("window", [5, 1]), ("window", [1]), ("window", [1, 2, 3]), ("words", 0), ("max_new_tokens", 0), ("templates", []),
     ("caption_batch_size", 0), ("pairs_per_image", -1), ("pairs", 0), ("max_caption_count", 0), ("retries", -1),
     ("requests", 0), ("requests_per_minute", 0), ("timeout", 0), ("max_tokens", 0),
@@ -84,3 +87,47 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.file("x.jsonl") == tmp_path / "new" / "deep" / "x.jsonl"
     assert (tmp_path / "new" / "deep").is_dir()
     assert GenerateConfig(dataset="d").folder == Path("data/d/generated")
+
+
+@pytest.mark.parametrize(("window", "fractions"), [
+    ([0, 1], True), ([0.5, 1], True), ([0.1, 0.2], True), ([1, 2], False), ([1, 20], False), (None, False),
+])  # fmt: skip
+def test_fractions_and_ranks(window: list[float] | None, fractions: bool) -> None:
+    """Rank 0 is no rank, so [0, 1] is the whole list."""
+    assert GenerateConfig(window=window).fractions == fractions
+
+
+COMMAND = """
+import sys, time
+from pathlib import Path
+from data_gen.settings import command
+
+def step(config, dataset):
+    print("in", flush=True)
+    Path(config.folder / "go").touch()
+    while not (config.folder / "stop").exists():
+        time.sleep(0.01)
+
+sys.argv = ["x", *sys.argv[1:]]
+command(step, "Wait.")
+"""
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """Two runs would write each other's journals; a killed one holds nothing."""
+    (tmp_path / "c.py").write_text(COMMAND)
+    words = [sys.executable, str(tmp_path / "c.py"), "--dataset", "emoji", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"in\n"
+        second = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert second.returncode == 2 and "error: another run works in" in second.stderr and second.stdout == ""
+        first.kill()
+    (tmp_path / "out" / "stop").touch()
+    assert subprocess.run(words, env=environment, capture_output=True).returncode == 0
+
+
+def test_options_are_not_abbreviated() -> None:
+    """Half a name would be taken by the parser, and not by what chooses the preset."""
+    with pytest.raises(InputError, match="--datase"):
+        parse(GenerateConfig, PRESETS / "triplets_emoji.yaml", ["--datase", "fashioniq"])
