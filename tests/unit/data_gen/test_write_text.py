@@ -73,6 +73,11 @@ def test_templates_of_the_paper(template: str, expected: str) -> None:
     assert compose_text(template, "a {cat}", "two dogs", random.Random(0)) == expected
 
 
+def test_punctuation_inside_a_word_is_part_of_it() -> None:
+    """Prices and abbreviations are not torn."""
+    assert "3.50 dollars" in drawn("A coin, 2 marks.", "A coin, 3.50 dollars.")
+
+
 def test_template_difference() -> None:
     """The fourth form is ``difference`` with the same draw."""
     found = compose_text("difference", "red apple", "green apple", random.Random(3))
