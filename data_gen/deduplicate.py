@@ -28,7 +28,8 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     the first works.
 
     Raises:
-        InputError: if fewer than two different images are left.
+        InputError: if fewer than two different images are left, the output folder holds the images of another source,
+            or its files would lie among the dataset's own.
     """
     processes = Processes()
     if processes.first:
@@ -37,16 +38,17 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
 
 
 def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
-    from spn4cir.datasets.pictures import OWN
     from spn4cir.deduplicate import canonical_ids, inspect_images
 
-    out, ids = config.file("images.jsonl"), _candidates(config, dataset)
+    source, ids = _source(config, dataset), _candidates(config, dataset)
     paths = {image_id: dataset.path(image_id) for image_id in ids}
+    _check_output(config, dataset, source, paths)
+    out = config.file("images.jsonl")
     made_by = _made_by(paths)
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
-    inspected = inspect_images(paths, config.file(OWN))
+    inspected = inspect_images(paths, config.file("images.cache.jsonl"))
     failed = list(_failed(inspected, paths))
     _note_failed(config.file("images.failed.jsonl"), failed)
     canonical = canonical_ids({i: one.pixels for i, one in inspected.items() if not one.problem})
@@ -62,7 +64,7 @@ def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
         raise InputError(f"{dataset.name}: {only} left, of 1 picture, which cannot be paired with another{listed}")
     rows = ({"image_id": i, "pixels": inspected[i].pixels, "canonical": first} for i, first in canonical.items())
     write_jsonl(out, rows)
-    mark_done(out, made_by, images=len(canonical), unique=unique, failed=len(failed))
+    mark_done(out, made_by, source=source, images=len(canonical), unique=unique, failed=len(failed))
     left_out = f", {len(failed)} left out{listed}" if failed else ""
     print(f"deduplicate: {len(canonical)} images, {unique} unique{left_out} → {out}")
 
@@ -79,6 +81,36 @@ def _candidates(config: GenerateConfig, dataset: Dataset) -> list[str]:
     if not ids:
         raise InputError(f"{dataset.name} has no images to make triplets of")
     return ids
+
+
+def _source(config: GenerateConfig, dataset: Dataset) -> dict[str, str]:
+    """What the images are of: the dataset's name and root; of several tables in one folder, which one."""
+    if dataset.root is None:
+        return {"dataset": dataset.name}
+    given = Path(config.data_root or dataset.root)
+    place = given if given.is_file() and given.stem != dataset.name else dataset.root
+    return {"dataset": dataset.name, "root": str(place.resolve())}
+
+
+def _check_output(config: GenerateConfig, dataset: Dataset, source: dict[str, str], paths: dict[str, Path]) -> None:
+    """Raise ``InputError`` where files of ours would join the dataset's, or replace those of another source."""
+    out = config.folder.resolve()
+    if dataset.root is not None:
+        root = dataset.root.resolve()
+        below = out.is_relative_to(root) and f"{dataset.root / out.relative_to(root)}/"
+        if out == root or (below and any(str(path).startswith(below) for path in paths.values())):
+            raise InputError(
+                f"output {config.folder} is where files of {dataset.name} itself lie: name another --output"
+            )
+    try:
+        before = json.loads((out / "images.done.json").read_text(encoding="utf-8"))["source"]
+        told = " of ".join([before["dataset"], *([before["root"]] if "root" in before else [])])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no note, or one that does not tell
+    if before != source:
+        raise InputError(
+            f"output {config.folder} holds the triplets of {told}: give another with --output, or delete it"
+        )
 
 
 def _made_by(paths: dict[str, Path]) -> str:

@@ -10,6 +10,7 @@ examples:
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -70,6 +71,7 @@ def sample_images(config: SampleConfig) -> None:
 
     out = Path(config.output)
     files = expand(config.shards) if config.shards else [Path(config.folder or "")]
+    _check_output(config)
     made_by = _made_by(config, files)
     table = out / f"{Catalogue.name}.csv"
     if is_done(table, made_by):
@@ -91,15 +93,26 @@ def sample_images(config: SampleConfig) -> None:
     mark_done(table, made_by, **asdict(config), taken=len(taken), candidates=total, broken=broken)
     fewer = f", all there are of the {config.images} asked for" if len(taken) < config.images else ""
     print(f"sample: {len(taken)} of {total} images{fewer}, {broken} broken ones passed over → {table}")
-    print(f"next: python data_gen/make_triplets.py --dataset {Catalogue.name} --data-root {out}")
+    print(f"next: python data_gen/make_triplets.py --dataset {Catalogue.name} --data-root {shlex.quote(str(out))}")
+
+
+def _check_output(config: SampleConfig) -> None:
+    out, folder = Path(config.output).resolve(), Path(config.folder or "").resolve()
+    if config.folder and not config.list and out.is_relative_to(folder):
+        raise InputError(f"--output {out} lies in --folder {folder}, whose pictures it would join: give another")
 
 
 def _made_by(config: SampleConfig, files: Sequence[Path]) -> str:
-    """A short name for the sources and what is asked of them; where they lie does not matter."""
+    """A short name for the sources and what is asked of them; where shards lie does not matter."""
     stamps = [[path.name, path.stat().st_size] for path in files if path.is_file()]
-    listed = Path(config.list).read_text(encoding="utf-8") if config.list and Path(config.list).is_file() else ""
-    about = [config.images, config.seed, sorted(stamps), listed, bool(config.folder) and str(config.folder)]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    about = [config.images, config.seed, sorted(stamps), "", bool(config.folder) and str(config.folder)]
+    total = hashlib.sha256(json.dumps(about).encode())
+    if config.list and Path(config.list).is_file():
+        total.update(Path(config.list).read_bytes())
+    for one in folder_candidates(files[0], config.list) if config.folder else ():
+        time = one.source.stat().st_mtime_ns if one.size else 0
+        total.update(f"{json.dumps(one.name)} {one.size} {time}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def _claim(out: Path, made_by: str, config: SampleConfig) -> None:
@@ -108,7 +121,10 @@ def _claim(out: Path, made_by: str, config: SampleConfig) -> None:
     if note.is_file():
         before = read_json(note)
         if not isinstance(before, dict) or before.get("made_by") != made_by:
-            raise InputError(f"{out} holds another sample, of other sources or settings: give another --output")
+            raise InputError(
+                f"{out} holds another sample, of other sources or settings, or of sources that have changed since: "
+                "give another --output"
+            )
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -166,12 +182,13 @@ def _copy(one: Candidate, out: Path) -> bool:
     from spn4cir.images import decode
 
     place = out / one.copy_name
-    if place.is_file():
-        return True
     beside = place.with_name(place.name + ".tmp")
-    if not 0 < one.size <= LARGEST:
-        return False
     try:
+        if _is_copy(place, one):
+            return True
+        place.unlink(missing_ok=True)
+        if not 0 < one.size <= LARGEST:
+            return False
         place.parent.mkdir(parents=True, exist_ok=True)
         with one.open() as source, beside.open("wb") as copy:
             shutil.copyfileobj(source, copy)
@@ -190,6 +207,14 @@ def _copy(one: Candidate, out: Path) -> bool:
         return False
     os.replace(beside, place)
     return True
+
+
+def _is_copy(place: Path, one: Candidate) -> bool:
+    """Whether a picture is in its place, whole and as its source is now."""
+    if not place.is_file() or place.stat().st_size != one.size:
+        return False
+    with one.open() as source:
+        return place.read_bytes() == source.read()
 
 
 def _write_table(table: Path, taken: Sequence[tuple[Candidate, str, str]]) -> None:

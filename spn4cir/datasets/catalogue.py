@@ -184,6 +184,11 @@ def _of_folder(root: Path) -> Contents:
             f"{len(found.unsafe)} pictures are left out since their names hold control characters, backslashes or no "
             f"Unicode, such as {found.unsafe[0]!a}"
         )
+    if found.own:
+        contents.notes.append(
+            f"{len(found.own)} folders are passed over since they hold files of data generation, such as "
+            f"{short(found.own[0])}"
+        )
     path = find_table(root, "captions")
     if path:
         columns = read_table(

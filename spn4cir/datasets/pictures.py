@@ -8,8 +8,8 @@ from pathlib import Path
 from spn4cir.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-OWN = "images.cache.jsonl"
-"""A folder that holds this file holds what data generation wrote, a picture sheet included: it is no catalogue's."""
+OWN = frozenset({"images.done.json", "images.jsonl", "images.cache.jsonl"})
+"""A folder below the root that holds one of these holds what data generation wrote, picture sheets included."""
 
 # Names go into JSON, HTML, logs and shells: no control characters, no line separators, no marks that turn the direction
 # of text, no backslash (a separator elsewhere), nothing that is no Unicode (a name that cannot be written down again).
@@ -28,6 +28,7 @@ class Pictures:
     ids: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     unsafe: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
     has_texts: bool = False
 
 
@@ -47,7 +48,8 @@ def walk(root: Path) -> Pictures:
                 entries = [entry for entry in listing if not entry.name.startswith(".")]
         except OSError as error:
             raise InputError(f"folder {root / inner} cannot be read: {error.strerror}") from None
-        if inner and any(entry.name == OWN for entry in entries):
+        if inner and any(entry.name in OWN for entry in entries):
+            found.own.append(inner)
             continue
         for entry in entries:
             name = f"{inner}{entry.name}"
@@ -59,7 +61,7 @@ def walk(root: Path) -> Pictures:
                 (found.ids if safe_name(name) else found.unsafe).append(name)
             elif entry.name.endswith(".txt"):
                 found.has_texts = True
-    for names in (found.ids, found.links, found.unsafe):
+    for names in (found.ids, found.links, found.unsafe, found.own):
         names.sort()
     return found
 

@@ -1,6 +1,7 @@
 """Tables of others, read as columns of texts: CSV, TSV, JSONL and Parquet. Every error names the file and the row."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,24 @@ def _frame(path: Path) -> Any:
         if suffix == ".parquet":
             return pandas.read_parquet(path)
         separator = "," if suffix == ".csv" else "\t"
-        return pandas.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
-        )
+        frame = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if len(frame) and not isinstance(frame.index, pandas.RangeIndex):
+            # the first row has more fields than the head line has: pandas made names of rows of them
+            raise _too_many(path, "")
+        return frame
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, ValueError) as error:  # the readers' own errors are of these two kinds
         if isinstance(error, InputError):
             raise
+        if found := re.search(r"in (line \d+), saw \d+", str(error)):  # more fields than in the rows before it
+            raise _too_many(path, f", {found[1]}") from None
         raise InputError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:200]}") from None
+
+
+def _too_many(path: Path, where: str) -> InputError:
+    mark = "commas" if path.suffix.lower() == ".csv" else "tabs"
+    return InputError(f"{path}{where}: rows have more fields than the head line: texts with {mark} need quotes")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -1,18 +1,21 @@
 """Images whose pixels are equal."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from data_gen.deduplicate import canonical_images, deduplicate, reference_images
 from data_gen.files import read_jsonl
 from data_gen.processes import Processes
 from data_gen.settings import GenerateConfig
 from spn4cir import deduplicate as inspection
+from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset, Triplet
 
@@ -21,7 +24,8 @@ COLORS = {"c": "blue", "a": "red", "b": "green"}  # the dataset's order is not t
 
 def dataset(folder: Path, ids: list[str]) -> Dataset:
     return cast(
-        Dataset, SimpleNamespace(name="x", path=lambda i: folder / f"{i}.png", training_images=lambda: list(ids))
+        Dataset,
+        SimpleNamespace(name="x", root=None, path=lambda i: folder / f"{i}.png", training_images=lambda: list(ids)),
     )
 
 
@@ -94,6 +98,94 @@ def test_too_few_images(folder: Path, ids: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said):
         deduplicate(config, dataset(folder, ids))
     assert not list((folder / "out").glob("*done*")) and not (folder / "out" / "images.jsonl").exists()
+
+
+def of_catalogue(root: Path, output: Path) -> GenerateConfig:
+    config = GenerateConfig(dataset="catalogue", data_root=str(root), output=str(output))
+    deduplicate(config, load_dataset("catalogue", str(root)))
+    return config
+
+
+def test_its_own_pictures_are_no_candidates(folder: Path) -> None:
+    """Below the root, whatever of its own files is deleted; negative control: a folder that is not its own."""
+    ids = ["a.png", "a2.png", "a3.png", "b.png", "c.png", "wide.png"]
+    for gone in ("images.cache.jsonl", "images.done.json", "images.jsonl"):
+        config = of_catalogue(folder, folder / "gen")
+        Image.new("RGB", (9, 9)).save(config.file("sheet.png"))
+        config.file(gone).unlink()
+        of_catalogue(folder, folder / "gen")
+        assert [row["image_id"] for row in read_jsonl(config.file("images.jsonl"))] == ids
+    (folder / "other").mkdir()
+    shutil.copy(folder / "gen" / "sheet.png", folder / "other")
+    of_catalogue(folder, folder / "gen")
+    assert "other/sheet.png" in [row["image_id"] for row in read_jsonl(config.file("images.jsonl"))]
+
+
+@pytest.mark.parametrize(("root", "output"), [
+    ("", ""), ("", "shoes/../"), ("", "link"), ("", "shoes"), ("t.csv", ""), ("t.csv", "shoes"),
+])  # fmt: skip
+def test_an_output_among_the_pictures(folder: Path, root: str, output: str) -> None:
+    """The root, by any name, the folder of the table, a folder that holds pictures: one line, and nothing is written."""
+    (folder / "shoes").mkdir()
+    (folder / "link").symlink_to(folder)
+    shutil.move(folder / "b.png", folder / "shoes" / "b.png")
+    (folder / "t.csv").write_text("image\na.png\nshoes/b.png\n")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match="files of catalogue itself lie: name another --output") as error:
+        of_catalogue(folder / root, folder / output)
+    assert "\n" not in str(error.value) and sorted(folder.rglob("*")) == before
+    assert canonical_images(of_catalogue(folder / root, folder / "shoes2"))
+
+
+def test_an_output_of_another_source(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Another catalogue, dataset or table is refused; the same one by another path, or an older note, is not."""
+    out, other = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("other")
+    for name in ("a", "b"):
+        shutil.copy(folder / f"{name}.png", other)
+    (other / "t.csv").write_text("image\na.png\nb.png\n")
+    config = of_catalogue(folder, out)
+    note = config.file("images.done.json")
+    assert json.loads(note.read_text())["source"] == {"dataset": "catalogue", "root": str(folder.resolve())}
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    of_catalogue(folder / "." / ".." / folder.name, out)
+    told = rf"holds the triplets of catalogue of {folder}: give another with --output, or delete it"
+    for root in (other, other / "t.csv"):
+        with pytest.raises(InputError, match=told):
+            of_catalogue(root, out)
+    with pytest.raises(InputError, match=told):
+        deduplicate(config, dataset(folder, ["a", "b"]))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "source"}))
+    assert canonical_images(of_catalogue(other, out)) == ["a.png", "b.png"]
+    with pytest.raises(InputError, match=f"triplets of catalogue of {other}: "):
+        of_catalogue(other / "t.csv", out)
+
+
+def test_a_dataset_without_a_folder(folder: Path) -> None:
+    """Only its name is noted."""
+    config = GenerateConfig(output=str(folder / "out"))
+    deduplicate(config, dataset(folder, ["a", "b"]))
+    assert json.loads(config.file("images.done.json").read_text())["source"] == {"dataset": "x"}
+    renamed = dataset(folder, ["a", "b"])
+    renamed.name = "y"
+    with pytest.raises(InputError, match="holds the triplets of x: give another"):
+        deduplicate(config, renamed)
+
+
+def test_postscript_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its name is; negative control: loaded as a picture, it is."""
+    Image.new("RGB", (4, 4)).save(folder / "eps.png", "EPS")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "gs").write_text(f"#!/bin/sh\necho run > {folder}/marker\nexit 1\n")
+    (folder / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    config = of_catalogue(folder, folder / "out")
+    (failed,) = read_jsonl(config.file("images.failed.jsonl"))
+    assert failed["image_id"] == "eps.png" and not (folder / "marker").exists()
+    with Image.open(folder / "eps.png") as picture, pytest.raises(Exception, match="gs"):
+        picture.load()
+    assert (folder / "marker").exists()
 
 
 def annotated(folder: Path, *pairs: tuple[str, str]) -> Dataset:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import tarfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from data_gen import sample_images as module
 from data_gen.sample_images import SampleConfig, sample_images
@@ -202,6 +203,102 @@ def test_a_folder(tmp_path: Path) -> None:
         )
     )
     assert set(Catalogue(str(tmp_path / "listed")).training_images()) == {"d1/4.png", "d2/5.png"}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Six pictures and a list of four of them."""
+    (tmp_path / "photos").mkdir()
+    for n in range(6):
+        (tmp_path / "photos" / f"{n}.bmp").write_bytes(image_bytes(n, "BMP"))  # all of one size
+    (tmp_path / "list.txt").write_text("0.bmp\n1.bmp\n2.bmp\n3.bmp\n")
+    return tmp_path / "photos"
+
+
+def add(photos: Path) -> None:
+    (photos / "new.bmp").write_bytes(image_bytes("new", "BMP"))
+
+
+def replace(photos: Path) -> None:
+    (photos / "1.bmp").write_bytes(image_bytes("other", "BMP"))
+
+
+def relist(photos: Path) -> None:
+    (photos.parent / "list.txt").write_text("0.bmp\n1.bmp\n2.bmp\n4.bmp\n")
+
+
+@pytest.mark.parametrize(("change", "listed", "seen"), [
+    (add, False, True), (replace, False, True), (relist, False, False),
+    (add, True, False), (replace, True, True), (relist, True, True),
+])  # fmt: skip
+def test_a_folder_that_changed(
+    photos: Path, change: Any, listed: bool, seen: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture more, another in its place, another list: that is another sample; what does not count does nothing."""
+    more = {"list": str(photos.parent / "list.txt")} if listed else {}
+    given = SampleConfig(folder=str(photos), images=3, output=str(photos.parent / "out"), **more)
+    for _ in range(2):
+        sample_images(given)
+    assert "is done" in capsys.readouterr().out
+    change(photos)
+    if seen:
+        with pytest.raises(InputError, match="sources that have changed since: give another --output"):
+            sample_images(given)
+    else:
+        sample_images(given)
+        assert "is done" in capsys.readouterr().out
+
+
+def test_an_output_in_the_folder(photos: Path) -> None:
+    """It would be sampled from the next time; of a list, it would not."""
+    inner = str(photos / "out")
+    with pytest.raises(InputError, match="whose pictures it would join: give another"):
+        sample_images(SampleConfig(folder=str(photos), output=inner))
+    assert not Path(inner).exists()
+    sample_images(SampleConfig(folder=str(photos), list=str(photos.parent / "list.txt"), output=inner))
+    assert len(Catalogue(inner).training_images()) == 4
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: whole[:-1] + bytes([whole[-1] ^ 1])])
+def test_a_copy_that_is_none(photos: Path, damage: Any) -> None:
+    """Shorter, or of the same size with other bytes: it is copied again, and the others are not."""
+    given = SampleConfig(folder=str(photos), images=6, output=str(photos.parent / "out"))
+    sample_images(given)
+    whole = pictures(photos.parent / "out")
+    (photos.parent / "out" / "catalogue.done.json").unlink()
+    first, second = (photos.parent / "out" / name for name in sorted(whole)[:2])
+    first.write_bytes(damage(first.read_bytes()))
+    kept = second.stat().st_ino
+    sample_images(given)
+    assert pictures(photos.parent / "out") == whole and second.stat().st_ino == kept
+
+
+def test_what_to_type_next(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shell gives it back as it is."""
+    out = str(photos.parent / "my photos; it's $HOME")
+    sample_images(SampleConfig(folder=str(photos), output=out))
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-2:] == ["--data-root", out]
+
+
+@pytest.mark.parametrize("source", ["tar", "folder"])
+def test_postscript_is_not_run(photos: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its name is: it is broken; negative control: loaded as a picture, it is run."""
+    root, eps = photos.parent, image_bytes("eps", "EPS")
+    (photos / "eps.png").write_bytes(eps)
+    (root / "bin").mkdir()
+    (root / "bin" / "gs").write_text(f"#!/bin/sh\necho run > {root}/marker\nexit 1\n")
+    (root / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{root / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    shard = write_tar(root / "x.tar", [("a.png", eps), ("b.png", image_bytes("b"))])
+    given = {"shards": str(shard)} if source == "tar" else {"folder": str(photos)}
+    sample_images(SampleConfig(**given, output=str(root / "out")))
+    ids = Catalogue(str(root / "out")).training_images()
+    assert len(ids) == (1 if source == "tar" else 6) and not {"x.tar/a", "eps.png"} & set(ids)
+    assert not (root / "marker").exists()
+    with Image.open(photos / "eps.png") as picture, pytest.raises(Exception, match="gs"):
+        picture.load()
+    assert (root / "marker").exists()
 
 
 @pytest.mark.parametrize("line", ["../x.png", "/etc/passwd", "away/x.png", "a\x1b.png", "readme.md"])

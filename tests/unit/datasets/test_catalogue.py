@@ -13,7 +13,6 @@ from PIL import Image
 from spn4cir.config import TrainConfig
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.catalogue import Catalogue
-from spn4cir.datasets.pictures import OWN
 from spn4cir.datasets.skip import write_skip_list
 from spn4cir.doctor import examine
 from spn4cir.errors import InputError
@@ -110,12 +109,18 @@ def test_names_that_are_taken(folder: Path, name: str) -> None:
     assert name in Catalogue(str(folder)).training_images()
 
 
-def test_what_generation_wrote_is_no_picture(folder: Path) -> None:
-    """Its own folder is passed over; negative control: the same folder without the mark."""
+@pytest.mark.parametrize("mark", ["images.done.json", "images.jsonl", "images.cache.jsonl"])
+def test_what_generation_wrote_is_no_picture(folder: Path, mark: str) -> None:
+    """Any of its files tells its folder, which is passed over, and said; without one, it is a folder as others."""
     picture(folder / "generated" / "sheet.png")
-    assert "generated/sheet.png" in Catalogue(str(folder)).training_images()
-    (folder / "generated" / OWN).write_text("")
-    assert Catalogue(str(folder)).training_images() == IDS
+    plain = Catalogue(str(folder))
+    assert "generated/sheet.png" in plain.training_images() and plain.notes() == []
+    (folder / "generated" / mark).write_text("")
+    marked = Catalogue(str(folder))
+    assert marked.training_images() == IDS
+    assert marked.notes() == [
+        'catalogue: 1 folders are passed over since they hold files of data generation, such as "generated/"'
+    ]
 
 
 def test_a_folder_without_pictures(tmp_path: Path) -> None:
@@ -196,6 +201,28 @@ def test_tables_that_cannot_be_read(tmp_path: Path, name: str, content: bytes) -
     with pytest.raises(InputError, match=rf"t\.{name[2:]}") as error:
         Catalogue(str(tmp_path / name)).training_images()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [
+    ["top.gif,red, blue"], ["top.gif,red,blue,green"], ["top.gif,red,blue", "shoes/b.png,x"],
+    ["top.gif,red", "shoes/b.png,x,y"], ["top.gif,a,b", "shoes/b.png,x,y,z"], ["top.gif,red,"],
+])  # fmt: skip
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.filterwarnings("ignore")
+def test_rows_with_a_comma_too_many(folder: Path, rows: list[str], suffix: str) -> None:
+    """Nothing is cut, nothing shifted: the file, and what to do; in quotes they are read."""
+    path, mark = folder / f"t{suffix}", "," if suffix == ".csv" else "\t"
+    path.write_text("\n".join(["image,caption", *rows]).replace(",", mark) + "\n")
+    with pytest.raises(
+        InputError, match="rows have more fields than the head line: texts with .* need quotes"
+    ) as error:
+        Catalogue(str(path)).training_images()
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    quoted = [f'{name}{mark}"{text}"' for name, _, text in (row.partition(",") for row in rows)]
+    path.write_text("\n".join([f"image{mark}caption", *quoted]) + "\n")
+    dataset = Catalogue(str(path))
+    assert dataset.training_images() == [row.partition(",")[0] for row in rows]
+    assert dataset.caption("top.gif") == " ".join(rows[0].partition(",")[2].split())
 
 
 @pytest.mark.parametrize("where", ["file", "folder"])
