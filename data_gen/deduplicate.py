@@ -99,9 +99,7 @@ def _check_output(config: GenerateConfig, dataset: Dataset, source: dict[str, st
         root = dataset.root.resolve()
         below = out.is_relative_to(root) and f"{dataset.root / out.relative_to(root)}/"
         if out == root or (below and any(str(path).startswith(below) for path in paths.values())):
-            raise InputError(
-                f"output {config.folder} is where files of {dataset.name} itself lie: name another --output"
-            )
+            raise InputError(f"output {config.folder} holds files of {dataset.name} itself: name another --output")
     try:
         before = json.loads((out / "images.done.json").read_text(encoding="utf-8"))["source"]
         told = " of ".join([before["dataset"], *([before["root"]] if "root" in before else [])])

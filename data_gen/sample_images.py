@@ -103,12 +103,13 @@ def _check_output(config: SampleConfig) -> None:
 
 
 def _made_by(config: SampleConfig, files: Sequence[Path]) -> str:
-    """A short name for the sources and what is asked of them; where shards lie does not matter."""
+    """A short name for the sources and what is asked of them; where shards lie does not matter.
+
+    Of a folder, that is each picture that may be taken, by a list or without one, with its size and time.
+    """
     stamps = [[path.name, path.stat().st_size] for path in files if path.is_file()]
     about = [config.images, config.seed, sorted(stamps), "", bool(config.folder) and str(config.folder)]
     total = hashlib.sha256(json.dumps(about).encode())
-    if config.list and Path(config.list).is_file():
-        total.update(Path(config.list).read_bytes())
     for one in folder_candidates(files[0], config.list) if config.folder else ():
         time = one.source.stat().st_mtime_ns if one.size else 0
         total.update(f"{json.dumps(one.name)} {one.size} {time}\n".encode())

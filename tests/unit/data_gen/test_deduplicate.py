@@ -125,16 +125,27 @@ def test_its_own_pictures_are_no_candidates(folder: Path) -> None:
     ("", ""), ("", "shoes/../"), ("", "link"), ("", "shoes"), ("t.csv", ""), ("t.csv", "shoes"),
 ])  # fmt: skip
 def test_an_output_among_the_pictures(folder: Path, root: str, output: str) -> None:
-    """The root, by any name, the folder of the table, a folder that holds pictures: one line, and nothing is written."""
+    """The root, by any name, the folder of the table, a folder of pictures: one line, nothing is written."""
     (folder / "shoes").mkdir()
     (folder / "link").symlink_to(folder)
     shutil.move(folder / "b.png", folder / "shoes" / "b.png")
     (folder / "t.csv").write_text("image\na.png\nshoes/b.png\n")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(InputError, match="files of catalogue itself lie: name another --output") as error:
+    with pytest.raises(InputError, match="holds files of catalogue itself: name another --output") as error:
         of_catalogue(folder / root, folder / output)
     assert "\n" not in str(error.value) and sorted(folder.rglob("*")) == before
     assert canonical_images(of_catalogue(folder / root, folder / "shoes2"))
+
+
+def test_an_output_that_is_the_root_of_pictures_elsewhere(folder: Path) -> None:
+    """Of a dataset whose pictures do not lie below its root, the root is no output either; a folder in it is."""
+    found, root = dataset(folder, ["a", "b"]), folder / "root"
+    root.mkdir()
+    found.root = root
+    with pytest.raises(InputError, match="holds files of x itself"):
+        deduplicate(GenerateConfig(output=str(root)), found)
+    deduplicate(GenerateConfig(output=str(root / "out")), found)
+    assert [path.name for path in root.iterdir()] == ["out"]
 
 
 def test_an_output_of_another_source(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

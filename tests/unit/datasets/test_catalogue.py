@@ -213,9 +213,8 @@ def test_rows_with_a_comma_too_many(folder: Path, rows: list[str], suffix: str) 
     """Nothing is cut, nothing shifted: the file, and what to do; in quotes they are read."""
     path, mark = folder / f"t{suffix}", "," if suffix == ".csv" else "\t"
     path.write_text("\n".join(["image,caption", *rows]).replace(",", mark) + "\n")
-    with pytest.raises(
-        InputError, match="rows have more fields than the head line: texts with .* need quotes"
-    ) as error:
+    told = "rows have more fields than the head line: texts with (commas|tabs) need quotes"
+    with pytest.raises(InputError, match=told) as error:
         Catalogue(str(path)).training_images()
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     quoted = [f'{name}{mark}"{text}"' for name, _, text in (row.partition(",") for row in rows)]
