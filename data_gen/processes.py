@@ -25,11 +25,15 @@ class Processes:
     def wait(self) -> None:
         """Go on when all processes are here."""
         if self.count > 1:
+            import torch
             from accelerate import PartialState
 
             state = PartialState(cpu=on_cpu(), timeout=PATIENCE)  # it does not read ACCELERATE_USE_CPU itself
             assert state.num_processes == self.count, f"{state.num_processes} processes found, {self.count} expected"
-            state.wait_for_everyone()
+            if on_cpu():  # accelerate would wait on a GPU where there is one
+                torch.distributed.barrier()
+            else:
+                state.wait_for_everyone()
 
     def say(self, text: str) -> None:
         """Print a line once."""

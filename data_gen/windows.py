@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from data_gen.processes import on_cpu
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -230,7 +232,7 @@ def _device(vectors: Array) -> str:
     """A GPU, if it holds the vectors and a block of scores with what is counted in it."""
     import torch
 
-    if not torch.cuda.is_available():
+    if on_cpu():
         return "cpu"
     own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     needed = vectors.nbytes + 10 * ROWS * len(vectors)

@@ -24,8 +24,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 def decode(path: Path) -> Image.Image:
     """Decode a file as RGB; transparent parts become white. Raises whatever the decoder does."""
     with Image.open(path) as picture:
-        if picture.format == "EPS":
-            raise OSError("PostScript is a program, not a picture")  # the decoder would run it
+        if picture.format in ("EPS", "IPTC"):
+            raise OSError("PostScript, or what may hold it, is a program and no picture")  # a decoder would run it
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             white = Image.new("RGBA", picture.size, "white")
             return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")

@@ -242,4 +242,4 @@ def test_which_engine(tmp_path: Path) -> None:
     here = engine_of("no-such/model", None, config, images=True, max_new_tokens=9)
     there = engine_of("no-such/model", "http://h:1", config, images=True, max_new_tokens=9)
     assert (here.block, there.block, there.workers) == (5, 1, 7)
-    assert there.about == {"endpoint": "http://h:1/v1/chat/completions", "model": "no-such/model", "max_new_tokens": 9}
+    assert there.about == {"engine": "server", "model": "no-such/model", "max_new_tokens": 9}
