@@ -1,6 +1,8 @@
 """From files to pixels to batches."""
 
 import io
+import os
+import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -430,9 +432,30 @@ def test_ahead_gives_the_same_batches_and_errors_and_ends_early() -> None:
     assert next(iter(ahead(batches()))) == 0 and len(made) <= 2  # type: ignore[arg-type]
 
 
-def test_postscript_is_not_run(tmp_path: Path) -> None:
-    """A file that a decoder would hand to an interpreter is refused, whatever its name says."""
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.eps")
-    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+def wrapped(content: bytes) -> bytes:
+    """An IPTC record that claims to hold an 8 × 8 picture, and holds that."""
+
+    def field(record: int, name: int, data: bytes) -> bytes:
+        size = len(data).to_bytes(2, "big") if len(data) < 100 else bytes([132, 0]) + len(data).to_bytes(4, "big")
+        return bytes([0x1C, record, name]) + size + data
+
+    head = field(3, 20, b"\0\0\0\x08") + field(3, 30, b"\0\0\0\x08") + field(3, 60, b"\x01\0")
+    return head + field(3, 120, b"\0\0\0\x05") + field(8, 10, content)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["plain", "inside IPTC"])
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
+    """What a decoder would hand to an interpreter is refused, whatever its name says; the interpreter is not called."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'called'}\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(content, "EPS")
+    (tmp_path / "a.png").write_bytes(wrapped(content.getvalue()) if inside else content.getvalue())
     with pytest.raises(InputError, match=r"a\.png .*PostScript"):
         open_image(tmp_path / "a.png")
+    assert not (tmp_path / "called").exists()
+    with pytest.raises((OSError, subprocess.CalledProcessError)), Image.open(tmp_path / "a.png") as picture:
+        picture.convert("RGB")
+    assert (tmp_path / "called").exists()  # which is what would have happened
