@@ -29,7 +29,7 @@ def test_costs_follow_the_measurements(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(generation, "RESULTS", tmp_path)
     assert hours(plan(1_000_000))["caption"] == pytest.approx(2 * before[0]["caption"], rel=0.02)
     assert before[1]["match"] == pytest.approx(4 * before[0]["match"], rel=0.05)
-    assert before[1]["encode"] == pytest.approx(2 * before[0]["encode"], rel=0.05)
+    assert before[1]["encode"] == pytest.approx(2 * before[0]["encode"], rel=0.08)  # shown with two digits
 
 
 def hours(table: str) -> dict[str, float]:
