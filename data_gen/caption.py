@@ -306,15 +306,17 @@ def check_caption(words: int, question: Question, answer: Answer) -> tuple[str, 
     LLaVA runs to some fifteen words where ten are asked for, so only what is far beyond that is too long.
     """
     text = tidy(answer.text)
+    too_long = answer.cut or len(text.split()) > 2 * words + 10
+    return text, fault(text) or ("too long" if too_long else None)
+
+
+def fault(text: str) -> str | None:
+    """What is wrong with the text of any answer, however long: empty, refusal or repetition."""
     if not re.search(r"\w", text):
-        return text, "empty"
+        return "empty"
     if REFUSAL.match(text):
-        return text, "refusal"
-    if repeats(text):
-        return text, "repetition"
-    if answer.cut or len(text.split()) > 2 * words + 10:
-        return text, "too long"
-    return text, None
+        return "refusal"
+    return "repetition" if repeats(text) else None
 
 
 def repeats(text: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from data_gen.ask import Answer, Engine, Question, Reply, ask
-from data_gen.caption import REFUSAL, repeats, tidy
+from data_gen.caption import fault, tidy
 from data_gen.engines import engine_of
 from data_gen.files import Row, digest, is_done, mark_done, stream_jsonl, write_jsonl
 from data_gen.length import TokenCounter
@@ -184,12 +184,8 @@ def check_rewriting(
     """A rewriting on one line, and what is wrong with it, if anything."""
     text, source = sentence(answer.text), question.key
     shown = {said.lower() for pair in prompt.examples for said in pair}
-    if not re.search(r"\w", text):
-        return text, "empty"
-    if REFUSAL.match(text):
-        return text, "refusal"
-    if repeats(text):
-        return text, "repetition"
+    if found := fault(text):
+        return text, found
     if text.lower() in shown and source.lower() not in shown:
         return text, "one of the examples"
     if answer.cut or len(text.split()) > 2 * len(source.split()) + 10 or count([text])[0] > limit:
