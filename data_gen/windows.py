@@ -236,4 +236,7 @@ def _device(vectors: Array) -> str:
         return "cpu"
     own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     needed = vectors.nbytes + 10 * ROWS * len(vectors)
-    return own if needed < 0.9 * torch.cuda.mem_get_info(own)[0] else "cpu"
+    if needed < 0.9 * torch.cuda.mem_get_info(own)[0]:
+        return own
+    print(f"match: {own} has no room for {needed / 1e9:.1f} GB of vectors and scores: the CPU compares them")
+    return "cpu"
