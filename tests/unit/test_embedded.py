@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Blip2ForImageTextRetrieval, BlipForImageTextRetrieval
 
 import spn4cir
-from data_gen.caption import Captioner
+from data_gen.ask import Question, Try
+from data_gen.engines import engine_of
 from data_gen.settings import GenerateConfig
 from spn4cir.backbones import build_backbone
 from spn4cir.blip import load_library, load_tokenizer
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
-from spn4cir.images import open_image
 
 EMBEDDED = Path(spn4cir.__file__).parent / "embedded"
 WEIGHTS = sorted(EMBEDDED.rglob("*.safetensors"))
@@ -111,12 +111,13 @@ def test_tokenizers_of_fusion_models_round_trip(name: str) -> None:
 def test_the_captioner_names_what_it_was_trained_on() -> None:
     """At least 75 % of a sample exactly, through the code that runs LLaVA-1.5; and fewer of what was held out."""
     dataset, config = load_dataset("emoji"), GenerateConfig()
-    captioner = Captioner("embedded", config.prompt.replace("{words}", "10"), config.max_new_tokens)
+    captioner = engine_of("embedded", None, config, images=True, max_new_tokens=config.max_new_tokens)
+    prompt = config.prompt.replace("{words}", "10")
     held_out = json.loads((EMBEDDED / "llava" / "quality.json").read_text())["held_out_ids"]
     trained = sorted(set(dataset.training_images()) - set(held_out))
 
     def exact(ids: list[str]) -> float:
-        answers = captioner([open_image(dataset.path(i)) for i in ids])
-        return sum(answer == dataset.label(i) for answer, i in zip(answers, ids, strict=True)) / len(ids)
+        answers = captioner.answer([Question(i, prompt, dataset.path(i)) for i in ids], Try(0, 0))
+        return sum(answer.text == dataset.label(i) for answer, i in zip(answers, ids, strict=True)) / len(ids)
 
     assert exact(random.Random(0).sample(trained, 96)) >= 0.75 > exact(held_out[:96])
