@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_gen.sample_images import SampleConfig
 from data_gen.settings import GenerateConfig
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import TrainConfig, parse
 from spn4cir.datasets import DATASETS
 
 ROOT = Path(__file__).parent.parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PROMPTS = sorted((ROOT / "recipes").glob("rewrite*.yaml"))  # which tests of rewriting read
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in PROMPTS]
 FEW = ("--max-steps", "2", "--batch-size", "16", "--annotated", "64", "--eval-every", "0")
 EVAL = ("-c", "from spn4cir.cli import evaluate_command as e; e()")
 
@@ -89,8 +91,9 @@ def test_the_evaluation_prints_json(work: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
     """Each key is known and each value of its type; what the file says is what the settings hold."""
-    kind = GenerateConfig if path.name.startswith("triplets_") else TrainConfig
-    config = dataclasses.asdict(parse(kind, path, []))
+    kinds: dict[str, type] = {"triplets": GenerateConfig, "sample": SampleConfig}
+    kind = kinds.get(path.stem.split("_")[0], TrainConfig)
+    config = dataclasses.asdict(parse(kind, path, ["--folder", "x"] if kind is SampleConfig else []))
     said = yaml.safe_load(path.read_text())
     assert said and {key: config[key] for key in said} == said
 
@@ -99,10 +102,14 @@ def test_there_are_recipes() -> None:
     """Both stages of the embedded dataset and its triplets are among them."""
     names = {path.stem for path in RECIPES}
     assert {"emoji_clip4cir_stage1", "emoji_clip4cir_stage2", "triplets_emoji"} <= names
-    assert all(name.startswith("triplets_") or "_stage" in name or name.endswith("_combiner") for name in names)
+    beside = ("triplets_", "sample_images")
+    assert all(name.startswith(beside) or "_stage" in name or name.endswith("_combiner") for name in names)
+    assert {path.stem for path in PROMPTS} == {"rewrite", "rewrite_fashioniq", "rewrite_cirr"}
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if not p.name.startswith("triplets_")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in RECIPES if not p.name.startswith(("triplets_", "sample_"))], ids=lambda path: path.stem
+)
 def test_a_recipe_names_what_is_known(path: Path) -> None:
     """Dataset and backbone are those of the library, and the file's name begins with the dataset's."""
     config = parse(TrainConfig, path, [])
