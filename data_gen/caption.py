@@ -293,8 +293,8 @@ def read_prompt(config: GenerateConfig) -> str:
 
 
 def tidy(text: str) -> str:
-    """One line without control characters, and without quotes around it."""
-    line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
+    """One line without control characters or halves of letters, and without quotes around it."""
+    line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text).split())
     while len(line) > 1 and line[0] + line[-1] in QUOTES and not {line[0], line[-1]} & set(line[1:-1]):
         line = line[1:-1].strip()
     return line

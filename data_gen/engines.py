@@ -1,7 +1,6 @@
 """Engines that answer questions: a model on this machine, or (in ``data_gen.endpoint``) a server."""
 
 import hashlib
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_gen.ask import Answer, Engine, Question, Try
 from data_gen.files import digest, weights_digest
-from data_gen.processes import on_cpu
+from data_gen.processes import own_device
 from data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 
@@ -180,15 +179,6 @@ class Local:
 
     def close(self) -> None:
         """Nothing is waited for."""
-
-
-def own_device() -> str:
-    """The device of this process: one of CUDA for each of a machine's processes; or the CPU."""
-    import torch
-
-    if on_cpu():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def _with_image(chat: list[dict[str, str]]) -> list[dict[str, Any]]:

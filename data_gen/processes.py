@@ -46,3 +46,12 @@ def on_cpu() -> bool:
     import torch
 
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+
+
+def own_device() -> str:
+    """The device of this process: one of CUDA for each of a machine's processes; or the CPU."""
+    import torch
+
+    if on_cpu():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_gen.files import Journal, digest, is_done, mark_done
 from data_gen.matchers import Matcher
-from data_gen.processes import Processes, on_cpu
+from data_gen.processes import Processes, own_device
 from data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
@@ -79,7 +79,7 @@ def encode_all(
     processes.wait()  # nobody makes what another one has not looked for
     if stored is not None:
         return stored
-    matcher.to(_device())
+    matcher.to(own_device())
     images = ImageSource(dataset.path, matcher.transform)
     partial, noted = config.file(f"vectors.{made_by}.partial.npy"), config.file("vectors.npy")
     if processes.first:
@@ -106,15 +106,6 @@ def encode_all(
     stored = stored_vectors(config, len(ids), made_by)
     assert stored is not None
     return stored
-
-
-def _device() -> str:
-    """A GPU for each process of a machine, if there are any."""
-    import torch
-
-    if on_cpu():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def _open(path: Path, count: int) -> "Vectors | None":

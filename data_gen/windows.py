@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from data_gen.processes import on_cpu
+from data_gen.processes import own_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,11 +144,15 @@ class Window:
         import torch
 
         rows = [(n, other) for n, image in enumerate(positions) for other in never[n] if other != image]
-        values = scores[tuple(torch.tensor(rows, device=scores.device).T)] if rows else scores.new_empty(0)
         taken: list[list[int]] = [[] for _ in positions]
-        for (n, other), value in zip(rows, values, strict=True):
-            above, order, _ = self._near(scores[n : n + 1], [positions[n]], value[None], value[None])[0]
-            taken[n].append(int(above + 1 + np.flatnonzero(order == other)[0]))
+        for start in range(0, len(rows), ROWS):  # together, but no more than a block: each copies a row of scores
+            some = rows[start : start + ROWS]
+            own, others = torch.tensor(some, device=scores.device).T
+            values, images = scores[own, others], [positions[n] for n, _ in some]
+            for (n, other), (above, order, _) in zip(
+                some, self._near(scores[own], images, values, values), strict=True
+            ):
+                taken[n].append(int(above + 1 + np.flatnonzero(order == other)[0]))
         ranks = [self._ranks(*one) for one in zip(taken, names, strict=True)]
         out: list[list[Partner]] = [[] for _ in positions]
         for place in range(max(map(len, ranks))):
@@ -229,13 +233,13 @@ def _cores() -> int:
 
 
 def _device(vectors: Array) -> str:
-    """A GPU, if it holds the vectors and a block of scores with what is counted in it."""
+    """This process's GPU, if it holds the vectors and a block of scores with what is counted in it."""
     import torch
 
-    if on_cpu():
-        return "cpu"
-    own = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    needed = vectors.nbytes + 10 * ROWS * len(vectors)
+    own = own_device()
+    if own == "cpu":
+        return own
+    needed = vectors.nbytes + 14 * ROWS * len(vectors)
     if needed < 0.9 * torch.cuda.mem_get_info(own)[0]:
         return own
     print(f"match: {own} has no room for {needed / 1e9:.1f} GB of vectors and scores: the CPU compares them")

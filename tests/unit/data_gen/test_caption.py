@@ -407,7 +407,7 @@ def test_a_broken_image_is_named(tmp_path: Path, dataset: Dataset) -> None:
     ("'a cap'", "a cap"),
     ('"a" and "b"', '"a" and "b"'), ("the 'big' cap", "the 'big' cap"), ("a\x00cap\x1b[1m", "a cap [1m"), ('"', '"'),
     ("", ""),
-    ("family: 👨\u200d👩", "family: 👨\u200d👩"),
+    ("family: 👨\u200d👩", "family: 👨\u200d👩"), ("half a \ud83d smile", "half a smile"),
 ])  # fmt: skip
 def test_tidy(text: str, expected: str) -> None:
     """One line, no quotes around it, and what belongs to it stays."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_gen import files, vectors
 from data_gen.files import write_jsonl
 from data_gen.matchers import Matcher, identify, load_matcher
-from data_gen.processes import Processes
+from data_gen.processes import Processes, own_device
 from data_gen.settings import GenerateConfig
 from data_gen.vectors import encode_all, stored_vectors, vectors_made_by
 from spn4cir.backbones import build_backbone
@@ -395,12 +395,12 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU for each process of a machine; more processes than GPUs share them."""
-    assert vectors._device() == "cpu"
+    assert own_device() == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for local, device in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
         monkeypatch.setenv("LOCAL_RANK", local)
-        assert vectors._device() == device
+        assert own_device() == device
 
 
 def test_too_many_at_once(tmp_path: Path, toy: Toy) -> None:
