@@ -225,8 +225,8 @@ def _of_table(path: Path) -> Contents:
 
 
 def _known(ids: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
-    """Image ids with what a column says of them, where it says something."""
-    return [(image_id, value) for image_id, value in zip(ids, values, strict=False) if value.strip()]
+    """Image ids with what a column says of them, where it says something; nothing where there is no such column."""
+    return [(image_id, value) for image_id, value in zip(ids, values, strict=True) if value.strip()] if values else []
 
 
 def _inner(path: Path, row: int, value: str) -> object:
