@@ -1,81 +1,255 @@
-"""The one loss: InfoNCE of composed queries against a set of candidates."""
+"""The one loss: InfoNCE of composed queries against a set of candidates, of any size, here or on many processes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
-from spn4cir.search import scores_of
+from spn4cir.streaming import Hidden, attend, finite, pooled, pull
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The candidates that this process holds, (n, K, E): row ``first`` of all and the following.
+
+    Where there are several processes, each holds some; together they hold all, once.
+    """
+
+    vectors: Tensor
+    first: int = 0
 
 
 def info_nce(
-    query: Tensor, candidates: Tensor, positives: Tensor, temperature: Tensor | float, ignore: Tensor | None = None
+    query: Tensor,
+    candidates: Tensor | Shard,
+    positives: Tensor,
+    temperature: Tensor | float,
+    ignore: Tensor | None = None,
+    threshold: float | None = None,
 ) -> Tensor:
     """Cross-entropy of each query's positive among all candidates.
 
     ``loss = mean_i [ -s(q_i, c_p) / t + log Σ_j exp(s(q_i, c_j) / t) ]`` with ``s`` the maximum dot product over a
     candidate's K vectors. The same function serves stage 1 (candidates = the targets of the batch) and stage 2
     (candidates = the whole bank). Several positives of one query are one term each, with the query's other positives
-    left out of its sum; the mean is over terms. Scores are computed and scaled in float32 or wider.
+    left out of its sum; the mean is over terms. Scores are computed and scaled in float32 or wider, whatever the
+    candidates are stored in.
+
+    Candidates are read a block at a time, so memory does not grow with their number. Where they are frozen the same
+    pass carries the gradient, ``(softmax-weighted mean of candidates - positive) / t``; where they learn, the backward
+    pass computes the scores once more. It can be differentiated once.
 
     Args:
-        query: (B, E), unit norm.
-        candidates: (N, K, E), unit norm.
+        query: (B, E), unit norm; of several processes that hold a ``Shard`` each, as many on each.
+        candidates: (N, K, E), unit norm; or this process's ``Shard`` of them, frozen: the loss is then this process's
+            share, such that the mean over processes is that of all queries.
         positives: (B,) candidate rows, or (B, P) padded with -1.
         temperature: positive scalar.
         ignore: (2, M) pairs of query row and candidate row that are not negatives of each other (duplicates, other
             accepted targets), or None. A pair that is the positive itself stays.
+        threshold: leave out candidates whose cosine similarity to one of the query's positives exceeds this; of images
+            with K vectors that of their means. None for no such bound.
 
     Returns:
         Scalar.
 
+    Raises:
+        ValueError: if no query has a positive, or one that no candidate has.
+
     Source: Feng et al., "Improving Composed Image Retrieval via Contrastive Learning with Scaling Positives and
     Negatives", ACM MM 2024; van den Oord et al., 2018 (InfoNCE).
     """
-    logits = scores_of(query, candidates) / temperature  # (B, N)
     positives = positives.view(len(query), -1)  # (B, P)
-    owner, slot = (positives >= 0).nonzero(as_tuple=True)  # (T,) terms
-    if len(owner) == 0:
-        raise ValueError("no query has a positive: the mean over no terms is undefined")
-    label = positives[owner, slot]
-    if ignore is None and positives.shape[1] == 1:
-        return F.cross_entropy(logits[owner], label)
-    terms = logits[owner]  # (T, N)
-    hidden = torch.zeros_like(terms, dtype=torch.bool)
-    if ignore is not None:
-        owned = torch.zeros_like(logits, dtype=torch.bool)
-        owned[ignore[0], ignore[1]] = True
-        hidden |= owned[owner]
-    if positives.shape[1] > 1:
-        owned = torch.zeros_like(logits, dtype=torch.bool)
-        owned[owner, label] = True
-        hidden |= owned[owner]
-    hidden[torch.arange(len(label), device=label.device), label] = False
-    return F.cross_entropy(terms.masked_fill(hidden, -torch.inf), label)
+    pairs = positives.new_zeros(2, 0) if ignore is None else ignore
+    if torch.is_tensor(temperature):
+        temperature = temperature.to(query.device)
+    else:
+        temperature = torch.tensor(temperature, dtype=torch.float64, device=query.device)
+    vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, None)
+    spread = first is not None and processes() > 1
+    assert not (spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
+    loss: Tensor = _InfoNCE.apply(query, vectors, temperature, _Batch(positives, pairs, threshold, first or 0, spread))
+    return loss
+
+
+def processes() -> int:
+    """How many train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a query is to find, and what it is not to shun; rows are those of all candidates."""
+
+    positives: Tensor
+    pairs: Tensor
+    threshold: float | None
+    first: int
+    spread: bool
+
+    def of_all(self) -> "_Batch":
+        """That of all processes, in rank order."""
+        if not self.spread:
+            return self
+        sizes = _all(torch.tensor([self.pairs.shape[1]], device=self.pairs.device)).tolist()
+        padded = self.pairs.new_zeros(max(sizes), 2)
+        padded[: self.pairs.shape[1]] = self.pairs.T + self.pairs.new_tensor([dist.get_rank() * len(self.positives), 0])
+        pairs = _all(padded[None])  # (processes, most, 2)
+        kept = torch.cat([part[:size] for part, size in zip(pairs, sizes, strict=True)]).T
+        return _Batch(_all(self.positives), kept, self.threshold, self.first, True)
+
+
+class _InfoNCE(torch.autograd.Function):
+    """``info_nce``: the gradients of query and temperature are ready when the loss is."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, batch: _Batch) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
+            return _InfoNCE._forward(ctx, query, vectors, temperature, batch)
+
+    @staticmethod
+    def _forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch) -> Tensor:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        t = temperature.to(wide)
+        local = query.to(wide) / t
+        batch, scaled = own.of_all(), _all(local) if own.spread else local
+        found = _positive_vectors(vectors, batch, wide, query.device)  # (B, P, K, E)
+        scores, which = torch.einsum("be,bpke->bpk", scaled, found).max(2)  # (B, P)
+        nearest = found.gather(2, which[..., None, None].expand(-1, -1, 1, found.shape[3]))[:, :, 0]  # (B, P, E)
+        hidden = _hidden(batch, len(vectors), found)
+        lse, mean = attend(scaled, vectors, hidden)
+        if own.spread:
+            lse, mean = _join_processes(lse, mean)
+
+        rows = slice(dist.get_rank() * len(query), (dist.get_rank() + 1) * len(query)) if own.spread else slice(None)
+        several = (own.positives >= 0).sum(1) > 1  # (B,)
+        owner, slot = (own.positives >= 0).nonzero(as_tuple=True)  # (T,) terms
+        count = _sum(torch.tensor(len(owner), device=query.device)) if own.spread else len(owner)
+        if not count:
+            raise ValueError("no query has a positive: the mean over no terms is undefined")
+        each = (processes() if own.spread else 1) / count  # weight of a term
+        score, nearest = scores[rows][owner, slot], nearest[rows][owner, slot]  # (T,), (T, E)
+        others = lse[rows][owner]
+        whole = torch.where(several[owner], torch.logaddexp(others, score), others)  # (T,)
+        share = torch.where(several[owner], (others - whole).exp(), 1.0)  # of a term's sum, what is no positive
+        pulled = share[:, None] * mean[rows][owner] - (share[:, None] * nearest)  # (T, E)
+        gradient = torch.zeros_like(local).index_add_(0, owner, pulled) * (each / t)
+        ctx.save_for_backward(query, gradient, temperature)
+        ctx.learned = ctx.needs_input_grad[1]
+        if ctx.learned:
+            weight = torch.zeros_like(lse).index_add_(0, owner, share) * each  # (B,)
+            ctx.batch, ctx.hidden, ctx.terms = batch, hidden, (owner, own.positives[owner, slot], slot, share * each)
+            ctx.state = (scaled, vectors.detach(), lse, weight, which)
+        return ((whole - score).sum() * each).to(wide)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, given: Tensor) -> Any:
+        query, gradient, temperature = ctx.saved_tensors
+        of_query = (given * gradient).to(query.dtype) if ctx.needs_input_grad[0] else None
+        of_temperature = None
+        if ctx.needs_input_grad[2]:
+            of_temperature = (-given * (query.to(gradient) * gradient).sum() / temperature).to(temperature)
+        of_vectors = None
+        if ctx.learned:
+            scaled, vectors, lse, weight, which = ctx.state
+            owner, row, slot, share = ctx.terms
+            with torch.autocast(query.device.type, enabled=False):
+                of_vectors = pull(scaled, vectors, ctx.hidden, lse, weight)
+            of_vectors.index_put_((row, which[owner, slot]), -share[:, None] * scaled[owner], accumulate=True)
+            of_vectors = (given * of_vectors).to(vectors.dtype)
+        return of_query, of_vectors, of_temperature, None
+
+
+def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(B, P, K, E) of the positives, zeros for padding; those of other processes too."""
+    local = batch.positives - batch.first
+    here = (batch.positives >= 0) & (local >= 0) & (local < len(vectors))
+    rows = local.clamp(0, max(len(vectors) - 1, 0)).flatten().to(vectors.device)
+    found = vectors[rows] if len(vectors) else vectors.new_zeros(len(rows), *vectors.shape[1:])
+    found = found.to(device, dtype).unflatten(0, here.shape) * here[..., None, None]
+    if batch.spread:
+        found, here = _sum(found), _sum(here.int()) > 0
+    if bool((here != (batch.positives >= 0)).any()):
+        lost = batch.positives[here != (batch.positives >= 0)][0].item()
+        raise ValueError(f"a query's positive is row {lost}, which no candidate has")
+    return found
+
+
+def _hidden(batch: _Batch, count: int, found: Tensor) -> Hidden:
+    """What the queries' sums leave out of ``count`` candidates from ``batch.first`` on.
+
+    Of a query with several positives these are all of them: each term adds its own.
+    """
+    positives, (query, row) = batch.positives, batch.pairs
+    like = None if batch.threshold is None else pooled(found)  # (B, P, E)
+    if positives.shape[1] == 1:
+        pairs, shown = batch.pairs[:, positives[query, 0] != row], _pairs(positives, positives >= 0)
+    else:
+        several = ((positives >= 0).sum(1) > 1)[:, None]  # (B, 1)
+        pairs = batch.pairs[:, ~((positives[query] == row[:, None]) & ~several[query]).any(1)]
+        pairs = torch.cat([pairs, _pairs(positives, (positives >= 0) & several)], 1)
+        shown = _pairs(positives, (positives >= 0) & ~several)
+    if like is None:
+        shown = shown[:, :0]
+    pairs, shown = (_within(part, batch.first, count) for part in (pairs, shown))
+    return Hidden(pairs, shown, like, batch.threshold or 1.0)
+
+
+def _pairs(rows: Tensor, chosen: Tensor) -> Tensor:
+    """(B, P) candidate rows, of which some are chosen → (2, M) pairs."""
+    owner, slot = chosen.nonzero(as_tuple=True)
+    return torch.stack([owner, rows[owner, slot]])
+
+
+def _within(pairs: Tensor, first: int, count: int) -> Tensor:
+    """Pairs whose candidate is one of ``count`` from ``first`` on, counted from there."""
+    local = torch.stack([pairs[0], pairs[1] - first])
+    return local[:, (local[1] >= 0) & (local[1] < count)]
+
+
+def _all(local: Tensor) -> Tensor:
+    """(B, …) of each process → (all B, …), in rank order, without a gradient."""
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
+
+
+def _sum(local: Tensor) -> Tensor:
+    """The sum over all processes, without a gradient."""
+    total = local.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def _join_processes(lse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``attend`` gave on each process → what it gives for the candidates of all."""
+    most = lse.clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    share = (lse - finite(most)).exp()  # (B,)
+    joined = _sum(torch.cat([share[:, None], share[:, None] * mean], 1))  # (B, 1 + E)
+    total = joined[:, :1]
+    return most + total[:, 0].log(), joined[:, 1:] / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 class _Gather(torch.autograd.Function):
     """Concatenate equally sized tensors of all processes; each gets back the summed gradient of its own part."""
 
     @staticmethod
-    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         ctx.rows = len(local)
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
+        return _all(local)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient[dist.get_rank() * ctx.rows :][: ctx.rows]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _sum(gradient.contiguous())[dist.get_rank() * ctx.rows :][: ctx.rows]
 
 
 def gather(local: Tensor) -> Tensor:
     """(B, …) of each process → (all B, …), in rank order; the tensor itself where there is one process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if processes() == 1:
         return local
     gathered: Tensor = _Gather.apply(local)
     return gathered

@@ -1,0 +1,252 @@
+"""Softmax of queries over any number of candidates, a block at a time: attention that also gives its log-sum-exp.
+
+The scores of all candidates never exist at once. A block gives a log-sum-exp and a weighted mean of its vectors, two
+matrix products; blocks are joined as they come, so memory does not grow with the number of candidates.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
+NeurIPS 2022.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SCORES = {"cpu": 2**20}
+"""Scores held at once; more on any other device."""
+NUMBERS = {"cpu": 2**22}
+"""Numbers of candidates held at once where they are widened, or come from elsewhere."""
+FUSED = {"cpu": 1, "cuda": 16}
+"""Heads that candidates are split into for fused attention: a GPU shares out heads, and would idle with one."""
+
+
+class Hidden:
+    """Which candidates a query's sum leaves out.
+
+    Args:
+        pairs: (2, M) query row and candidate row.
+        shown: (2, S) pairs that a threshold does not hide.
+        like: (B, P, E) vectors, unit norm, that no candidate may be too similar to; None for no threshold.
+        threshold: similarity above which a candidate is left out.
+    """
+
+    def __init__(self, pairs: Tensor, shown: Tensor, like: Tensor | None = None, threshold: float = 1.0):
+        self._pairs, self._shown = (part[:, part[1].argsort()] for part in (pairs, shown))
+        self._like, self._threshold = like, threshold
+        self.none = like is None and not pairs.shape[1]
+
+    def blocks(self, borders: list[int], queries: int) -> "Iterator[_Block]":
+        """What is hidden between each two borders (rows of candidates), in order."""
+        wanted = torch.tensor(borders, device=self._pairs.device)
+        cut, uncut = (torch.searchsorted(part[1].contiguous(), wanted).tolist() for part in (self._pairs, self._shown))
+        for n, first in enumerate(borders[:-1]):
+            yield _Block(
+                queries,
+                self._local(self._pairs[:, cut[n] : cut[n + 1]], first),
+                self._local(self._shown[:, uncut[n] : uncut[n + 1]], first),
+                self._like,
+                self._threshold,
+            )
+
+    @staticmethod
+    def _local(pairs: Tensor, first: int) -> Tensor:
+        return torch.stack([pairs[0], pairs[1] - first])
+
+
+class _Block:
+    """The same for one block of candidates, rows counted from its first."""
+
+    def __init__(self, queries: int, pairs: Tensor, shown: Tensor, like: Tensor | None, threshold: float):
+        self._queries, self._pairs, self._shown = queries, pairs, shown
+        self._like, self._threshold = like, threshold
+        self.none = like is None and not pairs.shape[1]
+
+    def mask(self, vectors: Tensor) -> Tensor:
+        """(n, K, E) → (B, n), true where hidden."""
+        if self._like is None:
+            hidden = torch.zeros(self._queries, len(vectors), dtype=torch.bool, device=vectors.device)
+        else:
+            alike = torch.einsum("bpe,ne->bpn", self._like, pooled(vectors))  # (B, P, n)
+            hidden = (alike > self._threshold).any(1)
+            hidden[self._shown[0], self._shown[1]] = False
+        hidden[self._pairs[0], self._pairs[1]] = True
+        return hidden
+
+
+def pooled(vectors: Tensor) -> Tensor:
+    """(…, K, E) → (…, E), unit norm: one vector for an image, by which images are compared with each other."""
+    return vectors[..., 0, :] if vectors.shape[-2] == 1 else F.normalize(vectors.mean(-2), dim=-1)
+
+
+def attend(query: Tensor, candidates: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of scores, and the mean of candidates weighted by their softmax.
+
+    Args:
+        query: (B, E), float32 or wider, already divided by the temperature.
+        candidates: (N, K, E) in any float type, on the query's device or another; the nearest of K vectors counts.
+        hidden: what each query leaves out.
+
+    Returns:
+        (B,) and (B, E), in the query's type; minus infinity and zeros where nothing is left.
+    """
+    total = query.new_full((len(query),), -torch.inf), torch.zeros_like(query)
+    for vectors, block in _walk(query, candidates, hidden):
+        total = join(total, _block_softmax(query, vectors, block))
+    return total
+
+
+def pull(query: Tensor, candidates: Tensor, hidden: Hidden, lse: Tensor, weight: Tensor) -> Tensor:
+    """What ``Σ_i weight_i · lse_i`` asks of the candidates: its gradient, with scores computed once more.
+
+    Args:
+        query, candidates, hidden: as ``attend`` was given.
+        lse: (B,) as it returned.
+        weight: (B,).
+
+    Returns:
+        (N, K, E), in the query's type.
+    """
+    parts = []
+    for vectors, block in _walk(query, candidates, hidden):
+        scores, which = _scores(query, vectors)
+        if not block.none:
+            scores = scores.masked_fill(block.mask(vectors), -torch.inf)
+        share = (scores - finite(lse)[:, None]).exp_().mul_(weight[:, None])  # (B, n)
+        parts.append((_spread(share, which, vectors.shape[1]).T @ query).view(vectors.shape))
+    return torch.cat(parts) if parts else query.new_zeros(candidates.shape)
+
+
+def join(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What ``attend`` gives for two sets of candidates together."""
+    lse = torch.logaddexp(one[0], two[0])
+    mean = sum(
+        part[1] * (part[0] - finite(lse)).exp()[:, None] for part in (one, two)
+    )  # a part of which nothing is left has no weight
+    assert isinstance(mean, Tensor)
+    return lse, mean
+
+
+def finite(lse: Tensor) -> Tensor:
+    """Zero in the place of minus infinity, from which nothing can be subtracted."""
+    return lse.masked_fill(lse.isneginf(), 0.0)
+
+
+def _walk(query: Tensor, candidates: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, _Block]]:
+    """Blocks (n, K, E) of the candidates, in the query's type and on its device, with what is hidden in each."""
+    size = block_size(query, candidates, dense=not hidden.none)
+    borders = [*range(0, len(candidates), size), len(candidates)]
+    blocks = zip(_ahead(candidates, borders, query.device), hidden.blocks(borders, len(query)), strict=True)
+    for vectors, block in blocks:
+        yield vectors.to(query.dtype), block
+
+
+def block_size(query: Tensor, candidates: Tensor, dense: bool) -> int:
+    """Candidates in one block; ``dense`` where scores will be written somewhere."""
+    (_, k, e), kind = candidates.shape, query.device.type
+    size = NUMBERS.get(kind, 2**26) // (k * e)
+    if dense or k > 1 or not fused(kind, query.dtype, e):
+        scores = SCORES.get(kind, 2**25) // (4 if k > 1 else 1)  # the caches hold vectors too
+        size = min(size, scores // (len(query) * k))
+    return max(1, size)
+
+
+def _ahead(candidates: Tensor, borders: list[int], device: torch.device) -> Iterator[Tensor]:
+    """Blocks on that device; where they lie elsewhere, the next one is copied meanwhile."""
+    pairs = list(zip(borders[:-1], borders[1:], strict=True))
+    if candidates.device == device:
+        yield from (candidates[start:stop] for start, stop in pairs)
+        return
+
+    def copy(start: int, stop: int) -> Tensor:
+        block = candidates[start:stop]
+        return (block.pin_memory() if device.type == "cuda" else block).to(device)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(copy, *pair) for pair in pairs[:1]]
+        for n in range(len(pairs)):
+            block = waiting.pop().result()
+            waiting = [pool.submit(copy, *pair) for pair in pairs[n + 1 : n + 2]]
+            yield block
+
+
+def _block_softmax(query: Tensor, vectors: Tensor, block: _Block) -> tuple[Tensor, Tensor]:
+    """As ``attend``, for one block that is at hand."""
+    if block.none and vectors.shape[1] == 1 and fused(query.device.type, query.dtype, query.shape[1]):
+        return _attention(query, vectors[:, 0])
+    scores, which = _scores(query, vectors)  # (B, n)
+    if not block.none:
+        scores.masked_fill_(block.mask(vectors), -torch.inf)
+    lse = scores.logsumexp(1)
+    weights = scores.sub_(finite(lse)[:, None]).exp_()
+    if which is None:
+        return lse, weights @ vectors[:, 0]
+    rows = which + torch.arange(len(vectors), device=which.device) * vectors.shape[1]  # one vector of each candidate
+    return lse, F.embedding_bag(rows, vectors.flatten(0, 1), mode="sum", per_sample_weights=weights)
+
+
+def _scores(query: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, n) scores, and for K > 1 which vector gave each."""
+    n, k, _ = vectors.shape
+    products = query @ vectors.flatten(0, 1).T  # (B, n·K)
+    if k == 1:
+        return products, None
+    scores, which = products.view(len(query), n, k).max(2)
+    return scores, which
+
+
+def _spread(weights: Tensor, which: Tensor | None, k: int) -> Tensor:
+    """(B, n) weights of candidates → (B, n·K) weights of their vectors."""
+    if which is None:
+        return weights
+    spread = weights.new_zeros(*weights.shape, k)
+    return spread.scatter_(2, which[..., None], weights[..., None]).flatten(1)
+
+
+@functools.cache
+def fused(kind: str, dtype: torch.dtype, width: int) -> bool:
+    """Whether torch's fused attention serves here; tried once, and a wrong answer is said."""
+    if kind not in FUSED:
+        return False
+    draw = torch.Generator().manual_seed(0)
+    query, keys = (torch.randn(n, width, generator=draw).to(kind, dtype) / width**0.5 for n in (5, 100))
+    scores = 3 * query @ keys.T
+    right = scores.logsumexp(1), scores.softmax(1) @ keys
+    try:
+        found = _attention(3 * query, keys)
+    except (RuntimeError, AttributeError):  # no kernel for this width or type, or a torch without it
+        return False
+    if all(torch.allclose(one, two, rtol=1e-3, atol=1e-4) for one, two in zip(found, right, strict=True)):
+        return True
+    warnings.warn(f"torch's fused attention is wrong on {kind} for vectors of {width} {dtype}: not used", stacklevel=2)
+    return False
+
+
+def _attention(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, E) over (n, E), as ``attend``, by torch's fused attention; keys are shared out among heads."""
+    kind, n = query.device.type, len(keys)
+    heads = FUSED[kind] if n >= 64 * FUSED[kind] else 1
+    even = n // heads * heads
+    total = _heads(query, keys[:even].unflatten(0, (heads, even // heads)))
+    return total if even == n else join(total, _heads(query, keys[even:][None]))
+
+
+def _heads(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, E) over (heads, n, E): the heads' results, joined."""
+    heads, queries = len(keys), query.expand(1, len(keys), *query.shape)
+    if query.device.type == "cpu":
+        mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys[None], keys[None], 0.0, False, scale=1.0
+        )[:2]
+    else:
+        mean, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+            queries, keys[None], keys[None], None, True, 0.0, False, scale=1.0
+        )[:2]
+    lse = lse[0, :, : len(query)].to(query.dtype)  # (heads, B): kernels may round the number of queries up
+    if heads == 1:
+        return lse[0], mean[0, 0]
+    whole = lse.logsumexp(0)  # (B,)
+    return whole, ((lse - whole).exp()[..., None] * mean[0]).sum(0)
