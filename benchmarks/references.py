@@ -34,7 +34,7 @@ from benchmarks.memory import anonymous
 from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
-from spn4cir.config import TrainConfig
+from spn4cir.config import BankConfig, TrainConfig
 from spn4cir.datasets import DATASETS
 from spn4cir.errors import InputError, run_command
 from spn4cir.evaluate import git_commit
@@ -162,8 +162,7 @@ def child(way: str, shape: str, folder: Path) -> None:
         data_root=str(folder / "tiles"),
         backbone=Wide.name,
         init=str(init),
-        bank_dtype="float16",
-        bank_references="recompute" if way == "recomputed" else "stored",
+        bank=BankConfig(dtype="float16", references="recompute" if way == "recomputed" else "stored"),
         batch_size=SHAPES[shape][3],
         max_steps=STEPS,
         save_every=STEPS // 4,

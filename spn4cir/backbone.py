@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from spn4cir.errors import InputError
 from spn4cir.losses import InBatch
@@ -27,6 +29,59 @@ def wide(x: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Unit norm along the last dimension, in float32 or wider."""
     return F.normalize(wide(x), dim=-1)
+
+
+def in_chunks(function: Callable[..., Any], size: int | None, *rows: Tensor) -> Any:
+    """What a function gives for all rows, computed some rows at a time, and once more where a gradient asks for it.
+
+    Nothing that happens inside is kept: gradients are exact, and memory is that of one chunk. They meet in one backward
+    pass, so processes reduce them once.
+
+    Args:
+        function: of tensors whose first dimension is the same; returns a tensor, ``ImageFeatures`` or ``Composed``.
+        size: rows at a time; None for all at once, and nothing computed twice.
+        rows: the tensors.
+
+    Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
+    """
+    if size is None or size >= len(rows[0]):
+        return function(*rows)
+    parts = zip(*(torch.split(part, size) for part in rows), strict=True)
+    return _joined([checkpoint(function, *part, use_reentrant=False) for part in parts])
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Tensors, or what is made of tensors, of several chunks → of all."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    if isinstance(first, Composed):
+        names = [field.name for field in fields(Composed)]
+        return Composed(*(_joined([getattr(part, name) for part in parts]) for name in names))
+    columns = [_joined(column) for column in zip(*parts, strict=True)]
+    return ImageFeatures(*columns) if isinstance(first, ImageFeatures) else tuple(columns)
+
+
+def checkpoint_blocks(module: nn.Module) -> int:
+    """Let the repeated blocks of a model keep no activations but compute them again; returns how many there are.
+
+    Blocks are the modules of one kind that follow each other in a list or a sequence: layers of a transformer, residual
+    blocks of a ResNet.
+    """
+    wrapped: list[nn.Module] = []
+    for holder in module.modules():
+        blocks = list(holder.children()) if isinstance(holder, nn.ModuleList | nn.Sequential) else []
+        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1 and any(blocks[0].parameters())
+        inside = any(holder is inner for block in wrapped for inner in block.modules())
+        if alike and not inside:
+            for block in blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            wrapped += blocks
+    return len(wrapped)
 
 
 @dataclass(frozen=True)
@@ -87,6 +142,8 @@ class Backbone(nn.Module, ABC):
     options: dict[str, Any]
     transform: Callable[[Image.Image], Tensor]
     tokenize: Callable[[Sequence[str]], Tokens]
+    chunk: int | None = None
+    """Images, and texts, in one pass of a training step; None for all."""
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
@@ -99,6 +156,11 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """Everything that ``encode_image`` reads."""
+
+    @property
+    def sums(self) -> bool:
+        """Whether ``compose`` gives the ``parts`` whose sum the query is."""
+        return False
 
     def frozen_beside(self) -> list[nn.Module | nn.Parameter]:
         """What ``freeze_image_side`` freezes beside the image side: what only stage 1 trains."""

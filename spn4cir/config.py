@@ -19,6 +19,77 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass
+class BankConfig:
+    """What stage 2 scores each query against.
+
+    Args:
+        images: "all" training images, or only those "named" by a triplet.
+        extra: a folder or table of further pictures that no triplet names: more negatives.
+        limit: candidates drawn anew for each step, at random, beside the targets of its triplets; null for all.
+        dtype: how features are stored.
+        references: "stored" keeps what the model reads of reference images too, in a memory-mapped file; "recompute"
+            encodes them anew at each step, which needs no disk.
+    """
+
+    images: Literal["all", "named"] = "all"
+    extra: str | None = None
+    limit: int | None = None
+    dtype: Literal["float32", "float16"] = "float32"
+    references: Literal["stored", "recompute"] = "stored"
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"bank.limit must be at least 1, or null for all candidates, got {self.limit}")
+
+
+@dataclasses.dataclass
+class NegativesConfig:
+    """What counts as a negative.
+
+    Args:
+        types: what of a triplet others take the place of, in stage 1: [target], or several of target, query, text,
+            reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
+        above: similarity to the positive (cosine of targets) above which a candidate is no negative; null for none.
+    """
+
+    types: list[Literal["target", "query", "text", "reference"]] = dataclasses.field(default_factory=lambda: ["target"])
+    above: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.types or len(set(self.types)) < len(self.types):
+            raise InputError(f"negatives.types names at least one type, and each once, got {self.types}")
+        if self.above is not None and not 0 < self.above < 1:
+            raise InputError(f"negatives.above must be between 0 and 1, or null, got {self.above}")
+
+
+@dataclasses.dataclass
+class ComputeConfig:
+    """How a step is computed; but for accumulate, the result is the same.
+
+    Args:
+        chunk: images, and texts, in one pass of stage 1; the gradient is exact, at the price of a second forward pass,
+            and a batch may be as large as one likes. null for all at once.
+        accumulate: parts of a batch, one after the other; in stage 1 each part has its own candidates only.
+        checkpoint: keep no activations inside the blocks of the towers, but compute them again.
+        compile: let torch.compile make kernels for this model; the first steps are slow.
+    """
+
+    chunk: int | None = None
+    accumulate: int = 1
+    checkpoint: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"compute.chunk must be at least 1, or null for all at once, got {self.chunk}")
+        if self.accumulate < 1:
+            raise InputError(f"compute.accumulate must be at least 1, got {self.accumulate}")
+
+
+GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig}
+
+
+@dataclasses.dataclass
 class TrainConfig:
     """Everything that decides a training run. ``null`` in YAML means "not set".
 
@@ -36,10 +107,8 @@ class TrainConfig:
         generated: file of generated triplets to add, as it stands or below the dataset's root; "auto" is where
             data_gen/make_triplets.py writes for this backbone, or for all.
         generated_share: share of each batch that is generated; null concatenates both lists.
-        candidates: stage 2's bank: "all" training images, or only those "named" by a triplet.
-        bank_dtype: how the bank is stored.
-        bank_references: "stored" keeps what the model reads of reference images in the bank, a memory-mapped file;
-            "recompute" encodes them anew at each step, which needs no disk.
+        bank: stage 2's candidates.
+        negatives: what counts as a negative.
         batch_size: triplets in one optimiser step, over all processes.
         epochs: passes over the annotated triplets (over all where generated_share is null).
         max_steps: stop after so many optimiser steps; null for no bound.
@@ -56,6 +125,7 @@ class TrainConfig:
         learn_temperature: train it, from that value on, clamped to [0.005, 0.5].
         dropout: switch the model's dropout on while it trains; frozen parts never have it.
         mixed_precision: "no", "bf16" or "fp16".
+        compute: memory and speed of a step.
         eval_every: evaluate on the val split after so many epochs; 0 only at the end.
         save_every: also save after so many steps inside an epoch; 0 saves after each epoch.
         eval_batch_size: images encoded at once in evaluation and for the bank.
@@ -79,9 +149,8 @@ class TrainConfig:
     annotated: int | None = None
     generated: str | None = None
     generated_share: float | None = None
-    candidates: Literal["all", "named"] = "all"
-    bank_dtype: Literal["float32", "float16"] = "float32"
-    bank_references: Literal["stored", "recompute"] = "stored"
+    bank: BankConfig = dataclasses.field(default_factory=BankConfig)
+    negatives: NegativesConfig = dataclasses.field(default_factory=NegativesConfig)
     batch_size: int = 128
     epochs: int = 10
     max_steps: int | None = None
@@ -97,6 +166,7 @@ class TrainConfig:
     learn_temperature: bool = False
     dropout: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     eval_every: int = 1
     save_every: int = 0
     eval_batch_size: int = 256
@@ -108,6 +178,9 @@ class TrainConfig:
     trackers: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for name, kind in GROUPS.items():
+            if isinstance(getattr(self, name), dict):  # as a file or the parser gives it
+                setattr(self, name, kind(**getattr(self, name)))
         for name in ("batch_size", "epochs", "lr", "temperature", "eps", "eval_batch_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -128,6 +201,8 @@ class TrainConfig:
                 raise InputError(f"lr_scale: the factor of {part} must be above 0, got {factor}")
         if not 0 <= self.beta2 < 1:
             raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
+        if self.batch_size % self.compute.accumulate:
+            raise InputError(f"batch_size {self.batch_size} does not divide into {self.compute.accumulate} parts")
         if self.annotated is not None and self.annotated < 0:
             raise InputError(f"annotated must be 0 or more, got {self.annotated}")
 
@@ -199,16 +274,22 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
         raise InputError(f"config file {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must hold keys and values")
+    _check_keys(values, kind, path)
+    return values
+
+
+def _check_keys(values: dict[str, Any], kind: Any, path: Path, prefix: str = "") -> None:
     known = {f.name: f for f in dataclasses.fields(kind)}
-    for key in values:
+    for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
-            raise InputError(
-                f"config file {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        if values[key] is None and type(None) not in get_args(known[key].type):
-            raise InputError(f"config file {path}: {key} cannot be null")
-    return values
+            hint = f"; did you mean {prefix + near[0]!r}?" if near else ""
+            named = repr(prefix + key) if isinstance(key, str) else str(key)
+            raise InputError(f"config file {path}: unknown key {named}{hint}")
+        if value is None and type(None) not in get_args(known[key].type):
+            raise InputError(f"config file {path}: {prefix}{key} cannot be null")
+        if isinstance(value, dict) and dataclasses.is_dataclass(known[key].type):
+            _check_keys(value, known[key].type, path, f"{prefix}{key}.")
 
 
 def write_yaml(config: Any, path: Path, title: str = "") -> None:

@@ -2,9 +2,9 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -117,9 +117,11 @@ class ImageSource:
 class TripletBatch:
     """What one training step sees.
 
-    ``identity`` (B,) is equal for equal target pixels. In stage 1 ``reference`` and ``target`` (B,) are rows of
-    ``pixels`` (U, 3, H, W), the unique images of the batch. In stage 2 ``target`` is rows of the bank; the references
-    are ``features`` (B, L, D), gathered from it, or rows of ``pixels`` where they are recomputed.
+    ``identity`` (B,) is equal for equal target pixels, and ``others`` (B, A) are identities of other images that answer
+    the same query, padded with -1. ``asked`` (B, 2) is equal for equal pixels of references, and for equal texts. In
+    stage 1 ``reference`` and ``target`` (B,) are rows of ``pixels`` (U, 3, H, W), the unique images of the batch. In
+    stage 2 ``target``, ``identity`` and ``others`` are rows of the bank; the references are ``features`` (B, L, D),
+    gathered from it, or rows of ``pixels`` where they are recomputed.
     """
 
     tokens: Tokens
@@ -128,18 +130,14 @@ class TripletBatch:
     identity: Tensor
     pixels: Tensor | None = None
     features: Tensor | None = None
+    others: Tensor | None = None
+    asked: Tensor | None = None
 
     def to(self, device: torch.device) -> "TripletBatch":
         """The same batch on another device."""
-        return replace(
-            self,
-            tokens={name: value.to(device) for name, value in self.tokens.items()},
-            reference=self.reference.to(device),
-            target=self.target.to(device),
-            identity=self.identity.to(device),
-            pixels=None if self.pixels is None else self.pixels.to(device),
-            features=None if self.features is None else self.features.to(device),
-        )
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+        moved = {name: value.to(device) for name, value in parts.items() if value is not None}
+        return replace(self, tokens={name: value.to(device) for name, value in self.tokens.items()}, **moved)
 
 
 class TripletRows(TorchDataset[tuple[Triplet, str]]):
@@ -157,19 +155,45 @@ class TripletRows(TorchDataset[tuple[Triplet, str]]):
         return triplet, random.Random(f"{self.seed}/{epoch}/{item}").choice(triplet.modifications)
 
 
+class Answers:
+    """All targets of each query of the triplets: of equal reference pixels and equal text.
+
+    Args:
+        triplets: of training.
+        identity: image id → number, equal for equal pixels.
+    """
+
+    def __init__(self, triplets: Iterable[Triplet] = (), identity: Mapping[str, int] | None = None):
+        found: dict[tuple[int, str], dict[int, None]] = {}
+        for triplet in triplets:
+            assert identity is not None
+            for text in triplet.modifications:
+                targets = found.setdefault((identity[triplet.reference], text), {})
+                targets[identity[triplet.target]] = None
+        self._targets = {query: list(targets) for query, targets in found.items() if len(targets) > 1}
+        self.width = max(map(len, self._targets.values()), default=1) - 1
+
+    def others(self, reference: int, text: str, target: int) -> list[int]:
+        """The query's other targets, padded with -1 to ``width``, the most that any query has."""
+        found = [other for other in self._targets.get((reference, text), ()) if other != target]
+        return found + [-1] * (self.width - len(found))
+
+
 @dataclass
 class TripletCollate:
     """Rows to a ``TripletBatch``.
 
-    ``rows`` (image id → bank row) is for stage 2, with ``references`` (B image ids → their stored features, (B, L, D))
-    or without, which decodes the reference images.
+    ``identity`` (image id → number, equal for equal pixels) knows all images of the triplets. With ``rows`` (image id →
+    bank row), for stage 2, it is the same. There are ``references`` (B image ids → their stored features, (B, L, D)),
+    or reference images are decoded.
     """
 
     tokenize: Callable[[Sequence[str]], Tokens]
-    identity: dict[str, int]
+    identity: Mapping[str, int]
     images: ImageSource
-    rows: dict[str, int] | None = None
+    rows: Mapping[str, int] | None = None
     references: Callable[[Sequence[str]], Tensor] | None = None
+    answers: Answers = field(default_factory=Answers)
 
     def __call__(self, items: list[tuple[Triplet, str]]) -> TripletBatch:
         """B triplets with the text drawn for each → one batch."""
@@ -180,15 +204,23 @@ class TripletCollate:
             pixels, features = self.images.stack(list(unique)), None
         else:
             unique, pixels, features = dict.fromkeys(reference, 0), None, self.references(reference)
-        row = self.rows or unique
+        row, number = self.rows or unique, self.identity
+        others = [self.answers.others(number[t.reference], text, number[t.target]) for t, text in items]
         return TripletBatch(
             tokens=self.tokenize([text for _, text in items]),
             reference=torch.tensor([unique[i] for i in reference]),
             target=torch.tensor([row[i] for i in target]),
-            identity=torch.tensor([self.identity[i] for i in target]),
+            identity=torch.tensor([number[i] for i in target]),
+            others=torch.tensor(others, dtype=torch.long).view(len(items), self.answers.width),
+            asked=torch.tensor([[number[t.reference], number_of(text)] for t, text in items]),
             pixels=pixels,
             features=features,
         )
+
+
+def number_of(text: str) -> int:
+    """A number that is the same for equal texts, on all processes."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def ahead(batches: Iterable[TripletBatch]) -> Iterator[TripletBatch]:
@@ -212,7 +244,8 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         batch_size: triplets of one optimiser step, over all processes.
         generated_share: in [0, 1), or None.
         seed: of the run.
-        rank, world_size: of this process.
+        process: its rank, and how many there are.
+        parts: of a batch, each of them a list of its own.
     """
 
     def __init__(
@@ -223,6 +256,7 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         generated_share: float | None,
         seed: int,
         process: tuple[int, int] = (0, 1),
+        parts: int = 1,
     ):
         mixed = generated_share is not None and annotated and generated
         self.main = list(annotated) if mixed else [*annotated, *generated]
@@ -230,9 +264,10 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         self.from_side = round(batch_size * generated_share) if mixed and generated_share else 0
         self.from_main = batch_size - self.from_side
         self.batch_size, self.seed, (self.rank, self.world_size) = batch_size, seed, process
-        self.epoch, self.skip = 0, 0
-        if batch_size % self.world_size:
-            raise InputError(f"batch_size {batch_size} does not divide over {self.world_size} processes")
+        self.epoch, self.skip, self.parts = 0, 0, parts
+        if batch_size % (self.world_size * parts):
+            over = f"{self.world_size} processes" + (f" times {parts} parts" if parts > 1 else "")
+            raise InputError(f"batch_size {batch_size} does not divide over {over}")
         if mixed and generated_share and not self.from_side:
             raise InputError(f"generated_share {generated_share} of a batch of {batch_size} is less than one triplet")
         if self.from_main == 0:
@@ -258,6 +293,8 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         ]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch_size // self.world_size
+        share = self.batch_size // (self.world_size * self.parts)
         for batch in self.batches(self.epoch)[self.skip :]:
-            yield [(self.epoch, item) for item in batch[self.rank * share : (self.rank + 1) * share]]
+            for part in range(self.parts):
+                first = (part * self.world_size + self.rank) * share
+                yield [(self.epoch, item) for item in batch[first : first + share]]

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
+from spn4cir.search import scores_of
 from spn4cir.streaming import Hidden, attend, finite, pooled, pull
 
 
@@ -169,7 +171,7 @@ def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device
     here = (batch.positives >= 0) & (local >= 0) & (local < len(vectors))
     rows = local.clamp(0, max(len(vectors) - 1, 0)).flatten().to(vectors.device)
     found = vectors[rows] if len(vectors) else vectors.new_zeros(len(rows), *vectors.shape[1:])
-    found = found.to(device, dtype).unflatten(0, here.shape) * here[..., None, None]
+    found = found.to(device, dtype).view(*here.shape, *found.shape[1:]) * here[..., None, None]
     if batch.spread:
         found, here = _sum(found), _sum(here.int()) > 0
     if bool((here != (batch.positives >= 0)).any()):
@@ -243,8 +245,13 @@ class _Gather(torch.autograd.Function):
         return _all(local)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  
         return _sum(gradient.contiguous())[dist.get_rank() * ctx.rows :][: ctx.rows]
+
+
+def all_rows(local: Tensor) -> Tensor:
+    """As ``gather``, without a gradient."""
+    return local if processes() == 1 else _all(local)
 
 
 def gather(local: Tensor) -> Tensor:
@@ -259,17 +266,79 @@ def gather(local: Tensor) -> Tensor:
 class InBatch:
     """Stage 1's way to score: the candidates are the targets of the batch, of all processes.
 
-    ``identity`` (B,) is equal for equal targets, which are not each other's negatives; ``temperature`` is what scores
-    are divided by.
+    ``identity`` (B,) is equal for equal targets, and ``others`` (B, A), padded with -1, are identities that answer the
+    same query: such candidates are no negatives. Nor are those whose similarity to the query's target exceeds
+    ``threshold``. ``temperature`` is what scores are divided by.
     """
 
     identity: Tensor
     temperature: Tensor | float
+    others: Tensor | None = None
+    threshold: float | None = None
 
     def __call__(self, query: Tensor, target: Tensor) -> Tensor:
         """``info_nce`` of queries (B, E) against the targets (B, K, E), a query's own being its positive; a scalar."""
-        candidates, identity = gather(target), gather(self.identity)  # (N, K, E), (N,)
-        rank = dist.get_rank() if len(candidates) > len(target) else 0
-        positives = torch.arange(len(target), device=target.device) + rank * len(target)
-        same = self.identity[:, None] == identity  # (B, N) duplicates of a query's own target
-        return info_nce(query, candidates, positives, self.temperature, same.nonzero().T)
+        candidates = gather(target)  # (N, K, E)
+        return info_nce(query, candidates, self.own, self.temperature, self._alike().nonzero().T, self.threshold)
+
+    @property
+    def own(self) -> Tensor:
+        """(B,) places of this process's batch among those of all."""
+        first = dist.get_rank() * len(self.identity) if processes() > 1 else 0
+        return torch.arange(len(self.identity), device=self.identity.device) + first
+
+    def _alike(self) -> Tensor:
+        """(B, N), true where the target of another query answers this one."""
+        alike = self.identity[:, None] == gather(self.identity)
+        for other in () if self.others is None else self.others.T:
+            alike |= other[:, None] == gather(self.identity)
+        return alike
+
+    def replaced(self, scores: Tensor, alike: Tensor) -> Tensor:
+        """Cross-entropy of scores (B, N) of which a query's own is right, pairs that are ``alike`` (B, N) left out."""
+        hidden = alike.scatter(1, self.own[:, None], False)
+        return F.cross_entropy((scores / self.temperature).masked_fill(hidden, -torch.inf), self.own)
+
+    def by_query(self, query: Tensor, target: Tensor) -> Tensor:
+        """Each target (B, K, E) against the queries (B, E) of all: what takes another's place is the query."""
+        scores = scores_of(gather(query), target).T  # (B, N)
+        alike = self.identity[:, None] == gather(self.identity)
+        others = None if self.others is None else gather(self.others)  # (N, A)
+        for other in () if others is None else others.T:
+            alike |= self.identity[:, None] == other
+        return self.replaced(scores, alike)
+
+    def by_part(self, kept: Tensor, swapped: Tensor, target: Tensor, asked: tuple[Tensor, Tensor]) -> Tensor:
+        """Each target (B, E) against sums of its query's one part and the other part of all queries.
+
+        Left out are other parts that are equal, and those of queries that share the kept part and the target.
+
+        Args:
+            kept, swapped: (B, E) parts of this process's queries.
+            target: (B, E), unit norm.
+            asked: (B,) identities of what was kept and swapped.
+        """
+        same_kept, same_swapped = (identity[:, None] == gather(identity) for identity in asked)  # (B, N)
+        alike = same_swapped | (same_kept & (self.identity[:, None] == gather(self.identity)))
+        return self.replaced(sum_scores(kept, gather(swapped), target), alike)
+
+
+def sum_scores(kept: Tensor, swapped: Tensor, target: Tensor) -> Tensor:
+    """``⟨n(kept_i + swapped_j), target_i⟩`` for all i and j, n being the division by the norm.
+
+    From dot products alone, as ``|a + b|² = |a|² + 2ab + |b|²``: nothing of B × N × E is ever made.
+
+    Args:
+        kept: (B, E).
+        swapped: (N, E).
+        target: (B, E).
+
+    Returns:
+        (B, N), in float32 or wider.
+    """
+    wide = torch.promote_types(kept.dtype, torch.float32)
+    kept, swapped, target = kept.to(wide), swapped.to(wide), target.to(wide)
+    with torch.autocast(kept.device.type, enabled=False):
+        above = (kept * target).sum(1, keepdim=True) + target @ swapped.T  # (B, N)
+        squares = (kept * kept).sum(1, keepdim=True) + 2 * kept @ swapped.T + (swapped * swapped).sum(1)
+    return above / squares.clamp(min=1e-12).sqrt()

@@ -8,6 +8,7 @@ NeurIPS 2022.
 """
 
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +157,7 @@ def block_size(query: Tensor, candidates: Tensor, dense: bool) -> int:
 
 def _ahead(candidates: Tensor, borders: list[int], device: torch.device) -> Iterator[Tensor]:
     """Blocks on that device; where they lie elsewhere, the next one is copied meanwhile."""
-    pairs = list(zip(borders[:-1], borders[1:], strict=True))
+    pairs = list(itertools.pairwise(borders))
     if candidates.device == device:
         yield from (candidates[start:stop] for start, stop in pairs)
         return
@@ -230,7 +231,7 @@ def _attention(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     kind, n = query.device.type, len(keys)
     heads = FUSED[kind] if n >= 64 * FUSED[kind] else 1
     even = n // heads * heads
-    total = _heads(query, keys[:even].unflatten(0, (heads, even // heads)))
+    total = _heads(query, keys[:even].view(heads, even // heads, -1))
     return total if even == n else join(total, _heads(query, keys[even:][None]))
 
 

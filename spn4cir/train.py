@@ -4,7 +4,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ from tqdm import tqdm
 
 from spn4cir import bank as banks
 from spn4cir import checkpoints
-from spn4cir.backbone import Backbone
+from spn4cir.backbone import Backbone, checkpoint_blocks
 from spn4cir.backbones import INSIDE, build_backbone, check_backbone
-from spn4cir.config import TrainConfig
-from spn4cir.datasets import load_dataset
-from spn4cir.datasets.generated import open_generated
+from spn4cir.config import ComputeConfig, TrainConfig
+from spn4cir.datasets import extra_pictures, load_dataset
+from spn4cir.datasets.generated import WithImages, open_generated
 from spn4cir.deduplicate import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate, metric_names, selection_score
-from spn4cir.images import ImageSource, TripletCollate, TripletRows, TripletSampler, ahead
+from spn4cir.images import Answers, ImageSource, TripletCollate, TripletRows, TripletSampler, ahead
 from spn4cir.objective import Objective
 from spn4cir.run import Run, named_by
 from spn4cir.schedules import SCHEDULES
@@ -58,33 +58,42 @@ def train(config: TrainConfig, stage: int) -> Path:
     reported = benchmark or judge
     backbone = load_backbone(config, stage, run.say).to(accelerator.device)
     images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
-    candidates = training_images(config, dataset, triplets)
+    extra = extra_pictures(config.bank.extra) if stage == 2 and config.bank.extra else {}
+    dataset = WithImages(dataset, extra) if extra else dataset
+    candidates = training_images(config, dataset, triplets, extra)
     with accelerator.main_process_first():  # the others find in the cache what the first has decoded
         pixels = hash_pixels(dataset, [*candidates, *judge.gallery, *reported.gallery], run.say, show=run.main)
     hashes = {image_id: pixels[image_id] for image_id in candidates}
 
     main, side = split_rows(triplets)
     process = (accelerator.process_index, accelerator.num_processes)
-    sampler = TripletSampler(main, side, config.batch_size, config.generated_share, config.seed, process)
+    parts = config.compute.accumulate
+    sampler = TripletSampler(main, side, config.batch_size, config.generated_share, config.seed, process, parts)
     steps = min(len(sampler) * config.epochs, config.max_steps or sys.maxsize)
 
     bank = gallery = probe = None
     if stage == 2:
         backbone.freeze_image_side()
-    objective = Objective(backbone, config.temperature, config.learn_temperature)
+    draw = None if config.bank.limit is None else (config.bank.limit, config.seed)
+    prepare_compute(backbone, config.compute)
+    objective = Objective(backbone, config.temperature, config.learn_temperature, None, config.negatives, draw)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
     if stage == 2:
         with accelerator.main_process_first():
-            bank = frozen_features(config, backbone, images, hashes).to(accelerator.device)
+            bank = frozen_features(config, backbone, images, hashes)
         if run.main and bank.reference is not None:
             shown = {image_id: pixels[image_id] for image_id in judge.gallery}
             held = bank.rows.keys() >= shown.keys()  # of triplets that were put aside
-            gallery = bank if held else frozen_features(config, backbone, images, shown).to(accelerator.device)
+            gallery = bank if held else frozen_features(config, backbone, images, shown)
         probe = banks.Probe(backbone, images(candidates[0]))
-        objective.bank = bank
-    identity = banks.assign_rows({t.target: hashes[t.target] for t in triplets})
+        objective.bank = bank.shard(*process).to(accelerator.device)
+        if not objective.bank.resident:
+            run.say("the bank does not fit on the device: it is read ahead from disk, at each step")
+    identity = bank.rows if bank else banks.assign_rows(hashes)
     references = bank.references if bank and bank.reference is not None else None
-    collate = TripletCollate(backbone.tokenize, identity, images, bank.rows if bank else None, references)
+    answers = Answers(triplets, identity)
+    rows = bank.rows if bank else None
+    collate = TripletCollate(backbone.tokenize, identity, images, rows, references, answers)
     loader = DataLoader(
         TripletRows(triplets, config.seed), batch_sampler=sampler, collate_fn=collate, num_workers=config.workers
     )
@@ -97,16 +106,20 @@ def train(config: TrainConfig, stage: int) -> Path:
         sampler.epoch, sampler.skip = divmod(state["step"], len(sampler))
         losses: list[torch.Tensor] = []
         backbone.train(config.dropout)
-        for batch in ahead(loader):
-            torch.manual_seed((config.seed * 1_000_003 + state["step"] * 4096 + accelerator.process_index) % 2**63)
+        for part, batch in enumerate(ahead(loader)):
+            place = accelerator.process_index + part % parts * accelerator.num_processes
+            torch.manual_seed((config.seed * 1_000_003 + state["step"] * 4096 + place) % 2**63)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * config.lr * schedule(config, state["step"], steps, len(sampler))
-            loss = prepared(batch.to(accelerator.device))
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            objective.hold_temperature()
+            with accelerator.accumulate(prepared):
+                loss = prepared(batch.to(accelerator.device), state["step"])
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.detach())
+            if not accelerator.sync_gradients:
+                continue
+            objective.hold_temperature()
             state["step"] += 1
             bar.update()
             if state["step"] >= steps or (config.save_every and state["step"] % config.save_every == 0):
@@ -130,7 +143,7 @@ def train(config: TrainConfig, stage: int) -> Path:
             run.save(objective, optimizer, state)
         accelerator.wait_for_everyone()
     bar.close()
-    if run.main and (judge is not reported or (gallery and config.bank_dtype != "float32")):
+    if run.main and (judge is not reported or (gallery and config.bank.dtype != "float32")):
         # selected on what was put aside, or on rounded features; reported is the protocol, in full, once
         best = checkpoints.load_model(run.folder).to(accelerator.device)
         state["best"]["result"] = evaluate(best, reported, images, batch_size=config.eval_batch_size)
@@ -142,7 +155,12 @@ def start(config: TrainConfig) -> Accelerator:
     """Join the processes and seed this one. Raises ``InputError`` for a precision that the device does not have."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # processes wait while the first one builds a bank
     none = not torch.accelerator.is_available()  # else several processes on a CPU would not find each other
-    accelerator = Accelerator(cpu=none, mixed_precision=config.mixed_precision, kwargs_handlers=[patience])
+    accelerator = Accelerator(
+        cpu=none,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.compute.accumulate,
+        kwargs_handlers=[patience],
+    )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would say nothing
         raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
     expected = int(os.environ.get("WORLD_SIZE", 1))
@@ -153,6 +171,16 @@ def start(config: TrainConfig) -> Accelerator:
         )
     torch.manual_seed(config.seed)
     return accelerator
+
+
+def prepare_compute(backbone: Backbone, compute: ComputeConfig) -> None:
+    """Let the backbone compute as the settings want it. Raises ``InputError`` if there is nothing to checkpoint."""
+    backbone.chunk = compute.chunk
+    if compute.checkpoint and not checkpoint_blocks(backbone):
+        raise InputError(f"compute.checkpoint: {backbone.name} has no blocks that follow each other")
+    if compute.compile:
+        for name in ("encode_image", "compose"):
+            setattr(backbone, name, torch.compile(getattr(backbone, name)))
 
 
 def schedule(config: TrainConfig, step: int, steps: int, epoch: int) -> float:
@@ -172,7 +200,7 @@ def schedule(config: TrainConfig, step: int, steps: int, epoch: int) -> float:
 
 def frozen_features(config: TrainConfig, backbone: Backbone, images: ImageSource, hashes: dict[str, str]) -> banks.Bank:
     """The bank of these images as the settings want it."""
-    parts = banks.stored_parts(config.bank_dtype, config.bank_references == "stored")
+    parts = banks.stored_parts(config.bank.dtype, config.bank.references == "stored")
     root = checkpoints.runs_root() / "banks"
     return banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, parts)
 
@@ -252,10 +280,13 @@ def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Tr
     return [t for n, t in enumerate(triplets) if n not in aside], judge
 
 
-def training_images(config: TrainConfig, dataset: Dataset, triplets: Sequence[Triplet]) -> list[str]:
-    """Images of the bank, in a fixed order."""
-    named = list(dict.fromkeys(i for t in triplets for i in (t.reference, t.target)))
-    return named if config.candidates == "named" else list(dict.fromkeys([*named, *dataset.training_images()]))
+def training_images(
+    config: TrainConfig, dataset: Dataset, triplets: Sequence[Triplet], extra: Iterable[str] = ()
+) -> list[str]:
+    """Images of the bank, in a fixed order: those that triplets name, the rest of training, and extra ones."""
+    named = [i for t in triplets for i in (t.reference, t.target)]
+    rest = dataset.training_images() if config.bank.images == "all" else []
+    return list(dict.fromkeys([*named, *rest, *extra]))
 
 
 def hash_pixels(

@@ -106,10 +106,14 @@ class ImageFeatures(NamedTuple):
 
 @dataclass
 class Composed:
-    """A composed query (B, E), unit norm, and what a backbone's own extra losses need."""
+    """A composed query (B, E), unit norm, and what a backbone's own extra losses need.
+
+    ``parts`` are what stands for reference and text, (B, E) each, where the query is their normalised sum.
+    """
 
     query: Tensor
     states: dict[str, Tensor] = field(default_factory=dict)
+    parts: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,14 @@ class CLIP4CIR(Backbone):
         """(B, 1, E) and texts → queries (B, E)."""
         text = self._encode_text(tokens["text"])  # (B, E)
         image, text = wide(reference[:, 0]), wide(text)
-        mixed = image + text if self.combiner is None else self.combiner(image, text)
-        return Composed(unit(mixed))
+        if self.combiner is not None:
+            return Composed(unit(self.combiner(image, text)))
+        return Composed(unit(image + text), parts=(image, text))
+
+    @property
+    def sums(self) -> bool:
+        """Whether the query is a sum."""
+        return self.combiner is None
 
     def _encode_text(self, text: Tensor) -> Tensor:
         """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2ForImageTextRetrieval, PreTrainedConfig
 
-from spn4cir.backbone import Backbone, Published, unit
+from spn4cir.backbone import Backbone, Published, in_chunks, unit
 from spn4cir.blip import BERT, load_library, load_tokenizer, vision_names, vision_settings
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
@@ -230,13 +230,17 @@ class SPRC(Backbone):
         terms: dict[str, Tensor] = {}
         states = composed.states
         if self.options["rtc"]:
-            query = self._read(self.blip2, self._prompted(states["text"]), states["mask"], 0)
+            query = in_chunks(self._read_prompted, self.chunk, states["text"], states["mask"])
             terms["rtc"] = self.options["rtc"] * contrast(query, targets.target)
         if self.options["align"]:
             fused = states["fused"].mean(dim=1)  # (B, H)
             prompt = self.prompt_tokens.detach().mean(dim=1).expand_as(fused)
             terms["align"] = self.options["align"] * F.mse_loss(fused, prompt)
         return terms
+
+    def _read_prompted(self, text: Tensor, mask: Tensor) -> Tensor:
+        """(B, T), (B, K + T) → (B, E), from the first state behind which the prompt stands."""
+        return self._read(self.blip2, self._prompted(text), mask, 0)
 
     def _prompted(self, text: Tensor) -> Tensor:
         """(B, T) → embeddings (B, K + T, H): first token, prompt tokens, the other tokens, positions over all."""

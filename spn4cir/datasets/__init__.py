@@ -1,6 +1,7 @@
 """Datasets by name. A new one is one file here, one line in ``DATASETS`` and one test."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.cirr import CIRR
@@ -29,3 +30,15 @@ def load_dataset(name: str, root: str | None = None) -> Dataset:
     dataset = DATASETS[name](root)
     reasons = read_skip_list(dataset.root)
     return Skipping(dataset, reasons) if reasons else dataset
+
+
+def extra_pictures(place: str) -> dict[str, Path]:
+    """Pictures of a folder or a table, by ids that begin with its name: further negatives, named by no triplet.
+
+    Raises:
+        InputError: if there are none.
+    """
+    if not Path(place).exists():
+        raise InputError(f"bank.extra: {place} is missing: give a folder of pictures, or a table of them")
+    pictures = load_dataset(Catalogue.name, place)
+    return {f"{place}:{image_id}": pictures.path(image_id) for image_id in pictures.training_images()}

@@ -114,7 +114,7 @@ def test_a_bad_recipe_is_named(fails: Call, tmp_path: Path, program: str, text: 
     assert str(recipe) in line and words in line
 
 
-@pytest.mark.parametrize("text", ["epochs: many", "schedule: cosin", "bank_dtype: int8", "trackers: 3"])
+@pytest.mark.parametrize("text", ["epochs: many", "schedule: cosin", "bank: {dtype: int8}", "trackers: 3"])
 def test_a_bad_value_in_a_recipe_is_named(fails: Call, tmp_path: Path, text: str) -> None:
     """A value in the file is held to the same types and choices as an option."""
     recipe = tmp_path / "mine.yaml"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from spn4cir.backbones import BACKBONES
-from spn4cir.config import TrainConfig, parse
+from spn4cir.config import BankConfig, TrainConfig, parse
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.fashioniq import FashionIQ
 
@@ -40,13 +40,12 @@ STEPS = {  # of stage 2 with generated positives: on FashionIQ, and at most on C
 }  # fmt: skip
 
 COMMON: dict[str, Any] = {
-    "candidates": "named", "annotated": None, "generated": None, "generated_share": None, "init": None,
+    "bank": BankConfig(images="named"), "annotated": None, "generated": None, "generated_share": None, "init": None,
     "max_steps": None, "warmup_steps": 0, "selection": "val", "eval_every": 1, "seed": 42, "mixed_precision": "fp16",
     "workers": 4, "schedule": "constant", "schedule_options": {}, "lr_scale": {}, "backbone_options": {},
     "weight_decay": 0.01, "beta2": 0.999, "eps": 1e-7, "learn_temperature": False, "dropout": False,
-    "bank_dtype": "float32", "bank_references": "stored",
 }  # fmt: skip
-HALF = {"bank_dtype": "float16"}  # of the references that do not fit into memory
+HALF = {"bank": BankConfig(images="named", dtype="float16")}  # of the references that do not fit into memory
 STAGE_1: dict[str, dict[str, Any]] = {
     "clip4cir": {
         "backbone_options": {"model": "RN50x4-quickgelu", "pretrained": "openai"},

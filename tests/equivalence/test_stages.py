@@ -155,7 +155,7 @@ def test_the_loop_keeps_references_as_it_is_told(name: str, configure, init, run
     """Stored or recomputed, a run has the same losses and metrics but for rounding; only one of them fills the disk."""
     folder, found = str(init(name)), {}
     for way, options in {
-        "stored": {}, "recomputed": {"bank_references": "recompute"}, "lr": {"lr": 1.1e-3},
+        "stored": {}, "recomputed": {"bank": {"references": "recompute"}}, "lr": {"lr": 1.1e-3},
     }.items():  # fmt: skip
         output = runs / way
         train(configure(init=folder, backbone=name, output=str(output), max_steps=3, save_every=1, **options), 2)
@@ -173,7 +173,7 @@ def test_images_put_aside_are_not_stored_twice(configure, init, runs: Path) -> N
     options = {"init": str(init("tgcir")), "backbone": "tgcir", "selection": "holdout", "max_steps": 2}
     rows = {}
     for way in ("recompute", "stored"):
-        folder = train(configure(output=str(runs / way), bank_references=way, **options), 2)
+        folder = train(configure(output=str(runs / way), bank={"references": way}, **options), 2)
         rows[way] = json.loads((folder / "metrics.jsonl").read_text())
         assert len(list((runs / "banks").iterdir())) == (1 if way == "recompute" else 2)
     assert rows["stored"] == pytest.approx(rows["recompute"], rel=1e-4) and "R@10" in rows["stored"]

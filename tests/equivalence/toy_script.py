@@ -39,6 +39,8 @@ def first_step(toy: Toy, init: Path, stage: int, root: Path, rows: list[int]) ->
         backbone.freeze_image_side()
         with accelerator.main_process_first():
             bank = banks.load_or_build(backbone, images, {i: hashes[i] for i in toy.training_images()}, root)
+        if accelerator.num_processes > 1:
+            bank = bank.shard(accelerator.process_index, accelerator.num_processes)
     identity = banks.assign_rows({i: hashes[i] for i in toy.training_images()})
     share = len(rows) // accelerator.num_processes
     own = rows[accelerator.process_index * share :][:share]

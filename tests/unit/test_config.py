@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spn4cir.config import TrainConfig, parse, write_yaml
+from spn4cir.config import BankConfig, TrainConfig, parse, write_yaml
 from spn4cir.errors import InputError
 
 
@@ -162,7 +162,8 @@ def test_every_field_is_explained() -> None:
     (["--lr-scale", "{clip: 0.1}"], "lr_scale", {"clip": 0.1}),
     (["--schedule", "drops", "--schedule-options", "{epochs: [5, 10]}"], "schedule_options", {"epochs": [5, 10]}),
     (["--schedule", "onecycle", "--schedule-options.warmup", "0.02"], "schedule_options", {"warmup": 0.02}),
-    (["--bank-references=recompute"], "bank_references", "recompute"), (["--dropout", "true"], "dropout", True),
+    (["--bank.references=recompute"], "bank", BankConfig(references="recompute")),
+    (["--dropout", "true"], "dropout", True),
 ])  # fmt: skip
 def test_settings_that_hold_names_and_numbers(tmp_path: Path, argv: list[str], name: str, value: object) -> None:
     """Given on the command line or in a file, they are the same settings, and come back from the saved file."""
@@ -177,7 +178,8 @@ def test_settings_that_hold_names_and_numbers(tmp_path: Path, argv: list[str], n
     ("lr_scale: {clip: -0.1}", "clip"), ("lr_scale: {clip: .nan}", "clip"), ("lr_scale: {clip: .inf}", "clip"),
     ("lr_scale: {clip: fast}", "lr_scale"), ("lr_scale: 0.1", "lr_scale"),
     ("lr_scale: null", "lr_scale cannot be null"),
-    ("bank_references: kept", "bank_references"), ("dropout: 0.1", "dropout"), ("bank_dtype: bfloat16", "bank_dtype"),
+    ("bank: {references: kept}", "bank.references"), ("dropout: 0.1", "dropout"),
+    ("bank: {dtype: bfloat16}", "bank.dtype"),
     ("schedule: drops\nschedule_options: {epochs: 5}", "epochs of drops cannot be 5"),
     ("schedule: cosine\nschedule_options: {warmup: 0.1}", "schedule cosine has no option 'warmup'; known: epochs"),
     ("beta2: 1.0", "beta2"),

@@ -376,7 +376,7 @@ def test_collate_opens_each_image_of_a_batch_once() -> None:
             opened.extend(ids)
             return torch.stack([torch.full((3, 2, 2), float(ord(i))) for i in ids])
 
-    batch = TripletCollate(lengths, {"b": 0, "c": 1, "d": 0}, images=Source())(collate_items())  # type: ignore[arg-type]
+    batch = TripletCollate(lengths, {"a": 2, "b": 0, "c": 1, "d": 0}, images=Source())(collate_items())  # type: ignore[arg-type]
     assert opened == ["a", "b", "c", "d"]
     assert batch.pixels is not None
     assert [chr(int(v)) for v in batch.pixels[batch.reference, 0, 0, 0]] == ["a", "b", "a"]
@@ -392,7 +392,7 @@ def test_collate_with_bank_rows_opens_nothing() -> None:
     def stored(ids: Sequence[str]) -> torch.Tensor:
         return torch.tensor([[[float(rows[i])]] for i in ids])
 
-    collate = TripletCollate(lengths, {"b": 0, "c": 1, "d": 0}, None, rows, stored)  # type: ignore[arg-type]
+    collate = TripletCollate(lengths, {"a": 2, "b": 0, "c": 1, "d": 0}, None, rows, stored)  # type: ignore[arg-type]
     batch = collate(collate_items())
     assert batch.pixels is None and batch.features is not None
     assert batch.features.flatten().tolist() == [9, 4, 9] and batch.target.tolist() == [4, 2, 4]
@@ -408,7 +408,7 @@ def test_collate_without_stored_references_opens_those_alone() -> None:
             return torch.zeros(len(ids), 3, 2, 2)
 
     rows = {"a": 9, "b": 4, "c": 2, "d": 4}
-    batch = TripletCollate(lengths, {"b": 0, "c": 1, "d": 0}, Source(), rows)(collate_items())  # type: ignore[arg-type]
+    batch = TripletCollate(lengths, {"a": 2, "b": 0, "c": 1, "d": 0}, Source(), rows)(collate_items())  # type: ignore[arg-type]
     assert opened == ["a", "b"] and batch.features is None
     assert (batch.reference.tolist(), batch.target.tolist()) == ([0, 1, 0], [4, 2, 4])
 
