@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,14 @@ from tqdm import tqdm
 
 from spn4cir.backbone import Backbone
 from spn4cir.errors import InputError
+from spn4cir.files import locked, read_json, write_text
 from spn4cir.images import ImageSource
 from spn4cir.types import ImageFeatures
+
+WHOLE, BEGUN = "bank.json", "begun.json"  # what a folder of banks holds beside the arrays, and until they are whole
+CPU = torch.device("cpu")
+SECONDS = 5.0
+"""How much encoding a killed build may lose: so often it puts on disk what it has, and notes how far that goes."""
 
 
 class StoredRows:
@@ -50,22 +57,60 @@ class StoredRows:
         return torch.from_numpy(self._array)
 
 
+def fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes may stay on a device: they are less than half of what is free there."""
+    if device.type != "cuda":
+        return True
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free to use
+    return 2 * size < torch.cuda.mem_get_info(device)[0] + unused
+
+
 @dataclass
 class Bank:
     """Features of N unique images; ``rows`` says which image is where.
 
     ``reference`` (N, L, D) stays on disk and is gathered by rows; None where it is recomputed instead. ``target``
-    (N, K, E) is on the device, or on disk where the device is a CPU.
+    (N, K, E) is on ``device``, where queries are; or on disk, where that is a CPU or has no room for it. Of several
+    processes each may keep the targets of some rows only: those from ``first`` on, out of ``total``.
     """
 
     reference: StoredRows | None
     target: Tensor
     rows: dict[str, int]
     fingerprint: str
+    device: torch.device = CPU
+    first: int = 0
+    total: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = self.total or len(self.target)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the targets are where the queries are; else they have to be read ahead from disk."""
+        return self.target.device.type == self.device.type
 
     def to(self, device: torch.device) -> "Bank":
-        """The same bank with its targets on another device."""
-        return replace(self, target=self.target.to(device))
+        """The same bank for queries on a device, with its targets there if they fit."""
+        if device == self.target.device or not fits(self.target.nbytes, device):
+            return replace(self, device=device)
+        return replace(self, target=self.target.to(device), device=device)
+
+    def shard(self, process: int, processes: int) -> "Bank":
+        """The same bank with the targets that one of several processes keeps, still where they are.
+
+        Each keeps as many rows, one after the other; the last ones fewer, or none.
+
+        Raises:
+            ValueError: if there is no such process, or this is a share already.
+        """
+        if not 0 <= process < processes:
+            raise ValueError(f"process {process} of {processes}")
+        if len(self.target) < self.total:
+            raise ValueError("a share of a bank cannot be shared out again")
+        share = -(-self.total // processes)
+        first = min(process * share, self.total)
+        return replace(self, target=self.target[first : first + share], first=first)
 
     def references(self, image_ids: Sequence[str]) -> Tensor:
         """(B, L, D) of these images, as stored."""
@@ -135,20 +180,21 @@ def load_or_build(
 ) -> Bank:
     """The bank of these images, from disk if it is there, else encoded now.
 
-    A bank is written beside its place and renamed when whole, so that a half-written one is never read; and one whose
-    first row is not what ``encode_image`` gives now is made anew.
+    A build that was killed goes on where it stopped, to the same bytes. Only a bank that is whole is used; and one
+    whose first row is not what ``encode_image`` gives now is made anew. Who wants a bank that another process is
+    making waits for it.
 
     Args:
         backbone: its image side must be frozen.
         images: pixels by image id.
         hashes: which images, in order, each with the hash of its pixels; those with equal pixels share a row.
         root: folder of banks.
-        batch_size: images encoded at once.
+        batch_size: images encoded at once; a build that began with another number begins anew.
         parts: what ``stored_parts`` gives; None stores both in float32.
 
     Raises:
         ValueError: if the image side is not frozen.
-        InputError: if the disk has no room for it, or features are not finite.
+        InputError: if the disk has no room for it, or features are not finite, of which nothing is kept.
     """
     if not backbone.frozen:
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")
@@ -159,22 +205,35 @@ def load_or_build(
         first.setdefault(row, image_id)
     order = [first[row] for row in range(len(first))]
     folder = root / name
-    bank = _open(folder, parts, rows)
-    if bank is None or not _fits(bank, backbone, images.stack(order[:1])):
-        _build(backbone, images, order, folder, batch_size, parts)
-        bank = _open(folder, parts, rows)
+
+    def usable(note: str) -> Bank | None:
+        bank = _open(folder / note, parts, rows)
+        return bank if bank and _fits(bank, backbone, images.stack(order[:1])) else None
+
+    if (bank := usable(WHOLE)) is not None:
+        return bank
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / f"{name}.lock"):
+        if (bank := usable(WHOLE)) is not None:  # another process has made it meanwhile
+            return bank
+        done = _rows_done(folder, len(order), batch_size, parts) if usable(BEGUN) else 0
+        _build(backbone, images, order, folder, range(done, len(order), batch_size), parts)
+    bank = _open(folder / WHOLE, parts, rows)
     assert bank is not None
     return bank
 
 
-def _open(folder: Path, parts: Mapping[str, str], rows: dict[str, int]) -> Bank | None:
-    """The bank in a folder, or None if it is not there or damaged."""
+def _open(note: Path, parts: Mapping[str, str], rows: dict[str, int]) -> Bank | None:
+    """The bank in the folder of this note, or None if it is not there or damaged."""
     try:
-        stored = {part: StoredRows(folder / f"{part}.npy") for part in parts}
+        stored = {part: StoredRows(note.with_name(f"{part}.npy")) for part in parts}
     except (ValueError, OSError, EOFError):
         return None
-    whole = (folder / "bank.json").is_file() and {len(part) for part in stored.values()} == {max(rows.values()) + 1}
-    return Bank(stored.get("reference"), stored["target"].whole(), rows, folder.name) if whole else None
+    sound = note.is_file() and all(
+        len(file) == max(rows.values()) + 1 and file[[0]].dtype == getattr(torch, parts[part])
+        for part, file in stored.items()
+    )
+    return Bank(stored.get("reference"), stored["target"].whole(), rows, note.parent.name) if sound else None
 
 
 @torch.no_grad()
@@ -186,73 +245,88 @@ def _fits(bank: Bank, backbone: Backbone, pixels: Tensor) -> bool:
     return all(now.shape == then.shape and (now - then).norm() <= 0.01 * now.norm() for now, then in pairs)
 
 
+def _note(rows: int, images: int, batch_size: int, parts: Mapping[str, str]) -> dict[str, Any]:
+    """What the folder of a bank says of it when so many rows of it are on disk."""
+    return {"images": images, "parts": dict(parts), "batch_size": batch_size, "rows": rows}
+
+
+def _rows_done(folder: Path, images: int, batch_size: int, parts: Mapping[str, str]) -> int:
+    """How many rows a build of the same blocks has written; 0 if there is none."""
+    try:
+        found = read_json(folder / BEGUN)
+    except InputError:
+        return 0
+    ends = (*range(batch_size, images, batch_size), images)
+    return next((rows for rows in ends if found == _note(rows, images, batch_size, parts)), 0)
+
+
 @torch.no_grad()
 def _build(
     backbone: Backbone,
     images: ImageSource,
     order: Sequence[str],
     folder: Path,
-    batch_size: int,
+    blocks: range,
     parts: Mapping[str, str],
 ) -> None:
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    killed = [path for path in folder.parent.glob(f"{folder.name}.*.tmp") if not _alive(path.suffixes[-2][1:])]
-    for leftover in (folder, beside, *killed):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        files: dict[str, np.memmap[Any, Any]] = {}
-        device = next(backbone.parameters()).device
-        with tqdm(total=len(order), desc="bank", unit="image", leave=False) as bar:
-            for start in range(0, len(order), batch_size):
-                features = backbone.encode_image(images.stack(order[start : start + batch_size]).to(device))
-                files = files or _allocate(beside, parts, features, len(order))
-                for part, file in files.items():
-                    values = getattr(features, part).to(getattr(torch, parts[part])).cpu()
-                    if not values.isfinite().all():
-                        raise InputError(
-                            f"{backbone.name}: {part} features hold numbers that are not finite in {parts[part]}: "
-                            "set bank_dtype float32, or look at the weights"
-                        )
-                    file[start : start + len(values)] = values.numpy()
-                bar.update(len(features.target))
-                del features, values  # before the next ones are made
+    """Encode blocks of images: all, or the rest of those of a build that was killed. The caller holds the lock."""
+    if not blocks.start and folder.exists():
+        shutil.rmtree(folder)
+    files = _reopen(folder, parts, blocks.start / len(order)) if blocks.start else {}
+    device, noted = next(backbone.parameters()).device, time.monotonic()
+
+    def note(rows: int) -> None:
         for file in files.values():
             file.flush()
-        (beside / "bank.json").write_text(json.dumps({"images": len(order), "parts": dict(parts)}) + "\n")
-        try:
-            os.rename(beside, folder)
-        except OSError:  # unless another process was faster
-            if not (folder / "bank.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        write_text(folder / BEGUN, json.dumps(_note(rows, len(order), blocks.step, parts)) + "\n")
 
-
-def _alive(process: str) -> bool:
-    """Whether a process of that number runs."""
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
+    with tqdm(total=len(order), initial=blocks.start, desc="bank", unit="image", leave=False) as bar:
+        for start in blocks:
+            features = backbone.encode_image(images.stack(order[start : start + blocks.step]).to(device))
+            files = files or _allocate(folder, parts, features, len(order))
+            for part, file in files.items():
+                values = getattr(features, part).to(getattr(torch, parts[part])).cpu()
+                if not values.isfinite().all():
+                    shutil.rmtree(folder)
+                    raise InputError(
+                        f"{backbone.name}: {part} features hold numbers that are not finite in {parts[part]}: "
+                        "set bank_dtype float32, or look at the weights"
+                    )
+                file[start : start + len(values)] = values.numpy()
+            bar.update(len(features.target))
+            if time.monotonic() - noted > SECONDS:
+                note(start + len(features.target))
+                noted = time.monotonic()
+            del features, values  # before the next ones are made
+    note(len(order))
+    os.replace(folder / BEGUN, folder / WHOLE)
 
 
 def _allocate(
     folder: Path, parts: Mapping[str, str], features: ImageFeatures, rows: int
 ) -> "dict[str, np.memmap[Any, Any]]":
-    """Empty arrays on disk for so many rows, if it has room for them: a full disk would end the process unheard."""
+    """A folder with empty arrays for so many rows, if the disk has room for them."""
     shapes = {part: (rows, *getattr(features, part).shape[1:]) for part in parts}
-    needed = sum(math.prod(shape) * np.dtype(parts[part]).itemsize for part, shape in shapes.items())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"the bank needs {needed / 1e9:.1f} GB in {folder.parent}, and {free / 1e9:.1f} GB are free: set "
-            "SPN4CIR_RUNS to a larger disk, or bank_dtype float16, or bank_references recompute"
-        )
+    _check_room(folder.parent, sum(math.prod(shape) * np.dtype(parts[part]).itemsize for part, shape in shapes.items()))
+    folder.mkdir()
     return {
         part: np.lib.format.open_memmap(folder / f"{part}.npy", "w+", np.dtype(parts[part]), shape)
         for part, shape in shapes.items()
     }
+
+
+def _reopen(folder: Path, parts: Mapping[str, str], done: float) -> "dict[str, np.memmap[Any, Any]]":
+    """The arrays of a build that was killed, to go on with, if the disk has room for the share that is not done."""
+    files = {part: np.load(folder / f"{part}.npy", mmap_mode="r+") for part in parts}
+    _check_room(folder.parent, int(sum(file.nbytes for file in files.values()) * (1 - done)))
+    return files
+
+
+def _check_room(root: Path, needed: int) -> None:
+    """Raises ``InputError`` if so many bytes have no room: a full disk would end the process unheard."""
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise InputError(
+            f"the bank needs {needed / 1e9:.1f} GB in {root}, and {free / 1e9:.1f} GB are free: set "
+            "SPN4CIR_RUNS to a larger disk, or bank_dtype float16, or bank_references recompute"
+        )

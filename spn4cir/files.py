@@ -3,6 +3,8 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,45 @@ def write_text(path: Path, text: str) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here for the same path: a file that is there meanwhile, and then no more.
+
+    The system lets go of it where a process is killed. Where it, or the disk, has no such locks, nobody waits.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not this kind of system
+        yield
+        return
+    while True:
+        try:
+            file = path.open("a")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+        with file:
+            with suppress(OSError):  # not this kind of disk
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file.fileno()):
+                continue  # whoever had it has removed it: what is at the path now is another's
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one that is at a path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def read_json(path: Path, source: str = "") -> Any:
