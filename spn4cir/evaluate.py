@@ -89,7 +89,7 @@ def _features(
     if bank is None:
         features = backbone.encode_image(images.stack(ids).to(device))
         return features.target.float(), features.reference[held]
-    target = bank.target[[bank.rows[i] for i in ids]].float()
+    target = bank.target[[bank.rows[i] for i in ids]].to(device).float()
     return target, bank.references([ids[n] for n in held]).to(device).float() if held else target[:0]
 
 

@@ -118,15 +118,16 @@ class _InfoNCE(torch.autograd.Function):
         local = query.to(wide) / t
         batch, scaled = own.of_all(), _all(local) if own.spread else local
         found = _positive_vectors(vectors, batch, wide, query.device)  # (B, P, K, E)
-        scores, which = torch.einsum("be,bpke->bpk", scaled, found).max(2)  # (B, P)
+        scores, which = (scaled[:, None, None] * found).sum(3).max(2)  # (B, P)
         nearest = found.gather(2, which[..., None, None].expand(-1, -1, 1, found.shape[3]))[:, :, 0]  # (B, P, E)
-        hidden = _hidden(batch, len(vectors), found)
+        learned = ctx.needs_input_grad[1]
+        hidden = _hidden(batch, len(vectors), found, learned)
         lse, mean = attend(scaled, vectors, hidden)
         if own.spread:
             lse, mean = _join_processes(lse, mean)
 
         rows = slice(dist.get_rank() * len(query), (dist.get_rank() + 1) * len(query)) if own.spread else slice(None)
-        several = (own.positives >= 0).sum(1) > 1  # (B,)
+        apart = _apart(own.positives, learned)  # (B, 1)
         owner, slot = (own.positives >= 0).nonzero(as_tuple=True)  # (T,) terms
         count = _sum(torch.tensor(len(owner), device=query.device)) if own.spread else len(owner)
         if not count:
@@ -134,13 +135,14 @@ class _InfoNCE(torch.autograd.Function):
         each = (processes() if own.spread else 1) / count  # weight of a term
         score, nearest = scores[rows][owner, slot], nearest[rows][owner, slot]  # (T,), (T, E)
         others = lse[rows][owner]
-        whole = torch.where(several[owner], torch.logaddexp(others, score), others)  # (T,)
-        share = torch.where(several[owner], (others - whole).exp(), 1.0)  # of a term's sum, what is no positive
+        added = apart[owner, 0]
+        whole = torch.where(added, torch.logaddexp(others, score), others)  # (T,)
+        share = torch.where(added, (others - whole).exp(), 1.0)  # of a term's sum, what the pass went through
         pulled = share[:, None] * mean[rows][owner] - (share[:, None] * nearest)  # (T, E)
         gradient = torch.zeros_like(local).index_add_(0, owner, pulled) * (each / t)
         ctx.save_for_backward(query, gradient, temperature)
-        ctx.learned = ctx.needs_input_grad[1]
-        if ctx.learned:
+        ctx.learned = learned
+        if learned:
             weight = torch.zeros_like(lse).index_add_(0, owner, share) * each  # (B,)
             ctx.batch, ctx.hidden, ctx.terms = batch, hidden, (owner, own.positives[owner, slot], slot, share * each)
             ctx.state = (scaled, vectors.detach(), lse, weight, which)
@@ -180,22 +182,24 @@ def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device
     return found
 
 
-def _hidden(batch: _Batch, count: int, found: Tensor) -> Hidden:
-    """What the queries' sums leave out of ``count`` candidates from ``batch.first`` on.
+def _apart(positives: Tensor, always: bool) -> Tensor:
+    """(B, P) → (B, 1), true where positives stay out of the pass, and each term adds its own.
 
-    Of a query with several positives these are all of them: each term adds its own.
+    So it is where there are several of them, and wherever it costs nothing, as with the few candidates of a batch: a
+    gradient is then ``share · (mean of the others - positive)``, which loses no digits where the share is small.
     """
+    return torch.full_like(positives[:, :1], True, dtype=torch.bool) if always else (positives >= 0).sum(1, True) > 1
+
+
+def _hidden(batch: _Batch, count: int, found: Tensor, learned: bool) -> Hidden:
+    """What the queries' sums leave out of ``count`` candidates from ``batch.first`` on."""
     positives, (query, row) = batch.positives, batch.pairs
     like = None if batch.threshold is None else pooled(found)  # (B, P, E)
-    if positives.shape[1] == 1:
-        pairs, shown = batch.pairs[:, positives[query, 0] != row], _pairs(positives, positives >= 0)
-    else:
-        several = ((positives >= 0).sum(1) > 1)[:, None]  # (B, 1)
-        pairs = batch.pairs[:, ~((positives[query] == row[:, None]) & ~several[query]).any(1)]
-        pairs = torch.cat([pairs, _pairs(positives, (positives >= 0) & several)], 1)
-        shown = _pairs(positives, (positives >= 0) & ~several)
-    if like is None:
-        shown = shown[:, :0]
+    apart = _apart(positives, learned)
+    pairs = batch.pairs[:, ~((positives[query] == row[:, None]) & ~apart[query]).any(1)]
+    if learned or positives.shape[1] > 1:
+        pairs = torch.cat([pairs, _pairs(positives, (positives >= 0) & apart)], 1)
+    shown = _pairs(positives, (positives >= 0) & ~apart) if like is not None else pairs[:, :0]
     pairs, shown = (_within(part, batch.first, count) for part in (pairs, shown))
     return Hidden(pairs, shown, like, batch.threshold or 1.0)
 

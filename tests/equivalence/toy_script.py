@@ -8,6 +8,7 @@ processes: toy_script.py processes TOY INITS OUTPUT  one step's loss and gradien
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,7 +30,9 @@ from spn4cir.objective import Objective
 BATCH = [0, 3, 4, 9, 20, 23, 17, 8]
 
 
-def first_step(toy: Toy, init: Path, stage: int, root: Path, rows: list[int]) -> dict[str, Tensor]:
+def first_step(
+    toy: Toy, init: Path, stage: int, root: Path, rows: list[int], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Loss and gradients of one batch, shared among the processes there are; the mean of all."""
     accelerator = Accelerator()
     backbone, triplets = load_model(init), toy.triplets()
@@ -46,7 +49,10 @@ def first_step(toy: Toy, init: Path, stage: int, root: Path, rows: list[int]) ->
     own = rows[accelerator.process_index * share :][:share]
     items = [(triplets[n], triplets[n].modifications[n % 2]) for n in own]
     batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows, bank and bank.references)(items)
-    objective = Objective(backbone, 0.1, learn_temperature=True, bank=bank)
+    if bank is not None:
+        bank = replace(bank, target=bank.target.to(dtype))
+    batch.pixels, batch.features = (None if x is None else x.to(dtype) for x in (batch.pixels, batch.features))
+    objective = Objective(backbone, 0.1, learn_temperature=True, bank=bank).to(dtype)
     prepared = accelerator.prepare(objective)
     loss = prepared(batch)
     accelerator.backward(loss)
@@ -75,12 +81,12 @@ def processes(toy: Toy, inits: Path, output: Path) -> None:
     Accelerator.end_training = lambda self: None  # it ends the process group, which the next run here still needs
     for init in sorted(inits.iterdir()):
         for stage in (1, 2):
-            found = first_step(toy, init, stage, output / "banks", BATCH)
-            if accelerator.is_main_process:
-                (output / init.name).mkdir(exist_ok=True)
-                write_tensors(
-                    output / init.name / f"step{stage}.safetensors", found, {"world": accelerator.num_processes}
-                )
+            for dtype in (torch.float32, torch.float64):
+                found = first_step(toy, init, stage, output / "banks", BATCH, dtype)
+                if accelerator.is_main_process:
+                    (output / init.name).mkdir(exist_ok=True)
+                    name = f"step{stage}-{dtype}.safetensors"
+                    write_tensors(output / init.name / name, found, {"world": accelerator.num_processes})
         runs(toy, init, output / init.name)
     torch.distributed.destroy_process_group()
 
