@@ -53,6 +53,7 @@ def test_exact_finds_what_torch_finds(
     """Ties everywhere, duplicates, several vectors an image, half precision; queries and gallery in ragged parts."""
     monkeypatch.setattr(neighbours, "CHUNK", 8)
     monkeypatch.setattr(search, "BLOCK", 70 * vectors)
+    monkeypatch.setattr(neighbours, "BLOCK", 100 * vectors)
     query, gallery = integers(Q, 4), integers(G, vectors, 4, seed=1).to(stored)
     excluded = table(4) if which in ("excluded", "both") else None
     members = table(9) if which in ("members", "both") else None
@@ -74,21 +75,37 @@ def test_exact_finds_what_torch_finds_among_features(vectors: int) -> None:
     assert not torch.equal(ours.top_k(query, 20, excluded)[1], top_k(query, gallery.roll(1, 0), 20, excluded)[1])
 
 
-def test_exact_asks_torch_where_equal_scores_end_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many queries torch is asked each time."""
+    counts: list[int] = []
+
+    def noted(part: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        counts.append(len(part))
+        return top_k(part, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(neighbours, "top_k", noted)
+    return counts
+
+
+def test_exact_asks_torch_where_equal_scores_end_the_list(asked: list[int]) -> None:
     """A query whose k-th score is shared by more images than were fetched; the others are left to the index."""
     gallery = unit(G, 1, 8)
     gallery[50:250] = gallery[50]
     query = torch.stack([gallery[50, 0], -gallery[50, 0]])
-    asked: list[int] = []
-
-    def noted(part: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        asked.append(len(part))
-        return top_k(part, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(neighbours, "top_k", noted)
     scores, rows = Neighbours(gallery).top_k(query, 5)
     assert rows[0].tolist() == [50, 51, 52, 53, 54] and asked == [1]
     assert same((scores, rows), top_k(query, gallery, 5))
+
+
+def test_exact_knows_enough_without_torch(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All vectors of an image are near each other, so k images are found by no fewer than k · K of them."""
+    query, gallery = unit(Q, 32), F.normalize(unit(G, 1, 32, seed=1) + 0.01 * unit(G, 3, 32, seed=2), dim=-1)
+    excluded = table(4)
+    wanted = top_k(query, gallery, 20, excluded)
+    assert same(Neighbours(gallery).top_k(query, 20, excluded), wanted) and not asked
+    monkeypatch.setattr(neighbours, "SLACK", 1.0)  # negative control: were scores that coarse, none could be trusted
+    assert same(Neighbours(gallery).top_k(query, 20, excluded), wanted) and asked == [Q]
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
