@@ -13,7 +13,7 @@ from spn4cir.errors import InputError
 from spn4cir.search import BLOCK, blocks, top_k
 
 Kind: TypeAlias = Literal["exact", "ivf", "hnsw"]
-CHUNK = 256  # queries searched at once
+CHUNK = 1024  # queries searched at once; faiss multiplies matrices only where queries × E are more than 128,000
 SPARE = 16  # vectors fetched beyond those needed, so that few searches end within equal scores
 SLACK = 2.0**-20  # times √E and both lengths: more than two ways to add up a product in float32 differ by
 LINKS = 32  # of a vector in the graph of hnsw
@@ -59,6 +59,10 @@ class Neighbours:
 
     def _build(self, faiss: Any, effort: int) -> Any:
         """The index of all vectors."""
+        for _, block in blocks(self.gallery, torch.empty(0)):
+            self._longest = max(self._longest, float(block.norm(dim=2).max()))
+            if not bool(block.isfinite().all()):
+                raise ValueError("the gallery is not finite: an embedding holds NaN or infinity")
         images, vectors, width = self.gallery.shape
         lists = max(1, min(images * vectors, int(4 * math.sqrt(images * vectors))))
         if self.kind == "exact":
@@ -77,10 +81,6 @@ class Neighbours:
             some = drawn[: index.cp.max_points_per_centroid * lists // vectors + 1].sort().values
             index.train(_array(self.gallery[some.to(self.gallery.device)].flatten(0, 1)))
         for _, block in blocks(self.gallery, torch.empty(0)):
-            lengths = block.flatten(0, 1).norm(dim=1)
-            if not bool(lengths.isfinite().all()):
-                raise ValueError("the gallery is not finite: an embedding holds NaN or infinity")
-            self._longest = max(self._longest, float(lengths.max()))
             index.add(_array(block.flatten(0, 1)))
         return index
 

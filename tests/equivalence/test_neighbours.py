@@ -174,14 +174,15 @@ def test_the_smallest_searches(kind: Kind) -> None:
     assert Neighbours(unit(3, 1, 4), kind).top_k(unit(1, 4), 2, everything)[1].tolist() == [[-1, -1]]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused(value: float) -> None:
+def test_what_is_not_finite_is_refused(value: float, kind: Kind) -> None:
     """By a broken gallery when the index is built, by a broken query when it is searched."""
     query, gallery = unit(2, 4), unit(3, 1, 4)
-    ours = Neighbours(gallery.clone())
+    ours = Neighbours(gallery.clone(), kind)
     gallery[1, 0, 2] = query[1, 2] = value
     with pytest.raises(ValueError, match="gallery is not finite"):
-        Neighbours(gallery)
+        Neighbours(gallery, kind)
     with pytest.raises(ValueError, match="finite"):
         ours.top_k(query, 2)
 
