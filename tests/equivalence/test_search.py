@@ -115,6 +115,118 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(whole[1], top_k(query, gallery, 5)[1])
 
 
+def every_score(query: Tensor, gallery: Tensor, excluded: Tensor | None, members: Tensor | None) -> Tensor:
+    """(Q, G) scores of all at once in float32, minus infinity for images that are left out."""
+    scores = (query.float() @ gallery.float().flatten(0, 1).T).view(len(query), *gallery.shape[:2]).amax(2)
+    for n, row in enumerate(scores):
+        if members is not None:
+            row[[g for g in range(len(gallery)) if g not in members[n]]] = -torch.inf
+        if excluded is not None:
+            row[[x for x in excluded[n].tolist() if x >= 0]] = -torch.inf
+    return scores
+
+
+def sorted_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The straightforward way: a stable sort of everything."""
+    values, order = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], order[:, :k]
+
+
+def counted_rank(scores: Tensor, targets: Tensor) -> Tensor:
+    """Places by the definition, from all scores at once."""
+    wanted = torch.zeros_like(scores, dtype=torch.bool)
+    for n, row in enumerate(targets.tolist()):
+        wanted[n, [t for t in row if t >= 0]] = True
+    best = scores.masked_fill(~wanted, -torch.inf).amax(1, keepdim=True)
+    others = scores.masked_fill(wanted, -torch.inf)
+    return torch.stack([(others > best).sum(1) + 1, (others >= best).sum(1) + 1], 1)
+
+
+LEFT_OUT = ["nothing", "excluded", "members", "both"]
+
+
+def left_out(which: str, count: int, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Tables of excluded rows, which hold no target, and of members, which hold one."""
+    members = torch.cat([rows(8, count), targets[:, :1], targets[:, :1]], 1)  # a row may be named twice
+    excluded = rows(3, count, avoid=targets)
+    return excluded if which in ("excluded", "both") else None, members if which in ("members", "both") else None
+
+
+@pytest.mark.parametrize("which", LEFT_OUT)
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_blocks_of_the_gallery_equal_a_full_sort(
+    vectors: int, stored: torch.dtype, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven images at a time, the last block ragged; two thirds of the gallery occur twice, mostly in another block."""
+    monkeypatch.setattr(search, "BLOCK", 7 * vectors)
+    count = search.CHUNK + 11
+    query, gallery = integers(count, 4), integers(G, vectors, 4, seed=1)
+    gallery[G // 3 : 2 * (G // 3)] = gallery[: G // 3]
+    targets = torch.stack([torch.randperm(G)[:3] for _ in range(count)])
+    targets[::2, 1:] = -1
+    excluded, members = left_out(which, count, targets)
+    scores = every_score(query, gallery, excluded, members)
+    gallery = gallery.to(stored)
+    assert torch.equal(rank_of_target(query, gallery, targets, excluded, members), counted_rank(scores, targets))
+    for k in (1, 4, 7, 20, G + 5):
+        values, order = sorted_top_k(scores, k)
+        found = top_k(query, gallery, k, excluded, members)
+        assert torch.equal(found[1], order) and torch.equal(found[0], values) and found[0].dtype == torch.float32
+        backwards = sorted_top_k(scores.flip(1), k)[1]  # negative control: ties by row, and not the other way around
+        assert not torch.equal(found[1], G - 1 - backwards)
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_a_gallery_of_one_vector_is_ranked_by_row(vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most ties that there can be: every image has the same score."""
+    monkeypatch.setattr(search, "BLOCK", 7 * vectors)
+    query, gallery = torch.ones(5, 4), torch.ones(G, vectors, 4)
+    for k in (1, 6, 7, 8, G):
+        assert top_k(query, gallery, k)[1].tolist() == [list(range(k))] * 5
+        assert top_k(query, gallery, k, torch.full((5, 1), 2))[1][:, :6].tolist() == [[0, 1, 3, 4, 5, 6][:k]] * 5
+    assert rank_of_target(query, gallery, torch.tensor([[0], [3], [9], [28], [29]])).tolist() == [[1, G]] * 5
+
+
+@pytest.mark.parametrize("several", [1, 3])
+def test_a_target_is_scored_in_its_block(several: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a score depends on the shape of the product, as last bits do, a target's comes from that of the others."""
+    whole = search.scores_of
+    shapes = []
+
+    def shifted(query: Tensor, candidates: Tensor) -> Tensor:
+        shapes.append((len(query), len(candidates)))
+        return whole(query, candidates) + 0.25 * len(candidates) + 0.5 * len(query)
+
+    count = search.CHUNK + 11
+    query, gallery, targets = integers(count, 4), integers(G, 1, 4, seed=1), rows(several, count)
+    monkeypatch.setattr(search, "scores_of", shifted)
+    monkeypatch.setattr(search, "BLOCK", 6)
+    wanted = counted_rank(every_score(query, gallery, None, None), targets)
+    assert torch.equal(rank_of_target(query, gallery, targets), wanted)
+    assert set(shapes) == {(search.CHUNK, 6), (11, 6)} and len(shapes) < 2 * 2 * 5  # most blocks are scored once
+    monkeypatch.setattr(search, "BLOCK", 7)  # negative control: the last block is ragged, and a shift no shift of all
+    assert not torch.equal(rank_of_target(query, gallery, targets), wanted)
+
+
+def test_no_product_grows_with_the_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten times the gallery is ten times the blocks, none of them larger."""
+    largest, whole = [], search.scores_of
+
+    def noted(query: Tensor, candidates: Tensor) -> Tensor:
+        largest[-1] = max(largest[-1], candidates.numel())
+        return whole(query, candidates)
+
+    monkeypatch.setattr(search, "scores_of", noted)
+    monkeypatch.setattr(search, "BLOCK", 40)
+    for size in (10, 100, 1000):
+        query, gallery = torch.ones(3, 4), integers(size, 2, 4)
+        largest.append(0)
+        rank_of_target(query, gallery, torch.zeros(3, 1).long())
+        top_k(query, gallery, 2)
+    assert largest == [10 * 2 * 4, 20 * 2 * 4, 20 * 2 * 4]
+
+
 def toy_benchmark(exclude: bool = True) -> Benchmark:
     draw = random.Random(3)
     ids = tuple(f"g{n}" for n in range(G))
