@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir.search import scores_of
-from spn4cir.streaming import Hidden, attend, finite, pooled, pull
+from spn4cir.streaming import Hidden, Softmax, attend, finite, pooled, pull
 
 
 @dataclass(frozen=True)
@@ -118,35 +118,37 @@ class _InfoNCE(torch.autograd.Function):
         local = query.to(wide) / t
         batch, scaled = own.of_all(), _all(local) if own.spread else local
         found = _positive_vectors(vectors, batch, wide, query.device)  # (B, P, K, E)
-        scores, which = (scaled[:, None, None] * found).sum(3).max(2)  # (B, P)
+        scores, which = _own_scores(scaled, found).max(2)  # (B, P)
         nearest = found.gather(2, which[..., None, None].expand(-1, -1, 1, found.shape[3]))[:, :, 0]  # (B, P, E)
         learned = ctx.needs_input_grad[1]
-        hidden = _hidden(batch, len(vectors), found, learned)
-        lse, mean = attend(scaled, vectors, hidden)
+        cheap = learned or vectors.shape[1] > 1  # to leave candidates out, as fused attention does not serve here
+        hidden = _hidden(batch, len(vectors), found, cheap)
+        sums = attend(scaled, vectors, hidden)
         if own.spread:
-            lse, mean = _join_processes(lse, mean)
+            sums = _join_processes(sums)
 
         rows = slice(dist.get_rank() * len(query), (dist.get_rank() + 1) * len(query)) if own.spread else slice(None)
-        apart = _apart(own.positives, learned)  # (B, 1)
+        apart = _apart(own.positives, cheap)  # (B, 1)
         owner, slot = (own.positives >= 0).nonzero(as_tuple=True)  # (T,) terms
         count = _sum(torch.tensor(len(owner), device=query.device)) if own.spread else len(owner)
         if not count:
             raise ValueError("no query has a positive: the mean over no terms is undefined")
         each = (processes() if own.spread else 1) / count  # weight of a term
         score, nearest = scores[rows][owner, slot], nearest[rows][owner, slot]  # (T,), (T, E)
-        others = lse[rows][owner]
+        mine = Softmax(*(part[rows][owner] for part in sums))
+        behind = (mine.top - score) + mine.total.log()  # (T,)
         added = apart[owner, 0]
-        whole = torch.where(added, torch.logaddexp(others, score), others)  # (T,)
-        share = torch.where(added, (others - whole).exp(), 1.0)  # of a term's sum, what the pass went through
-        pulled = share[:, None] * mean[rows][owner] - (share[:, None] * nearest)  # (T, E)
+        share = torch.where(added, behind.sigmoid(), 1.0)  # of a term's sum, what the pass went through
+        terms = torch.where(added, F.softplus(behind), behind.clamp(min=0))
+        pulled = share[:, None] * (mine.mean - nearest)  # (T, E)
         gradient = torch.zeros_like(local).index_add_(0, owner, pulled) * (each / t)
         ctx.save_for_backward(query, gradient, temperature)
         ctx.learned = learned
         if learned:
-            weight = torch.zeros_like(lse).index_add_(0, owner, share) * each  # (B,)
+            weight = torch.zeros_like(sums.top).index_add_(0, owner, share) * each  # (B,)
             ctx.batch, ctx.hidden, ctx.terms = batch, hidden, (owner, own.positives[owner, slot], slot, share * each)
-            ctx.state = (scaled, vectors.detach(), lse, weight, which)
-        return ((whole - score).sum() * each).to(wide)
+            ctx.state = (scaled, vectors.detach(), sums, weight, which)
+        return (terms.sum() * each).to(wide)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -158,10 +160,10 @@ class _InfoNCE(torch.autograd.Function):
             of_temperature = (-given * (query.to(gradient) * gradient).sum() / temperature).to(temperature)
         of_vectors = None
         if ctx.learned:
-            scaled, vectors, lse, weight, which = ctx.state
+            scaled, vectors, sums, weight, which = ctx.state
             owner, row, slot, share = ctx.terms
             with torch.autocast(query.device.type, enabled=False):
-                of_vectors = pull(scaled, vectors, ctx.hidden, lse, weight)
+                of_vectors = pull(scaled, vectors, ctx.hidden, sums, weight)
             of_vectors.index_put_((row, which[owner, slot]), -share[:, None] * scaled[owner], accumulate=True)
             of_vectors = (given * of_vectors).to(vectors.dtype)
         return of_query, of_vectors, of_temperature, None
@@ -182,22 +184,33 @@ def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device
     return found
 
 
+def _own_scores(query: Tensor, found: Tensor) -> Tensor:
+    """(B, E) and (B, P, K, E) → (B, P, K), as a part of matrix products.
+
+    So they are rounded as those of all candidates are: of vectors that are nearly equal, what counts are differences.
+    """
+    parts = []
+    for rows, vectors in zip(torch.split(query, 64), torch.split(found, 64), strict=True):
+        products = rows @ vectors.flatten(0, 2).T  # (b, b·P·K)
+        parts.append(products.view(len(rows), len(rows), *found.shape[1:3]).diagonal().movedim(-1, 0))
+    return torch.cat(parts)
+
+
 def _apart(positives: Tensor, always: bool) -> Tensor:
     """(B, P) → (B, 1), true where positives stay out of the pass, and each term adds its own.
 
-    So it is where there are several of them, and wherever it costs nothing, as with the few candidates of a batch: a
-    gradient is then ``share · (mean of the others - positive)``, which loses no digits where the share is small.
+    So it is where there are several of them, and wherever it costs nothing: a gradient is then ``share · (mean of the others - positive)``, which loses no digits where the share is small.
     """
     return torch.full_like(positives[:, :1], True, dtype=torch.bool) if always else (positives >= 0).sum(1, True) > 1
 
 
-def _hidden(batch: _Batch, count: int, found: Tensor, learned: bool) -> Hidden:
+def _hidden(batch: _Batch, count: int, found: Tensor, cheap: bool) -> Hidden:
     """What the queries' sums leave out of ``count`` candidates from ``batch.first`` on."""
     positives, (query, row) = batch.positives, batch.pairs
     like = None if batch.threshold is None else pooled(found)  # (B, P, E)
-    apart = _apart(positives, learned)
+    apart = _apart(positives, cheap)
     pairs = batch.pairs[:, ~((positives[query] == row[:, None]) & ~apart[query]).any(1)]
-    if learned or positives.shape[1] > 1:
+    if cheap or positives.shape[1] > 1:
         pairs = torch.cat([pairs, _pairs(positives, (positives >= 0) & apart)], 1)
     shown = _pairs(positives, (positives >= 0) & ~apart) if like is not None else pairs[:, :0]
     pairs, shown = (_within(part, batch.first, count) for part in (pairs, shown))
@@ -230,14 +243,14 @@ def _sum(local: Tensor) -> Tensor:
     return total
 
 
-def _join_processes(lse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _join_processes(own: Softmax) -> Softmax:
     """What ``attend`` gave on each process → what it gives for the candidates of all."""
-    most = lse.clone()
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    share = (lse - finite(most)).exp()  # (B,)
-    joined = _sum(torch.cat([share[:, None], share[:, None] * mean], 1))  # (B, 1 + E)
+    top = own.top.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    share = own.total * (own.top - finite(top)).exp()  # (B,)
+    joined = _sum(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
     total = joined[:, :1]
-    return most + total[:, 0].log(), joined[:, 1:] / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return Softmax(top, total[:, 0], joined[:, 1:] / total.clamp(min=torch.finfo(total.dtype).tiny))
 
 
 class _Gather(torch.autograd.Function):
@@ -249,7 +262,7 @@ class _Gather(torch.autograd.Function):
         return _all(local)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _sum(gradient.contiguous())[dist.get_rank() * ctx.rows :][: ctx.rows]
 
 

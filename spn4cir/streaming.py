@@ -12,6 +12,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,25 @@ NUMBERS = {"cpu": 2**22}
 """Numbers of candidates held at once where they are widened, or come from elsewhere."""
 FUSED = {"cpu": 1, "cuda": 16}
 """Heads that candidates are split into for fused attention: a GPU shares out heads, and would idle with one."""
+
+
+class Softmax(NamedTuple):
+    """What a query's sum over candidates comes to: ``Σ_j exp(s_j) = total · exp(top)``, and the weighted mean.
+
+    In two numbers, as the logarithm of large sums has too few digits for the differences that matter.
+    """
+
+    top: Tensor
+    """(B,) a score near the largest, or minus infinity if there is no candidate."""
+    total: Tensor
+    """(B,), zero if there is none."""
+    mean: Tensor
+    """(B, E) candidates' vectors, weighted by their share of the sum; zeros if there is none."""
+
+    @property
+    def logarithm(self) -> Tensor:
+        """(B,) log-sum-exp."""
+        return self.top + self.total.log()
 
 
 class Hidden:
@@ -83,8 +103,8 @@ def pooled(vectors: Tensor) -> Tensor:
     return vectors[..., 0, :] if vectors.shape[-2] == 1 else F.normalize(vectors.mean(-2), dim=-1)
 
 
-def attend(query: Tensor, candidates: Tensor, hidden: Hidden) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of scores, and the mean of candidates weighted by their softmax.
+def attend(query: Tensor, candidates: Tensor, hidden: Hidden) -> Softmax:
+    """The softmax of scores over all candidates, and the mean of candidates that it weighs.
 
     Args:
         query: (B, E), float32 or wider, already divided by the temperature.
@@ -92,48 +112,47 @@ def attend(query: Tensor, candidates: Tensor, hidden: Hidden) -> tuple[Tensor, T
         hidden: what each query leaves out.
 
     Returns:
-        (B,) and (B, E), in the query's type; minus infinity and zeros where nothing is left.
+        In the query's type.
     """
-    total = query.new_full((len(query),), -torch.inf), torch.zeros_like(query)
+    found = Softmax(query.new_full((len(query),), -torch.inf), query.new_zeros(len(query)), torch.zeros_like(query))
     for vectors, block in _walk(query, candidates, hidden):
-        total = join(total, _block_softmax(query, vectors, block))
-    return total
+        found = join(found, _block_softmax(query, vectors, block))
+    return found
 
 
-def pull(query: Tensor, candidates: Tensor, hidden: Hidden, lse: Tensor, weight: Tensor) -> Tensor:
-    """What ``Σ_i weight_i · lse_i`` asks of the candidates: its gradient, with scores computed once more.
+def pull(query: Tensor, candidates: Tensor, hidden: Hidden, found: Softmax, weight: Tensor) -> Tensor:
+    """The gradient of ``Σ_i weight_i · logarithm_i`` with respect to the candidates, scores computed once more.
 
     Args:
         query, candidates, hidden: as ``attend`` was given.
-        lse: (B,) as it returned.
+        found: what it returned.
         weight: (B,).
 
     Returns:
         (N, K, E), in the query's type.
     """
-    parts = []
+    parts, weight = [], weight / found.total.clamp(min=torch.finfo(weight.dtype).tiny)
     for vectors, block in _walk(query, candidates, hidden):
         scores, which = _scores(query, vectors)
         if not block.none:
             scores = scores.masked_fill(block.mask(vectors), -torch.inf)
-        share = (scores - finite(lse)[:, None]).exp_().mul_(weight[:, None])  # (B, n)
+        share = (scores - finite(found.top)[:, None]).exp_().mul_(weight[:, None])  # (B, n)
         parts.append((_spread(share, which, vectors.shape[1]).T @ query).view(vectors.shape))
     return torch.cat(parts) if parts else query.new_zeros(candidates.shape)
 
 
-def join(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def join(one: Softmax, two: Softmax) -> Softmax:
     """What ``attend`` gives for two sets of candidates together."""
-    lse = torch.logaddexp(one[0], two[0])
-    mean = sum(
-        part[1] * (part[0] - finite(lse)).exp()[:, None] for part in (one, two)
-    )  # a part of which nothing is left has no weight
-    assert isinstance(mean, Tensor)
-    return lse, mean
+    top = torch.maximum(one.top, two.top)
+    weights = [part.total * (part.top - finite(top)).exp() for part in (one, two)]
+    total = weights[0] + weights[1]
+    share = (weights[1] / total.clamp(min=torch.finfo(total.dtype).tiny))[:, None]
+    return Softmax(top, total, torch.lerp(one.mean, two.mean, share))
 
 
-def finite(lse: Tensor) -> Tensor:
+def finite(top: Tensor) -> Tensor:
     """Zero in the place of minus infinity, from which nothing can be subtracted."""
-    return lse.masked_fill(lse.isneginf(), 0.0)
+    return top.masked_fill(top.isneginf(), 0.0)
 
 
 def _walk(query: Tensor, candidates: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, _Block]]:
@@ -174,19 +193,22 @@ def _ahead(candidates: Tensor, borders: list[int], device: torch.device) -> Iter
             yield block
 
 
-def _block_softmax(query: Tensor, vectors: Tensor, block: _Block) -> tuple[Tensor, Tensor]:
+def _block_softmax(query: Tensor, vectors: Tensor, block: _Block) -> Softmax:
     """As ``attend``, for one block that is at hand."""
     if block.none and vectors.shape[1] == 1 and fused(query.device.type, query.dtype, query.shape[1]):
         return _attention(query, vectors[:, 0])
     scores, which = _scores(query, vectors)  # (B, n)
     if not block.none:
         scores.masked_fill_(block.mask(vectors), -torch.inf)
-    lse = scores.logsumexp(1)
-    weights = scores.sub_(finite(lse)[:, None]).exp_()
+    top = scores.amax(1)
+    weights = scores.sub_(finite(top)[:, None]).exp_()
+    total = weights.sum(1)
     if which is None:
-        return lse, weights @ vectors[:, 0]
-    rows = which + torch.arange(len(vectors), device=which.device) * vectors.shape[1]  # one vector of each candidate
-    return lse, F.embedding_bag(rows, vectors.flatten(0, 1), mode="sum", per_sample_weights=weights)
+        summed = weights @ vectors[:, 0]
+    else:
+        rows = which + torch.arange(len(vectors), device=which.device) * vectors.shape[1]  # one vector of each
+        summed = F.embedding_bag(rows, vectors.flatten(0, 1), mode="sum", per_sample_weights=weights)
+    return Softmax(top, total, summed / total.clamp(min=torch.finfo(total.dtype).tiny)[:, None])
 
 
 def _scores(query: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -220,13 +242,16 @@ def fused(kind: str, dtype: torch.dtype, width: int) -> bool:
         found = _attention(3 * query, keys)
     except (RuntimeError, AttributeError):  # no kernel for this width or type, or a torch without it
         return False
-    if all(torch.allclose(one, two, rtol=1e-3, atol=1e-4) for one, two in zip(found, right, strict=True)):
+    near = [
+        torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip((found.logarithm, found.mean), right, strict=True)
+    ]
+    if all(near):
         return True
     warnings.warn(f"torch's fused attention is wrong on {kind} for vectors of {width} {dtype}: not used", stacklevel=2)
     return False
 
 
-def _attention(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def _attention(query: Tensor, keys: Tensor) -> Softmax:
     """(B, E) over (n, E), as ``attend``, by torch's fused attention; keys are shared out among heads."""
     kind, n = query.device.type, len(keys)
     heads = FUSED[kind] if n >= 64 * FUSED[kind] else 1
@@ -235,9 +260,9 @@ def _attention(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return total if even == n else join(total, _heads(query, keys[even:][None]))
 
 
-def _heads(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def _heads(query: Tensor, keys: Tensor) -> Softmax:
     """(B, E) over (heads, n, E): the heads' results, joined."""
-    heads, queries = len(keys), query.expand(1, len(keys), *query.shape)
+    queries = query.expand(1, len(keys), *query.shape)
     if query.device.type == "cpu":
         mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys[None], keys[None], 0.0, False, scale=1.0
@@ -247,7 +272,7 @@ def _heads(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
             queries, keys[None], keys[None], None, True, 0.0, False, scale=1.0
         )[:2]
     lse = lse[0, :, : len(query)].to(query.dtype)  # (heads, B): kernels may round the number of queries up
-    if heads == 1:
-        return lse[0], mean[0, 0]
-    whole = lse.logsumexp(0)  # (B,)
-    return whole, ((lse - whole).exp()[..., None] * mean[0]).sum(0)
+    top = lse.amax(0)  # (B,)
+    weights = (lse - top).exp()  # (heads, B)
+    total = weights.sum(0)
+    return Softmax(top, total, ((weights / total)[..., None] * mean[0]).sum(0))
