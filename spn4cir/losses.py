@@ -199,7 +199,8 @@ def _own_scores(query: Tensor, found: Tensor) -> Tensor:
 def _apart(positives: Tensor, always: bool) -> Tensor:
     """(B, P) → (B, 1), true where positives stay out of the pass, and each term adds its own.
 
-    So it is where there are several of them, and wherever it costs nothing: a gradient is then ``share · (mean of the others - positive)``, which loses no digits where the share is small.
+    So it is where there are several of them, and wherever it costs nothing: a gradient is then
+    ``share · (mean of the others - positive)``, which loses no digits where the share is small.
     """
     return torch.full_like(positives[:, :1], True, dtype=torch.bool) if always else (positives >= 0).sum(1, True) > 1
 
