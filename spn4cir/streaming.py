@@ -24,6 +24,8 @@ NUMBERS = {"cpu": 2**22}
 """Numbers of candidates held at once where they are widened, or come from elsewhere."""
 FUSED = {"cpu": 1, "cuda": 16}
 """Heads that candidates are split into for fused attention: a GPU shares out heads, and would idle with one."""
+LEAST = 64
+"""Candidates that a head should have."""
 
 
 class Softmax(NamedTuple):
@@ -254,7 +256,7 @@ def fused(kind: str, dtype: torch.dtype, width: int) -> bool:
 def _attention(query: Tensor, keys: Tensor) -> Softmax:
     """(B, E) over (n, E), as ``attend``, by torch's fused attention; keys are shared out among heads."""
     kind, n = query.device.type, len(keys)
-    heads = FUSED[kind] if n >= 64 * FUSED[kind] else 1
+    heads = FUSED[kind] if n >= LEAST * FUSED[kind] else 1
     even = n // heads * heads
     total = _heads(query, keys[:even].view(heads, even // heads, -1))
     return total if even == n else join(total, _heads(query, keys[even:][None]))
