@@ -75,9 +75,10 @@ def checkpoint_blocks(module: nn.Module) -> int:
     wrapped: list[nn.Module] = []
     for holder in module.modules():
         blocks = list(holder.children()) if isinstance(holder, nn.ModuleList | nn.Sequential) else []
-        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1 and any(blocks[0].parameters())
+        several = len(blocks) > 1 or (isinstance(holder, nn.ModuleList) and blocks)
+        alike = len({type(block) for block in blocks}) == 1 and bool(list(blocks[0].parameters()))
         inside = any(holder is inner for block in wrapped for inner in block.modules())
-        if alike and not inside:
+        if several and alike and not inside:
             for block in blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             wrapped += blocks
