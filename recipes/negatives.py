@@ -5,7 +5,7 @@ replaced, with ever more candidates. Every run has the same number of steps and 
 on test: nothing is selected. A comparison that was stopped goes on where it was.
 
 examples:
-  python recipes/negatives.py                                    # three seeds; about 25 minutes on two cores
+  python recipes/negatives.py                                    # three seeds; about half an hour on two cores
   python recipes/negatives.py --seeds 0 --steps 10 10 --runs runs/quick --json runs/quick.json --picture runs/quick.png
 """
 
@@ -16,11 +16,14 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spn4cir.config import BankConfig, NegativesConfig, TrainConfig, parse
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent
 START = "target"
@@ -37,6 +40,7 @@ BANKS: dict[str, BankConfig] = {
     "named": BankConfig(images="named"),
     "all": BankConfig(images="all"),
 }
+INK, PALE, WARM = "#0072b2", "#a6cbe3", "#d55e00"  # also told apart by those who see no red or no green
 SPLITS = ("val", "test")
 METRICS = ("R@1", "R@10")
 
@@ -134,29 +138,73 @@ def report(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> 
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Recall by type of negative, and against the number of candidates, on test."""
+    """Recall by type of negative, and against the number of candidates, on test.
+
+    Raises:
+        InputError: if matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:
-        raise InputError("the picture needs matplotlib: pip install 'spn4cir[demo]'") from None
+        raise InputError("the picture needs matplotlib: pip install 'spn4cir[demo]', and run this again") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    protocol, steps = results["protocols"]["test"], results["steps"]
     types, banks = results["stage 1, by type of negative"], results["stage 2, by candidates"]
-    figure, axes = pyplot.subplots(2, 2, figsize=(9.5, 6.2), sharey="row", layout="constrained")
-    for line, metric in zip(axes, METRICS, strict=True):
-        left, right = line
-        rows = [types[name]["test"][metric] for name in TYPES]
-        ink, pale = "#0072b2", "#a6cbe3"
-        left.bar(list(TYPES), [row["mean"] for row in rows], color=pale, width=0.65)
-        means, deviations = [row["mean"] for row in rows], [row["sd"] or 0 for row in rows]
-        left.errorbar(list(TYPES), means, deviations, fmt="none", ecolor=ink, capsize=5)
-        for place, row in enumerate(rows):
-            left.plot([place + 0.2] * len(row["seeds"]), row["seeds"], ".", color=ink, markersize=5)
-        left.set_ylabel(f"{metric} on {results['protocols']['test']} (%)")
-        right.axhline(types[START]["test"][metric]["mean"], color="#555555", linestyle="--", linewidth=1)
+    figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 6.4), layout="constrained", sharex="col")
+    for (left, right), metric in zip(axes, METRICS, strict=True):
+        left.set_ylabel(f"{metric}, {protocol} (%)")
+        draw_types(left, {name: row["test"][metric] for name, row in types.items()})
+        points = {name: (row["candidates"], row["test"][metric]) for name, row in banks.items()}
+        draw_candidates(right, points, types[START]["test"][metric]["mean"])
+    axes[0][0].set_title(f"Stage 1: what the negatives replace\n({steps['stage 1']} steps, batch of 128)", fontsize=11)
+    axes[1][0].set_xlabel("replaced part of the triplet")
+    axes[0][1].set_title(
+        f"Stage 2: how many candidates a query has\n(from “target”, {steps['stage 2']} steps)", fontsize=11
+    )
+    axes[1][1].set_xlabel("candidates of a query, its target included (log scale)")
+    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def draw_types(axes: "Axes", rows: dict[str, dict[str, Any]]) -> None:
+    """A bar for each type, its value on it, with one standard deviation and a dot for each seed."""
+    for place, row in enumerate(rows.values()):
+        axes.bar(place, row["mean"], width=0.7, color=PALE)
+        axes.errorbar(place, row["mean"], row["sd"] or 0, color=INK, capsize=5, linewidth=1.2)
+        axes.plot([place + 0.22] * len(row["seeds"]), row["seeds"], ".", color=INK, markersize=5)
+        axes.annotate(f"{row['mean']:.1f}", (place, 0), (0, 4), textcoords="offset points", ha="center", color="black")
+    axes.set_xticks(range(len(rows)), list(rows))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.12)
+
+
+def draw_candidates(axes: "Axes", points: dict[str, tuple[int, dict[str, Any]]], start: float) -> None:
+    """Drawn candidates as a line with its deviation and a dot for each seed, the two banks apart, stage 1 dashed."""
+    line = [point for name, point in points.items() if name != "named"]
+    counts, means = [count for count, _ in line], [row["mean"] for _, row in line]
+    below, above = ([row["mean"] + sign * (row["sd"] or 0) for _, row in line] for sign in (-1, 1))
+    axes.fill_between(counts, below, above, color=PALE, alpha=0.5, linewidth=0)
+    axes.plot(counts, means, "o-", color=INK, label="drawn from all training images (mean, sd, seeds)")
+    for count, row in [*line, points["named"]]:
+        axes.plot([count] * len(row["seeds"]), row["seeds"], ".", color="black", markersize=3)
+    count, row = points["named"]
+    axes.errorbar(
+        count,
+        row["mean"],
+        row["sd"] or 0,
+        fmt="D",
+        color=WARM,
+        capsize=4,
+        label=f"the {count:,} images that triplets name",
+    )
+    axes.axhline(start, color="#555555", linestyle="--", linewidth=1, label="before stage 2")
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
