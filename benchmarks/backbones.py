@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims import check_reuse, measure, spread
+from benchmarks.claims import measure, spread
 from spn4cir.config import TrainConfig, parse
 from spn4cir.errors import run_command
 from spn4cir.files import write_text
@@ -29,6 +29,7 @@ COLUMNS = ("val R@1", "val R@10", "test R@1", "test R@10", "val R@1 image only",
 
 def run_stages(backbone: str, seed: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Both stages of a backbone by their recipes, and what their last states find; complete runs are reused."""
+    from spn4cir.run import pending
     from spn4cir.train import train
 
     found: dict[str, dict[str, Any]] = {}
@@ -37,9 +38,8 @@ def run_stages(backbone: str, seed: int, folder: Path) -> dict[str, dict[str, An
         output = folder / f"stage{stage}"
         config = replace(parse(TrainConfig, recipe, []), seed=seed, eval_every=0, output=str(output))
         config.init = str(folder / "stage1") if stage == 2 else None
-        check_reuse(output, config)
-        if not (output / "result.json").is_file():
-            train(replace(config, resume=str(output) if (output / "config.yaml").is_file() else None), stage)
+        if left := pending(config):
+            train(left, stage)
         seconds = json.loads((output / "result.json").read_text())["seconds"]
         found[f"stage {stage}"] = {**measure(output), "seconds": seconds}
     return found

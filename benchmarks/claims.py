@@ -14,14 +14,12 @@ import platform
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spn4cir.config import TrainConfig, parse
-from spn4cir.errors import InputError, run_command
+from spn4cir.errors import run_command
 from spn4cir.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +53,7 @@ def run_setting(
     annotated: int, seed: int, generated: str, folder: Path, rows: Iterable[str] = ROWS
 ) -> dict[str, dict[str, Any]]:
     """Train the rows of one setting and evaluate each; runs that are complete in ``folder`` are reused."""
+    from spn4cir.run import pending
     from spn4cir.train import train
 
     positives: dict[str, Any] = {"generated": generated, "generated_share": SHARE[annotated]}
@@ -74,24 +73,10 @@ def run_setting(
         if name not in rows:
             continue
         output = folder / name
-        check_reuse(output, replace(config, output=str(output)))
-        if not (output / "result.json").is_file():
-            resume = str(output) if (output / "config.yaml").is_file() else None
-            train(replace(config, output=str(output), resume=resume), stage)
+        if left := pending(replace(config, output=str(output))):
+            train(left, stage)
         found[name] = measure(output)
     return found
-
-
-def check_reuse(folder: Path, config: TrainConfig) -> None:
-    """Raises ``InputError`` if a folder holds a run of other settings."""
-    saved = folder / "config.yaml"
-    if saved.is_file():
-        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        different = [name for name, value in asdict(config).items() if name != "resume" and before.get(name) != value]
-        if different:
-            raise InputError(
-                f"{folder} was trained with another {', '.join(different)}: delete it, or use another folder"
-            )
 
 
 def measure(run: Path | None, backbone: str = "clip4cir") -> dict[str, Any]:

@@ -312,6 +312,16 @@ class InBatch:
             alike |= other[:, None] == gather(self.identity)
         return alike
 
+    def _answers(self, target: Tensor) -> Tensor:
+        """(B, N), true where this query's target (B, K, E) answers another one."""
+        alike = self.identity[:, None] == gather(self.identity)
+        for other in () if self.others is None else gather(self.others).T:
+            alike |= self.identity[:, None] == other
+        if self.threshold is not None:
+            own = pooled(target.detach())  # (B, E)
+            alike |= scores_of(own, all_rows(own)[:, None]) > self.threshold
+        return alike
+
     def replaced(self, scores: Tensor, alike: Tensor) -> Tensor:
         """Cross-entropy of scores (B, N) of which a query's own is right, pairs that are ``alike`` (B, N) left out."""
         hidden = alike.scatter(1, self.own[:, None], False)
@@ -320,16 +330,12 @@ class InBatch:
     def by_query(self, query: Tensor, target: Tensor) -> Tensor:
         """Each target (B, K, E) against the queries (B, E) of all: what takes another's place is the query."""
         scores = scores_of(gather(query), target).T  # (B, N)
-        alike = self.identity[:, None] == gather(self.identity)
-        others = None if self.others is None else gather(self.others)  # (N, A)
-        for other in () if others is None else others.T:
-            alike |= self.identity[:, None] == other
-        return self.replaced(scores, alike)
+        return self.replaced(scores, self._answers(target))
 
     def by_part(self, kept: Tensor, swapped: Tensor, target: Tensor, asked: tuple[Tensor, Tensor]) -> Tensor:
         """Each target (B, E) against sums of its query's one part and the other part of all queries.
 
-        Left out are other parts that are equal, and those of queries that share the kept part and the target.
+        Left out are other parts that are equal, and those of queries that share the kept part and are answered too.
 
         Args:
             kept, swapped: (B, E) parts of this process's queries.
@@ -337,7 +343,7 @@ class InBatch:
             asked: (B,) identities of what was kept and swapped.
         """
         same_kept, same_swapped = (identity[:, None] == gather(identity) for identity in asked)  # (B, N)
-        alike = same_swapped | (same_kept & (self.identity[:, None] == gather(self.identity)))
+        alike = same_swapped | (same_kept & self._answers(target[:, None]))
         return self.replaced(sum_scores(kept, gather(swapped), target), alike)
 
 

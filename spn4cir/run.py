@@ -211,6 +211,26 @@ def named_by(config: TrainConfig) -> str:
     )
 
 
+def pending(config: TrainConfig) -> TrainConfig | None:
+    """What is left to train of a run whose ``output`` is named: all of it, the rest of it, or None if it is complete.
+
+    Raises:
+        InputError: if the folder holds a run of other settings.
+    """
+    import yaml
+
+    assert config.output is not None
+    folder = Path(config.output)
+    if not (folder / "config.yaml").is_file():
+        return config
+    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    now = dataclasses.asdict(config).items()
+    different = [name for name, value in now if name != "resume" and before.get(name) != value]
+    if different:
+        raise InputError(f"{folder} was trained with another {', '.join(different)}: delete it, or use another folder")
+    return None if (folder / "result.json").is_file() else dataclasses.replace(config, resume=str(folder))
+
+
 def _unused(folder: Path) -> Path:
     """The folder, or with a number behind it if that is taken."""
     number, free = 1, folder

@@ -57,9 +57,9 @@ def train(config: TrainConfig, stage: int) -> Path:
     dataset, triplets, judge = load_triplets(config, dataset, benchmark, run.say)
     reported = benchmark or judge
     backbone = load_backbone(config, stage, run.say).to(accelerator.device)
-    images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
     extra = extra_pictures(config.bank.extra) if stage == 2 and config.bank.extra else {}
     dataset = WithImages(dataset, extra) if extra else dataset
+    images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
     candidates = training_images(config, dataset, triplets, extra)
     with accelerator.main_process_first():  # the others find in the cache what the first has decoded
         pixels = hash_pixels(dataset, [*candidates, *judge.gallery, *reported.gallery], run.say, show=run.main)

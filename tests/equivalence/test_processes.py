@@ -65,20 +65,20 @@ def both(all_of_them: tuple[ModuleType, Path], request: pytest.FixtureRequest) -
 
 
 def step(
-    both: tuple[ModuleType, Path, str], stage: int, rows: list[int], dtype: torch.dtype = torch.float32
+    both: tuple[ModuleType, Path, str], what: int | str, rows: list[int], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """What one process makes of these rows."""
+    """What one process makes of these rows, in a stage, or in one with options."""
     script, root, name = both
     toy, init = script.Toy(str(root / "toy")), root / "init" / name
-    found: dict[str, Tensor] = script.first_step(toy, init, stage, root / "b", rows, dtype)
+    found: dict[str, Tensor] = script.first_step(toy, init, what, root / "b", rows, dtype)
     return found
 
 
 def step_of_two(
-    both: tuple[ModuleType, Path, str], stage: int, dtype: torch.dtype = torch.float32
+    both: tuple[ModuleType, Path, str], what: int | str, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """What two processes made of the script's rows."""
-    found, about = read_tensors(both[1] / "two" / both[2] / f"step{stage}-{dtype}.safetensors")
+    found, about = read_tensors(both[1] / "two" / both[2] / f"step{what}-{dtype}.safetensors")
     assert about["world"] == 2
     return found
 
@@ -104,6 +104,20 @@ def test_gradients_of_two_processes_equal_those_of_one(
     assert one["loss"].dtype == dtype
     assert distance(one, two) < bound
     assert abs(float(one["loss"] - two["loss"])) < bound * float(one["loss"])
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("what", ["types", "similar", "drawn", "one drawn", "drawn, similar"])
+def test_negatives_of_two_processes_equal_those_of_one(
+    all_of_them: tuple[ModuleType, Path], what: str, dtype: torch.dtype, bound: float
+) -> None:
+    """Types of negatives, those too similar, and candidates that are drawn: loss and every gradient."""
+    both = (*all_of_them, "clip4cir")
+    one, two = step(both, what, both[0].BATCH, dtype), step_of_two(both, what, dtype)
+    assert distance(one, two) < bound
+    assert abs(float(one["loss"] - two["loss"])) < bound * float(one["loss"])
+    plain = step(both, both[0].OPTIONS[what][0], both[0].BATCH, dtype)  # negative control
+    assert abs(float(one["loss"] - plain["loss"])) > 1e-3
 
 
 @pytest.mark.parametrize("stage", [1, 2])

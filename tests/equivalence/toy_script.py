@@ -21,8 +21,9 @@ from torch import Tensor
 import spn4cir.train as loop
 from spn4cir import bank as banks
 from spn4cir.checkpoints import load_model, write_tensors
+from spn4cir.config import NegativesConfig
 from spn4cir.datasets import DATASETS
-from spn4cir.images import ImageSource, TripletCollate, open_image, pixel_hash
+from spn4cir.images import Answers, ImageSource, TripletCollate, open_image, pixel_hash
 from spn4cir.objective import Objective
 
 # TRAIN[:20] are the targets of triplets 0 to 19 and again of 20 to 39: with four rows a process, equal targets meet
@@ -30,10 +31,25 @@ from spn4cir.objective import Objective
 BATCH = [0, 3, 4, 9, 20, 23, 17, 8]
 
 
+# Further steps of the first backbone: what negatives there are, and how many are drawn with which seed. Of 40 rows of
+# the bank the second process holds the last 20, and no target is among them: so with one drawn it may hold nothing.
+OPTIONS: dict[str, tuple[int, NegativesConfig, tuple[int, int] | None]] = {
+    "types": (1, NegativesConfig(["target", "query", "text", "reference"]), None),
+    "similar": (1, NegativesConfig(["target", "query", "text", "reference"], above=0.9), None),
+    "drawn": (2, NegativesConfig(), (7, 3)),
+    "one drawn": (2, NegativesConfig(), (1, 0)),
+    "drawn, similar": (2, NegativesConfig(above=0.9), (7, 3)),
+}
+
+
 def first_step(
-    toy: Toy, init: Path, stage: int, root: Path, rows: list[int], dtype: torch.dtype = torch.float32
+    toy: Toy, init: Path, what: int | str, root: Path, rows: list[int], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Loss and gradients of one batch, shared among the processes there are; the mean of all."""
+    """Loss and gradients of one batch, shared among the processes there are; the mean of all.
+
+    ``what`` is a stage, or one of ``OPTIONS``.
+    """
+    stage, negatives, draw = OPTIONS[what] if isinstance(what, str) else (what, None, None)
     accelerator = Accelerator()
     backbone, triplets = load_model(init), toy.triplets()
     hashes = {i: pixel_hash(open_image(toy.path(i))) for i in toy.training_images()}
@@ -48,11 +64,12 @@ def first_step(
     share = len(rows) // accelerator.num_processes
     own = rows[accelerator.process_index * share :][:share]
     items = [(triplets[n], triplets[n].modifications[n % 2]) for n in own]
-    batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows, bank and bank.references)(items)
+    references, answers = bank and bank.references, Answers(triplets, identity)
+    batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows, references, answers)(items)
     if bank is not None:
         bank = replace(bank, target=bank.target.to(dtype))
     batch.pixels, batch.features = (None if x is None else x.to(dtype) for x in (batch.pixels, batch.features))
-    objective = Objective(backbone, 0.1, learn_temperature=True, bank=bank).to(dtype)
+    objective = Objective(backbone, 0.1, True, bank, negatives, draw).to(dtype)
     prepared = accelerator.prepare(objective)
     loss = prepared(batch)
     accelerator.backward(loss)
@@ -80,12 +97,12 @@ def processes(toy: Toy, inits: Path, output: Path) -> None:
     assert torch.distributed.get_backend() == "gloo"
     Accelerator.end_training = lambda self: None  # it ends the process group, which the next run here still needs
     for init in sorted(inits.iterdir()):
-        for stage in (1, 2):
+        for what in (1, 2, *(OPTIONS if init.name == "clip4cir" else ())):
             for dtype in (torch.float32, torch.float64):
-                found = first_step(toy, init, stage, output / "banks", BATCH, dtype)
+                found = first_step(toy, init, what, output / "banks", BATCH, dtype)
                 if accelerator.is_main_process:
                     (output / init.name).mkdir(exist_ok=True)
-                    name = f"step{stage}-{dtype}.safetensors"
+                    name = f"step{what}-{dtype}.safetensors"
                     write_tensors(output / init.name / name, found, {"world": accelerator.num_processes})
         runs(toy, init, output / init.name)
     torch.distributed.destroy_process_group()
