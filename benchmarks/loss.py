@@ -182,7 +182,7 @@ def several(size: Size, rounds: int) -> tuple[list[Row], dict[str, Any]]:
     return rows, found["error"]
 
 
-def run(one: Size = SINGLE, many: Size = SEVERAL, rounds: int = ROUNDS) -> dict[str, Any]:
+def suite(one: Size = SINGLE, many: Size = SEVERAL, rounds: int = ROUNDS) -> dict[str, Any]:
     """All measurements; asserts that all ways agree."""
     rows, error = single(one, rounds)
     others, apart = several(many, rounds)
@@ -192,4 +192,4 @@ def run(one: Size = SINGLE, many: Size = SEVERAL, rounds: int = ROUNDS) -> dict[
 
 
 if __name__ == "__main__":
-    run_command(lambda: command("loss", __doc__, run))
+    run_command(lambda: command("loss", __doc__, suite))

@@ -190,14 +190,14 @@ def report(benchmark: str, what: str, rows: list[Row], **more: Any) -> dict[str,
     }
 
 
-def command(name: str, about: str | None, run: Callable[[], dict[str, Any]]) -> None:
+def command(name: str, about: str | None, suite: Callable[[], dict[str, Any]]) -> None:
     """The command of a benchmark without options: prints one line of JSON."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     args = parser.parse_args()
-    found = run()
+    found = suite()
     print(json.dumps(found, ensure_ascii=False))
     if args.json:
         write_text(args.json, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
