@@ -1,8 +1,8 @@
 """The candidate loss with its gradients: a pass over blocks of frozen candidates, against all scores at once.
 
 Dense is ``cross_entropy`` of all scores with autograd. With K vectors for each candidate the straightforward way is a
-loop over the queries, each scored against the whole bank. Queries and a learned temperature get gradients, which have to
-agree; how far each way is from float64 is told. Each peak of memory is that of one way in a process of its own.
+loop over the queries, each scored against the whole bank. Queries and a learned temperature get gradients, which have
+to agree; how far each way is from float64 is told. Each peak of memory is that of one way in a process of its own.
 
 examples:
   python -m benchmarks.loss                              # a minute on two cores
@@ -23,7 +23,7 @@ from spn4cir.errors import run_command
 from spn4cir.losses import info_nce
 
 TEMPERATURE = 0.02
-ROUNDS = 5
+ROUNDS = 3
 
 
 class Size(NamedTuple):
@@ -53,7 +53,7 @@ def given(size: Size, dtype: torch.dtype = torch.float32) -> Given:
     """Random unit vectors; queries lean towards their positives."""
     draw = torch.Generator().manual_seed(0)
     candidates = torch.empty(size.n, size.k, size.e, dtype=dtype)
-    for part in candidates.split(4096):
+    for part in torch.split(candidates, 4096):
         part.copy_(F.normalize(torch.randn(part.shape, generator=draw), dim=-1))
     positives = torch.randint(size.n, (size.b,), generator=draw)
     lean = candidates[positives, 0].float() + 4 * torch.randn(size.b, size.e, generator=draw) / size.e**0.5
