@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory import anonymous
+from benchmarks.measure import anonymous, bound, row
 from spn4cir.backbone import Backbone
 from spn4cir.bank import load_or_build
 from spn4cir.datasets.fashioniq import FashionIQ
@@ -41,6 +41,7 @@ Pairs = list[tuple[str, str]]
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ANNOTATED, REFERENCES, TARGETS, IMAGES, GENERATED = 18_000, 12_525, 17_839, 25_136, 12_400
 BATCH, SEED = 256, 42
+PARTS = ("seconds", "peak extra MB", "encodes")
 PRIMES = (211, 223, 227, 229, 233, 239, 241, 251)
 
 
@@ -176,6 +177,15 @@ def run(data: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "git": git_commit(),
     }
+
+
+def suite(data: Path = DATA) -> dict[str, Any]:
+    """The same with a row of the table."""
+    found, plain = run(data), "both images of each triplet"
+    seconds, memory, encodes = ((part["ours"], part[plain]) for part in (found[name] for name in PARTS))
+    what = f"bank of {sum(found['triplets'].values()):,} triplets, {encodes[0]:,} encodes, without models and pictures"
+    bounds = (bound("encodes", encodes[0], most=found["images"]),)
+    return {**found, "rows": [row(what, f"{plain}, {encodes[1]:,}", seconds, memory, bounds)]}
 
 
 def main() -> None:

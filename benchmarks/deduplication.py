@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.memory import anonymous
+from benchmarks.measure import anonymous, row
 from spn4cir.deduplicate import canonical_ids, inspect_images
 from spn4cir.errors import run_command
 from spn4cir.evaluate import git_commit
@@ -170,15 +170,15 @@ def run(count: int, workers: int) -> dict[str, Any]:
     for result, n in ((plain, half), (single, half), *((one, n) for scale in rounds for n, one in scale.items())):
         assert result["canonical"] == dict(list(truth.items())[:n]), "classes differ"
     scale = {n: {**one, "seconds": (one["seconds"] + rounds[1][n]["seconds"]) / 2} for n, one in rounds[0].items()}
-    rows = {"pairwise": plain, "one worker": single, many: scale[half]}
+    ways = {"pairwise": plain, "one worker": single, many: scale[half]}
     return {
         "benchmark": "deduplication",
         "images": half,
         "copies": sum(truth[i] != i for i in part[half]),
         "shapes": len(SIZES),
-        "seconds": {name: row["seconds"] for name, row in rows.items()},
-        "ratio": {name: plain["seconds"] / row["seconds"] for name, row in rows.items()},
-        "peak extra MB": {name: row["peak MB"] for name, row in rows.items()},
+        "seconds": {name: way["seconds"] for name, way in ways.items()},
+        "ratio": {name: plain["seconds"] / way["seconds"] for name, way in ways.items()},
+        "peak extra MB": {name: way["peak MB"] for name, way in ways.items()},
         "comparison alone": {
             "pairwise": plain["compare"],
             "pairwise, half of the images": plain["compare half"],
@@ -197,6 +197,15 @@ def run(count: int, workers: int) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "git": git_commit(),
     }
+
+
+def suite(count: int = 1200) -> dict[str, Any]:
+    """Fewer pictures, with a row of the table."""
+    workers = os.cpu_count() or 1
+    found, many = run(count, workers), f"{workers} workers"
+    pairs = [(part[many], part["pairwise"]) for part in (found["seconds"], found["peak extra MB"])]
+    what = f"de-duplication of {found['images']:,} pictures, {many}"
+    return _rounded({**found, "rows": [row(what, "decoded, compared pairwise", *pairs)]})  # type: ignore[no-any-return]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -220,6 +229,8 @@ def table(report: dict[str, Any]) -> str:
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
     return round(value, 3) if isinstance(value, float) else value
 
 

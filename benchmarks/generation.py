@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.memory import anonymous
+from benchmarks.measure import anonymous
 from spn4cir.errors import run_command
 from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text

@@ -12,7 +12,6 @@ examples:
 import argparse
 import copy
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -26,14 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.memory import anonymous
+from benchmarks.measure import report, row, watched
 from data_gen.windows import ROWS, Window
 from spn4cir.errors import run_command
 from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
 
 WIDTH, SEED, ROUNDS = 768, 42, 3
-CONTEXT = multiprocessing.get_context("spawn")
 Pairs = list[tuple[int, int]]
 
 
@@ -107,36 +105,27 @@ def by_the_definition(path: Path) -> dict[str, Any]:
 
 def measured(task: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
     """In a process of its own; adds its peak of extra anonymous memory in MB, beyond what imports and vectors take."""
-    here, there = CONTEXT.Pipe()
-    child = CONTEXT.Process(target=_serve, args=(there, task, path))
-    child.start()
-    there.close()
-    before = peak = here.recv()
-    while not here.poll(0.02):
-        peak = max(peak, anonymous(child.pid))
-    result: dict[str, Any] = here.recv()
-    child.join()
-    return {**result, "peak MB": round((peak - before) / 1024) if before else None}
+    return watched(_serve, task, path)
 
 
-def _serve(pipe: Any, task: Callable[[Path], dict[str, Any]], path: Path) -> None:
+def _serve(begin: Callable[[], None], task: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
     vectors = np.load(path)
     torch.from_numpy(vectors[:64]) @ torch.from_numpy(vectors[:64]).T  # libraries take their memory
-    pipe.send(anonymous(os.getpid()))
+    begin()
     del vectors
-    pipe.send(task(path))
+    return task(path)
 
 
-def compare(path: Path, count: int, directions: int) -> dict[str, Any]:
+def compare(path: Path, count: int, directions: int, rounds: int = ROUNDS) -> dict[str, Any]:
     """All ways over so many vectors; asserts that ours finds the pairs of the definition."""
     make_vectors(path, count, directions)
     truth = measured(by_the_definition, path)["pairs"]
-    rounds = [(measured(ours, path), measured(straightforward, path)) for _ in range(ROUNDS)]  # in turns
-    for fast, plain in rounds:
+    results = [(measured(ours, path), measured(straightforward, path)) for _ in range(rounds)]  # in turns
+    for fast, plain in results:
         assert fast["pairs"] == truth, "pairs differ from a full sort"
         off = sum(one != other for one, other in zip(plain["pairs"], truth, strict=True))
         assert off < 0.1 * count, "the straightforward way finds other pairs"
-    fast, plain = ({**one[0], **_medians(one)} for one in zip(*rounds, strict=True))
+    fast, plain = ({**one[0], **_medians(one)} for one in zip(*results, strict=True))
     parts = {"ours": fast, "dense and argsort": plain}
     return {
         "images": count,
@@ -228,6 +217,17 @@ def run(sizes: list[int], device: bool, blocks: int) -> dict[str, Any]:
     }
 
 
+def suite(count: int = 5000) -> dict[str, Any]:
+    """One size on the CPU, once, with a row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        one = compare(Path(folder) / "vectors.npy", count, 64, rounds=1)
+    plain = "dense and argsort"
+    pairs = [(part["ours"], part[plain]) for part in (one["seconds"], one["peak extra MB"])]
+    return report(
+        "matching", "windows of ranks, one round", [row(f"windows of {count:,} images", plain, *pairs)], cpu=one
+    )
+
+
 def main() -> None:
     """Measure, print a line for each size and one line of JSON."""
     parser = argparse.ArgumentParser(
@@ -238,12 +238,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=10**9, help="measure so many blocks on a GPU, and scale up")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     args = parser.parse_args()
-    report = run(args.sizes, args.device, args.blocks)
-    for row in report.get("cpu") or report["device"]:
-        print(", ".join(f"{key}: {value}" for key, value in row.items()))
-    print(json.dumps(report))
+    found = run(args.sizes, args.device, args.blocks)
+    for line in found.get("cpu") or found["device"]:
+        print(", ".join(f"{key}: {value}" for key, value in line.items()))
+    print(json.dumps(found))
     if args.json:
-        write_text(args.json, json.dumps(report, indent=1) + "\n")
+        write_text(args.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.memory import anonymous
+from benchmarks.measure import anonymous
 from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES

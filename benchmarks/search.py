@@ -11,7 +11,6 @@ examples:
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.memory import anonymous
+from benchmarks.measure import Row, row, watched
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 from spn4cir.neighbours import Kind, Neighbours
@@ -36,7 +35,6 @@ COUNT, WIDTH, QUERIES, FIRST = 100_000, 256, 256, 10
 INDEXED = 10_000  # images in the indexes of faiss
 SIZES = (20_000, 100_000, 1_000_000, 10_000_000)  # on a GPU
 AT_ONCE = 2**27  # scores that the straightforward way sorts at once on a GPU
-CONTEXT = multiprocessing.get_context("spawn")
 Vectors = dict[str, Tensor]
 Found = dict[str, Tensor]
 
@@ -97,30 +95,21 @@ def check(ranked: Found, selected: Found, plain: Found) -> None:
 
 def measured(way: str, path: Path) -> dict[str, Any]:
     """In a process of its own: results, median seconds, and the peak of extra anonymous memory in MB."""
-    here, there = CONTEXT.Pipe()
-    child = CONTEXT.Process(target=_serve, args=(there, way, path))
-    child.start()
-    there.close()
-    before = peak = here.recv()
-    while not here.poll(0.01):
-        peak = max(peak, anonymous(child.pid))
-    result: dict[str, Any] = here.recv()
-    child.join()
-    found = {name: torch.tensor(value) for name, value in result["found"].items()}
-    return {**result, "found": found, "MB": round((peak - before) / 1024) if before else None}
+    result = watched(_serve, way, path)
+    return {**result, "found": {name: torch.tensor(value) for name, value in result["found"].items()}}
 
 
-def _serve(pipe: Any, way: str, path: Path) -> None:
+def _serve(begin: Callable[[], None], way: str, path: Path) -> dict[str, Any]:
     vectors = {name: value.clone() for name, value in load_file(path).items()}  # in memory, and not in a mapped file
     vectors["query"][:64] @ vectors["gallery"][:64, 0].T  # libraries take their memory
     task, rounds = WAYS[way]
-    pipe.send(anonymous(os.getpid()))
+    begin()
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
         found = task(vectors)
         seconds.append(time.perf_counter() - start)
-    pipe.send({"seconds": statistics.median(seconds), "found": {name: value.tolist() for name, value in found.items()}})
+    return {"seconds": statistics.median(seconds), "found": {name: value.tolist() for name, value in found.items()}}
 
 
 def on_cpu(path: Path, count: int) -> dict[str, Any]:
@@ -128,7 +117,7 @@ def on_cpu(path: Path, count: int) -> dict[str, Any]:
     parts = {way: measured(way, path) for way in WAYS}
     check(*(part["found"] for part in parts.values()))
     seconds = {way: part["seconds"] for way, part in parts.items()}
-    peak = {way: part["MB"] for way, part in parts.items()}
+    peak = {way: part["peak MB"] for way, part in parts.items()}
     ours = max(peak["ranks"] or 0, peak["first k"] or 0)
     return {
         "images": count,
@@ -226,6 +215,18 @@ def run(device: bool = False) -> dict[str, Any]:
     }
 
 
+def suite() -> dict[str, Any]:
+    """The same on the CPU, with the rows of the table."""
+    found = run()
+    rows: list[Row] = []
+    for one in found["cpu"]:
+        what, plain = f"rank and first {FIRST} of {QUERIES} queries, {one['images']:,} images", "dense and argsort"
+        seconds, memory = one["seconds"], one["peak extra MB"]
+        ours = max(memory["ranks"] or 0, memory["first k"] or 0) or None
+        rows.append(row(what, plain, (seconds["ranks"] + seconds["first k"], seconds[plain]), (ours, memory[plain])))
+    return {**found, "rows": rows}
+
+
 def main() -> None:
     """Measure, print a line for each way and one line of JSON."""
     parser = argparse.ArgumentParser(
@@ -235,8 +236,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     args = parser.parse_args()
     report = run(args.device)
-    for row in (*report.get("device", ()), *report.get("cpu", ()), *report.get("faiss", ())):
-        print(", ".join(f"{key}: {value}" for key, value in row.items()))
+    for line in (*report.get("device", ()), *report.get("cpu", ()), *report.get("faiss", ())):
+        print(", ".join(f"{key}: {value}" for key, value in line.items()))
     print(json.dumps(report))
     if args.json:
         write_text(args.json, json.dumps(report, indent=1) + "\n")

@@ -25,7 +25,7 @@ from tiny_backbones import TINY, tiny_backbone
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.memory import anonymous
+from benchmarks.measure import anonymous
 from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
