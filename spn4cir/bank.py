@@ -290,7 +290,7 @@ def _build(
                     shutil.rmtree(folder)
                     raise InputError(
                         f"{backbone.name}: {part} features hold numbers that are not finite in {parts[part]}: "
-                        "set bank_dtype float32, or look at the weights"
+                        "set bank.dtype float32, or look at the weights"
                     )
                 file[start : start + len(values)] = values.numpy()
             bar.update(len(features.target))
@@ -328,5 +328,5 @@ def _check_room(root: Path, needed: int) -> None:
     if needed > free:
         raise InputError(
             f"the bank needs {needed / 1e9:.1f} GB in {root}, and {free / 1e9:.1f} GB are free: set "
-            "SPN4CIR_RUNS to a larger disk, or bank_dtype float16, or bank_references recompute"
+            "SPN4CIR_RUNS to a larger disk, or bank.dtype float16, or bank.references recompute"
         )

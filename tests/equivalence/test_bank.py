@@ -563,7 +563,7 @@ def test_features_that_are_not_finite_are_no_bank(make: Maker, factor: float, na
         if fits:
             assert make(dtype=dtype).reference.whole().isfinite().all()  # type: ignore[union-attr]
             continue
-        with pytest.raises(InputError, match=rf"reference features .* not finite in {dtype}: set bank_dtype") as raised:
+        with pytest.raises(InputError, match=rf"reference features .* not finite in {dtype}: set bank.dtype") as raised:
             make(dtype=dtype)
         assert "\n" not in str(raised.value) and not list(make.root.iterdir())
 
