@@ -48,11 +48,11 @@ METRICS = ("R@1", "R@10")
 def plans(seed: int, steps: Sequence[int], folder: Path) -> dict[str, tuple[int, TrainConfig]]:
     """Stage and settings of each run of a seed, in the order in which they are trained."""
 
+    recipes = [parse(TrainConfig, ROOT / "recipes" / f"emoji_clip4cir_stage{stage}.yaml", []) for stage in (1, 2)]
+
     def settings(stage: int, name: str) -> TrainConfig:
-        recipe = ROOT / "recipes" / f"emoji_clip4cir_stage{stage}.yaml"
-        output = str(folder / name.replace(" ", "-"))
-        config = parse(TrainConfig, recipe, [])
-        return replace(config, seed=seed, epochs=10_000, max_steps=steps[stage - 1], eval_every=0, output=output)
+        output, bound = str(folder / name.replace(" ", "-")), steps[stage - 1]
+        return replace(recipes[stage - 1], seed=seed, epochs=10_000, max_steps=bound, eval_every=0, output=output)
 
     first = {name: (1, replace(settings(1, name), negatives=kind)) for name, kind in TYPES.items()}
     start = first[START][1].output
