@@ -1,8 +1,8 @@
 """The suite of speed: every fast path beside a straightforward way, in one table.
 
 Each benchmark runs in a process of its own, and asserts first that both ways agree. Then come seconds and peaks of
-extra memory, a line of JSON for each benchmark, and the table; a bound that is missed is marked there. Exit code 1 if one is
-missed or a benchmark fails. With a CUDA device there are its rows too.
+extra memory, a line of JSON for each benchmark, and the table; a bound that is missed is marked there. Exit code 1 if
+one is missed or a benchmark fails. With a CUDA device there are its rows too.
 
 examples:
   python -m benchmarks                          # under five minutes on two cores; writes nothing
@@ -13,7 +13,6 @@ examples:
 
 import argparse
 import ast
-import importlib
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Row, in_child
+from benchmarks.measure import Row, in_child, run_one
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 
@@ -58,12 +57,6 @@ def listing() -> str:
     lines += ["", "apart from it, each by python -m benchmarks.NAME (--help tells more):"]
     lines += [f"  {name:14} {summary(name)} ({takes})" for name, takes in SLOW.items()]
     return "\n".join(lines)
-
-
-def run_one(name: str) -> dict[str, Any]:
-    """What a benchmark of the suite reports."""
-    found: dict[str, Any] = importlib.import_module(f"benchmarks.{name}").suite()
-    return found
 
 
 def run_all(names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import bound, command, in_turns, peak, report, row, share
+from benchmarks.measure import bound, command, in_turns, peaks, report, row, share
 from benchmarks.step import TEXTS
 from spn4cir.backbone import checkpoint_blocks
 from spn4cir.backbones.clip4cir import CLIP4CIR
@@ -67,22 +67,34 @@ class Step:
         return max(float((pairs[name] - own[name]).norm()) / max(float(own[name].norm()), floor) for name in own)
 
 
+def prepare(batch: int) -> dict[str, Step]:
+    """All ways, with a model each."""
+    return {name: Step(way, batch) for name, way in ({"plain": PLAIN} | WAYS).items()}
+
+
 def suite(batch: int = BATCH, rounds: int = ROUNDS) -> dict[str, Any]:
     """All measurements; asserts that losses and gradients are equal but for rounding."""
-    steps = {"plain": Step(PLAIN, batch), **{name: Step(way, batch) for name, way in WAYS.items()}}
+    steps = prepare(batch)
     seconds = in_turns(steps, rounds)
     plain, rows = steps.pop("plain"), []
-    whole = peak(Step, PLAIN, batch)
+    memory = peaks(prepare, batch)
     for name, step in steps.items():
         apart = step.distance(plain)
         assert apart < NEAR, f"gradients of {name} differ by {apart}"
         assert abs(float(step.loss - plain.loss)) < NEAR * float(plain.loss), f"the loss of {name} differs"
-        memory = peak(Step, WAYS[name], batch)
         bounds = [bound("gradients' distance", float(f"{apart:.2g}"), most=NEAR)]
         if name == "cached gradients":
-            bounds.append(bound("memory", share(memory, whole), most=0.25))
+            bounds.append(bound("memory", share(memory[name], memory["plain"]), most=0.25))
         what = f"stage 1, B = {batch}, {name}" + (f", {CHUNKS} chunks" if WAYS[name][0] else "")
-        rows.append(row(what, "plain, same batch", (seconds[name], seconds["plain"]), (memory, whole), tuple(bounds)))
+        rows.append(
+            row(
+                what,
+                "plain, same batch",
+                (seconds[name], seconds["plain"]),
+                (memory[name], memory["plain"]),
+                tuple(bounds),
+            )
+        )
     return report("gradients", f"loss and all gradients; medians of {rounds} rounds in turns", rows)
 
 

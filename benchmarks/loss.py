@@ -2,7 +2,7 @@
 
 Dense is ``cross_entropy`` of all scores with autograd. With K vectors for each candidate the straightforward way is a
 loop over the queries, each scored against the whole bank. Queries and a learned temperature get gradients, which have
-to agree; how far each way is from float64 is told. Each peak of memory is that of one way in a process of its own.
+to agree; how far each way is from float64 is told. Peaks of memory are measured in processes of their own.
 
 examples:
   python -m benchmarks.loss                              # a minute on two cores
@@ -11,13 +11,14 @@ examples:
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Row, bound, command, distance, in_child, in_turns, peak, report, row, share
+from benchmarks.measure import Row, bound, command, distance, in_child, in_turns, peaks, report, row, share
 from spn4cir import streaming
 from spn4cir.errors import run_command
 from spn4cir.losses import info_nce
@@ -118,10 +119,10 @@ def gradients(way: str, one: Given) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "query": query, "temperature": temperature}
 
 
-def prepare(way: str, size: Size, dtype: torch.dtype) -> Callable[[], Any]:
-    """The task of one way."""
+def prepare(size: Size, dtype: torch.dtype, ways: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
+    """The tasks of some ways."""
     one = given(size, dtype)
-    return lambda: gradients(way, one)
+    return {way: partial(gradients, way, one) for way in ways}
 
 
 def compare(size: Size, dtype: torch.dtype, ways: tuple[str, ...], rounds: int) -> dict[str, dict[str, Any]]:
@@ -138,7 +139,7 @@ def compare(size: Size, dtype: torch.dtype, ways: tuple[str, ...], rounds: int) 
         for way, parts in found.items()
     }
     del wide, exact
-    seconds = in_turns({way: lambda way=way: gradients(way, one) for way in ways}, rounds)  # type: ignore[misc]
+    seconds = in_turns({way: partial(gradients, way, one) for way in ways}, rounds)
     return {"seconds": seconds, "error": error}
 
 
@@ -147,8 +148,8 @@ def single(size: Size, rounds: int) -> tuple[list[Row], dict[str, Any]]:
     name = f"candidate loss with gradients, N = {size.n:,}, E = {size.e}, B = {size.b}"
     full = in_child(compare, size, torch.float32, ("ours", "plain", "dense"), rounds)
     half = in_child(compare, size, torch.float16, ("ours", "dense"), rounds)
-    memory = {way: peak(prepare, way, size, torch.float32) for way in ("ours", "plain", "dense")}
-    halves = {way: peak(prepare, way, size, torch.float16) for way in ("ours", "dense")}
+    memory = peaks(prepare, size, torch.float32, ("ours", "plain", "dense"))
+    halves = peaks(prepare, size, torch.float16, ("ours", "dense"))
     took = full["seconds"]
     rows = [
         row(
@@ -169,7 +170,7 @@ def single(size: Size, rounds: int) -> tuple[list[Row], dict[str, Any]]:
 def several(size: Size, rounds: int) -> tuple[list[Row], dict[str, Any]]:
     """K vectors for each candidate, of which the nearest counts; and how far each way is from float64."""
     found = in_child(compare, size, torch.float32, ("ours", "dense", "loop"), rounds)
-    memory = {way: peak(prepare, way, size, torch.float32) for way in ("ours", "dense", "loop")}
+    memory = peaks(prepare, size, torch.float32, ("ours", "dense", "loop"))
     took, tensor = found["seconds"], 4 * size.b * size.n * size.k / 2**20  # MB of the dense tensor itself
     name = f"maximum similarity, N = {size.n:,}, K = {size.k}, E = {size.e}, B = {size.b}"
     rows = [

@@ -1,6 +1,7 @@
 """What benchmarks share: processes of their own, peaks of memory, rounds in turns, and the rows that they report."""
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -42,19 +43,22 @@ def in_child(task: Callable[..., T], *given: Any) -> T:
         return pool.submit(task, *given).result()
 
 
-def peak(prepare: Callable[..., Task], *given: Any) -> float | None:
-    """The most that a task takes beyond what it is given, in MB, to the page; None where the system does not say.
+def peaks(prepare: Callable[..., Mapping[str, Task]], *given: Any) -> dict[str, float | None]:
+    """The most that each task takes beyond what it is given, in MB, to some pages; None where the system does not say.
 
     Args:
-        prepare: makes the task, in a process of its own. The task runs once before, so that libraries have theirs.
+        prepare: makes the tasks by name, in a process of its own. Each runs once before, so that libraries have theirs.
         given: what it is called with.
     """
     with _environment(RETURNED):
-        return in_child(_peak, prepare, *given)
+        return in_child(_peaks, prepare, *given)
 
 
-def _peak(prepare: Callable[..., Task], *given: Any) -> float | None:
-    task = prepare(*given)
+def _peaks(prepare: Callable[..., Mapping[str, Task]], *given: Any) -> dict[str, float | None]:
+    return {name: _peak(task) for name, task in prepare(*given).items()}
+
+
+def _peak(task: Task) -> float | None:
     task()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
@@ -83,7 +87,7 @@ def _environment(added: Mapping[str, str]) -> Iterator[None]:
 def watched(task: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     """What a task returns in a new process, with the peak of its anonymous memory, which is looked at meanwhile.
 
-    For tasks that map files, whose pages ``peak`` would count; shorter peaks than a few milliseconds may be missed.
+    For tasks that map files, whose pages ``peaks`` would count; shorter peaks than a few milliseconds may be missed.
 
     Args:
         task: called with ``begin``, which it calls when it has what it is given, and with ``given``.
@@ -188,6 +192,12 @@ def report(benchmark: str, what: str, rows: list[Row], **more: Any) -> dict[str,
         "torch": torch.__version__,
         "git": git_commit(),
     }
+
+
+def run_one(name: str) -> dict[str, Any]:
+    """What a benchmark of the suite reports. Here, as a new process cannot import the command itself."""
+    found: dict[str, Any] = importlib.import_module(f"benchmarks.{name}").suite()
+    return found
 
 
 def command(name: str, about: str | None, suite: Callable[[], dict[str, Any]]) -> None:
