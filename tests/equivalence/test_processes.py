@@ -120,6 +120,12 @@ def test_negatives_of_two_processes_equal_those_of_one(
     assert abs(float(one["loss"] - plain["loss"])) > 1e-3
 
 
+def test_chunks_of_two_processes_equal_the_whole_of_one(both: tuple[ModuleType, Path, str]) -> None:
+    """Gradient caching, with checkpoints inside, under DistributedDataParallel: as one process that keeps all."""
+    one, two = step(both, 1, both[0].BATCH, torch.float64), step_of_two(both, "chunks", torch.float64)
+    assert distance(one, two) < 1e-10
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_half_the_batch_gives_other_gradients(both: tuple[ModuleType, Path, str], stage: int) -> None:
     """Negative control: what one process alone would compute is far off."""

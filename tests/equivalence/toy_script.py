@@ -21,7 +21,7 @@ from torch import Tensor
 import spn4cir.train as loop
 from spn4cir import bank as banks
 from spn4cir.checkpoints import load_model, write_tensors
-from spn4cir.config import NegativesConfig
+from spn4cir.config import ComputeConfig, NegativesConfig
 from spn4cir.datasets import DATASETS
 from spn4cir.images import Answers, ImageSource, TripletCollate, open_image, pixel_hash
 from spn4cir.objective import Objective
@@ -47,9 +47,9 @@ def first_step(
 ) -> dict[str, Tensor]:
     """Loss and gradients of one batch, shared among the processes there are; the mean of all.
 
-    ``what`` is a stage, or one of ``OPTIONS``.
+    ``what`` is a stage, or one of ``OPTIONS``, or ``chunks``: stage 1 in chunks and with checkpoints.
     """
-    stage, negatives, draw = OPTIONS[what] if isinstance(what, str) else (what, None, None)
+    stage, negatives, draw = OPTIONS.get(what, (1 if what == "chunks" else what, None, None))  # type: ignore[arg-type]
     accelerator = Accelerator()
     backbone, triplets = load_model(init), toy.triplets()
     hashes = {i: pixel_hash(open_image(toy.path(i))) for i in toy.training_images()}
@@ -70,6 +70,8 @@ def first_step(
         bank = replace(bank, target=bank.target.to(dtype))
     batch.pixels, batch.features = (None if x is None else x.to(dtype) for x in (batch.pixels, batch.features))
     objective = Objective(backbone, 0.1, True, bank, negatives, draw).to(dtype)
+    if what == "chunks":
+        loop.prepare_compute(backbone, ComputeConfig(chunk=3, checkpoint=True))
     prepared = accelerator.prepare(objective)
     loss = prepared(batch)
     accelerator.backward(loss)
@@ -97,7 +99,7 @@ def processes(toy: Toy, inits: Path, output: Path) -> None:
     assert torch.distributed.get_backend() == "gloo"
     Accelerator.end_training = lambda self: None  # it ends the process group, which the next run here still needs
     for init in sorted(inits.iterdir()):
-        for what in (1, 2, *(OPTIONS if init.name == "clip4cir" else ())):
+        for what in (1, 2, "chunks", *(OPTIONS if init.name == "clip4cir" else ())):
             for dtype in (torch.float32, torch.float64):
                 found = first_step(toy, init, what, output / "banks", BATCH, dtype)
                 if accelerator.is_main_process:
