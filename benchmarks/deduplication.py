@@ -199,7 +199,7 @@ def run(count: int, workers: int) -> dict[str, Any]:
     }
 
 
-def suite(count: int = 1200) -> dict[str, Any]:
+def suite(count: int = 800) -> dict[str, Any]:
     """Fewer pictures, with a row of the table."""
     workers = os.cpu_count() or 1
     found, many = run(count, workers), f"{workers} workers"
