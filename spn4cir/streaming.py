@@ -216,11 +216,11 @@ def _block_softmax(query: Tensor, vectors: Tensor, block: _Block) -> Softmax:
 def _scores(query: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
     """(B, n) scores, and for K > 1 which vector gave each."""
     n, k, _ = vectors.shape
-    products = query @ vectors.flatten(0, 1).T  # (B, n·K)
     if k == 1:
-        return products, None
-    scores, which = products.view(len(query), n, k).max(2)
-    return scores, which
+        return query @ vectors[:, 0].T, None
+    products = vectors.flatten(0, 1) @ query.T  # (n·K, B), the faster way round where there are many vectors
+    scores, which = products.view(n, k, len(query)).max(1)  # (n, B)
+    return scores.T.contiguous(), which.T.contiguous()
 
 
 def _spread(weights: Tensor, which: Tensor | None, k: int) -> Tensor:
