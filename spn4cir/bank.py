@@ -81,6 +81,7 @@ class Bank:
     device: torch.device = CPU
     first: int = 0
     total: int = 0
+    shared: bool = False
 
     def __post_init__(self) -> None:
         self.total = self.total or len(self.target)
@@ -110,7 +111,7 @@ class Bank:
             raise ValueError("a share of a bank cannot be shared out again")
         share = -(-self.total // processes)
         first = min(process * share, self.total)
-        return replace(self, target=self.target[first : first + share], first=first)
+        return replace(self, target=self.target[first : first + share], first=first, shared=processes > 1)
 
     def references(self, image_ids: Sequence[str]) -> Tensor:
         """(B, L, D) of these images, as stored."""
@@ -207,7 +208,7 @@ def load_or_build(
     folder = root / name
 
     def usable(note: str) -> Bank | None:
-        bank = _open(folder / note, parts, rows)
+        bank = _open(folder / note, parts, rows) if _noted(folder / note, len(order), parts) is not None else None
         return bank if bank and _fits(bank, backbone, images.stack(order[:1])) else None
 
     if (bank := usable(WHOLE)) is not None:
@@ -250,12 +251,19 @@ def _note(rows: int, images: int, batch_size: int, parts: Mapping[str, str]) -> 
     return {"images": images, "parts": dict(parts), "batch_size": batch_size, "rows": rows}
 
 
+def _noted(note: Path, images: int, parts: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the note says, if it is one of a bank of so many images in these parts."""
+    try:
+        found = read_json(note)
+    except InputError:
+        return None
+    right = isinstance(found, dict) and (found.get("images"), found.get("parts")) == (images, dict(parts))
+    return found if right and (note.name != WHOLE or found.get("rows") == images) else None
+
+
 def _rows_done(folder: Path, images: int, batch_size: int, parts: Mapping[str, str]) -> int:
     """How many rows a build of the same blocks has written; 0 if there is none."""
-    try:
-        found = read_json(folder / BEGUN)
-    except InputError:
-        return 0
+    found = _noted(folder / BEGUN, images, parts)
     ends = (*range(batch_size, images, batch_size), images)
     return next((rows for rows in ends if found == _note(rows, images, batch_size, parts)), 0)
 

@@ -64,7 +64,7 @@ class NegativesConfig:
 
 @dataclasses.dataclass
 class ComputeConfig:
-    """How a step is computed; but for accumulate, the result is the same.
+    """How a step is computed; but for accumulate, and for what dropout draws, the result is the same.
 
     Args:
         chunk: images, and texts, in one pass of stage 1; the gradient is exact, at the price of a second forward pass,

@@ -296,5 +296,5 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         share = self.batch_size // (self.world_size * self.parts)
         for batch in self.batches(self.epoch)[self.skip :]:
             for part in range(self.parts):
-                first = (part * self.world_size + self.rank) * share
-                yield [(self.epoch, item) for item in batch[first : first + share]]
+                items = batch[part :: self.parts]  # of annotated and of generated ones as large a share as in the batch
+                yield [(self.epoch, item) for item in items[self.rank * share : (self.rank + 1) * share]]

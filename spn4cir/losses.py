@@ -58,7 +58,7 @@ def info_nce(
         Scalar.
 
     Raises:
-        ValueError: if no query has a positive, or one that no candidate has.
+        ValueError: if no query has a positive, or one that no candidate has, or the temperature is not above 0.
 
     Source: Feng et al., "Improving Composed Image Retrieval via Contrastive Learning with Scaling Positives and
     Negatives", ACM MM 2024; van den Oord et al., 2018 (InfoNCE).
@@ -68,6 +68,8 @@ def info_nce(
     if torch.is_tensor(temperature):
         temperature = temperature.to(query.device)
     else:
+        if not temperature > 0:
+            raise ValueError(f"a temperature is above 0, got {temperature}")
         temperature = torch.tensor(temperature, dtype=torch.float64, device=query.device)
     vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, None)
     spread = first is not None and processes() > 1
@@ -115,7 +117,7 @@ class _InfoNCE(torch.autograd.Function):
     def _forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
         t = temperature.to(wide)
-        local = query.to(wide) / t
+        local = query.to(wide).contiguous() / t
         batch, scaled = own.of_all(), _all(local) if own.spread else local
         found = _positive_vectors(vectors, batch, wide, query.device)  # (B, P, K, E)
         scores, which = _own_scores(scaled, found).max(2)  # (B, P)
@@ -215,7 +217,7 @@ def _hidden(batch: _Batch, count: int, found: Tensor, cheap: bool) -> Hidden:
         pairs = torch.cat([pairs, _pairs(positives, (positives >= 0) & apart)], 1)
     shown = _pairs(positives, (positives >= 0) & ~apart) if like is not None else pairs[:, :0]
     pairs, shown = (_within(part, batch.first, count) for part in (pairs, shown))
-    return Hidden(pairs, shown, like, batch.threshold or 1.0)
+    return Hidden(pairs, shown, like, 1.0 if batch.threshold is None else batch.threshold)
 
 
 def _pairs(rows: Tensor, chosen: Tensor) -> Tensor:

@@ -115,8 +115,7 @@ class Objective(nn.Module):
         held, positives, ignore = Shard(self.bank.target, self.bank.first), batch.target, _pairs(batch.others)
         if self.draw:
             held, positives, ignore = self._drawn(positives, ignore, step)
-        shared = len(self.bank.target) < self.bank.total
-        candidates = held if shared else held.vectors
+        candidates = held if self.bank.shared else held.vectors
         return info_nce(query, candidates, positives, self.temperature, ignore, self.negatives.above)
 
     def _drawn(self, positives: Tensor, ignore: Tensor | None, step: int) -> tuple[Shard, Tensor, Tensor]:

@@ -17,12 +17,15 @@ from tqdm import tqdm
 
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
-from spn4cir.config import TrainConfig, write_yaml
+from spn4cir.config import GROUPS, TrainConfig, write_yaml
 from spn4cir.errors import InputError
 from spn4cir.evaluate import git_commit, table
 from spn4cir.files import write_text
 
-FREE_ON_RESUME = {"resume", "workers", "trackers", "keep_pixels"}  # may differ from the first start
+FREE_ON_RESUME = {
+    "resume", "workers", "trackers", "keep_pixels", "compute.chunk", "compute.checkpoint", "compute.compile",
+}  # fmt: skip
+"""What may differ from the first start."""
 
 
 class Run:
@@ -98,12 +101,9 @@ class Run:
             stage = checkpoints.read_note(last)["progress"]["stage"]
         if stage != self.stage:
             raise InputError(f"{self.folder} is a stage {stage} run: resume it with recipes/stage{stage}.py")
-        before = yaml.safe_load(text)
-        for name, value in dataclasses.asdict(config).items():
-            if name not in FREE_ON_RESUME and before.get(name, value) != value:
-                raise InputError(
-                    f"--resume {self.folder} continues the same run, but {name} was {before[name]!r}, now {value!r}"
-                )
+        for name, then, now in changes(yaml.safe_load(text), config):
+            if name not in FREE_ON_RESUME:
+                raise InputError(f"--resume {self.folder} continues the same run, but {name} was {then!r}, now {now!r}")
 
     @property
     def title(self) -> str:
@@ -211,6 +211,20 @@ def named_by(config: TrainConfig) -> str:
     )
 
 
+def changes(before: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Settings that differ from saved ones: dotted name, value then, value now. What was not saved had its default."""
+    known = dataclasses.asdict(TrainConfig())
+    found = []
+    for name, now in dataclasses.asdict(config).items():
+        then = before.get(name, known[name])
+        if name in GROUPS:
+            inner = {key: then.get(key, value) for key, value in known[name].items()}
+            found += [(f"{name}.{key}", inner[key], value) for key, value in now.items() if inner[key] != value]
+        elif then != now:
+            found.append((name, then, now))
+    return found
+
+
 def pending(config: TrainConfig) -> TrainConfig | None:
     """What is left to train of a run whose ``output`` is named: all of it, the rest of it, or None if it is complete.
 
@@ -224,8 +238,7 @@ def pending(config: TrainConfig) -> TrainConfig | None:
     if not (folder / "config.yaml").is_file():
         return config
     before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    now = dataclasses.asdict(config).items()
-    different = [name for name, value in now if name != "resume" and before.get(name) != value]
+    different = [name for name, *_ in changes(before, config) if name != "resume"]
     if different:
         raise InputError(f"{folder} was trained with another {', '.join(different)}: delete it, or use another folder")
     return None if (folder / "result.json").is_file() else dataclasses.replace(config, resume=str(folder))

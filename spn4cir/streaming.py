@@ -255,6 +255,7 @@ def fused(kind: str, dtype: torch.dtype, width: int) -> bool:
 
 def _attention(query: Tensor, keys: Tensor) -> Softmax:
     """(B, E) over (n, E), as ``attend``, by torch's fused attention; keys are shared out among heads."""
+    query, keys = query.contiguous(), keys.contiguous()  # a kernel may take the layout of one for that of its result
     kind, n = query.device.type, len(keys)
     heads = FUSED[kind] if n >= LEAST * FUSED[kind] else 1
     even = n // heads * heads

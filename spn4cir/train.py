@@ -20,8 +20,8 @@ from spn4cir import checkpoints
 from spn4cir.backbone import Backbone, checkpoint_blocks
 from spn4cir.backbones import INSIDE, build_backbone, check_backbone
 from spn4cir.config import ComputeConfig, TrainConfig
-from spn4cir.datasets import extra_pictures, load_dataset
-from spn4cir.datasets.generated import WithImages, open_generated
+from spn4cir.datasets import load_dataset, with_pictures
+from spn4cir.datasets.generated import open_generated
 from spn4cir.deduplicate import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate, metric_names, selection_score
@@ -49,6 +49,7 @@ def train(config: TrainConfig, stage: int) -> Path:
         InputError: before anything is written, if data, weights or settings do not fit.
     """
     check_backbone(config.backbone)
+    check_stage(config, stage)
     accelerator = start(config)
     run = Run.open(config, stage, accelerator)
     dataset = load_dataset(config.dataset, config.data_root)
@@ -57,8 +58,10 @@ def train(config: TrainConfig, stage: int) -> Path:
     dataset, triplets, judge = load_triplets(config, dataset, benchmark, run.say)
     reported = benchmark or judge
     backbone = load_backbone(config, stage, run.say).to(accelerator.device)
-    extra = extra_pictures(config.bank.extra) if stage == 2 and config.bank.extra else {}
-    dataset = WithImages(dataset, extra) if extra else dataset
+    extra: Iterable[str] = ()
+    if config.bank.extra:
+        dataset = with_pictures(dataset, config.bank.extra)
+        extra = dataset.images
     images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
     candidates = training_images(config, dataset, triplets, extra)
     with accelerator.main_process_first():  # the others find in the cache what the first has decoded
@@ -75,7 +78,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     if stage == 2:
         backbone.freeze_image_side()
     draw = None if config.bank.limit is None else (config.bank.limit, config.seed)
-    prepare_compute(backbone, config.compute)
+    prepare_compute(backbone, config.compute, stage)
     objective = Objective(backbone, config.temperature, config.learn_temperature, None, config.negatives, draw)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
     if stage == 2:
@@ -124,7 +127,7 @@ def train(config: TrainConfig, stage: int) -> Path:
             bar.update()
             if state["step"] >= steps or (config.save_every and state["step"] % config.save_every == 0):
                 break
-        mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()  # the only device sync of an epoch
+        mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         if not math.isfinite(mean_loss):
             raise InputError(f"the loss is {mean_loss} at step {state['step']}: lower lr, now {config.lr}")
         if probe:
@@ -151,6 +154,20 @@ def train(config: TrainConfig, stage: int) -> Path:
     return run.folder
 
 
+def check_stage(config: TrainConfig, stage: int) -> None:
+    """Raises ``InputError`` for settings that the other stage alone would heed."""
+    if stage == 2 and config.negatives.types != ["target"]:
+        raise InputError(f"negatives.types {config.negatives.types} is for stage 1: a bank holds targets alone")
+    for name in ("limit", "extra"):
+        if stage == 1 and getattr(config.bank, name) is not None:
+            raise InputError(f"bank.{name} is for stage 2: the candidates of stage 1 are the targets of the batch")
+    if stage == 1 and config.batch_size // config.compute.accumulate < 2:
+        raise InputError(
+            f"batch_size {config.batch_size} in {config.compute.accumulate} parts leaves one triplet, without any "
+            "negative: raise batch_size, or lower compute.accumulate"
+        )
+
+
 def start(config: TrainConfig) -> Accelerator:
     """Join the processes and seed this one. Raises ``InputError`` for a precision that the device does not have."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # processes wait while the first one builds a bank
@@ -173,13 +190,16 @@ def start(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def prepare_compute(backbone: Backbone, compute: ComputeConfig) -> None:
-    """Let the backbone compute as the settings want it. Raises ``InputError`` if there is nothing to checkpoint."""
+def prepare_compute(backbone: Backbone, compute: ComputeConfig, stage: int) -> None:
+    """Let the backbone compute as the settings want it. Raises ``InputError`` if there is nothing to checkpoint.
+
+    In stage 2 images go through it as they do when a bank is made and checked, to the bit: that is not compiled.
+    """
     backbone.chunk = compute.chunk
     if compute.checkpoint and not checkpoint_blocks(backbone):
         raise InputError(f"compute.checkpoint: {backbone.name} has no blocks that follow each other")
     if compute.compile:
-        for name in ("encode_image", "compose"):
+        for name in ("encode_image", "compose")[stage - 1 :]:
             setattr(backbone, name, torch.compile(getattr(backbone, name)))
 
 
@@ -304,7 +324,7 @@ def hash_pixels(
     broken = [image_id for image_id, image in found.items() if image.problem]
     if broken:
         first = found[broken[0]]
-        more = f" (and {len(broken) - 1} more: see spn4cir-data check --dataset {dataset.name})" if broken[1:] else ""
+        more = f" (and {len(broken) - 1} more: see {dataset.check_command(broken[0])})" if broken[1:] else ""
         what = "is missing" if first.problem == "missing" else f"does not decode: {first.detail}"
         raise InputError(f"image {paths[broken[0]]} {what}{more}")
     published = dataset.root and dataset.root / PUBLISHED_CLASSES

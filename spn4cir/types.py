@@ -189,6 +189,10 @@ class Dataset(ABC):
         """A description of an image that came with it; else empty."""
         return ""
 
+    def check_command(self, image_id: str) -> str:
+        """The command that tells of all broken images like this one."""
+        return f"spn4cir-data check --dataset {self.name}"
+
     def file(self, name: str) -> Path:
         """A file that a person names: as it stands, or below the dataset's folder."""
         path = Path(name)

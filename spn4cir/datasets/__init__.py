@@ -7,6 +7,7 @@ from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
+from spn4cir.datasets.generated import WithImages
 from spn4cir.datasets.skip import Skipping, read_skip_list
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
@@ -32,13 +33,19 @@ def load_dataset(name: str, root: str | None = None) -> Dataset:
     return Skipping(dataset, reasons) if reasons else dataset
 
 
-def extra_pictures(place: str) -> dict[str, Path]:
-    """Pictures of a folder or a table, by ids that begin with its name: further negatives, named by no triplet.
+def with_pictures(dataset: Dataset, place: str) -> WithImages:
+    """A dataset and the pictures of a folder or a table: further negatives, which no triplet names.
+
+    Their ids say that they are extra, and not where they lie, so that a bank is the same wherever that is.
 
     Raises:
         InputError: if there are none.
     """
     if not Path(place).exists():
         raise InputError(f"bank.extra: {place} is missing: give a folder of pictures, or a table of them")
-    pictures = load_dataset(Catalogue.name, place)
-    return {f"{place}:{image_id}": pictures.path(image_id) for image_id in pictures.training_images()}
+    try:
+        pictures = load_dataset(Catalogue.name, place)
+        images = {f"bank.extra:{image_id}": pictures.path(image_id) for image_id in pictures.training_images()}
+    except InputError as error:
+        raise InputError(f"bank.extra: {str(error).replace('--data-root', '--bank.extra')}") from None
+    return WithImages(dataset, images, f"{pictures.check_command('')} --data-root {place}")

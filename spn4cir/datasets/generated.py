@@ -24,16 +24,21 @@ class WithImages(Dataset):
     Args:
         whole: the dataset; its benchmarks and annotated triplets stay as they are.
         images: image id → picture.
+        checked_by: command that looks at these images, if any does.
     """
 
-    def __init__(self, whole: Dataset, images: Mapping[str, Path]):
-        self.whole, self.images = whole, dict(images)
+    def __init__(self, whole: Dataset, images: Mapping[str, Path], checked_by: str = ""):
+        self.whole, self.images, self.checked_by = whole, dict(images), checked_by
         self.root, self.skipped, self.annotated = whole.root, whole.skipped, whole.annotated
         self.name, self.protocols = whole.name, whole.protocols  # type: ignore[misc]
 
     def path(self, image_id: str) -> Path:
         """The picture of an image."""
         return self.images[image_id] if image_id in self.images else self.whole.path(image_id)
+
+    def check_command(self, image_id: str) -> str:
+        """What looks at the others, or at those of the dataset."""
+        return self.checked_by if self.checked_by and image_id in self.images else self.whole.check_command(image_id)
 
     def training_images(self) -> list[str]:
         """Those of the dataset, then the others."""

@@ -518,6 +518,18 @@ def test_a_bank_of_another_model_is_made_anew(make: Maker, tmp_path: Path) -> No
         assert make.encoded - encoded == (2 + 40 if part else 1)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"images": 40}', '{"images": 41, "parts": {}}'])
+def test_a_note_that_does_not_fit_is_no_note(make: Maker, text: str) -> None:
+    """Emptied by a power cut, or of another bank: made anew, where a whole note saves the encoding."""
+    make()
+    encoded = make.encoded
+    (make.root / make.name() / "bank.json").write_text(text)
+    make()
+    assert make.encoded == encoded + 40
+    make()
+    assert make.encoded == encoded + 41
+
+
 @pytest.mark.parametrize("part", ["target", "reference"])
 @pytest.mark.parametrize("kept", [0, 20, 200, -1])
 def test_a_file_that_is_cut_off_is_made_anew(make: Maker, part: str, kept: int) -> None:

@@ -220,7 +220,7 @@ def test_a_compiled_model_is_the_same(run: Callable[..., Found], monkeypatch: py
     )
     for stage in (1, 2):
         assert apart(run(stage), run(stage, compute={"compile": True})) < 1e-3
-    assert compiled == ["encode_image", "compose"] * 2
+    assert compiled == ["encode_image", "compose", "compose"]  # what makes and checks a bank is left alone
 
 
 def test_half_precision_goes_with_all(run: Callable[..., Found]) -> None:

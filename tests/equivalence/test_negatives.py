@@ -1,6 +1,7 @@
 """What others take the place of, which candidates are drawn, and what is no negative, against formulas written out."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.bank import Bank
 from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
-from spn4cir.datasets import extra_pictures
+from spn4cir.datasets import with_pictures
 from spn4cir.errors import InputError
 from spn4cir.images import TripletBatch
 from spn4cir.losses import InBatch
@@ -400,7 +401,7 @@ def test_extra_pictures_join_the_bank(
     plain = loop.train(configure(**common, output=str(tmp_path / "plain")), 2)
     more = loop.train(configure(**common, bank={"extra": str(extra)}, output=str(tmp_path / "with")), 2)
     (before, known), (after, _) = (pair for pair in banks if "i46" not in pair[1])  # which the gallery alone has
-    ids = [f"{extra}:{name}" for name in ("i05.png", *(f"inner/{n}.png" for n in range(6)), "inner/copy.png")]
+    ids = [f"bank.extra:{name}" for name in ("i05.png", *(f"inner/{n}.png" for n in range(6)), "inner/copy.png")]
     assert list(after.rows)[: len(known)] == list(known) and set(list(after.rows)[len(known) :]) == set(ids)
     assert after.total == before.total + 6 == len(set(after.rows.values()))
     assert after.rows[ids[0]] == after.rows["i05"] and after.rows[ids[1]] == after.rows[ids[-1]]
@@ -412,7 +413,7 @@ def test_extra_pictures_join_the_bank(
 def test_extra_pictures_keep_their_names_apart(toy: Toy, tmp_path: Path) -> None:
     """An extra picture that is called as one of the dataset is another image, at its own place."""
     draw_picture(tmp_path / "more" / "i01.png", "another")
-    extra = extra_pictures(str(tmp_path / "more"))
+    extra = with_pictures(toy, str(tmp_path / "more")).images
     assert not extra.keys() & {*toy.training_images(), *toy.benchmark("val").gallery}
     assert list(extra.values()) == [tmp_path / "more" / "i01.png"]
 
@@ -431,6 +432,41 @@ def test_extra_pictures_that_are_none_are_one_line(
     with pytest.raises(InputError) as told:
         loop.train(configure(init=str(start), bank={"extra": str(extra)}, output=str(tmp_path / "run")), 2)
     assert str(extra / "b.png" if what == "broken" else extra) in str(told.value) and "\n" not in str(told.value)
+    assert not (tmp_path / "run").exists() and "--data-root FOLDER" not in str(told.value)
+    assert what == "broken" or str(told.value).startswith("bank.extra: ")
+
+
+def test_several_broken_extra_pictures_can_be_listed(configure: Configure, start: Path, tmp_path: Path) -> None:
+    """The command that is named looks at the folder of extra pictures, not at the dataset."""
+    (tmp_path / "more").mkdir()
+    for name in "ab":
+        (tmp_path / "more" / f"{name}.png").write_text("no picture")
+    place = re.escape(str(tmp_path / "more"))
+    with pytest.raises(InputError, match=f"1 more: see spn4cir-data check --dataset catalogue --data-root {place}"):
+        loop.train(configure(init=str(start), bank={"extra": str(tmp_path / "more")}), 2)
+
+
+def test_a_bank_is_the_same_wherever_its_extra_pictures_lie(toy: Toy, tmp_path: Path) -> None:
+    """With or without a slash, moved or not: ids do not say where."""
+    draw_picture(tmp_path / "more" / "a.png", 1)
+    ids = [*with_pictures(toy, str(tmp_path / "more")).images]
+    assert ids == [*with_pictures(toy, f"{tmp_path}/more/").images] == ["bank.extra:a.png"]
+    (tmp_path / "more").rename(tmp_path / "moved")
+    assert ids == [*with_pictures(toy, str(tmp_path / "moved")).images]
+
+
+@pytest.mark.parametrize(("stage", "changes", "told"), [
+    (2, {"negatives": {"types": ["query"]}}, r"negatives.types \['query'\] is for stage 1"),
+    (1, {"bank": {"limit": 3}}, "bank.limit is for stage 2"),
+    (1, {"bank": {"extra": "more"}}, "bank.extra is for stage 2"),
+    (1, {"compute": {"accumulate": 8}}, "batch_size 8 in 8 parts leaves one triplet"),
+])  # fmt: skip
+def test_settings_of_the_other_stage_are_refused(
+    stage: int, changes: dict[str, Any], told: str, configure: Configure, tmp_path: Path
+) -> None:
+    """What would be ignored, or train on nothing, is said before anything is read."""
+    with pytest.raises(InputError, match=told):
+        loop.train(configure(**changes, output=str(tmp_path / "run")), stage)
     assert not (tmp_path / "run").exists()
 
 

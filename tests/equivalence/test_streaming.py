@@ -185,6 +185,39 @@ def test_memory_does_not_grow_with_candidates(
     assert seen.most >= 4000 * B
 
 
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_layout_in_memory_does_not_matter(width: int, ragged: str) -> None:
+    """Queries and candidates whose numbers lie column by column, or between others, as a transposed product leaves them.
+
+    A fused kernel that takes a query's layout for that of its result gave a right loss and a gradient of noise.
+    """
+    query, candidates = unit(4, width).float(), unit(3000, 1, width, seed=1).float()
+    about = (torch.tensor([0, 5, 2999, 17]), None, None)
+    plain = found(info_nce, query, candidates, *about)
+    columns, between = query.T.contiguous().T, torch.stack([query, -query], 2)[..., 0]
+    wide = torch.cat([candidates, candidates], 2)[..., :width]
+    turned = candidates.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert not columns.is_contiguous() and not between.is_contiguous() and not turned.is_contiguous()
+    for strange, others in ((columns, candidates), (between, wide), (columns, turned)):
+        leaf = strange.detach().requires_grad_()
+        loss = info_nce(leaf, others, about[0], T)
+        assert near([loss.detach(), torch.autograd.grad(loss * 3, leaf)[0]], plain[:2], 1e-5)
+
+
+def test_a_threshold_of_nought_is_one() -> None:
+    """Whatever is similar at all is left out."""
+    query, candidates = unit(B, E), candidates_of(1)
+    some = found(info_nce, query, candidates, ONE, None, 0.0)
+    assert near(some, found(dense, query, candidates, ONE, None, 0.0), 1e-12)
+    assert not near(some, found(info_nce, query, candidates, ONE, None, None), 1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.1, math.nan])
+def test_a_temperature_is_above_nought(temperature: float) -> None:
+    with pytest.raises(ValueError, match="a temperature is above 0"):
+        info_nce(unit(B, E), candidates_of(1), ONE, temperature)
+
+
 def test_nothing_left_is_no_candidate() -> None:
     """A block, or all of them, in which a query has nothing left: no NaN, and the positive alone costs nothing."""
     query, candidates = unit(2, E), unit(12, 1, E, seed=1)

@@ -413,6 +413,22 @@ def test_collate_without_stored_references_opens_those_alone() -> None:
     assert (batch.reference.tolist(), batch.target.tolist()) == ([0, 1, 0], [4, 2, 4])
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_parts_of_a_batch_have_its_share_of_generated_triplets(processes: int) -> None:
+    """All parts of all processes together are the batch; each holds annotated and generated ones alike."""
+    samplers = [
+        TripletSampler(range(40), range(1000, 1040), 16, 0.5, 3, (rank, processes), parts=4)
+        for rank in range(processes)
+    ]
+    whole = TripletSampler(range(40), range(1000, 1040), 16, 0.5, 3).batches(0)
+    lists = [list(sampler) for sampler in samplers]
+    assert all(len(found) == 4 * len(whole) for found in lists)
+    for n, batch in enumerate(whole):
+        parts = [[item for found in lists for _, item in found[4 * n + part]] for part in range(4)]
+        assert sorted(item for part in parts for item in part) == sorted(batch)
+        assert [sum(item >= 1000 for item in part) for part in parts] == [2] * 4
+
+
 def test_ahead_gives_the_same_batches_and_errors_and_ends_early() -> None:
     """One is made in advance, in order; an error comes out where it belongs; a reader may stop."""
     made: list[int] = []

@@ -1,5 +1,6 @@
 """A run's folder and log."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 from spn4cir.checkpoints import save_progress
-from spn4cir.config import TrainConfig, write_yaml
+from spn4cir.config import ComputeConfig, TrainConfig, write_yaml
 from spn4cir.errors import InputError
-from spn4cir.run import Run
+from spn4cir.run import Run, changes
 
 
 def alone(main: bool = True) -> Accelerator:
@@ -144,3 +145,22 @@ def test_resume_of_no_run(tmp_path: Path) -> None:
     """A folder without config.yaml is no run."""
     with pytest.raises(InputError, match=r"config\.yaml is missing"):
         Run.open(TrainConfig(resume=str(tmp_path)), 1, alone())
+
+
+@pytest.mark.parametrize(("now", "expected"), [
+    ({}, []),
+    ({"lr": 0.5}, [("lr", 1e-4, 0.5)]),
+    ({"compute": {"chunk": 4}, "bank": {"limit": 9}}, [("bank.limit", None, 9), ("compute.chunk", None, 4)]),
+])  # fmt: skip
+def test_changes_are_named_with_their_group(now: dict[str, object], expected: list[object]) -> None:
+    """Dotted names; a setting that older runs did not save had its default."""
+    before = dataclasses.asdict(TrainConfig())
+    del before["negatives"], before["compute"]["checkpoint"], before["seed"]
+    assert changes(before, TrainConfig(**now)) == expected  # type: ignore[arg-type]
+
+
+def test_memory_may_be_saved_on_a_resume(tmp_path: Path) -> None:
+    """What made a run stop may be out of memory: chunks and checkpoints are free, parts of a batch are not."""
+    assert opened(tmp_path, compute=ComputeConfig(chunk=4, checkpoint=True)).folder == tmp_path
+    with pytest.raises(InputError, match=r"compute\.accumulate was 1, now 2"):
+        opened(tmp_path, compute=ComputeConfig(accumulate=2))
