@@ -187,7 +187,7 @@ def test_memory_does_not_grow_with_candidates(
 
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_layout_in_memory_does_not_matter(width: int, ragged: str) -> None:
-    """Queries and candidates whose numbers lie column by column, or between others, as a transposed product leaves them.
+    """Queries and candidates whose numbers lie column by column, or between others, as transposing leaves them.
 
     A fused kernel that takes a query's layout for that of its result gave a right loss and a gradient of noise.
     """
