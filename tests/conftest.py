@@ -151,6 +151,13 @@ def toy_config(folder: Path, **changes: object) -> TrainConfig:
     return TrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
 
+def stated(whole: object, part: object) -> object:
+    """Of settings, those that a file states, also inside groups."""
+    if isinstance(whole, dict) and isinstance(part, dict) and part.keys() <= whole.keys():
+        return {key: stated(whole[key], value) for key, value in part.items()}
+    return whole
+
+
 @pytest.fixture(autouse=True)
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where runs go in tests: never into the checkout."""

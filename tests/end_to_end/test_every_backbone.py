@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import stated
 from safetensors.torch import load_file, save_file
 
 from spn4cir import train
@@ -101,7 +102,7 @@ def settings(run: Path) -> dict[str, Any]:
 def check_run(run: Path, stage: int, backbone: str, **changes: object) -> dict[str, Any]:
     """A complete run of two steps with the settings of the backbone's own recipe; its result."""
     own = yaml.safe_load((ROOT / f"recipes/emoji_{backbone}_stage{stage}.yaml").read_text()) | CHANGES | changes
-    assert {key: settings(run)[key] for key in own} == own
+    assert stated(settings(run), own) == own
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
     assert (result["stage"], result["steps"], result["protocol"]) == (stage, 2, "emoji/val")
     assert json.loads((run / "model.json").read_text())["backbone"] == backbone

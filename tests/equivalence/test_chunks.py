@@ -1,7 +1,7 @@
 """A step in chunks, with checkpoints, compiled or in parts: the same loss and gradients, for every backbone."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ def test_chunks_of_all_kinds_of_results() -> None:
 
 
 @pytest.fixture
-def run(configure: Any, tmp_path: Path, runs: Path) -> Callable[..., Found]:
+def run(configure: Any, tmp_path: Path, runs: Path) -> Iterator[Callable[..., Found]]:
     """``run(stage, **changes)``: the weights after three steps from one and the same model."""
     save_model(tmp_path / "init", build_backbone("clip4cir"), {})
     count = iter(range(100))
@@ -190,7 +190,8 @@ def run(configure: Any, tmp_path: Path, runs: Path) -> Callable[..., Found]:
         (line,) = (folder / "metrics.jsonl").read_text().splitlines()
         return weights | {"loss": torch.tensor(json.loads(line)["loss"])}
 
-    return trained
+    yield trained
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
