@@ -223,6 +223,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "negatives.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "negatives.png")
     args = parser.parse_args()
+    if min(args.steps) < 1:
+        raise InputError(f"--steps are at least 1 for each stage, got {args.steps[0]} and {args.steps[1]}")
     results = report(train_all(args.seeds, args.steps, args.runs), args)
     for path in (args.json, args.picture):
         path.parent.mkdir(parents=True, exist_ok=True)

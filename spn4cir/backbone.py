@@ -66,23 +66,39 @@ def _joined(parts: Sequence[Any]) -> Any:
     return ImageFeatures(*columns) if isinstance(first, ImageFeatures) else tuple(columns)
 
 
-def checkpoint_blocks(module: nn.Module) -> int:
-    """Let the repeated blocks of a model keep no activations but compute them again; returns how many there are.
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The modules of one kind that follow each other in a list or a sequence, the outermost of nested ones.
 
-    Blocks are the modules of one kind that follow each other in a list or a sequence: layers of a transformer, residual
-    blocks of a ResNet.
+    They are the layers of a transformer and the residual blocks of a ResNet, where time and memory go.
     """
-    wrapped: list[nn.Module] = []
+    found: list[nn.Module] = []
     for holder in module.modules():
         blocks = list(holder.children()) if isinstance(holder, nn.ModuleList | nn.Sequential) else []
         several = len(blocks) > 1 or (isinstance(holder, nn.ModuleList) and blocks)
         alike = len({type(block) for block in blocks}) == 1 and bool(list(blocks[0].parameters()))
-        inside = any(holder is inner for block in wrapped for inner in block.modules())
-        if several and alike and not inside:
-            for block in blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            wrapped += blocks
-    return len(wrapped)
+        if several and alike and not any(holder is inner for block in found for inner in block.modules()):
+            found += blocks
+    return found
+
+
+def checkpoint_blocks(module: nn.Module) -> int:
+    """Let the blocks of a model keep no activations but compute them again; returns how many there are."""
+    blocks = blocks_of(module)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return len(blocks)
+
+
+def compile_blocks(module: nn.Module) -> int:
+    """Let torch make kernels for the blocks of a model that train; returns how many there are.
+
+    Blocks of one kind share their kernels, which hold for any number of rows. What is frozen is left as it is: the
+    bank was made with it, to the bit.
+    """
+    blocks = [block for block in blocks_of(module) if any(p.requires_grad for p in block.parameters())]
+    for block in blocks:
+        block.compile(dynamic=True)
+    return len(blocks)
 
 
 @dataclass(frozen=True)

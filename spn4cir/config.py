@@ -71,7 +71,7 @@ class ComputeConfig:
             and a batch may be as large as one likes. null for all at once.
         accumulate: parts of a batch, one after the other; in stage 1 each part has its own candidates only.
         checkpoint: keep no activations inside the blocks of the towers, but compute them again.
-        compile: let torch.compile make kernels for this model; the first steps are slow.
+        compile: let torch.compile make kernels for the blocks of the towers that train; the first steps are slow.
     """
 
     chunk: int | None = None

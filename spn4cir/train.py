@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from spn4cir import bank as banks
 from spn4cir import checkpoints
-from spn4cir.backbone import Backbone, checkpoint_blocks
+from spn4cir.backbone import Backbone, checkpoint_blocks, compile_blocks
 from spn4cir.backbones import INSIDE, build_backbone, check_backbone
 from spn4cir.config import ComputeConfig, TrainConfig
 from spn4cir.datasets import load_dataset, with_pictures
@@ -78,7 +78,7 @@ def train(config: TrainConfig, stage: int) -> Path:
     if stage == 2:
         backbone.freeze_image_side()
     draw = None if config.bank.limit is None else (config.bank.limit, config.seed)
-    prepare_compute(backbone, config.compute, stage)
+    prepare_compute(backbone, config.compute)
     objective = Objective(backbone, config.temperature, config.learn_temperature, None, config.negatives, draw)
     optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, config.beta2), config.eps)
     if stage == 2:
@@ -190,17 +190,12 @@ def start(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def prepare_compute(backbone: Backbone, compute: ComputeConfig, stage: int) -> None:
-    """Let the backbone compute as the settings want it. Raises ``InputError`` if there is nothing to checkpoint.
-
-    In stage 2 images go through it as they do when a bank is made and checked, to the bit: that is not compiled.
-    """
+def prepare_compute(backbone: Backbone, compute: ComputeConfig) -> None:
+    """Let the backbone compute as the settings want it. Raises ``InputError`` if it has no blocks for that."""
     backbone.chunk = compute.chunk
-    if compute.checkpoint and not checkpoint_blocks(backbone):
-        raise InputError(f"compute.checkpoint: {backbone.name} has no blocks that follow each other")
-    if compute.compile:
-        for name in ("encode_image", "compose")[stage - 1 :]:
-            setattr(backbone, name, torch.compile(getattr(backbone, name)))
+    for name, prepare in (("checkpoint", checkpoint_blocks), ("compile", compile_blocks)):
+        if getattr(compute, name) and not prepare(backbone):
+            raise InputError(f"compute.{name}: {backbone.name} has no blocks that follow each other")
 
 
 def schedule(config: TrainConfig, step: int, steps: int, epoch: int) -> float:

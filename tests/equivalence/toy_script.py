@@ -71,7 +71,7 @@ def first_step(
     batch.pixels, batch.features = (None if x is None else x.to(dtype) for x in (batch.pixels, batch.features))
     objective = Objective(backbone, 0.1, True, bank, negatives, draw).to(dtype)
     if what == "chunks":
-        loop.prepare_compute(backbone, ComputeConfig(chunk=3, checkpoint=True), 1)
+        loop.prepare_compute(backbone, ComputeConfig(chunk=3, checkpoint=True))
     prepared = accelerator.prepare(objective)
     loss = prepared(batch)
     accelerator.backward(loss)
