@@ -148,7 +148,7 @@ class _InfoNCE(torch.autograd.Function):
         ctx.learned = learned
         if learned:
             weight = torch.zeros_like(sums.top).index_add_(0, owner, share) * each  # (B,)
-            ctx.batch, ctx.hidden, ctx.terms = batch, hidden, (owner, own.positives[owner, slot], slot, share * each)
+            ctx.hidden, ctx.terms = hidden, (owner, own.positives[owner, slot], slot, share * each)
             ctx.state = (scaled, vectors.detach(), sums, weight, which)
         return (terms.sum() * each).to(wide)
 
