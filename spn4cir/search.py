@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # queries scored at once; fixed, since the block size of a product can move its last bits
 BLOCK = 16_384  # candidate vectors scored at once; likewise
@@ -36,22 +35,6 @@ def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
     Returns:
         (B, N), in float32 or wider.
     """
-    size = max(1, BLOCK // candidates.shape[1])
-    blocks = [candidates[start : start + size] for start in range(0, max(1, len(candidates)), size)]
-    if len(blocks) == 1:
-        return _block_scores(query, candidates)
-    if query.requires_grad and torch.is_grad_enabled() and not candidates.requires_grad:
-        # a bank that is stored in half precision is widened block by block, in the backward pass once more
-        found = [
-            checkpoint(_block_scores, query, block, use_reentrant=False, preserve_rng_state=False) for block in blocks
-        ]
-    else:
-        found = [_block_scores(query, block) for block in blocks]
-    return torch.cat(found, 1)
-
-
-def _block_scores(query: Tensor, candidates: Tensor) -> Tensor:
-    """(B, E) against (n, K, E) → (B, n)."""
     wide = torch.promote_types(query.dtype, torch.float32)
     n, k, e = candidates.shape
     with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin

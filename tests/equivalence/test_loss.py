@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir import search
 from spn4cir.losses import info_nce
 
 T = 0.07
@@ -98,34 +97,3 @@ def test_scores_stay_wide_under_mixed_precision() -> None:
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, plain, rtol=1e-6, atol=0)
     assert abs(info_nce(query.bfloat16(), candidates.bfloat16(), ONE, T) - plain) > 1e-5  # such rounding would show
-
-
-@pytest.mark.parametrize("learned", [False, True], ids=["frozen candidates", "candidates learn too"])
-@pytest.mark.parametrize("vectors", [1, 3])
-def test_scores_in_blocks_equal_scores_at_once(vectors: int, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ragged last block included: the loss, and the gradients of queries, temperature and candidates."""
-    query, candidates, positives = unit(5, 8), unit(11, vectors, 8), torch.tensor([0, 10, 3, 4, 9])
-
-    def found() -> list[Tensor]:
-        leaves = [query.clone().requires_grad_(), torch.tensor(T, dtype=torch.float64).requires_grad_()]
-        leaves += [candidates.clone().requires_grad_()] if learned else []
-        loss = info_nce(leaves[0], leaves[2] if learned else candidates, positives, leaves[1])
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-    whole = found()
-    monkeypatch.setattr(search, "BLOCK", 4 * vectors)
-    for one, two in zip(whole, found(), strict=True):
-        torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-12)
-    candidates = candidates.flip(1, 2)  # negative control
-    assert (found()[0] - whole[0]).abs() > 1e-3
-
-
-def test_a_bank_in_half_precision_is_not_widened_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the backward pass keeps of the candidates are the stored halves, not their float32 copies."""
-    monkeypatch.setattr(search, "BLOCK", 256)
-    query, candidates = unit(4, 16).float().requires_grad_(), unit(4096, 1, 16).half()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        info_nce(query, candidates, torch.arange(4), T).backward()
-    wide = [t for t in kept if t.dtype == torch.float32 and t.numel() >= 256 * 16]
-    assert not [t for t in wide if t.shape[-1] == 16 or t.shape[0] == 16]
