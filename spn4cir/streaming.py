@@ -233,11 +233,11 @@ def _spread(weights: Tensor, which: Tensor | None, k: int) -> Tensor:
 
 @functools.cache
 def fused(kind: str, dtype: torch.dtype, width: int) -> bool:
-    """Whether torch's fused attention serves here; tried once, and a wrong answer is said."""
+    """Whether torch's fused attention serves here; tried once, with keys for all heads, and a wrong answer is said."""
     if kind not in FUSED:
         return False
     draw = torch.Generator().manual_seed(0)
-    query, keys = (torch.randn(n, width, generator=draw).to(kind, dtype) / width**0.5 for n in (5, 100))
+    query, keys = (torch.randn(n, width, generator=draw).to(kind, dtype) / width**0.5 for n in (5, 1100))
     scores = 3 * query @ keys.T
     right = scores.logsumexp(1), scores.softmax(1) @ keys
     try:
