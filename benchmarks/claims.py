@@ -4,7 +4,7 @@ Every run ends after a fixed number of steps and its last state is evaluated, on
 
 examples:
   python -m benchmarks.claims                       # three seeds, both settings; about half an hour on two cores
-  python -m benchmarks.claims --seeds 0 --annotated 2000 --runs runs/claims
+  python -m benchmarks.claims --seeds 0 --max-annotated 2000 --runs runs/claims
 """
 
 import argparse
@@ -45,7 +45,7 @@ def settings(stage: int, annotated: int, seed: int) -> TrainConfig:
     recipe = ROOT / "recipes" / f"emoji_clip4cir_stage{stage}.yaml"
     steps = STAGE1_STEPS[annotated] if stage == 1 else STAGE2_STEPS
     return replace(
-        parse(TrainConfig, recipe, []), annotated=annotated, seed=seed, epochs=10_000, max_steps=steps, eval_every=0
+        parse(TrainConfig, recipe, []), max_annotated=annotated, seed=seed, epochs=10_000, max_steps=steps, eval_every=0
     )
 
 
@@ -162,7 +162,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--annotated", type=int, nargs="+", default=[2000, 300], choices=sorted(STAGE1_STEPS))
+    parser.add_argument("--max-annotated", type=int, nargs="+", default=[2000, 300], choices=sorted(STAGE1_STEPS))
     parser.add_argument("--generated", default="auto", help="file of generated triplets (default: made if missing)")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="default: all")
     parser.add_argument(
@@ -180,7 +180,7 @@ def main() -> None:
     if args.generated == "auto":
         make_triplets(parse(GenerateConfig, ROOT / "recipes" / "triplets_emoji.yaml", []), load_dataset("emoji"))
     found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
-    for annotated in args.annotated:
+    for annotated in args.max_annotated:
         for seed in args.seeds:
             folder = args.runs / f"{annotated}-seed{seed}"
             found.setdefault(str(annotated), {})[seed] = run_setting(annotated, seed, args.generated, folder, args.rows)

@@ -5,7 +5,7 @@ that was interrupted goes on where it was; one that was complete starts over.
 
 examples:
   python -m benchmarks.demo
-  python -m benchmarks.demo --annotated 300 --output runs/demo-300
+  python -m benchmarks.demo --max-annotated 300 --output runs/demo-300
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
         epilog=(__doc__ or "").partition("examples:")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--annotated", type=int, default=2000, choices=sorted(STAGE1_STEPS))
+    parser.add_argument("--max-annotated", type=int, default=2000, choices=sorted(STAGE1_STEPS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
@@ -56,13 +56,13 @@ def main() -> None:
     print(f"1/3 triplets from images alone → {generated}", flush=True)
     preset = ROOT / "recipes" / "triplets_emoji.yaml"
     make_triplets(parse(GenerateConfig, preset, ["--output", str(generated)]), load_dataset("emoji"))
-    print(f"\n2/3 both stages, with and without them, from {args.annotated} annotated triplets", flush=True)
-    runs = args.output / f"{args.annotated}-seed{args.seed}"
-    found = run_setting(args.annotated, args.seed, str(generated / "triplets.json"), runs, SHOWN)
+    print(f"\n2/3 both stages, with and without them, from {args.max_annotated} annotated triplets", flush=True)
+    runs = args.output / f"{args.max_annotated}-seed{args.seed}"
+    found = run_setting(args.max_annotated, args.seed, str(generated / "triplets.json"), runs, SHOWN)
     found["embedded"] = measure(None)
     print("\n3/3 example queries before and after", flush=True)
     draw(picture, [("stage 1", runs / "stage1"), ("stage 2 with generated positives", runs / "stage2+p")], args.seed)
-    print("\n" + text_table(found, args.annotated))
+    print("\n" + text_table(found, args.max_annotated))
     print(f"\n{time.time() - started:.0f} s; example queries in {picture}, runs in {runs}")
     print(f"next: spn4cir-eval --run {runs / 'stage2+p'} --split test --ablate")
 

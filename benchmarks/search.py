@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from benchmarks.measure import Row, row, watched
 from spn4cir.errors import InputError, run_command
+from spn4cir.faiss_search import Kind, Neighbours
 from spn4cir.files import write_text
-from spn4cir.neighbours import Kind, Neighbours
 from spn4cir.search import rank_of_target, top_k
 
 COUNT, WIDTH, QUERIES, FIRST = 100_000, 256, 256, 10

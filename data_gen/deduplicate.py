@@ -18,7 +18,7 @@ from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
 if TYPE_CHECKING:
-    from spn4cir.deduplicate import Inspected
+    from spn4cir.identity import Inspected
 
 
 def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
@@ -38,7 +38,7 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
 
 
 def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
-    from spn4cir.deduplicate import canonical_ids, inspect_images
+    from spn4cir.identity import canonical_ids, inspect_images
 
     source, ids = _source(config, dataset), _candidates(config, dataset)
     paths = {image_id: dataset.path(image_id) for image_id in ids}

@@ -181,11 +181,11 @@ def _run(model: str, made_by: dict[str, Any]) -> Matcher:
 
 def _of_backbone(backbone: Any, made_by: dict[str, Any]) -> Matcher:
     """Its target vector as it is; of several the mean, of unit norm again."""
-    from spn4cir.backbone import unit
+    from spn4cir.backbone import l2_normalize
 
     def vectors(pixels: "Tensor") -> "Tensor":
         targets: Tensor = backbone.encode_target(pixels)  # (B, K, E)
-        return targets[:, 0].float() if targets.shape[1] == 1 else unit(targets.float().mean(1))
+        return targets[:, 0].float() if targets.shape[1] == 1 else l2_normalize(targets.float().mean(1))
 
     says = "the target vector, or the mean of several"
     return Matcher(backbone, backbone.transform, vectors, made_by, says)
@@ -193,7 +193,7 @@ def _of_backbone(backbone: Any, made_by: dict[str, Any]) -> Matcher:
 
 def _unicom(model: str, made_by: dict[str, Any]) -> Matcher:
     from data_gen.unicom import SIZES, find_weights, load_unicom
-    from spn4cir.backbone import unit
+    from spn4cir.backbone import l2_normalize
     from spn4cir.images import Transform
 
     if is_file_of_unicom(model):
@@ -201,13 +201,15 @@ def _unicom(model: str, made_by: dict[str, Any]) -> Matcher:
     else:
         network = load_unicom(find_weights(model), SIZES[made_by["model"]])
     transform = Transform(network.size.image, pad_ratio=None)  # resized, cropped and normalised as CLIP's images are
-    return Matcher(network, transform, lambda pixels: unit(network(pixels)), made_by, "the projection of all patches")
+    return Matcher(
+        network, transform, lambda pixels: l2_normalize(network(pixels)), made_by, "the projection of all patches"
+    )
 
 
 def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
     import open_clip
 
-    from spn4cir.backbone import unit
+    from spn4cir.backbone import l2_normalize
     from spn4cir.clip import load_clip
 
     schema, _, hub = model.partition(":")
@@ -222,7 +224,9 @@ def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
         raise _failed("open_clip", model, ValueError(str(error).rpartition("): ")[2]), advice) from None
     prepare = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
     transform = open_clip.transform.image_transform_v2(prepare, is_train=False)
-    return Matcher(clip, transform, lambda pixels: unit(clip.encode_image(pixels)), made_by, "the image embedding")
+    return Matcher(
+        clip, transform, lambda pixels: l2_normalize(clip.encode_image(pixels)), made_by, "the image embedding"
+    )
 
 
 def _tagged(model: str) -> tuple[str, str]:
@@ -252,7 +256,7 @@ def _close(name: str, known: list[str]) -> str:
 def _timm(model: str, made_by: dict[str, Any]) -> Matcher:
     import timm
 
-    from spn4cir.backbone import unit
+    from spn4cir.backbone import l2_normalize
 
     name = f"local-dir:{model}" if Path(model).is_dir() else model
     if ":" not in name and not timm.is_model(name):
@@ -265,14 +269,14 @@ def _timm(model: str, made_by: dict[str, Any]) -> Matcher:
         transform = data.create_transform(**data.resolve_model_data_config(network), is_training=False)
     except (RuntimeError, ValueError, OSError, KeyError, AttributeError) as error:
         raise _failed("timm", model, error, _download("timm", "" if Path(model).is_dir() else hub)) from None
-    return Matcher(network, transform, lambda pixels: unit(network(pixels)), made_by, "the pooled features")
+    return Matcher(network, transform, lambda pixels: l2_normalize(network(pixels)), made_by, "the pooled features")
 
 
 def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
     import torch
     from transformers import AutoImageProcessor, AutoModel
 
-    from spn4cir.backbone import unit
+    from spn4cir.backbone import l2_normalize
 
     try:
         processor = AutoImageProcessor.from_pretrained(model)
@@ -291,7 +295,7 @@ def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
     read, says = _choose_vector(network, transform, pooler=not about["missing_keys"])
     if read is None:
         raise InputError(f"matcher transformers:{model} gives no vector for an image: {says}")
-    return Matcher(network, transform, lambda pixels: unit(read(pixels)), made_by, says)
+    return Matcher(network, transform, lambda pixels: l2_normalize(read(pixels)), made_by, says)
 
 
 def _choose_vector(

@@ -217,8 +217,8 @@ def folder_candidates(folder: Path, listed: str | None) -> Iterator[Candidate]:
     Raises:
         InputError: if the folder or the list is missing, or a line of it leads out of the folder.
     """
-    from spn4cir.datasets.files import inner_path
     from spn4cir.datasets.pictures import SUFFIXES, safe_name, stray_links, walk
+    from spn4cir.datasets.reading import inner_path
 
     if not folder.is_dir():
         raise InputError(f"folder {folder} is missing")

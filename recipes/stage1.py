@@ -3,7 +3,7 @@
 examples:
   accelerate launch recipes/stage1.py
   accelerate launch recipes/stage1.py --epochs 3 --lr 5e-4
-  accelerate launch recipes/stage1.py --config recipes/emoji_clip4cir_stage1.yaml --annotated 300
+  accelerate launch recipes/stage1.py --config recipes/emoji_clip4cir_stage1.yaml --max-annotated 300
   accelerate launch recipes/stage1.py --resume runs/emoji/clip4cir/stage1-20260101-120000
 """
 

@@ -21,17 +21,17 @@ PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
 """How entries begin that only continuing a training needs."""
 
 
-def wide(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """In float32 or wider, whatever mixed precision made of it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Unit norm along the last dimension, in float32 or wider."""
-    return F.normalize(wide(x), dim=-1)
+    return F.normalize(to_float32(x), dim=-1)
 
 
-def in_chunks(function: Callable[..., Any], size: int | None, *rows: Tensor) -> Any:
+def gradient_cached(function: Callable[..., Any], size: int | None, *rows: Tensor) -> Any:
     """What a function gives for all rows, computed some rows at a time, and once more where a gradient asks for it.
 
     Nothing that happens inside is kept: gradients are exact, and memory is that of one chunk. They meet in one backward
@@ -175,7 +175,7 @@ class Backbone(nn.Module, ABC):
         """Everything that ``encode_image`` reads."""
 
     @property
-    def sums(self) -> bool:
+    def query_is_sum(self) -> bool:
         """Whether ``compose`` gives the ``parts`` whose sum the query is."""
         return False
 
@@ -183,7 +183,7 @@ class Backbone(nn.Module, ABC):
         """What ``freeze_image_side`` freezes beside the image side: what only stage 1 trains."""
         return []
 
-    def separate(self) -> None:
+    def untie_text_side(self) -> None:
         """Give ``compose`` a copy of its own of whatever it shares with ``encode_image`` and goes on training.
 
         Called before the image side is frozen; a second call changes nothing. What was separated is recorded in
@@ -233,7 +233,7 @@ class Backbone(nn.Module, ABC):
 
         This is what makes a bank of its outputs valid.
         """
-        self.separate()
+        self.untie_text_side()
         self._frozen = True
         for part in (*self.image_side(), *self.frozen_beside()):
             part.requires_grad_(False)

@@ -57,7 +57,7 @@ class StoredRows:
         return torch.from_numpy(self._array)
 
 
-def fits(size: int, device: torch.device) -> bool:
+def fits_in_memory(size: int, device: torch.device) -> bool:
     """Whether so many bytes may stay on a device: they are less than half of what is free there."""
     if device.type != "cuda":
         return True
@@ -93,7 +93,7 @@ class Bank:
 
     def to(self, device: torch.device) -> "Bank":
         """The same bank for queries on a device, with its targets there if they fit."""
-        if device == self.target.device or not fits(self.target.nbytes, device):
+        if device == self.target.device or not fits_in_memory(self.target.nbytes, device):
             return replace(self, device=device)
         return replace(self, target=self.target.to(device), device=device)
 
@@ -119,7 +119,7 @@ class Bank:
         return self.reference[[self.rows[i] for i in image_ids]]
 
 
-class Probe:
+class FrozenCheck:
     """Sees whether ``encode_image`` gives for one image, to the bit, what it gave when the bank came into use.
 
     A fingerprint tells which weights a bank was made with; this tells that they are all that ``encode_image`` reads.
@@ -143,7 +143,7 @@ class Probe:
             if not torch.equal(now, then):
                 raise InputError(
                     f"{backbone.name}: encode_image has moved while the bank was in use, so the bank is stale: "
-                    "image_side() or separate() leaves out something that encode_image reads"
+                    "image_side() or untie_text_side() leaves out something that encode_image reads"
                 )
 
 
@@ -209,7 +209,7 @@ def load_or_build(
 
     def usable(note: str) -> Bank | None:
         bank = _open(folder / note, parts, rows) if _noted(folder / note, len(order), parts) is not None else None
-        return bank if bank and _fits(bank, backbone, images.stack(order[:1])) else None
+        return bank if bank and _is_valid(bank, backbone, images.stack(order[:1])) else None
 
     if (bank := usable(WHOLE)) is not None:
         return bank
@@ -238,7 +238,7 @@ def _open(note: Path, parts: Mapping[str, str], rows: dict[str, int]) -> Bank | 
 
 
 @torch.no_grad()
-def _fits(bank: Bank, backbone: Backbone, pixels: Tensor) -> bool:
+def _is_valid(bank: Bank, backbone: Backbone, pixels: Tensor) -> bool:
     """Whether the first row is what the model gives, but for rounding and the size of a batch."""
     features = backbone.encode_image(pixels.to(next(backbone.parameters()).device))
     stored = ImageFeatures(bank.reference[[0]] if bank.reference is not None else features.reference, bank.target[:1])

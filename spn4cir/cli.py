@@ -244,9 +244,9 @@ def _data() -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.json not in (None, "-"):
         _check_output("--json", Path(args.json))
+    from spn4cir.dataset_check import examine, skip_list, table
     from spn4cir.datasets import load_dataset
     from spn4cir.datasets.skip import NAME, read_skip_list, write_skip_list
-    from spn4cir.doctor import examine, skip_list, table
 
     dataset = load_dataset(args.dataset, args.data_root)
     if args.write_skip_list:
@@ -269,7 +269,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _deduplicate(args: argparse.Namespace) -> None:
     from spn4cir.datasets import load_dataset
-    from spn4cir.deduplicate import PUBLISHED_CLASSES, canonical_ids, inspect_images, write_optimized
+    from spn4cir.identity import PUBLISHED_CLASSES, canonical_ids, inspect_images, write_optimized
 
     dataset = load_dataset(args.dataset, args.data_root)
     out = args.output or (dataset.root / PUBLISHED_CLASSES if dataset.root else None)

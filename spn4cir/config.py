@@ -49,17 +49,18 @@ class NegativesConfig:
     Args:
         types: what of a triplet others take the place of, in stage 1: [target], or several of target, query, text,
             reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
-        above: similarity to the positive (cosine of targets) above which a candidate is no negative; null for none.
+        max_similarity: candidates more similar to the positive than this (cosine of targets) are treated as false
+            negatives and masked; null masks none.
     """
 
     types: list[Literal["target", "query", "text", "reference"]] = dataclasses.field(default_factory=lambda: ["target"])
-    above: float | None = None
+    max_similarity: float | None = None
 
     def __post_init__(self) -> None:
         if not self.types or len(set(self.types)) < len(self.types):
             raise InputError(f"negatives.types names at least one type, and each once, got {self.types}")
-        if self.above is not None and not 0 < self.above < 1:
-            raise InputError(f"negatives.above must be between 0 and 1, or null, got {self.above}")
+        if self.max_similarity is not None and not 0 < self.max_similarity < 1:
+            raise InputError(f"negatives.max_similarity must be between 0 and 1, or null, got {self.max_similarity}")
 
 
 @dataclasses.dataclass
@@ -103,7 +104,7 @@ class TrainConfig:
         backbone: name of a backbone.
         backbone_options: its own options, such as {model: RN50x4-quickgelu, pretrained: openai}.
         init: a run or checkpoint folder to start from; stage 2 takes the newest stage 1 run if not set.
-        annotated: how many annotated triplets to use, the first n; null for all.
+        max_annotated: use only the first n annotated triplets; null uses all.
         generated: file of generated triplets to add, as it stands or below the dataset's root; "auto" is where
             data_gen/make_triplets.py writes for this backbone, or for all.
         generated_share: share of each batch that is generated; null concatenates both lists.
@@ -114,8 +115,8 @@ class TrainConfig:
         max_steps: stop after so many optimiser steps; null for no bound.
         lr: peak learning rate of AdamW.
         lr_scale: factors of it for parameters whose name contains a text, such as {clip: 0.1}.
-        schedule: "constant"; "cosine" down to zero; "drops", by a factor at certain epochs; or "onecycle".
-        schedule_options: its own options: cosine {epochs: 10}, drops {epochs: [5, 10], factor: 0.1}, onecycle
+        schedule: "constant"; "cosine" down to zero; "multistep", by a factor at certain epochs; or "onecycle".
+        schedule_options: its own options: cosine {epochs: 10}, multistep {epochs: [5, 10], factor: 0.1}, onecycle
             {epochs: 80, warmup: 0.02, start: 0.04}; spn4cir/schedules.py explains them.
         warmup_steps: linear warm-up before it.
         weight_decay: for matrices; vectors, biases and the temperature are exempt.
@@ -146,7 +147,7 @@ class TrainConfig:
     backbone: str = "clip4cir"
     backbone_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     init: str | None = None
-    annotated: int | None = None
+    max_annotated: int | None = None
     generated: str | None = None
     generated_share: float | None = None
     bank: BankConfig = dataclasses.field(default_factory=BankConfig)
@@ -156,7 +157,7 @@ class TrainConfig:
     max_steps: int | None = None
     lr: float = 1e-4
     lr_scale: dict[str, float] = dataclasses.field(default_factory=dict)
-    schedule: Literal["constant", "cosine", "drops", "onecycle"] = "constant"
+    schedule: Literal["constant", "cosine", "multistep", "onecycle"] = "constant"
     schedule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     warmup_steps: int = 0
     weight_decay: float = 0.01
@@ -203,8 +204,8 @@ class TrainConfig:
             raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
         if self.batch_size % self.compute.accumulate:
             raise InputError(f"batch_size {self.batch_size} does not divide into {self.compute.accumulate} parts")
-        if self.annotated is not None and self.annotated < 0:
-            raise InputError(f"annotated must be 0 or more, got {self.annotated}")
+        if self.max_annotated is not None and self.max_annotated < 0:
+            raise InputError(f"max_annotated must be 0 or more, got {self.max_annotated}")
 
 
 def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:

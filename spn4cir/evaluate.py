@@ -18,13 +18,13 @@ from spn4cir.backbone import Backbone
 from spn4cir.bank import Bank
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
-from spn4cir.metrics import Ranks, macro_mean, recalls
+from spn4cir.measures import Ranks, macro_mean, recalls
 from spn4cir.search import rank_of_target, top_k
 from spn4cir.types import Benchmark
 
 
 @dataclass
-class Embedded:
+class EncodedBenchmark:
     """A benchmark as vectors: ``target`` (G, K, E) of its gallery, and queries (Q, E) by how they were made."""
 
     target: Tensor
@@ -39,7 +39,7 @@ def embed(
     bank: Bank | None = None,
     batch_size: int = 256,
     modes: Sequence[str] = ("composed",),
-) -> Embedded:
+) -> EncodedBenchmark:
     """Encode each image of a benchmark once, and compose its queries while their references are at hand.
 
     Reference features are large, so those of more than ``batch_size`` images never exist at a time.
@@ -78,7 +78,7 @@ def embed(
             targets[start : start + len(ids)] = target
             bar.update(len(ids))
     assert targets is not None, "a gallery has images"
-    return Embedded(targets, {mode: torch.stack(found) for mode, found in queries.items()})
+    return EncodedBenchmark(targets, {mode: torch.stack(found) for mode, found in queries.items()})
 
 
 def _features(

@@ -155,7 +155,7 @@ class TripletRows(TorchDataset[tuple[Triplet, str]]):
         return triplet, random.Random(f"{self.seed}/{epoch}/{item}").choice(triplet.modifications)
 
 
-class Answers:
+class KnownTargets:
     """All targets of each query of the triplets: of equal reference pixels and equal text.
 
     Args:
@@ -193,7 +193,7 @@ class TripletCollate:
     images: ImageSource
     rows: Mapping[str, int] | None = None
     references: Callable[[Sequence[str]], Tensor] | None = None
-    answers: Answers = field(default_factory=Answers)
+    answers: KnownTargets = field(default_factory=KnownTargets)
 
     def __call__(self, items: list[tuple[Triplet, str]]) -> TripletBatch:
         """B triplets with the text drawn for each → one batch."""
@@ -223,7 +223,7 @@ def number_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
-def ahead(batches: Iterable[TripletBatch]) -> Iterator[TripletBatch]:
+def prefetch(batches: Iterable[TripletBatch]) -> Iterator[TripletBatch]:
     """The same batches, the next one being made in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         iterator = iter(batches)

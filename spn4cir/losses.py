@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir.search import scores_of
-from spn4cir.streaming import Hidden, Softmax, attend, finite, pooled, pull
+from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _InfoNCE(torch.autograd.Function):
         learned = ctx.needs_input_grad[1]
         cheap = learned or vectors.shape[1] > 1  # to leave candidates out, as fused attention does not serve here
         hidden = _hidden(batch, len(vectors), found, cheap)
-        sums = attend(scaled, vectors, hidden)
+        sums = streaming_softmax(scaled, vectors, hidden)
         if own.spread:
             sums = _join_processes(sums)
 
@@ -165,7 +165,7 @@ class _InfoNCE(torch.autograd.Function):
             scaled, vectors, sums, weight, which = ctx.state
             owner, row, slot, share = ctx.terms
             with torch.autocast(query.device.type, enabled=False):
-                of_vectors = pull(scaled, vectors, ctx.hidden, sums, weight)
+                of_vectors = candidate_gradient(scaled, vectors, ctx.hidden, sums, weight)
             of_vectors.index_put_((row, which[owner, slot]), -share[:, None] * scaled[owner], accumulate=True)
             of_vectors = (given * of_vectors).to(vectors.dtype)
         return of_query, of_vectors, of_temperature, None
@@ -207,7 +207,7 @@ def _apart(positives: Tensor, always: bool) -> Tensor:
     return torch.full_like(positives[:, :1], True, dtype=torch.bool) if always else (positives >= 0).sum(1, True) > 1
 
 
-def _hidden(batch: _Batch, count: int, found: Tensor, cheap: bool) -> Hidden:
+def _hidden(batch: _Batch, count: int, found: Tensor, cheap: bool) -> CandidateMask:
     """What the queries' sums leave out of ``count`` candidates from ``batch.first`` on."""
     positives, (query, row) = batch.positives, batch.pairs
     like = None if batch.threshold is None else pooled(found)  # (B, P, E)
@@ -217,7 +217,7 @@ def _hidden(batch: _Batch, count: int, found: Tensor, cheap: bool) -> Hidden:
         pairs = torch.cat([pairs, _pairs(positives, (positives >= 0) & apart)], 1)
     shown = _pairs(positives, (positives >= 0) & ~apart) if like is not None else pairs[:, :0]
     pairs, shown = (_within(part, batch.first, count) for part in (pairs, shown))
-    return Hidden(pairs, shown, like, 1.0 if batch.threshold is None else batch.threshold)
+    return CandidateMask(pairs, shown, like, 1.0 if batch.threshold is None else batch.threshold)
 
 
 def _pairs(rows: Tensor, chosen: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def _sum(local: Tensor) -> Tensor:
 
 
 def _join_processes(own: Softmax) -> Softmax:
-    """What ``attend`` gave on each process → what it gives for the candidates of all."""
+    """What ``streaming_softmax`` gave on each process → what it gives for the candidates of all."""
     top = own.top.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX)
     share = own.total * (own.top - finite(top)).exp()  # (B,)

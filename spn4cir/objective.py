@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spn4cir.backbone import Backbone, in_chunks, wide
+from spn4cir.backbone import Backbone, gradient_cached, to_float32
 from spn4cir.bank import Bank
 from spn4cir.config import NegativesConfig
 from spn4cir.errors import InputError
@@ -49,7 +49,7 @@ class Objective(nn.Module):
             raise InputError(f"a learned temperature begins between {low} and {high}, got {temperature}")
         self.negatives = negatives or NegativesConfig()
         for kind in self.negatives.types:
-            if kind in PARTS and not backbone.sums:
+            if kind in PARTS and not backbone.query_is_sum:
                 raise InputError(f"negatives.types: {kind} needs a query that is a sum, and {backbone.name}'s is none")
         self.backbone, self.bank, self.draw = backbone, bank, draw
         self.temperature = nn.Parameter(torch.tensor(float(temperature)), requires_grad=learn_temperature)
@@ -72,10 +72,10 @@ class Objective(nn.Module):
     def _against_batch(self, batch: TripletBatch) -> Tensor:
         """Stage 1: encode the batch's images; candidates are the targets of all processes."""
         assert batch.pixels is not None, "stage 1 needs pixels"
-        features = in_chunks(self.backbone.encode_image, self.backbone.chunk, batch.pixels)  # (U, …)
+        features = gradient_cached(self.backbone.encode_image, self.backbone.chunk, batch.pixels)  # (U, …)
         targets = ImageFeatures(features.reference[batch.target], features.target[batch.target])
         composed = self._compose(features.reference, batch.reference, batch)
-        contrast = InBatch(batch.identity, self.temperature, batch.others, self.negatives.above)
+        contrast = InBatch(batch.identity, self.temperature, batch.others, self.negatives.max_similarity)
         found = [self._replacing(kind, composed, targets.target, contrast, batch) for kind in self.negatives.types]
         terms = self.backbone.extra_losses(composed, targets, contrast)
         return sum(terms.values(), torch.stack(found).mean())
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         def compose(rows: Tensor, *tokens: Tensor) -> Composed:
             return self.backbone.compose(reference[rows], dict(zip(names, tokens, strict=True)))
 
-        composed: Composed = in_chunks(compose, self.backbone.chunk, rows, *tokens)
+        composed: Composed = gradient_cached(compose, self.backbone.chunk, rows, *tokens)
         return composed
 
     @staticmethod
@@ -106,7 +106,7 @@ class Objective(nn.Module):
         """Stage 2: candidates are all rows of the bank, whose reference features were gathered with the batch."""
         assert self.bank is not None
         if batch.features is not None:
-            reference, rows = wide(batch.features), torch.arange(len(batch.target), device=batch.target.device)
+            reference, rows = to_float32(batch.features), torch.arange(len(batch.target), device=batch.target.device)
         else:
             assert batch.pixels is not None, "without a bank of references, stage 2 needs pixels"
             with torch.no_grad(), torch.autocast(batch.pixels.device.type, enabled=False):  # as the bank was made
@@ -116,7 +116,7 @@ class Objective(nn.Module):
         if self.draw:
             held, positives, ignore = self._drawn(positives, ignore, step)
         candidates = held if self.bank.shared else held.vectors
-        return info_nce(query, candidates, positives, self.temperature, ignore, self.negatives.above)
+        return info_nce(query, candidates, positives, self.temperature, ignore, self.negatives.max_similarity)
 
     def _drawn(self, positives: Tensor, ignore: Tensor | None, step: int) -> tuple[Shard, Tensor, Tensor]:
         """Candidates drawn for a step, beside the targets of its triplets, of which each query sees its own alone.

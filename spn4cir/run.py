@@ -166,15 +166,15 @@ class Run:
         progress = state if scaler is None else {**state, "scaler": scaler.state_dict()}
         checkpoints.save_progress(self.folder / "last.safetensors", module, optimizer, progress)
 
-    def finish(self, state: dict[str, Any], judge: str) -> None:
-        """Mark the run as complete and say what came out, what it was selected on (``judge``), and what to do next."""
+    def finish(self, state: dict[str, Any], selection_name: str) -> None:
+        """Mark the run as complete; print its metrics, what selected the best state, and the next command."""
         if self.main:
             best = state["best"]
             note = {
                 "stage": self.stage,
                 "steps": state["step"],
                 "best_step": best["step"],
-                "selected_on": judge,
+                "selected_on": selection_name,
                 **best["result"],
                 "git": git_commit(),
                 "seconds": round(time.time() - self.started, 1),  # since the start or the last resume
@@ -183,11 +183,15 @@ class Run:
             chosen = f"stage {self.stage}: step {best['step']} of {state['step']}"
             unasked = "/holdout" in best["result"]["protocol"]  # nobody has annotated any query
             if unasked:
-                print(f"\n{chosen}, the best on {judge}: generated triplets put aside, no question of a person's")
-            elif judge == best["result"]["protocol"]:
-                print(f"\n{chosen}, the best on {judge}: selected on what it reports, as published figures are")
+                print(
+                    f"\n{chosen}, the best on {selection_name}: generated triplets put aside, no question of a person's"
+                )
+            elif selection_name == best["result"]["protocol"]:
+                print(
+                    f"\n{chosen}, the best on {selection_name}: selected on what it reports, as published figures are"
+                )
             else:
-                print(f"\n{chosen}, the best on {judge}, training triplets put aside; reported once on")
+                print(f"\n{chosen}, the best on {selection_name}, training triplets put aside; reported once on")
             print(table(best["result"]))
             first = "queries of your own, where this says; " if unasked and self.stage == 2 else ""
             print(f"\nsaved in {self.folder}\nnext: {first}{self._next()}", flush=True)
@@ -198,7 +202,7 @@ class Run:
         if self.stage == 2:
             return f"spn4cir-eval --run {self.folder} --ablate"
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
-        same = {name: getattr(self.config, name) for name in ("annotated", "generated", "generated_share")}
+        same = {name: getattr(self.config, name) for name in ("max_annotated", "generated", "generated_share")}
         data = "".join(f" --{name.replace('_', '-')} {value}" for name, value in same.items() if value is not None)
         return f"accelerate launch recipes/stage2.py{named_by(self.config)}{aside} --init {self.folder}{data}"
 

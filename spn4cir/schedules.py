@@ -26,7 +26,7 @@ def cosine(step: int, steps: int, epoch: int, epochs: float | None = None) -> fl
     return 0.5 * (1 + math.cos(math.pi * step / max(length, 1)))
 
 
-def drops(step: int, steps: int, epoch: int, epochs: Sequence[float] = (), factor: float = 0.1) -> float:
+def multistep(step: int, steps: int, epoch: int, epochs: Sequence[float] = (), factor: float = 0.1) -> float:
     """1, times ``factor`` from each of the named epochs on."""
     return factor ** sum(step >= at * epoch for at in epochs)
 
@@ -55,7 +55,7 @@ def onecycle(
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {
-    "constant": constant, "cosine": cosine, "drops": drops, "onecycle": onecycle,
+    "constant": constant, "cosine": cosine, "multistep": multistep, "onecycle": onecycle,
 }  # fmt: skip
 
 
@@ -66,6 +66,6 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         if option not in known:
             raise InputError(f"schedule {name} has no option {option!r}; known: {', '.join(known) or 'none'}")
         numbers = value if isinstance(value, list | tuple) else [value]
-        listed = isinstance(value, list | tuple) == (name == "drops" and option == "epochs")
+        listed = isinstance(value, list | tuple) == (name == "multistep" and option == "epochs")
         if not listed or not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
             raise InputError(f"schedule_options: {option} of {name} cannot be {value!r}")

@@ -16,7 +16,7 @@ BLOCK = 16_384  # candidate vectors scored at once; likewise
 
 
 class Searchable(Protocol):
-    """A gallery that finds the first k itself, such as ``spn4cir.neighbours.Neighbours``."""
+    """A gallery that finds the first k itself, such as ``spn4cir.faiss_search.Neighbours``."""
 
     def top_k(
         self, query: Tensor, k: int, excluded: Tensor | None = None, members: Tensor | None = None

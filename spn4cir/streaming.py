@@ -47,7 +47,7 @@ class Softmax(NamedTuple):
         return self.top + self.total.log()
 
 
-class Hidden:
+class CandidateMask:
     """Which candidates a query's sum leaves out.
 
     Args:
@@ -105,7 +105,7 @@ def pooled(vectors: Tensor) -> Tensor:
     return vectors[..., 0, :] if vectors.shape[-2] == 1 else F.normalize(vectors.mean(-2), dim=-1)
 
 
-def attend(query: Tensor, candidates: Tensor, hidden: Hidden) -> Softmax:
+def streaming_softmax(query: Tensor, candidates: Tensor, hidden: CandidateMask) -> Softmax:
     """The softmax of scores over all candidates, and the mean of candidates that it weighs.
 
     Args:
@@ -122,11 +122,13 @@ def attend(query: Tensor, candidates: Tensor, hidden: Hidden) -> Softmax:
     return found
 
 
-def pull(query: Tensor, candidates: Tensor, hidden: Hidden, found: Softmax, weight: Tensor) -> Tensor:
+def candidate_gradient(
+    query: Tensor, candidates: Tensor, hidden: CandidateMask, found: Softmax, weight: Tensor
+) -> Tensor:
     """The gradient of ``Σ_i weight_i · logarithm_i`` with respect to the candidates, scores computed once more.
 
     Args:
-        query, candidates, hidden: as ``attend`` was given.
+        query, candidates, hidden: as ``streaming_softmax`` was given.
         found: what it returned.
         weight: (B,).
 
@@ -144,7 +146,7 @@ def pull(query: Tensor, candidates: Tensor, hidden: Hidden, found: Softmax, weig
 
 
 def join(one: Softmax, two: Softmax) -> Softmax:
-    """What ``attend`` gives for two sets of candidates together."""
+    """What ``streaming_softmax`` gives for two sets of candidates together."""
     top = torch.maximum(one.top, two.top)
     weights = [part.total * (part.top - finite(top)).exp() for part in (one, two)]
     total = weights[0] + weights[1]
@@ -157,7 +159,7 @@ def finite(top: Tensor) -> Tensor:
     return top.masked_fill(top.isneginf(), 0.0)
 
 
-def _walk(query: Tensor, candidates: Tensor, hidden: Hidden) -> Iterator[tuple[Tensor, _Block]]:
+def _walk(query: Tensor, candidates: Tensor, hidden: CandidateMask) -> Iterator[tuple[Tensor, _Block]]:
     """Blocks (n, K, E) of the candidates, in the query's type and on its device, with what is hidden in each."""
     size = block_size(query, candidates, dense=not hidden.none)
     borders = [*range(0, len(candidates), size), len(candidates)]
@@ -196,7 +198,7 @@ def _ahead(candidates: Tensor, borders: list[int], device: torch.device) -> Iter
 
 
 def _block_softmax(query: Tensor, vectors: Tensor, block: _Block) -> Softmax:
-    """As ``attend``, for one block that is at hand."""
+    """As ``streaming_softmax``, for one block that is at hand."""
     if block.none and vectors.shape[1] == 1 and fused(query.device.type, query.dtype, query.shape[1]):
         return _attention(query, vectors[:, 0])
     scores, which = _scores(query, vectors)  # (B, n)
@@ -254,7 +256,7 @@ def fused(kind: str, dtype: torch.dtype, width: int) -> bool:
 
 
 def _attention(query: Tensor, keys: Tensor) -> Softmax:
-    """(B, E) over (n, E), as ``attend``, by torch's fused attention; keys are shared out among heads."""
+    """(B, E) over (n, E), as ``streaming_softmax``, by torch's fused attention; keys are shared out among heads."""
     query, keys = query.contiguous(), keys.contiguous()  # a kernel may take the layout of one for that of its result
     kind, n = query.device.type, len(keys)
     heads = FUSED[kind] if n >= LEAST * FUSED[kind] else 1

@@ -22,10 +22,10 @@ from spn4cir.backbones import INSIDE, build_backbone, check_backbone
 from spn4cir.config import ComputeConfig, TrainConfig
 from spn4cir.datasets import load_dataset, with_pictures
 from spn4cir.datasets.generated import open_generated
-from spn4cir.deduplicate import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate, metric_names, selection_score
-from spn4cir.images import Answers, ImageSource, TripletCollate, TripletRows, TripletSampler, ahead
+from spn4cir.identity import PUBLISHED_CLASSES, inspect_images, read_optimized
+from spn4cir.images import ImageSource, KnownTargets, TripletCollate, TripletRows, TripletSampler, prefetch
 from spn4cir.objective import Objective
 from spn4cir.run import Run, named_by
 from spn4cir.schedules import SCHEDULES
@@ -55,8 +55,8 @@ def train(config: TrainConfig, stage: int) -> Path:
     dataset = load_dataset(config.dataset, config.data_root)
     asked = bool(dataset.protocols) or config.selection == "val"  # people's own pictures may come without any query
     benchmark = dataset.benchmark("val", config.protocol) if asked else None
-    dataset, triplets, judge = load_triplets(config, dataset, benchmark, run.say)
-    reported = benchmark or judge
+    dataset, triplets, selection_benchmark = load_triplets(config, dataset, benchmark, run.say)
+    reported = benchmark or selection_benchmark
     backbone = load_backbone(config, stage, run.say).to(accelerator.device)
     extra: Iterable[str] = ()
     if config.bank.extra:
@@ -65,7 +65,9 @@ def train(config: TrainConfig, stage: int) -> Path:
     images = ImageSource(dataset.path, backbone.transform, config.keep_pixels)
     candidates = training_images(config, dataset, triplets, extra)
     with accelerator.main_process_first():  # the others find in the cache what the first has decoded
-        pixels = hash_pixels(dataset, [*candidates, *judge.gallery, *reported.gallery], run.say, show=run.main)
+        pixels = hash_pixels(
+            dataset, [*candidates, *selection_benchmark.gallery, *reported.gallery], run.say, show=run.main
+        )
     hashes = {image_id: pixels[image_id] for image_id in candidates}
 
     main, side = split_rows(triplets)
@@ -85,16 +87,16 @@ def train(config: TrainConfig, stage: int) -> Path:
         with accelerator.main_process_first():
             bank = frozen_features(config, backbone, images, hashes)
         if run.main and bank.reference is not None:
-            shown = {image_id: pixels[image_id] for image_id in judge.gallery}
+            shown = {image_id: pixels[image_id] for image_id in selection_benchmark.gallery}
             held = bank.rows.keys() >= shown.keys()  # of triplets that were put aside
             gallery = bank if held else frozen_features(config, backbone, images, shown)
-        probe = banks.Probe(backbone, images(candidates[0]))
+        probe = banks.FrozenCheck(backbone, images(candidates[0]))
         objective.bank = bank.shard(*process).to(accelerator.device)
         if not objective.bank.resident:
             run.say("the bank does not fit on the device: it is read ahead from disk, at each step")
     identity = bank.rows if bank else banks.assign_rows(hashes)
     references = bank.references if bank and bank.reference is not None else None
-    answers = Answers(triplets, identity)
+    answers = KnownTargets(triplets, identity)
     rows = bank.rows if bank else None
     collate = TripletCollate(backbone.tokenize, identity, images, rows, references, answers)
     loader = DataLoader(
@@ -109,7 +111,7 @@ def train(config: TrainConfig, stage: int) -> Path:
         sampler.epoch, sampler.skip = divmod(state["step"], len(sampler))
         losses: list[torch.Tensor] = []
         backbone.train(config.dropout)
-        for part, batch in enumerate(ahead(loader)):
+        for part, batch in enumerate(prefetch(loader)):
             place = accelerator.process_index + part % parts * accelerator.num_processes
             torch.manual_seed((config.seed * 1_000_003 + state["step"] * 4096 + place) % 2**63)
             for group in optimizer.param_groups:
@@ -137,20 +139,23 @@ def train(config: TrainConfig, stage: int) -> Path:
         due = state["step"] >= steps or (not inside and config.eval_every and epoch % config.eval_every == 0)
         if run.main:
             if due:
-                result = evaluate(backbone, judge, images, gallery, batch_size=config.eval_batch_size)
+                result = evaluate(backbone, selection_benchmark, images, gallery, batch_size=config.eval_batch_size)
                 run.keep_best(
-                    backbone, result, selection_score(result["metrics"], config.select_by or judge.selection), state
+                    backbone,
+                    result,
+                    selection_score(result["metrics"], config.select_by or selection_benchmark.selection),
+                    state,
                 )
                 row |= result["metrics"]
             run.log(row, bar)
             run.save(objective, optimizer, state)
         accelerator.wait_for_everyone()
     bar.close()
-    if run.main and (judge is not reported or (gallery and config.bank.dtype != "float32")):
+    if run.main and (selection_benchmark is not reported or (gallery and config.bank.dtype != "float32")):
         # selected on what was put aside, or on rounded features; reported is the protocol, in full, once
         best = checkpoints.load_model(run.folder).to(accelerator.device)
         state["best"]["result"] = evaluate(best, reported, images, batch_size=config.eval_batch_size)
-    run.finish(state, judge.name)
+    run.finish(state, selection_benchmark.name)
     return run.folder
 
 
@@ -237,7 +242,7 @@ def load_triplets(
         if benchmark and name not in metric_names(benchmark):
             known = ", ".join(metric_names(benchmark))
             raise InputError(f"select_by: {benchmark.name} has no metric {name!r}; known: {known}")
-    triplets, generated = dataset.triplets()[: config.annotated], list[Triplet]()
+    triplets, generated = dataset.triplets()[: config.max_annotated], list[Triplet]()
     if config.generated:
         folders = [Path("data") / dataset.name / name for name in (f"generated_{config.backbone}", "generated")]
         default = next((folder for folder in folders if folder.is_dir()), folders[-1]) / "triplets.json"
@@ -246,23 +251,25 @@ def load_triplets(
         for note in notes:
             say(note)
     if not triplets and not generated:
-        raise InputError(f"no triplets to train on: {'raise annotated, or ' * dataset.annotated}give generated ones")
+        raise InputError(
+            f"no triplets to train on: {'raise max_annotated, or ' * dataset.annotated}give generated ones"
+        )
     if config.selection == "val":
         assert benchmark is not None
         return dataset, triplets + generated, benchmark
     if triplets:
-        triplets, judge = put_aside(config, triplets)
+        triplets, selection_benchmark = split_holdout(config, triplets)
     else:
-        generated, judge = put_aside(config, generated)
-    lacking = [name for name in config.select_by or () if name not in metric_names(judge)]
+        generated, selection_benchmark = split_holdout(config, generated)
+    lacking = [name for name in config.select_by or () if name not in metric_names(selection_benchmark)]
     if lacking:
         config.select_by = [name for name in config.select_by or () if name not in lacking] or None
-        names = ", ".join(config.select_by or judge.selection)
-        say(f"{judge.name} has no {', '.join(lacking)}: selected by {names}")
-    return dataset, triplets + generated, judge
+        names = ", ".join(config.select_by or selection_benchmark.selection)
+        say(f"{selection_benchmark.name} has no {', '.join(lacking)}: selected by {names}")
+    return dataset, triplets + generated, selection_benchmark
 
 
-def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Triplet], Benchmark]:
+def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Triplet], Benchmark]:
     """A fraction of the triplets as a benchmark, and the rest.
 
     A triplet's own words decide on its side, so that it is the same for all seeds, for both stages, and whatever other
@@ -284,7 +291,7 @@ def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Tr
             f"aside: nothing is left to select on, or to train on; holdout is {config.holdout}"
         )
     asked = [triplets[n] for n in sorted(aside)]
-    judge = Benchmark(
+    selection_benchmark = Benchmark(
         name=f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}",
         gallery=tuple(dict.fromkeys(i for t in (triplets if made else asked) for i in (t.reference, t.target))),
         queries=tuple(Query(t.reference, t.modifications[0], (t.target,)) for t in asked),
@@ -292,7 +299,7 @@ def put_aside(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Tr
         ks=(1, 5, 10, 50),
         selection=("R@10", "R@50"),
     )
-    return [t for n, t in enumerate(triplets) if n not in aside], judge
+    return [t for n, t in enumerate(triplets) if n not in aside], selection_benchmark
 
 
 def training_images(

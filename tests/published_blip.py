@@ -35,7 +35,7 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def streaming_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(T, D), (S, D), (S, D) → (T, D), one head of 64 after another."""
     heads = []
     for start in range(0, q.shape[1], HEAD):
@@ -59,7 +59,7 @@ def see(state: Mapping[str, Tensor], image: Tensor) -> Tensor:
     for n in range(LAYERS):
         block = f"{at}blocks.{n}."
         q, k, v = linear(state, f"{block}attn.qkv", normed(state, f"{block}norm1", x, 1e-6)).split(x.shape[1], 1)
-        x = x + linear(state, f"{block}attn.proj", attend(q, k, v))
+        x = x + linear(state, f"{block}attn.proj", streaming_softmax(q, k, v))
         inner = gelu(linear(state, f"{block}mlp.fc1", normed(state, f"{block}norm2", x, 1e-6)))
         x = x + linear(state, f"{block}mlp.fc2", inner)
     return normed(state, f"{at}norm", x, 1e-6)
@@ -79,14 +79,14 @@ def read(state: Mapping[str, Tensor], ids: list[int], image: Tensor) -> Tensor:
             looked_at = image if part == "crossattention" else x
             q = linear(state, f"{layer}{part}.self.query", x)
             k, v = (linear(state, f"{layer}{part}.self.{name}", looked_at) for name in ("key", "value"))
-            out = linear(state, f"{layer}{part}.output.dense", attend(q, k, v))
+            out = linear(state, f"{layer}{part}.output.dense", streaming_softmax(q, k, v))
             x = normed(state, f"{layer}{part}.output.LayerNorm", out + x, 1e-12)
         inner = gelu(linear(state, f"{layer}intermediate.dense", x))
         x = normed(state, f"{layer}output.LayerNorm", linear(state, f"{layer}output.dense", inner) + x, 1e-12)
     return x
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     return x / x.pow(2).sum(-1, keepdim=True).sqrt()
 
 
@@ -96,8 +96,8 @@ def query_and_target(
     """Reference tokens (B, L, D), queries (B, E) and targets (B, E)."""
     seen = [see(state, image) for image in pixels]
     hidden = [read(state, text, image)[0] for text, image in zip(ids, seen, strict=True)]
-    queries = torch.stack([unit(linear(state, "text_proj", h)) for h in hidden])
-    return torch.stack(seen), queries, torch.stack([unit(linear(state, "vision_proj", x[0])) for x in seen])
+    queries = torch.stack([l2_normalize(linear(state, "text_proj", h)) for h in hidden])
+    return torch.stack(seen), queries, torch.stack([l2_normalize(linear(state, "vision_proj", x[0])) for x in seen])
 
 
 # --- published files --------------------------------------------------------------------------------------------------

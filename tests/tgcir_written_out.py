@@ -33,7 +33,7 @@ class Inside(nn.Module):
             self.tokenlearn_text, self.masks_text = Learner(), nn.Embedding(4, EMBED)
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     return x / (x * x).sum().sqrt()
 
 
@@ -105,16 +105,18 @@ class WrittenOut(nn.Module):
         queries = []
         for b in range(len(reference)):
             total = sum(gate[b, k] * reference[b, k] + (1 - gate[b, k]) * text[b, k] for k in range(TOKENS))
-            queries.append(unit(total / TOKENS))
+            queries.append(l2_normalize(total / TOKENS))
         return torch.stack(queries), gate
 
     def target(self, tokens: Tensor) -> Tensor:
         """(B, 12, E) → (B, E)."""
-        return torch.stack([unit(sum(own) / TOKENS) for own in tokens])
+        return torch.stack([l2_normalize(sum(own) / TOKENS) for own in tokens])
 
     def flat(self, tokens: Tensor) -> Tensor:
         """(B, 12, E) → (B, 12·E): weighted unit tokens one after another."""
-        return torch.stack([torch.cat([self.local_weight[k] * unit(own[k]) for k in range(TOKENS)]) for own in tokens])
+        return torch.stack(
+            [torch.cat([self.local_weight[k] * l2_normalize(own[k]) for k in range(TOKENS)]) for own in tokens]
+        )
 
     def losses(self, reference: Tensor, text: Tensor, target: Tensor, same: Tensor, temperature: Tensor) -> dict:
         """Each unweighted term of stage 1, from tokens; ``same`` (B,) is equal for equal targets; kl at 0.3."""
@@ -159,7 +161,7 @@ def orthogonal(tokens: Tensor) -> Tensor:
     for own in tokens:
         for a in range(TOKENS):
             for b in range(TOKENS):
-                total = total + (unit(own[a]) @ unit(own[b]) - float(a == b)) ** 2
+                total = total + (l2_normalize(own[a]) @ l2_normalize(own[b]) - float(a == b)) ** 2
     return total / (len(tokens) * TOKENS * TOKENS)
 
 
@@ -167,7 +169,7 @@ def divergence(query: Tensor, target: Tensor, wanted: Tensor, temperature: float
     """Sum over i and j of p_ij log(p_ij / q_ij), over the number of i."""
     total = torch.zeros((), dtype=query.dtype)
     for i in range(len(query)):
-        teacher = [torch.exp(unit(wanted[i]) @ unit(other) / temperature) for other in wanted]
+        teacher = [torch.exp(l2_normalize(wanted[i]) @ l2_normalize(other) / temperature) for other in wanted]
         student = [torch.exp(query[i] @ other / temperature) for other in target]
         for j in range(len(query)):
             p, q = teacher[j] / sum(teacher), student[j] / sum(student)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from spn4cir.backbone import Backbone, Published, unit
+from spn4cir.backbone import Backbone, Published, l2_normalize
 from spn4cir.blip import (
     BERT,
     load_library,
@@ -194,14 +194,14 @@ class BLIP4CIR(Backbone):
         trains = any(parameter.requires_grad for parameter in see.parameters())
         parts = [pixels] if trains else torch.split(pixels, SEEN_AT_ONCE)
         tokens = torch.cat([see(pixel_values=part).last_hidden_state for part in parts])  # (B, L, D)
-        return ImageFeatures(tokens, unit(project(tokens[:, :1])))
+        return ImageFeatures(tokens, l2_normalize(project(tokens[:, :1])))
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, L, D) and texts → queries (B, E)."""
         hidden = self.blip.text_encoder(
             input_ids=tokens["ids"], attention_mask=tokens["mask"], encoder_hidden_states=reference
         ).last_hidden_state  # (B, T, text width)
-        return Composed(unit(self.blip.text_proj(hidden[:, 0])))
+        return Composed(l2_normalize(self.blip.text_proj(hidden[:, 0])))
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """The vision tower and its projection."""

@@ -8,7 +8,7 @@ import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from spn4cir.backbone import Backbone, Published, unit, wide
+from spn4cir.backbone import Backbone, Published, l2_normalize, to_float32
 from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
@@ -145,18 +145,18 @@ class CLIP4CIR(Backbone):
         """(B, 3, H, W) → reference (B, 1, E) as CLIP gives it, target (B, 1, E) of unit norm."""
         parts = [pixels] if self.options["train_clip"] else torch.split(pixels, SEEN_AT_ONCE)
         features = torch.cat([self.clip.encode_image(part) for part in parts])  # (B, E)
-        return ImageFeatures(features[:, None], unit(features)[:, None])
+        return ImageFeatures(features[:, None], l2_normalize(features)[:, None])
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, 1, E) and texts → queries (B, E)."""
         text = self._encode_text(tokens["text"])  # (B, E)
-        image, text = wide(reference[:, 0]), wide(text)
+        image, text = to_float32(reference[:, 0]), to_float32(text)
         if self.combiner is not None:
-            return Composed(unit(self.combiner(image, text)))
-        return Composed(unit(image + text), parts=(image, text))
+            return Composed(l2_normalize(self.combiner(image, text)))
+        return Composed(l2_normalize(image + text), parts=(image, text))
 
     @property
-    def sums(self) -> bool:
+    def query_is_sum(self) -> bool:
         """Whether the query is a sum."""
         return self.combiner is None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2ForImageTextRetrieval, PreTrainedConfig
 
-from spn4cir.backbone import Backbone, Published, in_chunks, unit
+from spn4cir.backbone import Backbone, Published, gradient_cached, l2_normalize
 from spn4cir.blip import BERT, load_library, load_tokenizer, vision_names, vision_settings
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
@@ -137,7 +137,7 @@ class SPRC(Backbone):
             self.blip2.vision_model.embeddings.requires_grad_(False)
             self.blip2.vision_model.encoder.requires_grad_(False)
         if separated:
-            self.separate()
+            self.untie_text_side()
         self.eval()
 
     def _check(self, settings: PreTrainedConfig) -> None:
@@ -191,7 +191,7 @@ class SPRC(Backbone):
         states = self.blip2.qformer(
             query_embeds=queries, query_length=self.count, encoder_hidden_states=tokens
         ).last_hidden_state  # (B, K, H)
-        return ImageFeatures(tokens, unit(self.blip2.vision_projection(states)))
+        return ImageFeatures(tokens, l2_normalize(self.blip2.vision_projection(states)))
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, L, D) and texts → queries (B, E).
@@ -223,14 +223,14 @@ class SPRC(Backbone):
         With no image all positions are text, so the length of the query is nought, which the library must be told.
         """
         hidden = reader.qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state
-        return unit(reader.text_projection(hidden[:, place]))
+        return l2_normalize(reader.text_projection(hidden[:, place]))
 
     def extra_losses(self, composed: Composed, targets: ImageFeatures, contrast: InBatch) -> dict[str, Tensor]:
         """``rtc``, the text behind the prompt against the targets; ``align``, the mean fused state to the prompt's."""
         terms: dict[str, Tensor] = {}
         states = composed.states
         if self.options["rtc"]:
-            query = in_chunks(self._read_prompted, self.chunk, states["text"], states["mask"])
+            query = gradient_cached(self._read_prompted, self.chunk, states["text"], states["mask"])
             terms["rtc"] = self.options["rtc"] * contrast(query, targets.target)
         if self.options["align"]:
             fused = states["fused"].mean(dim=1)  # (B, H)
@@ -259,7 +259,7 @@ class SPRC(Backbone):
         """What the first pass reads of a text, and what only stage 1's prompt reads."""
         return [self.blip2.embeddings, self.blip2.text_projection, self.prompt_tokens]
 
-    def separate(self) -> None:
+    def untie_text_side(self) -> None:
         """The second pass gets copies: word embeddings, the text's half of the Q-Former, and the projection."""
         if self.twin is None:
             self.twin = TextTwin(self.blip2)

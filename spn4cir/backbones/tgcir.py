@@ -10,7 +10,7 @@ from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spn4cir.backbone import Backbone, Published, unit, wide
+from spn4cir.backbone import Backbone, Published, l2_normalize, to_float32
 from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
 from spn4cir.errors import InputError
 from spn4cir.losses import InBatch, gather
@@ -88,7 +88,7 @@ class TGCIR(Backbone):
         self.gate, self.teacher_remain, self.teacher_replace = (_gate(width) for _ in range(3))
         self.local_weight = nn.Parameter(torch.ones(GLOBALS + LOCALS))
         if separated:
-            self.separate()
+            self.untie_text_side()
         self.eval()
 
     @classmethod
@@ -130,15 +130,15 @@ class TGCIR(Backbone):
         last = (found["image_intermediates_prefix"][0], found["image_intermediates"][0])
         x = torch.cat(last, 1)  # (B, 1 + patches, width), before the last norm
         tokens = _tokens(found["image_features"], self.image_fc(x), self.learner, self.masks)  # (B, 12, E)
-        return ImageFeatures(tokens, unit(tokens.mean(1, keepdim=True)))
+        return ImageFeatures(tokens, l2_normalize(tokens.mean(1, keepdim=True)))
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, 12, E) and texts → queries (B, E); states: both sides' tokens, and the gate (B, 12, 1)."""
-        reference, text = wide(reference), wide(self._encode_text(tokens["text"]))  # (B, 12, E) each
-        gate = wide(self.gate(torch.cat([reference, text], -1)))  # (B, 12, 1)
+        reference, text = to_float32(reference), to_float32(self._encode_text(tokens["text"]))  # (B, 12, E) each
+        gate = to_float32(self.gate(torch.cat([reference, text], -1)))  # (B, 12, 1)
         fused = gate * reference + (1 - gate) * text  # (B, 12, E)
         states = {"reference": reference, "text": text, "gate": gate}
-        return Composed(unit(fused.mean(1)), states)
+        return Composed(l2_normalize(fused.mean(1)), states)
 
     def _encode_text(self, text: Tensor) -> Tensor:
         """(B, context) → tokens (B, 12, E). All positions are computed, as those of padding are averaged too."""
@@ -157,9 +157,9 @@ class TGCIR(Backbone):
         are sums of weighted cosines over tokens, not one cosine; those that ``kl`` learns from are cosines.
         """
         reference, text, gate = (composed.states[name] for name in ("reference", "text", "gate"))
-        target = wide(targets.reference)  # (B, 12, E)
-        remain = wide(self.teacher_remain(torch.cat([reference.detach(), target], -1)))  # (B, 12, 1)
-        replace = wide(self.teacher_replace(torch.cat([text.detach(), target], -1)))  # (B, 12, 1)
+        target = to_float32(targets.reference)  # (B, 12, E)
+        remain = to_float32(self.teacher_remain(torch.cat([reference.detach(), target], -1)))  # (B, 12, 1)
+        replace = to_float32(self.teacher_replace(torch.cat([text.detach(), target], -1)))  # (B, 12, 1)
         query = self._flat(remain * reference.detach() + replace * text.detach())  # (B, 12·E)
         wanted = self._flat(target)  # (B, 12·E)
         distilled = F.mse_loss(gate, remain.detach()) + F.mse_loss(1 - gate, replace.detach())
@@ -192,7 +192,7 @@ class TGCIR(Backbone):
         """The teacher."""
         return [self.teacher_remain, self.teacher_replace, self.local_weight]
 
-    def separate(self) -> None:
+    def untie_text_side(self) -> None:
         """Give the text its own token learner and masks, equal to the shared ones at first."""
         if self.text_learner is None:
             self.text_learner = copy.deepcopy(self.learner)
@@ -223,7 +223,7 @@ def _tokens(pooled: Tensor, positions: Tensor, learner: nn.Module, masks: Tensor
     overall = pooled[:, None] * masks.relu()  # (B, P, E)
     weights = learner(positions).sigmoid()  # (B, T, Q)
     local = torch.einsum("bte,btq->bqe", positions, weights) / positions.shape[1]  # (B, Q, E)
-    return torch.cat([wide(overall), wide(local)], 1)
+    return torch.cat([to_float32(overall), to_float32(local)], 1)
 
 
 def _off_orthogonal(tokens: Tensor) -> Tensor:

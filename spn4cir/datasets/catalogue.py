@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from spn4cir.datasets.files import inner_path
 from spn4cir.datasets.pictures import SUFFIXES, safe_name, stray_links, walk
+from spn4cir.datasets.reading import inner_path
 from spn4cir.datasets.tables import SUFFIXES as TABLES
 from spn4cir.datasets.tables import find_table, read_table
 from spn4cir.errors import InputError

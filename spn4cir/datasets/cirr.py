@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
-from spn4cir.datasets.files import PLAIN, Entry, attempt, find_root, inner_path, read_entries
+from spn4cir.datasets.reading import PLAIN, Entry, attempt, find_root, inner_path, read_entries
 from spn4cir.datasets.submission import check_submission, write_submission
 from spn4cir.errors import InputError
 from spn4cir.files import read_json

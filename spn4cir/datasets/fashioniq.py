@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import ClassVar, TypeAlias
 
-from spn4cir.datasets.files import PLAIN, attempt, find_root, read_entries, read_ids
+from spn4cir.datasets.reading import PLAIN, attempt, find_root, read_entries, read_ids
 from spn4cir.errors import InputError
 from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Level, Query, Triplet
 

@@ -8,7 +8,7 @@ directory), and never outside.
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from spn4cir.datasets.files import Entry, inner_path, read_entries
+from spn4cir.datasets.reading import Entry, inner_path, read_entries
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.types import Benchmark, Dataset, Triplet

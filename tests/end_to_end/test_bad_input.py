@@ -60,11 +60,11 @@ IMPORT = "spn4cir-import"
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((STAGE1, "--annotated", 0), "no triplets"),
-        ((STAGE1, "--annotated", 4, "--batch-size", 8), "4 triplets do not fill one batch of 8"),
-        ((STAGE1, "--annotated", -1), "annotated must be 0 or more, got -1"),
-        ((STAGE1, "--max-steps", 0, "--annotated", 4, "--batch-size", 8), "max_steps"),
-        ((STAGE1, "--max-steps", -1, "--annotated", 4, "--batch-size", 8), "max_steps"),
+        ((STAGE1, "--max-annotated", 0), "no triplets"),
+        ((STAGE1, "--max-annotated", 4, "--batch-size", 8), "4 triplets do not fill one batch of 8"),
+        ((STAGE1, "--max-annotated", -1), "annotated must be 0 or more, got -1"),
+        ((STAGE1, "--max-steps", 0, "--max-annotated", 4, "--batch-size", 8), "max_steps"),
+        ((STAGE1, "--max-steps", -1, "--max-annotated", 4, "--batch-size", 8), "max_steps"),
         ((STAGE1, "--batch-size", "many"), "batch_size"),
         ((STAGE1, "--bach-size", 8), "bach"),
         ((STAGE1, "stray"), "stray"),

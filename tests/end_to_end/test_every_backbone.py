@@ -126,7 +126,7 @@ def test_what_a_stage_says_comes_next_runs(call: Call, runs: Path, backbone: str
     first = check_run(one, 1, backbone, lr=0.02, warmup_steps=0)
     check_figures(call(EVAL, "--backbone", backbone, "--split", "val", "--json", "-"), one, first)
     named = [] if backbone == TrainConfig.backbone else ["--backbone", backbone]
-    data = ["--annotated", str(settings(one)["annotated"])]  # the same triplets
+    data = ["--max-annotated", str(settings(one)["annotated"])]  # the same triplets
     assert following == [STAGES[2], *named, "--init", str(one), *data]
 
     following = advice(call(*following, *FEW, *FAST))
@@ -161,7 +161,7 @@ def test_the_script_itself(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
     run = only(tmp_path / "runs", "emoji/sprc/stage1-*")
     check_run(run, 1, "sprc")
-    assert advice(told.stdout) == [STAGES[2], "--backbone", "sprc", "--init", str(run), "--annotated", "64"]
+    assert advice(told.stdout) == [STAGES[2], "--backbone", "sprc", "--init", str(run), "--max-annotated", "64"]
 
 
 # --- which recipe ----------------------------------------------------------------------------------------------------

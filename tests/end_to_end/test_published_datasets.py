@@ -188,7 +188,7 @@ def test_zero_shot_trains_on_generated_triplets_alone(
         assert len(trained) == 8 and all(t.generated for t in trained)
         found = result_of(runs, dataset, f"stage{stage}-*")
         assert found["steps"] == 2 and found["protocol"] == found["selected_on"]
-        assert stage == 2 or "--annotated 0 --generated captions/" in out  # what it says comes next sees no other
+        assert stage == 2 or "--max-annotated 0 --generated captions/" in out  # what it says comes next sees no other
     named = {i for t in trained for i in (t.reference, t.target)}
     banks = {json.loads(path.read_text())["images"] for path in runs.glob("banks/*/bank.json")}
     assert len(named) == 9 and 9 in banks and len(banks) == 2  # the other one is the gallery's
@@ -242,7 +242,7 @@ def test_what_is_put_aside_is_not_trained_on(
     call(*recipe("fashioniq", 2, fashioniq, "--selection", "holdout", "--holdout", 0.5, "--init", model))
     assert 9 < len(trained) < 27  # negative control: another fraction, another set
     assert result_of(runs, "fashioniq")["selected_on"] == "fashioniq/holdout-0.5"
-    call(*recipe("fashioniq", 1, fashioniq, "--selection", "holdout", "--holdout", 0.5, "--annotated", 30))
+    call(*recipe("fashioniq", 1, fashioniq, "--selection", "holdout", "--holdout", 0.5, "--max-annotated", 30))
     first = everything[:30]
     assert trained and all(t in first for t in trained) and len(trained) < 30  # fewer triplets, the same sides
     assert not [t for t in aside if t in trained]

@@ -20,7 +20,7 @@ from spn4cir.datasets import DATASETS
 ROOT = Path(__file__).parent.parent.parent
 PROMPTS = sorted((ROOT / "recipes").glob("rewrite*.yaml"))  # which tests of rewriting read
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in PROMPTS]
-FEW = ("--max-steps", "2", "--batch-size", "16", "--annotated", "64", "--eval-every", "0")
+FEW = ("--max-steps", "2", "--batch-size", "16", "--max-annotated", "64", "--eval-every", "0")
 EVAL = ("-c", "from spn4cir.cli import evaluate_command as e; e()")
 
 

@@ -407,7 +407,7 @@ def test_a_share_is_of_a_process_that_there_is(tmp_path: Path) -> None:
 def test_targets_go_to_the_device_if_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
     """Else they stay on disk; of a share, only its own bytes are asked about."""
     bank, meta, asked = script.build(script.Blockwise(), tmp_path).shard(2, 3), torch.device("meta"), []
-    monkeypatch.setattr(banks, "fits", lambda size, device: (asked.append((size, device)), room)[1])
+    monkeypatch.setattr(banks, "fits_in_memory", lambda size, device: (asked.append((size, device)), room)[1])
     moved = bank.to(meta)
     assert asked == [(7 * 8 * 4, meta)] and (moved.device, moved.resident) == (meta, room)
     assert moved.target.device == (meta if room else torch.device("cpu")) and (moved.first, moved.total) == (16, N)
@@ -423,7 +423,11 @@ def test_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 70)
     cuda = torch.device("cuda")
-    assert banks.fits(49, cuda) and not banks.fits(50, cuda) and banks.fits(10**18, torch.device("cpu"))
+    assert (
+        banks.fits_in_memory(49, cuda)
+        and not banks.fits_in_memory(50, cuda)
+        and banks.fits_in_memory(10**18, torch.device("cpu"))
+    )
 
 
 def test_images_that_are_added_come_after(tmp_path: Path) -> None:

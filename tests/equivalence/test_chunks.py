@@ -13,7 +13,7 @@ from tiny_backbones import TINY, tiny_backbone
 from torch import Tensor, nn
 
 from spn4cir import backbone as backbones
-from spn4cir.backbone import checkpoint_blocks, in_chunks
+from spn4cir.backbone import checkpoint_blocks, gradient_cached
 from spn4cir.backbones import build_backbone
 from spn4cir.bank import assign_rows
 from spn4cir.checkpoints import read_tensors, save_model
@@ -161,7 +161,7 @@ def test_chunks_of_all_kinds_of_results() -> None:
         lambda x: Composed(x, {"a": -x}, (x, 2 * x)),
         lambda x: Composed(x),
     ):
-        whole, parts = function(rows), in_chunks(function, 2, rows)  # type: ignore[no-untyped-call]
+        whole, parts = function(rows), gradient_cached(function, 2, rows)  # type: ignore[no-untyped-call]
         assert type(whole) is type(parts)
         if isinstance(whole, Composed):
             assert whole.states.keys() == parts.states.keys() and (whole.parts is None) == (parts.parts is None)
@@ -170,7 +170,7 @@ def test_chunks_of_all_kinds_of_results() -> None:
         else:
             pairs = [(whole, parts)] if isinstance(whole, Tensor) else list(zip(whole, parts, strict=True))
         assert pairs and all(a.equal(b) for a, b in pairs)
-        assert in_chunks(lambda x: x, 5, rows) is rows and in_chunks(lambda x: x, None, rows) is rows
+        assert gradient_cached(lambda x: x, 5, rows) is rows and gradient_cached(lambda x: x, None, rows) is rows
 
 
 # --- through the loop -------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def qformer(w: Weights, name: str, embedded: Tensor, image: Tensor | None = None
     return x
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     return x / (x * x).sum(-1, keepdim=True).sqrt()
 
 
@@ -251,7 +251,7 @@ def places(w: Weights, name: str, count: int) -> Tensor:
 
 def target_of(w: Weights, image: Tensor) -> Tensor:
     """PT: (L, D) → (K, E)."""
-    return unit(dense(w, "vision_proj", qformer(w, "Qformer", w["query_tokens"][0], image)))
+    return l2_normalize(dense(w, "vision_proj", qformer(w, "Qformer", w["query_tokens"][0], image)))
 
 
 def fused_of(w: Weights, image: Tensor, text: list[int]) -> Tensor:
@@ -264,14 +264,14 @@ def query_of(w: Weights, fused: Tensor, text: list[int]) -> Tensor:
     """P2: (K, H) and the text → (E,), by the copies where there are any."""
     name, last = ("Qformer_query", "text_proj_q") if "text_proj_q.bias" in w else ("Qformer", "text_proj")
     sentence = words(w, name, text) + places(w, name, len(text))
-    return unit(dense(w, last, qformer(w, name, torch.cat([fused, sentence]))[QUERIES]))
+    return l2_normalize(dense(w, last, qformer(w, name, torch.cat([fused, sentence]))[QUERIES]))
 
 
 def prompted(w: Weights, text: list[int]) -> Tensor:
     """PP: a text behind the prompt → (E,)."""
     tokens = words(w, "Qformer", text)
     tokens = torch.cat([tokens[:1], w["prompt_tokens"][0], tokens[1:]])
-    return unit(dense(w, "text_proj", qformer(w, "Qformer", tokens + places(w, "Qformer", len(tokens)))[0]))
+    return l2_normalize(dense(w, "text_proj", qformer(w, "Qformer", tokens + places(w, "Qformer", len(tokens)))[0]))
 
 
 def contrast(queries: list[Tensor], targets: list[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ def loop(query: Tensor, candidates: Tensor, positives: Tensor, ignore: set[tuple
     return torch.stack(terms).mean()
 
 
-def unit(*shape: int) -> Tensor:
+def l2_normalize(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
@@ -46,7 +46,7 @@ IGNORE = {(0, 1), (0, 2), (1, 6), (2, 5), (2, 0), (4, 3)}  # (0, 2) and (2, 5) a
 def test_loss_equals_the_loop(vectors: int, positives: Tensor, ignore: set[tuple[int, int]]) -> None:
     """Values and gradients in float64; candidates 5 and 6 are equal."""
     torch.manual_seed(0)
-    query, candidates = unit(5, 7), unit(9, vectors, 7)
+    query, candidates = l2_normalize(5, 7), l2_normalize(9, vectors, 7)
     candidates[6] = candidates[5]
     pairs = torch.tensor(sorted(ignore)).view(-1, 2).T if ignore else None
     fast = value_and_gradients(lambda q, c: info_nce(q, c, positives, T, pairs), query, candidates)
@@ -58,7 +58,7 @@ def test_loss_equals_the_loop(vectors: int, positives: Tensor, ignore: set[tuple
 def test_ignored_pairs_matter() -> None:
     """Negative control: without the ignored pairs the loss and its gradient differ."""
     torch.manual_seed(0)
-    query, candidates = unit(5, 7), unit(9, 1, 7)
+    query, candidates = l2_normalize(5, 7), l2_normalize(9, 1, 7)
     pairs = torch.tensor(sorted(IGNORE)).T
     masked = value_and_gradients(lambda q, c: info_nce(q, c, ONE, T, pairs), query, candidates)
     whole = value_and_gradients(lambda q, c: info_nce(q, c, ONE, T), query, candidates)
@@ -69,7 +69,7 @@ def test_ignored_pairs_matter() -> None:
 def test_ignored_candidate_gets_no_gradient() -> None:
     """A candidate that all queries ignore moves nothing, whatever it is."""
     torch.manual_seed(0)
-    query, candidates = unit(5, 7), unit(9, 1, 7)
+    query, candidates = l2_normalize(5, 7), l2_normalize(9, 1, 7)
     pairs = torch.stack([torch.arange(5), torch.full((5,), 6)])
     before = value_and_gradients(lambda q, c: info_nce(q, c, ONE, T, pairs), query, candidates)
     candidates[6] *= -1
@@ -80,7 +80,7 @@ def test_ignored_candidate_gets_no_gradient() -> None:
 def test_a_learned_temperature_gets_the_gradient_of_the_loop() -> None:
     """d loss / d temperature by central differences of the loop."""
     torch.manual_seed(0)
-    query, candidates = unit(5, 7), unit(9, 1, 7)
+    query, candidates = l2_normalize(5, 7), l2_normalize(9, 1, 7)
     temperature = torch.tensor(T, dtype=torch.float64, requires_grad=True)
     info_nce(query, candidates, ONE, temperature).backward()
     up, down = (float(info_nce(query, candidates, ONE, T + step)) for step in (1e-6, -1e-6))
@@ -90,7 +90,7 @@ def test_a_learned_temperature_gets_the_gradient_of_the_loop() -> None:
 def test_scores_stay_wide_under_mixed_precision() -> None:
     """The docstring's promise of float32 scores holds inside autocast, where a plain product would be bfloat16."""
     torch.manual_seed(0)
-    query, candidates = unit(5, 64).float(), unit(9, 1, 64).float()
+    query, candidates = l2_normalize(5, 64).float(), l2_normalize(9, 1, 64).float()
     plain = info_nce(query, candidates, ONE, T)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = info_nce(query, candidates, ONE, T)

@@ -55,7 +55,7 @@ class Sum(Backbone):
         self.targets = nn.Parameter(torch.randn(count, vectors, width, generator=made, dtype=torch.float64))
 
     @property
-    def sums(self) -> bool:
+    def query_is_sum(self) -> bool:
         return True
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
@@ -264,7 +264,7 @@ def against_bank(
     model.freeze_image_side()
     bank = Bank(None, F.normalize(model.targets[:N].detach(), dim=-1), {}, "")
     draw = None if limit is None else (limit, SEED)
-    objective = Objective(model, T, True, bank, NegativesConfig(above=above), draw).double()
+    objective = Objective(model, T, True, bank, NegativesConfig(max_similarity=above), draw).double()
     reference, text, target = (column.contiguous() for column in torch.tensor(QUERIES).T)
     batch = TripletBatch(
         {"row": text}, reference, target, target, None, model.references[reference][:, None], torch.tensor(accepted)
@@ -482,7 +482,7 @@ def test_parts_need_a_query_that_is_a_sum(kind: str, configure: Configure, tmp_p
 
 
 @pytest.mark.parametrize("wrong", [
-    lambda: NegativesConfig([]), lambda: NegativesConfig(["text", "text"]), lambda: NegativesConfig(above=1.0),
+    lambda: NegativesConfig([]), lambda: NegativesConfig(["text", "text"]), lambda: NegativesConfig(max_similarity=1.0),
     lambda: BankConfig(limit=0),
 ])  # fmt: skip
 def test_settings_that_make_no_sense(wrong: Callable[[], object]) -> None:

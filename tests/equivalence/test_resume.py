@@ -39,7 +39,7 @@ def settings(configure: Callable[..., TrainConfig], backbone, tmp_path: Path) ->
     save_model(tmp_path / "init", backbone, {})
 
     def of(output: str, **changes: object) -> TrainConfig:
-        return configure(init=str(tmp_path / "init"), output=str(tmp_path / output), annotated=24, **changes)
+        return configure(init=str(tmp_path / "init"), output=str(tmp_path / output), max_annotated=24, **changes)
 
     return of
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(  # type: ignore[no-untyped-d
     ("name", "stage", "plan", "options"),
     [
         ("sprc", 1, "onecycle", {"epochs": 3, "warmup": 0.4}),
-        ("sprc", 2, "drops", {"epochs": [0.5, 1], "factor": 0.3}),
+        ("sprc", 2, "multistep", {"epochs": [0.5, 1], "factor": 0.3}),
         ("blip4cir", 1, "constant", {}),
         ("tgcir", 2, "cosine", {"epochs": 1}),
     ],

@@ -11,7 +11,7 @@ from spn4cir import search
 from spn4cir.backbone import Backbone
 from spn4cir.evaluate import evaluate, metrics_of, rank_queries
 from spn4cir.images import ImageSource, Transform
-from spn4cir.metrics import recall_at
+from spn4cir.measures import recall_at
 from spn4cir.search import rank_of_target, top_k
 from spn4cir.types import Benchmark, Composed, ImageFeatures, Query, Tokens
 

@@ -12,20 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spn4cir import streaming
 from spn4cir.losses import Shard, info_nce
-from spn4cir.streaming import Hidden, Softmax, attend, join, pooled
+from spn4cir.streaming import CandidateMask, Softmax, join, pooled, streaming_softmax
 
 N, E, B, T = 101, 16, 6, 0.07
 
 
-def unit(*shape: int, seed: int = 0) -> Tensor:
+def l2_normalize(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
 
 
 def candidates_of(k: int) -> Tensor:
     """(N, K, E); 40 and 41 are equal, and 60 is nearly 3."""
-    found = unit(N, k, E, seed=1)
+    found = l2_normalize(N, k, E, seed=1)
     found[41] = found[40]
-    found[60] = F.normalize(found[3] + 0.05 * unit(k, E, seed=2), dim=-1)
+    found[60] = F.normalize(found[3] + 0.05 * l2_normalize(k, E, seed=2), dim=-1)
     return found
 
 
@@ -94,14 +94,14 @@ def test_blocks_equal_all_at_once(
     k: int, positives: Tensor, ignore: Tensor | None, threshold: float | None, learned: bool, ragged: str
 ) -> None:
     """One and several positives, pairs and similar candidates left out, frozen candidates or not."""
-    query, candidates, about = unit(B, E), candidates_of(k), (positives, ignore, threshold)
+    query, candidates, about = l2_normalize(B, E), candidates_of(k), (positives, ignore, threshold)
     fast = found(info_nce, query, candidates, *about, learned=learned)
     assert near(fast, found(dense, query, candidates, *about, learned=learned), 1e-12)
 
 
 def test_each_option_matters() -> None:
     """Negative control: without what is left out, or with another candidate, loss and gradients are others."""
-    query, candidates = unit(B, E), candidates_of(1)
+    query, candidates = l2_normalize(B, E), candidates_of(1)
     whole = found(info_nce, query, candidates, ONE, IGNORE, 0.9)
     for other in [(ONE, None, 0.9), (ONE, IGNORE, None), (ONE.roll(1), IGNORE, 0.9)]:
         assert not near(whole, found(info_nce, query, candidates, *other), 1e-6)
@@ -115,7 +115,7 @@ def test_each_option_matters() -> None:
 @pytest.mark.parametrize(("kept", "bound"), [(torch.float32, 2e-6), (torch.float16, 2e-6), (torch.bfloat16, 2e-6)])
 def test_single_precision_is_near_double(k: int, kept: torch.dtype, bound: float, learned: bool, ragged: str) -> None:
     """Whatever candidates are stored in, scores are in single precision: only storing them loses digits."""
-    query, candidates = unit(B, E).float(), candidates_of(k).to(kept)
+    query, candidates = l2_normalize(B, E).float(), candidates_of(k).to(kept)
     about = (SEVERAL, IGNORE, None)
     exact = found(dense, query.double(), candidates.double(), *about, learned=learned)
     fast = found(info_nce, query, candidates, *about, learned=learned)
@@ -128,7 +128,7 @@ def test_single_precision_is_near_double(k: int, kept: torch.dtype, bound: float
 
 def test_large_scores_lose_no_digits() -> None:
     """Scores in the hundreds that differ by little: a logarithm of their sum would have too few digits."""
-    query, candidates = 10 * unit(B, E).float(), candidates_of(1).float() * 4
+    query, candidates = 10 * l2_normalize(B, E).float(), candidates_of(1).float() * 4
     base = candidates[:1].clone()
     candidates = base + 0.01 * candidates  # all alike
     exact = found(dense, query.double(), candidates.double(), ONE, None, None, learned=True)
@@ -139,7 +139,7 @@ def test_large_scores_lose_no_digits() -> None:
 
 def test_mixed_precision_ends_where_scores_begin(ragged: str) -> None:
     """Inside autocast nothing is rounded, in the backward pass neither."""
-    query, candidates = unit(B, E).float(), candidates_of(3).float()
+    query, candidates = l2_normalize(B, E).float(), candidates_of(3).float()
     plain = found(info_nce, query, candidates, ONE, None, 0.9, learned=True)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = found(info_nce, query, candidates, ONE, None, 0.9, learned=True)
@@ -175,7 +175,7 @@ def test_memory_does_not_grow_with_candidates(
     streaming.fused("cpu", torch.float32, E)  # is tried on a problem of its own
     most = []
     for count in (1000, 4000):
-        query, candidates = unit(B, E).float().requires_grad_(), unit(count, k, E).to(dtype)
+        query, candidates = l2_normalize(B, E).float().requires_grad_(), l2_normalize(count, k, E).to(dtype)
         with Largest(candidates.numel()) as seen:
             info_nce(query, candidates, ONE, T, ignore).backward()
         most.append(seen.most)
@@ -191,7 +191,7 @@ def test_layout_in_memory_does_not_matter(width: int, ragged: str) -> None:
 
     A fused kernel that takes a query's layout for that of its result gave a right loss and a gradient of noise.
     """
-    query, candidates = unit(4, width).float(), unit(3000, 1, width, seed=1).float()
+    query, candidates = l2_normalize(4, width).float(), l2_normalize(3000, 1, width, seed=1).float()
     about = (torch.tensor([0, 5, 2999, 17]), None, None)
     plain = found(info_nce, query, candidates, *about)
     columns, between = query.T.contiguous().T, torch.stack([query, -query], 2)[..., 0]
@@ -206,7 +206,7 @@ def test_layout_in_memory_does_not_matter(width: int, ragged: str) -> None:
 
 def test_a_threshold_of_nought_is_one() -> None:
     """Whatever is similar at all is left out."""
-    query, candidates = unit(B, E), candidates_of(1)
+    query, candidates = l2_normalize(B, E), candidates_of(1)
     some = found(info_nce, query, candidates, ONE, None, 0.0)
     assert near(some, found(dense, query, candidates, ONE, None, 0.0), 1e-12)
     assert not near(some, found(info_nce, query, candidates, ONE, None, None), 1e-4)
@@ -215,12 +215,12 @@ def test_a_threshold_of_nought_is_one() -> None:
 @pytest.mark.parametrize("temperature", [0.0, -0.1, math.nan])
 def test_a_temperature_is_above_nought(temperature: float) -> None:
     with pytest.raises(ValueError, match="a temperature is above 0"):
-        info_nce(unit(B, E), candidates_of(1), ONE, temperature)
+        info_nce(l2_normalize(B, E), candidates_of(1), ONE, temperature)
 
 
 def test_nothing_left_is_no_candidate() -> None:
     """A block, or all of them, in which a query has nothing left: no NaN, and the positive alone costs nothing."""
-    query, candidates = unit(2, E), unit(12, 1, E, seed=1)
+    query, candidates = l2_normalize(2, E), l2_normalize(12, 1, E, seed=1)
     everything = torch.tensor(list(itertools.product([0], range(12)))).T
     loss, by_query, by_temperature = found(
         info_nce, query, candidates, torch.tensor([[3, -1], [4, 5]]), everything, None
@@ -228,9 +228,9 @@ def test_nothing_left_is_no_candidate() -> None:
     expected = found(dense, query, candidates, torch.tensor([[3, -1], [4, 5]]), everything, None)
     assert near([loss, by_query, by_temperature], expected, 1e-12) and not by_query[0].abs().max() > 1e-14
     none = torch.zeros(2, 0, dtype=torch.long)
-    empty = attend(query, candidates[:0], Hidden(none, none))
+    empty = streaming_softmax(query, candidates[:0], CandidateMask(none, none))
     assert empty.top.isneginf().all() and not empty.total.any() and not empty.mean.any()
-    whole = attend(query, candidates, Hidden(none, none))
+    whole = streaming_softmax(query, candidates, CandidateMask(none, none))
     for joined in (join(empty, whole), join(whole, empty)):
         assert all(a.equal(b) for a, b in zip(joined, whole, strict=True))
     assert isinstance(join(empty, empty), Softmax) and join(empty, empty).mean.isfinite().all()
@@ -238,21 +238,21 @@ def test_nothing_left_is_no_candidate() -> None:
 
 def test_a_shard_of_one_process_is_the_whole() -> None:
     """A shard that holds all is the same as its vectors; a positive elsewhere is an error."""
-    query, candidates = unit(B, E), candidates_of(1)
+    query, candidates = l2_normalize(B, E), candidates_of(1)
     assert info_nce(query, Shard(candidates), ONE, T) == info_nce(query, candidates, ONE, T)
     with pytest.raises(ValueError, match="row 100, which no candidate has"):
         info_nce(query, Shard(candidates[:100]), ONE, T)
 
 
 def test_images_of_several_vectors_are_compared_by_their_mean() -> None:
-    vectors = unit(5, 3, E)
+    vectors = l2_normalize(5, 3, E)
     assert torch.allclose(pooled(vectors), F.normalize(vectors.mean(1), dim=-1))
     assert pooled(vectors[:, :1]).equal(vectors[:, 0])
 
 
 def test_it_is_differentiated_once() -> None:
     """A second derivative is refused, not wrong."""
-    query = unit(B, E).requires_grad_()
+    query = l2_normalize(B, E).requires_grad_()
     (gradient,) = torch.autograd.grad(info_nce(query, candidates_of(1), ONE, T), query, create_graph=True)
     assert not gradient.requires_grad
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -294,7 +294,7 @@ def test_fused_attention_serves_here() -> None:
 def test_fused_attention_is_used_where_nothing_is_hidden(kernels: pytest.MonkeyPatch) -> None:
     """Of ragged blocks, those with pairs are computed plainly, the others are not."""
     plain, used = streaming._attention, []
-    query, candidates = unit(B, E), candidates_of(1)
+    query, candidates = l2_normalize(B, E), candidates_of(1)
     streaming.fused("cpu", torch.float64, E)
     kernels.setattr(streaming, "SCORES", {"cpu": 10 * B})
     kernels.setattr(streaming, "_attention", lambda q, keys: (used.append(len(keys)), plain(q, keys))[1])
@@ -308,7 +308,7 @@ def test_a_wrong_kernel_is_said_and_not_used(kernels: pytest.MonkeyPatch) -> Non
     kernels.setattr(streaming, "_attention", lambda q, keys: plain(q, keys)._replace(mean=plain(q, keys).mean * 1.01))
     with pytest.warns(UserWarning, match="fused attention is wrong on cpu for vectors of 16 torch.float32"):
         assert not streaming.fused("cpu", torch.float32, E)
-    assert math.isfinite(float(info_nce(unit(B, E).float(), candidates_of(1).float(), ONE, T)))
+    assert math.isfinite(float(info_nce(l2_normalize(B, E).float(), candidates_of(1).float(), ONE, T)))
 
 
 def test_a_missing_kernel_is_not_used(kernels: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_a_missing_kernel_is_not_used(kernels: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("width", [64, 256, 512, 640, 768])
 def test_blocks_on_a_gpu(width: int) -> None:
     """There too, fused or not, resident or read ahead."""
-    query, candidates = unit(B, width).float(), unit(5000, 1, width, seed=1).float()
+    query, candidates = l2_normalize(B, width).float(), l2_normalize(5000, 1, width, seed=1).float()
     exact = found(dense, query.double(), candidates.double(), ONE, None, None)
     for place in (candidates.cuda(), candidates):
         leaf = query.cuda().requires_grad_()

@@ -23,7 +23,7 @@ from spn4cir import bank as banks
 from spn4cir.checkpoints import load_model, write_tensors
 from spn4cir.config import ComputeConfig, NegativesConfig
 from spn4cir.datasets import DATASETS
-from spn4cir.images import Answers, ImageSource, TripletCollate, open_image, pixel_hash
+from spn4cir.images import ImageSource, KnownTargets, TripletCollate, open_image, pixel_hash
 from spn4cir.objective import Objective
 
 # TRAIN[:20] are the targets of triplets 0 to 19 and again of 20 to 39: with four rows a process, equal targets meet
@@ -35,10 +35,10 @@ BATCH = [0, 3, 4, 9, 20, 23, 17, 8]
 # the bank the second process holds the last 20, and no target is among them: so with one drawn it may hold nothing.
 OPTIONS: dict[str, tuple[int, NegativesConfig, tuple[int, int] | None]] = {
     "types": (1, NegativesConfig(["target", "query", "text", "reference"]), None),
-    "similar": (1, NegativesConfig(["target", "query", "text", "reference"], above=0.9), None),
+    "similar": (1, NegativesConfig(["target", "query", "text", "reference"], max_similarity=0.9), None),
     "drawn": (2, NegativesConfig(), (7, 3)),
     "one drawn": (2, NegativesConfig(), (1, 0)),
-    "drawn, similar": (2, NegativesConfig(above=0.9), (7, 3)),
+    "drawn, similar": (2, NegativesConfig(max_similarity=0.9), (7, 3)),
 }
 
 
@@ -64,7 +64,7 @@ def first_step(
     share = len(rows) // accelerator.num_processes
     own = rows[accelerator.process_index * share :][:share]
     items = [(triplets[n], triplets[n].modifications[n % 2]) for n in own]
-    references, answers = bank and bank.references, Answers(triplets, identity)
+    references, answers = bank and bank.references, KnownTargets(triplets, identity)
     batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows, references, answers)(items)
     if bank is not None:
         bank = replace(bank, target=bank.target.to(dtype))
@@ -120,7 +120,7 @@ def killed(toy: Toy, init: Path, output: Path) -> None:
         return schedule(config, step, *length)
 
     loop.schedule = die
-    loop.train(toy_config(toy.folder, init=str(init), output=str(output), annotated=24, save_every=2), 1)
+    loop.train(toy_config(toy.folder, init=str(init), output=str(output), max_annotated=24, save_every=2), 1)
 
 
 if __name__ == "__main__":

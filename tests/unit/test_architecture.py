@@ -12,9 +12,10 @@ from spn4cir.datasets import DATASETS
 
 ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
-    {"errors"}, {"files", "schedules", "types"}, {"streaming"}, {"config", "losses", "metrics", "search"},
-    {"images", "neighbours"}, {"deduplicate"}, {"embedded"}, {"datasets"}, {"backbone", "blip", "clip"}, {"backbones"},
-    {"checkpoints"}, {"bank", "importers"}, {"objective", "evaluate", "index", "doctor"}, {"run"}, {"train"}, {"cli"},
+    {"errors"}, {"files", "schedules", "types"}, {"streaming"}, {"config", "losses", "measures", "search"},
+    {"images", "faiss_search"}, {"identity"}, {"embedded"}, {"datasets"}, {"backbone", "blip", "clip"}, {"backbones"},
+    {"checkpoints"}, {"bank", "importers"}, {"objective", "evaluate", "index", "dataset_check"},
+    {"run"}, {"train"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LIBRARY = sorted(path for top in ("spn4cir", "data_gen") for path in (ROOT / top).rglob("*.py"))

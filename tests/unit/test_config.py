@@ -93,7 +93,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_resolved_file_parses_back_equal(tmp_path: Path) -> None:
     """What write_yaml wrote gives the same settings, of every kind of value."""
     config = TrainConfig(
-        data_root="somewhere/ä b", backbone_options={"model": "RN50", "pretrained": None}, annotated=0,
+        data_root="somewhere/ä b", backbone_options={"model": "RN50", "pretrained": None}, max_annotated=0,
         generated="auto", generated_share=0.25, lr=1e-7, eps=1e-12, temperature=1 / 3, learn_temperature=True,
         max_steps=5,
         trackers=["tensorboard"], output="123", schedule="cosine",
@@ -143,7 +143,7 @@ def test_values_that_would_train_wrongly_are_refused(tmp_path: Path, key: str, v
 def test_annotated_zero_and_share_zero_are_fine(tmp_path: Path) -> None:
     """The edges of the ranges are allowed: nothing annotated, nothing generated in a batch."""
     config = settings(tmp_path, "annotated: 0\ngenerated_share: 0.0")
-    assert (config.annotated, config.generated_share) == (0, 0.0)
+    assert (config.max_annotated, config.generated_share) == (0, 0.0)
 
 
 def test_fewer_than_forty_fields() -> None:
@@ -160,7 +160,7 @@ def test_every_field_is_explained() -> None:
 @pytest.mark.parametrize(("argv", "name", "value"), [
     (["--lr-scale.clip", "0.1", "--lr-scale.text_fc", "2"], "lr_scale", {"clip": 0.1, "text_fc": 2}),
     (["--lr-scale", "{clip: 0.1}"], "lr_scale", {"clip": 0.1}),
-    (["--schedule", "drops", "--schedule-options", "{epochs: [5, 10]}"], "schedule_options", {"epochs": [5, 10]}),
+    (["--schedule", "multistep", "--schedule-options", "{epochs: [5, 10]}"], "schedule_options", {"epochs": [5, 10]}),
     (["--schedule", "onecycle", "--schedule-options.warmup", "0.02"], "schedule_options", {"warmup": 0.02}),
     (["--bank.references=recompute"], "bank", BankConfig(references="recompute")),
     (["--dropout", "true"], "dropout", True),
@@ -180,7 +180,7 @@ def test_settings_that_hold_names_and_numbers(tmp_path: Path, argv: list[str], n
     ("lr_scale: null", "lr_scale cannot be null"),
     ("bank: {references: kept}", "bank.references"), ("dropout: 0.1", "dropout"),
     ("bank: {dtype: bfloat16}", "bank.dtype"),
-    ("schedule: drops\nschedule_options: {epochs: 5}", "epochs of drops cannot be 5"),
+    ("schedule: multistep\nschedule_options: {epochs: 5}", "epochs of multistep cannot be 5"),
     ("schedule: cosine\nschedule_options: {warmup: 0.1}", "schedule cosine has no option 'warmup'; known: epochs"),
     ("beta2: 1.0", "beta2"),
 ])  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from spn4cir.cli import data_command, evaluate_command
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.skip import NAME
-from spn4cir.deduplicate import PUBLISHED_CLASSES, read_optimized
+from spn4cir.identity import PUBLISHED_CLASSES, read_optimized
 
 
 class Told(NamedTuple):
@@ -137,7 +137,7 @@ def test_a_read_only_folder(
     asked = os.access
     read_only = {str(fashioniq), ".", ""}
     monkeypatch.setattr(os, "access", lambda p, mode, **k: str(p) not in read_only and asked(p, mode, **k))
-    monkeypatch.setattr("spn4cir.doctor.inspect_images", lambda *_: pytest.fail("pictures were looked at"))
+    monkeypatch.setattr("spn4cir.dataset_check.inspect_images", lambda *_: pytest.fail("pictures were looked at"))
     assert f"{arguments[0]} " in (line := fails(check(call, fashioniq, *arguments))) and "is read-only" in line
     monkeypatch.undo()
 

@@ -22,9 +22,9 @@ from spn4cir.images import (
     TripletCollate,
     TripletRows,
     TripletSampler,
-    ahead,
     open_image,
     pixel_hash,
+    prefetch,
     target_pad,
 )
 from spn4cir.types import Triplet
@@ -441,11 +441,11 @@ def test_ahead_gives_the_same_batches_and_errors_and_ends_early() -> None:
 
     read = []
     with pytest.raises(InputError, match="the sixth"):
-        for batch in ahead(batches()):  # type: ignore[arg-type]
+        for batch in prefetch(batches()):  # type: ignore[arg-type]
             read.append(batch)
     assert read == made == [0, 1, 2, 3, 4]
     made.clear()
-    assert next(iter(ahead(batches()))) == 0 and len(made) <= 2  # type: ignore[arg-type]
+    assert next(iter(prefetch(batches()))) == 0 and len(made) <= 2  # type: ignore[arg-type]
 
 
 def wrapped(content: bytes) -> bytes:

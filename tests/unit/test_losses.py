@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from spn4cir.losses import info_nce
 
 
-def unit(*shape: int, seed: int = 0) -> Tensor:
+def l2_normalize(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double(), dim=-1)
 
 
@@ -27,14 +27,14 @@ def naive(
 
 def test_equals_the_formula() -> None:
     """One positive each, K = 1."""
-    query, candidates = unit(4, 6), unit(9, 1, 6, seed=1)
+    query, candidates = l2_normalize(4, 6), l2_normalize(9, 1, 6, seed=1)
     found = info_nce(query, candidates, torch.tensor([3, 3, 0, 8]), 0.1)
     torch.testing.assert_close(found, naive(query, candidates, [[3], [3], [0], [8]], 0.1))
 
 
 def test_equals_the_formula_with_several_vectors_and_positives() -> None:
     """K = 3, one to three positives, ignored pairs: the loss and the gradients of queries and candidates."""
-    query, candidates = unit(4, 6).requires_grad_(), unit(9, 3, 6, seed=1).requires_grad_()
+    query, candidates = l2_normalize(4, 6).requires_grad_(), l2_normalize(9, 3, 6, seed=1).requires_grad_()
     positives = [[3], [1, 2], [0, 5, 7], [8, 4]]
     ignore = ((0, 1), (0, 3), (2, 6), (3, 8))
     padded = torch.tensor([[3, -1, -1], [-1, 1, 2], [0, 5, 7], [8, -1, 4]])
@@ -49,7 +49,7 @@ def test_equals_the_formula_with_several_vectors_and_positives() -> None:
 
 def test_ignored_pairs_change_the_loss() -> None:
     """The negative control: what is ignored was counted before, and no gradient reaches it now."""
-    query, candidates = unit(2, 6), unit(5, 1, 6, seed=1).requires_grad_()
+    query, candidates = l2_normalize(2, 6), l2_normalize(5, 1, 6, seed=1).requires_grad_()
     label = torch.tensor([0, 1])
     without = info_nce(query, candidates, label, 0.1, torch.tensor([[0, 1], [4, 4]]))
     assert without < info_nce(query, candidates, label, 0.1)
@@ -59,21 +59,21 @@ def test_ignored_pairs_change_the_loss() -> None:
 
 def test_a_positive_is_never_ignored() -> None:
     """Ignoring a query's own positive changes nothing: a batch may list all its duplicates."""
-    query, candidates, label = unit(3, 6), unit(3, 1, 6, seed=1), torch.arange(3)
+    query, candidates, label = l2_normalize(3, 6), l2_normalize(3, 1, 6, seed=1), torch.arange(3)
     own = torch.stack([label, label])
     torch.testing.assert_close(info_nce(query, candidates, label, 0.1, own), info_nce(query, candidates, label, 0.1))
 
 
 def test_no_pairs_to_ignore() -> None:
     """An empty list of pairs is no list."""
-    query, candidates, label = unit(3, 6), unit(4, 1, 6, seed=1), torch.arange(3)
+    query, candidates, label = l2_normalize(3, 6), l2_normalize(4, 1, 6, seed=1), torch.arange(3)
     empty = torch.zeros(2, 0, dtype=torch.long)
     assert torch.equal(info_nce(query, candidates, label, 0.1, empty), info_nce(query, candidates, label, 0.1))
 
 
 def test_one_column_of_positives_is_a_vector() -> None:
     """(B,) and (B, 1) mean the same, and so do extra columns of padding."""
-    query, candidates, label = unit(3, 6), unit(4, 1, 6, seed=1), torch.tensor([2, 0, 3])
+    query, candidates, label = l2_normalize(3, 6), l2_normalize(4, 1, 6, seed=1), torch.tensor([2, 0, 3])
     column = F.pad(label[:, None], (0, 2), value=-1)
     assert torch.equal(info_nce(query, candidates, label[:, None], 0.1), info_nce(query, candidates, label, 0.1))
     assert torch.equal(info_nce(query, candidates, column, 0.1), info_nce(query, candidates, label, 0.1))
@@ -81,12 +81,12 @@ def test_one_column_of_positives_is_a_vector() -> None:
 
 def test_the_only_candidate_costs_nothing() -> None:
     """One candidate that is the positive: the loss is zero, and finite."""
-    assert info_nce(unit(1, 6), unit(1, 1, 6, seed=1), torch.tensor([0]), 0.02).item() == 0
+    assert info_nce(l2_normalize(1, 6), l2_normalize(1, 1, 6, seed=1), torch.tensor([0]), 0.02).item() == 0
 
 
 def test_temperature_gets_a_gradient() -> None:
     """A learned temperature trains, with the derivative that a small step measures."""
-    query, candidates, label = unit(3, 6), unit(4, 1, 6, seed=1), torch.tensor([2, 0, 3])
+    query, candidates, label = l2_normalize(3, 6), l2_normalize(4, 1, 6, seed=1), torch.tensor([2, 0, 3])
     temperature = torch.tensor(0.2, dtype=torch.double, requires_grad=True)
     info_nce(query, candidates, label, temperature).backward()
     step = (info_nce(query, candidates, label, 0.2 + 1e-6) - info_nce(query, candidates, label, 0.2 - 1e-6)) / 2e-6
@@ -96,7 +96,7 @@ def test_temperature_gets_a_gradient() -> None:
 
 def test_half_precision_is_widened() -> None:
     """Scores of half-precision features are taken in float32, where a small temperature does not overflow."""
-    query, candidates = unit(3, 6).bfloat16(), unit(4, 1, 6, seed=1).bfloat16()
+    query, candidates = l2_normalize(3, 6).bfloat16(), l2_normalize(4, 1, 6, seed=1).bfloat16()
     found = info_nce(query, candidates, torch.tensor([2, 0, 3]), 0.005)
     assert found.dtype == torch.float32
     torch.testing.assert_close(
@@ -106,7 +106,7 @@ def test_half_precision_is_widened() -> None:
 
 def test_small_temperatures_stay_finite() -> None:
     """At the lower bound of a learned temperature, with wrong answers on top, loss and gradient are finite."""
-    query = unit(4, 6).float().requires_grad_()
+    query = l2_normalize(4, 6).float().requires_grad_()
     loss = info_nce(query, -query.detach()[:, None], torch.arange(4), 0.005)
     loss.backward()
     assert torch.isfinite(loss) and query.grad is not None and torch.isfinite(query.grad).all()
@@ -116,11 +116,11 @@ def test_small_temperatures_stay_finite() -> None:
 def test_a_positive_beyond_the_candidates_raises(row: int) -> None:
     """A label that no candidate has never trains silently."""
     with pytest.raises((IndexError, RuntimeError, ValueError)):
-        info_nce(unit(1, 6), unit(4, 1, 6, seed=1), torch.tensor([row]), 0.1)
+        info_nce(l2_normalize(1, 6), l2_normalize(4, 1, 6, seed=1), torch.tensor([row]), 0.1)
 
 
 @pytest.mark.parametrize("positives", [torch.tensor([-1, -1]), torch.tensor([[-1, -1], [-1, -1]])])
 def test_a_loss_without_terms_is_refused(positives: Tensor) -> None:
     """No positive at all is a mistake of the caller: a ValueError, not the NaN of an empty mean."""
     with pytest.raises(ValueError, match="positive"):
-        info_nce(unit(2, 6), unit(4, 1, 6, seed=1), positives, 0.1)
+        info_nce(l2_normalize(2, 6), l2_normalize(4, 1, 6, seed=1), positives, 0.1)

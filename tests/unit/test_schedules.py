@@ -26,7 +26,7 @@ def torch_factors(make) -> list[float]:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(("name", "options", "make"), [
     ("cosine", {}, lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS)),
     ("cosine", {"epochs": 2}, lambda o: lr_scheduler.CosineAnnealingLR(o, 2 * EPOCH)),
-    ("drops", {"epochs": [1, 3], "factor": 0.1}, lambda o: lr_scheduler.MultiStepLR(o, [EPOCH, 3 * EPOCH], 0.1)),
+    ("multistep", {"epochs": [1, 3], "factor": 0.1}, lambda o: lr_scheduler.MultiStepLR(o, [EPOCH, 3 * EPOCH], 0.1)),
     ("onecycle", {}, lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=STEPS + 1)),
     ("onecycle", {"epochs": 8, "warmup": 0.1, "start": 0.01},
      lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=8 * EPOCH, pct_start=0.1, div_factor=100)),
@@ -50,7 +50,7 @@ def test_warm_up_comes_before() -> None:
 
 @pytest.mark.parametrize(("name", "options", "told"), [
     ("constant", {"epochs": 3}, "has no option 'epochs'"),
-    ("drops", {"epochs": 3}, "epochs of drops cannot be 3"),
+    ("multistep", {"epochs": 3}, "epochs of multistep cannot be 3"),
     ("cosine", {"epochs": [3]}, r"cannot be \[3\]"),
     ("onecycle", {"start": "low"}, "cannot be 'low'"),
     ("onecycle", {"begin": 1}, "known: epochs, warmup, start"),
@@ -58,7 +58,7 @@ def test_warm_up_comes_before() -> None:
     ("cosine", {"epochs": float("nan")}, "epochs of cosine cannot be nan"),
     ("cosine", {"epochs": True}, "cannot be True"),
     ("cosine", {"epochs": None}, "cannot be None"),
-    ("drops", {"epochs": [1, -2]}, r"cannot be \[1, -2\]"),
+    ("multistep", {"epochs": [1, -2]}, r"cannot be \[1, -2\]"),
 ])  # fmt: skip
 def test_wrong_options(name: str, options: dict, told: str) -> None:  # type: ignore[type-arg]
     """One line that says which, before anything runs."""

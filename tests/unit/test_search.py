@@ -9,7 +9,7 @@ from spn4cir import search
 from spn4cir.search import CHUNK, rank_of_target, scores_of, top_k
 
 
-def unit(*shape: int, seed: int = 0) -> Tensor:
+def l2_normalize(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
@@ -28,7 +28,7 @@ def naive_rank(scores: Tensor, targets: list[int], excluded: list[int]) -> int:
 
 def test_scores_are_the_maximum_over_vectors() -> None:
     """K vectors per candidate: the best dot product counts."""
-    query, candidates = unit(5, 8), unit(7, 3, 8, seed=1)
+    query, candidates = l2_normalize(5, 8), l2_normalize(7, 3, 8, seed=1)
     naive = torch.stack([torch.stack([(c @ q).max() for c in candidates]) for q in query])
     torch.testing.assert_close(scores_of(query, candidates), naive)
 
@@ -38,12 +38,12 @@ def test_scores_are_the_maximum_over_vectors() -> None:
 ])  # fmt: skip
 def test_scores_are_float32_or_wider(given: torch.dtype, kept: torch.dtype) -> None:
     """Half precision is widened before the product; double stays double."""
-    assert scores_of(unit(2, 4).to(given), unit(3, 1, 4).to(given)).dtype == kept
+    assert scores_of(l2_normalize(2, 4).to(given), l2_normalize(3, 1, 4).to(given)).dtype == kept
 
 
 def test_rank_against_a_naive_loop() -> None:
     """Several targets, several exclusions, padding: the ranks of a plain loop over the definition."""
-    query, gallery = unit(9, 6), unit(30, 2, 6, seed=1)
+    query, gallery = l2_normalize(9, 6), l2_normalize(30, 2, 6, seed=1)
     picks = torch.Generator().manual_seed(2)
     rows = [torch.randperm(30, generator=picks)[:5].tolist() for _ in range(9)]
     targets = torch.tensor([[r[0], r[1], -1] if n % 2 else [-1, r[0], -1] for n, r in enumerate(rows)])
@@ -102,7 +102,7 @@ def test_an_excluded_target_has_no_rank() -> None:
 def test_ranks_over_several_chunks() -> None:
     """The chunked loop equals one query at a time, a ragged last chunk included."""
     count = CHUNK + 3
-    query, gallery = unit(count, 4).double(), unit(11, 1, 4, seed=1).double()
+    query, gallery = l2_normalize(count, 4).double(), l2_normalize(11, 1, 4, seed=1).double()
     targets = torch.arange(count)[:, None] % 11
     excluded = (targets + 1) % 11
     singly = [rank_of_target(query[n : n + 1], gallery, targets[n : n + 1], excluded[n : n + 1]) for n in range(count)]
@@ -112,7 +112,7 @@ def test_ranks_over_several_chunks() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_have_no_rank(value: float) -> None:
     """A broken embedding is a ValueError, not a good rank."""
-    query, gallery = unit(2, 4), unit(3, 1, 4)
+    query, gallery = l2_normalize(2, 4), l2_normalize(3, 1, 4)
     gallery[1, 0, 2] = value
     with pytest.raises(ValueError, match="finite"):
         rank_of_target(query, gallery, torch.tensor([[0], [1]]))
@@ -121,7 +121,7 @@ def test_scores_that_are_not_finite_have_no_rank(value: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_have_no_first_k(value: float) -> None:
     """Nor does a search answer with a NaN on top, which sorting puts first."""
-    query, gallery = unit(2, 4), unit(3, 1, 4)
+    query, gallery = l2_normalize(2, 4), l2_normalize(3, 1, 4)
     gallery[1, 0, 2] = value
     with pytest.raises(ValueError, match="finite"):
         top_k(query, gallery, 2)
@@ -130,14 +130,14 @@ def test_scores_that_are_not_finite_have_no_first_k(value: float) -> None:
 def test_a_query_without_target_has_no_rank() -> None:
     """All padding is a ValueError."""
     with pytest.raises(ValueError, match="without a target"):
-        rank_of_target(unit(2, 4), unit(3, 1, 4), torch.tensor([[0, -1], [-1, -1]]))
+        rank_of_target(l2_normalize(2, 4), l2_normalize(3, 1, 4), torch.tensor([[0, -1], [-1, -1]]))
 
 
 def test_no_queries_give_no_answers() -> None:
     """Zero queries are zero ranks and zero rows, not an error of concatenation."""
-    gallery = unit(3, 1, 4)
-    assert rank_of_target(unit(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long)).shape == (0, 2)
-    scores, rows = top_k(unit(0, 4), gallery, 2)
+    gallery = l2_normalize(3, 1, 4)
+    assert rank_of_target(l2_normalize(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long)).shape == (0, 2)
+    scores, rows = top_k(l2_normalize(0, 4), gallery, 2)
     assert scores.shape == rows.shape == (0, 2)
 
 
@@ -157,7 +157,7 @@ def test_top_k_leaves_the_excluded_out() -> None:
 
 def test_top_k_over_several_chunks() -> None:
     """The chunked loop equals one query at a time."""
-    query, gallery = unit(CHUNK + 3, 4).double(), unit(11, 1, 4, seed=1).double()
+    query, gallery = l2_normalize(CHUNK + 3, 4).double(), l2_normalize(11, 1, 4, seed=1).double()
     rows = top_k(query, gallery, 3)[1]
     assert rows.shape == (CHUNK + 3, 3)
     assert torch.equal(rows, torch.cat([top_k(query[n : n + 1], gallery, 3)[1] for n in range(len(query))]))
@@ -165,7 +165,7 @@ def test_top_k_over_several_chunks() -> None:
 
 def test_k_beyond_the_gallery_gives_the_whole_gallery() -> None:
     """More than there is gives all there is."""
-    scores, rows = top_k(unit(2, 4), unit(3, 1, 4), 10)
+    scores, rows = top_k(l2_normalize(2, 4), l2_normalize(3, 1, 4), 10)
     assert scores.shape == (2, 3)
     assert [sorted(found) for found in rows.tolist()] == [[0, 1, 2]] * 2
 

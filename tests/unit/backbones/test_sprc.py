@@ -149,9 +149,9 @@ def test_copies_give_what_the_originals_gave(build: Callable[..., SPRC]) -> None
     backbone = build().double()
     reference, tokens = backbone.encode_image(pixels().double()).reference, backbone.tokenize(TEXTS)
     before = backbone.compose(reference, tokens).query
-    backbone.separate()
+    backbone.untie_text_side()
     twin = backbone.twin
-    backbone.separate()
+    backbone.untie_text_side()
     assert backbone.twin is twin and backbone.options["separated"] is True
     assert torch.equal(backbone.compose(reference, tokens).query, before)
     with torch.no_grad():

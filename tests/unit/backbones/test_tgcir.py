@@ -109,7 +109,7 @@ def test_it_learns(model: TGCIR, pixels: Tensor) -> None:
 def test_separating_changes_no_output(model: TGCIR, pixels: Tensor) -> None:
     """Bit for bit; the twins are tensors of their own; a second call changes nothing."""
     before = outputs(model, pixels)
-    model.separate()
+    model.untie_text_side()
     assert equal(outputs(model, pixels), before) == [True] * 3 and model.options["separated"] is True
     twins = {"text_learner.weight", "text_learner.bias", "text_masks"}
     assert twins <= model.state_dict().keys()
@@ -117,14 +117,14 @@ def test_separating_changes_no_output(model: TGCIR, pixels: Tensor) -> None:
     with torch.no_grad():
         model.text_masks += 1
     held = model.text_masks
-    model.separate()
+    model.untie_text_side()
     assert model.text_masks is held and not torch.equal(model.text_masks, model.masks)
 
 
 @pytest.mark.parametrize("part", ["text_masks", "text_learner.bias", "masks", "learner.bias"])
 def test_each_side_reads_its_own(model: TGCIR, pixels: Tensor, part: str) -> None:
     """Changing the text's twin moves queries alone; changing the shared one moves images, and no text."""
-    model.separate()
+    model.untie_text_side()
     before, texts = outputs(model, pixels), model._encode_text(model.tokenize(TEXTS)["text"])
     with torch.no_grad():
         model.get_parameter(part).add_(0.5)
@@ -135,7 +135,7 @@ def test_each_side_reads_its_own(model: TGCIR, pixels: Tensor, part: str) -> Non
 
 def test_twins_keep_their_type(model: TGCIR) -> None:
     """They are made where and of what the shared ones are."""
-    model.double().separate()
+    model.double().untie_text_side()
     assert model.text_masks is not None and model.text_masks.dtype == torch.float64
     assert {value.dtype for value in model.state_dict().values()} == {torch.float64}
 

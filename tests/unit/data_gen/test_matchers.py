@@ -57,7 +57,7 @@ def by_matcher(name: str, pictures: list[Image.Image]) -> Tensor:
     return found
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
@@ -92,7 +92,7 @@ def test_open_clip(pictures: list[Image.Image]) -> None:
     """The library's own model and preprocessing: not the embedded matcher's, which pads."""
     clip, prepare = open_clip.create_model_from_pretrained(f"local-dir:{EMBEDDED}")
     with torch.inference_mode():
-        expected = unit(clip.eval().encode_image(torch.stack([prepare(p) for p in pictures])))
+        expected = l2_normalize(clip.eval().encode_image(torch.stack([prepare(p) for p in pictures])))
     found = by_matcher(f"open_clip:local-dir:{EMBEDDED}", pictures)
     padded = by_matcher("embedded", pictures)
     same(found, expected, padded)
@@ -111,7 +111,7 @@ def test_open_clip_weights_in_a_file(tmp_path: Path, pictures: list[Image.Image]
     prepare = open_clip.image_transform(64, is_train=False, mean=clip.visual.image_mean, std=clip.visual.image_std)
     assert clip.visual.image_size in (64, (64, 64))
     with torch.inference_mode():
-        expected = unit(clip.encode_image(torch.stack([prepare(p) for p in pictures])))
+        expected = l2_normalize(clip.encode_image(torch.stack([prepare(p) for p in pictures])))
     name = f"open_clip:a-tiny-clip:{path}"
     same(by_matcher(name, pictures), expected, expected.flip(0))
     assert identify(name) == {"kind": "open_clip", "model": "a-tiny-clip", "weights": content_digest(path)}
@@ -143,7 +143,7 @@ def test_timm(tmp_path: Path, pictures: list[Image.Image], schema: str) -> None:
     pixels = torch.stack([prepare(p) for p in pictures])
     with torch.inference_mode():
         states = model.forward_features(pixels)
-        expected, other = (unit(model.forward_head(states, pre_logits=True)), unit(model(pixels)))
+        expected, other = (l2_normalize(model.forward_head(states, pre_logits=True)), l2_normalize(model(pixels)))
     same(by_matcher(f"timm:{schema}{tmp_path / 'model'}", pictures), expected, other)
 
 
@@ -218,7 +218,7 @@ def test_transformers(tmp_path: Path, pictures: list[Image.Image], kind: str) ->
     pixels = torch.cat([processor(images=p, return_tensors="pt")["pixel_values"] for p in pictures])
     name = f"transformers:{tmp_path / 'model'}"
     with torch.inference_mode():
-        same(by_matcher(name, pictures), unit(expected(model, pixels)), unit(other(model, pixels)))
+        same(by_matcher(name, pictures), l2_normalize(expected(model, pixels)), l2_normalize(other(model, pixels)))
     assert load_matcher(name).says == says
 
 
@@ -259,7 +259,7 @@ def test_run(tmp_path: Path, pictures: list[Image.Image], name: str) -> None:
     if targets.shape[1] == 1:
         assert torch.equal(found, targets[:, 0])
     else:
-        same(found, unit(targets.sum(1)), targets[:, 0])
+        same(found, l2_normalize(targets.sum(1)), targets[:, 0])
 
 
 @pytest.mark.parametrize("published", [True, False])
@@ -282,7 +282,7 @@ def test_unicom(tmp_path: Path, pictures: list[Image.Image], monkeypatch: pytest
     matcher = load_matcher(name)
     assert all(torch.equal(matcher.transform(p), prepare(p)) for p in pictures)
     with torch.inference_mode():
-        expected = unit(model(torch.stack([prepare(p) for p in pictures])))
+        expected = l2_normalize(model(torch.stack([prepare(p) for p in pictures])))
     same(by_matcher(name, pictures), expected, expected.flip(0))
 
 

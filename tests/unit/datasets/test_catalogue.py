@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from spn4cir.config import TrainConfig
+from spn4cir.dataset_check import examine
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.skip import write_skip_list
-from spn4cir.doctor import examine
 from spn4cir.errors import InputError
 from spn4cir.train import load_triplets
 

@@ -13,7 +13,7 @@ import pytest
 
 from spn4cir.datasets.cirr import CIRR, _faults
 from spn4cir.datasets.fashioniq import FashionIQ
-from spn4cir.datasets.files import Entry, read_entries
+from spn4cir.datasets.reading import Entry, read_entries
 from spn4cir.types import Check, Triplet
 
 DATA = Path(__file__).parents[4] / "shared" / "data"

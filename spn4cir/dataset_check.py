@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spn4cir.datasets.files import attempt
-from spn4cir.deduplicate import PUBLISHED_CLASSES, Inspected, canonical_ids, inspect_images, read_optimized
+from spn4cir.datasets.reading import attempt
 from spn4cir.errors import InputError
+from spn4cir.identity import PUBLISHED_CLASSES, Inspected, canonical_ids, inspect_images, read_optimized
 from spn4cir.types import Check, Dataset, ImageRole, Level
 
 PROBLEMS = ("missing", "truncated", "unreadable")

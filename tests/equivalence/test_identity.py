@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spn4cir import deduplicate
-from spn4cir.deduplicate import canonical_ids, inspect_images
+from spn4cir import identity
+from spn4cir.identity import canonical_ids, inspect_images
 from spn4cir.images import open_image
 
 LOSSLESS: list[dict[str, object]] = [
@@ -75,7 +75,7 @@ def test_parallel_is_pairwise(
     mixed: dict[str, Path], monkeypatch: pytest.MonkeyPatch, workers: int, block: int
 ) -> None:
     """The same classes in the same order, whatever the workers and the (ragged) blocks; there are some of each kind."""
-    monkeypatch.setattr(deduplicate, "BLOCK", block)
+    monkeypatch.setattr(identity, "BLOCK", block)
     expected = pairwise(mixed)
     assert list(classes(mixed, workers=workers).items()) == list(expected.items())
     assert 20 < len(set(expected.values())) < 90

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spn4cir import deduplicate
-from spn4cir.deduplicate import Inspected, canonical_ids, inspect_images, read_optimized, write_optimized
+from spn4cir import identity
 from spn4cir.errors import InputError
+from spn4cir.identity import Inspected, canonical_ids, inspect_images, read_optimized, write_optimized
 from spn4cir.images import open_image, pixel_hash
 
 
@@ -37,8 +37,8 @@ def pictures(tmp_path: Path) -> dict[str, Path]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Which files are decoded."""
     opened: list[Path] = []
-    decode = deduplicate.decode
-    monkeypatch.setattr(deduplicate, "decode", lambda path: (opened.append(path), decode(path))[1])
+    decode = identity.decode
+    monkeypatch.setattr(identity, "decode", lambda path: (opened.append(path), decode(path))[1])
     return opened
 
 
@@ -51,7 +51,7 @@ def test_order_and_hashes(
     pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch, workers: int | None, block: int
 ) -> None:
     """Whatever the workers and the blocks, ragged ones too: the hash of each image, in the order that was given."""
-    monkeypatch.setattr(deduplicate, "BLOCK", block)
+    monkeypatch.setattr(identity, "BLOCK", block)
     backwards = dict(reversed(pictures.items()))
     found = look(backwards, workers=workers)
     assert list(found.items()) == [(i, Inspected(pixel_hash(open_image(p)))) for i, p in backwards.items()]
@@ -71,11 +71,11 @@ def test_ids_that_share_a_file(pictures: dict[str, Path], decoded: list[Path]) -
 
 def test_what_is_under_way_is_bounded(pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """However many images there are, few are handed out before their results are taken."""
-    monkeypatch.setattr(deduplicate, "BLOCK", 1)
-    monkeypatch.setattr(deduplicate, "AHEAD", 2)
+    monkeypatch.setattr(identity, "BLOCK", 1)
+    monkeypatch.setattr(identity, "AHEAD", 2)
     taken: list[Path] = []
-    monkeypatch.setattr(deduplicate, "_look", lambda path, known: taken.append(path))
-    blocks = deduplicate._blocks(list(pictures.values()), {}, workers=2)
+    monkeypatch.setattr(identity, "_look", lambda path, known: taken.append(path))
+    blocks = identity._blocks(list(pictures.values()), {}, workers=2)
     for number, _ in enumerate(blocks, 1):
         assert len(taken) <= number + 3
     assert number == len(taken) == 37
@@ -83,14 +83,14 @@ def test_what_is_under_way_is_bounded(pictures: dict[str, Path], monkeypatch: py
 
 def test_an_interrupt_ends_it(pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits is dropped, not worked off."""
-    monkeypatch.setattr(deduplicate, "BLOCK", 1)
+    monkeypatch.setattr(identity, "BLOCK", 1)
     taken: list[Path] = []
 
     def interrupted(path: Path, known: object) -> None:
         taken.append(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(deduplicate, "_look", interrupted)
+    monkeypatch.setattr(identity, "_look", interrupted)
     with pytest.raises(KeyboardInterrupt):
         look(pictures, workers=1)
     assert len(taken) <= 5
@@ -174,7 +174,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(deduplicate, "decode", refuse)
+    monkeypatch.setattr(identity, "decode", refuse)
     assert look({"a": tmp_path / "a.png"})["a"].problem == "unreadable"
 
 
@@ -243,8 +243,8 @@ def test_a_file_that_changes_meanwhile_is_not_kept(tmp_path: Path, monkeypatch: 
     """Its pixels may be of before and its time of after."""
     path, cache = tmp_path / "a.png", tmp_path / "cache.jsonl"
     noise().save(path)
-    decode = deduplicate.decode
-    monkeypatch.setattr(deduplicate, "decode", lambda p: (decode(p), os.utime(p, ns=(5, 5)))[0])
+    decode = identity.decode
+    monkeypatch.setattr(identity, "decode", lambda p: (decode(p), os.utime(p, ns=(5, 5)))[0])
     assert look({"a": path}, cache=cache)["a"].pixels and cache.read_text() == ""
 
 
@@ -296,9 +296,9 @@ def test_a_damaged_cache(
 def test_two_processes_add_to_one_cache(pictures: dict[str, Path], tmp_path: Path, decoded: list[Path]) -> None:
     """Both have the file open at once; all lines are whole."""
     cache, names = tmp_path / "cache.jsonl", list(pictures)
-    with deduplicate._Cache(cache, []) as one, deduplicate._Cache(cache, []) as two:
+    with identity._Cache(cache, []) as one, identity._Cache(cache, []) as two:
         for n, name in enumerate(names):
-            stamp = deduplicate._stamp(pictures[name])
+            stamp = identity._stamp(pictures[name])
             assert stamp is not None
             (one if n % 2 else two).add(pictures[name], stamp, pixel_hash(open_image(pictures[name])))
     assert look(pictures, cache=cache) == look(pictures) and len(decoded) == 37

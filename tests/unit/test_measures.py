@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spn4cir.metrics import Ranks, macro_mean, recall_at, recalls
+from spn4cir.measures import Ranks, macro_mean, recall_at, recalls
 
 
 def places(*ranks: int) -> Ranks:
