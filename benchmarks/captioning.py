@@ -32,8 +32,8 @@ from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 
 if TYPE_CHECKING:
-    from data_gen.ask import Question
-    from data_gen.engines import Local
+    from spn4cir.data_gen.ask import Question
+    from spn4cir.data_gen.engines import Local
 
 PROMPT = "please briefly describe the image in 10 words"
 BATCHES = (1, 8, 32, 64)
@@ -54,8 +54,8 @@ def measure(captioner: str, images: int, batch: int, rounds: int) -> dict[str, A
     Raises:
         AssertionError: if the captions differ.
     """
-    from data_gen.ask import Question, Try
-    from data_gen.engines import Local
+    from spn4cir.data_gen.ask import Question, Try
+    from spn4cir.data_gen.engines import Local
     from spn4cir.datasets.emoji import Emoji
 
     emoji = Emoji()

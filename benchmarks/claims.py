@@ -171,8 +171,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
 
-    from data_gen.make_triplets import make_triplets
-    from data_gen.settings import GenerateConfig
+    from spn4cir.data_gen.make_triplets import make_triplets
+    from spn4cir.data_gen.settings import GenerateConfig
     from spn4cir.datasets import load_dataset
     from spn4cir.evaluate import git_commit
 

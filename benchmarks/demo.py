@@ -47,8 +47,8 @@ def main() -> None:
     if picture.is_file():
         shutil.rmtree(args.output)
 
-    from data_gen.make_triplets import make_triplets
-    from data_gen.settings import GenerateConfig
+    from spn4cir.data_gen.make_triplets import make_triplets
+    from spn4cir.data_gen.settings import GenerateConfig
     from spn4cir.datasets import load_dataset
 
     started = time.time()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from data_gen.unicom import SIZES, Unicom
+from spn4cir.data_gen.unicom import SIZES, Unicom
 from spn4cir.errors import run_command
 from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import report, row, watched
-from data_gen.windows import ROWS, Window
+from spn4cir.data_gen.windows import ROWS, Window
 from spn4cir.errors import run_command
 from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text

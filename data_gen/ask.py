@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from data_gen.files import Journal, Row, digest
-from data_gen.processes import Processes
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.files import Journal, Row, digest
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.files import short
 

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_gen.ask import Answer, Engine, Question, Reply, ask
-from data_gen.deduplicate import canonical_images
-from data_gen.engines import engine_of
-from data_gen.files import Row, digest, is_done, mark_done, read_jsonl, write_jsonl
-from data_gen.processes import Processes
-from data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
+from spn4cir.data_gen.deduplicate import canonical_images
+from spn4cir.data_gen.engines import engine_of
+from spn4cir.data_gen.files import Row, digest, is_done, mark_done, read_jsonl, write_jsonl
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
 from spn4cir.files import read_json, short
 from spn4cir.files import write_text as write_file

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
-from data_gen.processes import Processes
-from data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from data_gen.ask import Answer, Question, Try
-from data_gen.processes import Processes
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.ask import Answer, Question, Try
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 
 KEY = "SPN4CIR_API_KEY"  # the environment variable that holds the secret; it is never written anywhere

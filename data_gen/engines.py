@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_gen.ask import Answer, Engine, Question, Try
-from data_gen.files import digest, weights_digest
-from data_gen.processes import own_device
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.ask import Answer, Engine, Question, Try
+from spn4cir.data_gen.files import digest, weights_digest
+from spn4cir.data_gen.processes import own_device
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def engine_of(model: str, endpoint: str | None, config: GenerateConfig, *, image
         max_new_tokens: bound of an answer.
     """
     if endpoint is not None:
-        from data_gen.endpoint import Endpoint
+        from spn4cir.data_gen.endpoint import Endpoint
 
         return Endpoint(endpoint, model, config, max_new_tokens)
     return Local(model, images=images, batch_size=config.caption_batch_size, max_new_tokens=max_new_tokens)

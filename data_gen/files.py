@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from data_gen.processes import Processes
+from spn4cir.data_gen.processes import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import write_text
 

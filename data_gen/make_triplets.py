@@ -13,18 +13,18 @@ examples:
 
 import shlex
 
-from data_gen import caption as captions
-from data_gen.caption import caption
-from data_gen.deduplicate import deduplicate
-from data_gen.length import TokenCounter
-from data_gen.match_pairs import match_pairs
-from data_gen.processes import Processes
-from data_gen.report import read_summary, summarise
-from data_gen.rewrite import Rewriter
-from data_gen.settings import PRESETS, GenerateConfig, command
-from data_gen.sheet import write_sheet
-from data_gen.window_report import write_window
-from data_gen.write_text import write_text
+from spn4cir.data_gen import caption as captions
+from spn4cir.data_gen.caption import caption
+from spn4cir.data_gen.deduplicate import deduplicate
+from spn4cir.data_gen.length import TokenCounter
+from spn4cir.data_gen.match_pairs import match_pairs
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.report import read_summary, summarise
+from spn4cir.data_gen.rewrite import Rewriter
+from spn4cir.data_gen.settings import PRESETS, GenerateConfig, command
+from spn4cir.data_gen.sheet import write_sheet
+from spn4cir.data_gen.window_report import write_window
+from spn4cir.data_gen.write_text import write_text
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 

@@ -13,17 +13,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data_gen.deduplicate import canonical_images, reference_images
-from data_gen.files import Journal, Row, digest, is_done, mark_done, read_jsonl, write_jsonl
-from data_gen.processes import Processes
-from data_gen.settings import GenerateConfig, command
-from data_gen.windows import ROWS, Window, draw_uniformly
+from spn4cir.data_gen.deduplicate import canonical_images, reference_images
+from spn4cir.data_gen.files import Journal, Row, digest, is_done, mark_done, read_jsonl, write_jsonl
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.windows import ROWS, Window, draw_uniformly
 from spn4cir.errors import InputError
 from spn4cir.files import write_text
 from spn4cir.types import Dataset
 
 if TYPE_CHECKING:
-    from data_gen.windows import Array
+    from spn4cir.data_gen.windows import Array
 
 SAMPLE = 512  # references whose similarities to all others the report shows
 BINS = 200
@@ -231,7 +231,7 @@ def annotated_partners(config: GenerateConfig, dataset: Dataset) -> dict[str, se
 
 def _about(config: GenerateConfig) -> dict[str, Any]:
     """What decides the pairs, beside the images."""
-    from data_gen.matchers import identify
+    from spn4cir.data_gen.matchers import identify
 
     named = ("window", "pool", "pairs_per_image", "pairs", "max_image_similarity", "seed")
     about: dict[str, Any] = {name: getattr(config, name) for name in named}
@@ -246,8 +246,8 @@ def _vectors(config: GenerateConfig, dataset: Dataset, ids: Sequence[str], proce
     """(N, E) unit vectors of all candidates, encoded if they are not there."""
     if not _needs_vectors(config):
         return None
-    from data_gen.matchers import identify, load_matcher
-    from data_gen.vectors import encode_all, stored_vectors, vectors_made_by
+    from spn4cir.data_gen.matchers import identify, load_matcher
+    from spn4cir.data_gen.vectors import encode_all, stored_vectors, vectors_made_by
 
     made_by = vectors_made_by(config, ids, identify(config.matcher))
     stored = stored_vectors(config, len(ids), made_by)

@@ -140,7 +140,7 @@ def _local(kind: str, model: str) -> Path | None:
 
 
 def _identify_unicom(model: str) -> dict[str, Any]:
-    from data_gen.unicom import PUBLISHED, check_weights, known_size
+    from spn4cir.data_gen.unicom import PUBLISHED, check_weights, known_size
 
     if not is_file_of_unicom(model):
         return {"kind": "unicom", "model": known_size(model), "weights": PUBLISHED[known_size(model)].sha256}
@@ -150,7 +150,7 @@ def _identify_unicom(model: str) -> dict[str, Any]:
 
 def is_file_of_unicom(model: str) -> bool:
     """Whether what stands behind ``unicom:`` is a file rather than a size."""
-    from data_gen.unicom import SIZES
+    from spn4cir.data_gen.unicom import SIZES
 
     return model not in SIZES and (Path(model).suffix in WEIGHTS or Path(model).exists())
 
@@ -192,8 +192,8 @@ def _of_backbone(backbone: Any, made_by: dict[str, Any]) -> Matcher:
 
 
 def _unicom(model: str, made_by: dict[str, Any]) -> Matcher:
-    from data_gen.unicom import SIZES, find_weights, load_unicom
     from spn4cir.backbone import l2_normalize
+    from spn4cir.data_gen.unicom import SIZES, find_weights, load_unicom
     from spn4cir.images import Transform
 
     if is_file_of_unicom(model):

@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_gen.files import Row
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.files import Row
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset, Triplet
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_gen.files import Row, count_lines, stream_jsonl
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.files import Row, count_lines, stream_jsonl
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.files import read_json
 from spn4cir.files import write_text as write_file
 from spn4cir.types import Dataset
 
 if TYPE_CHECKING:
-    from data_gen.outputs import TripletWriter
-    from data_gen.write_text import Texts
+    from spn4cir.data_gen.outputs import TripletWriter
+    from spn4cir.data_gen.write_text import Texts
 
 OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
 """Settings that say where and how fast a run was made, not what came of it."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from data_gen.ask import Answer, Engine, Question, Reply, ask
-from data_gen.caption import fault, tidy
-from data_gen.engines import engine_of
-from data_gen.files import Row, digest, is_done, mark_done, stream_jsonl, write_jsonl
-from data_gen.length import TokenCounter
-from data_gen.processes import Processes
-from data_gen.settings import PRESETS, GenerateConfig
+from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
+from spn4cir.data_gen.caption import fault, tidy
+from spn4cir.data_gen.engines import engine_of
+from spn4cir.data_gen.files import Row, digest, is_done, mark_done, stream_jsonl, write_jsonl
+from spn4cir.data_gen.length import TokenCounter
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.settings import PRESETS, GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.files import short
 

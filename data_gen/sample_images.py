@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
-from data_gen.settings import PRESETS
-from data_gen.sources import Candidate, Smallest, expand, folder_candidates, shard_candidates
 from spn4cir.config import parse
+from spn4cir.data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
+from spn4cir.data_gen.settings import PRESETS
+from spn4cir.data_gen.sources import Candidate, Smallest, expand, folder_candidates, shard_candidates
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json, write_text
 

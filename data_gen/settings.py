@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data_gen.processes import Processes
 from spn4cir.config import parse
+from spn4cir.data_gen.processes import Processes
 from spn4cir.errors import InputError, run_command
 from spn4cir.types import Dataset
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from data_gen.draw import (
+from spn4cir.data_gen.draw import (
     GREY,
     LINE,
     Pictures,
@@ -21,10 +21,10 @@ from data_gen.draw import (
     wrap,
     write_lines,
 )
-from data_gen.files import Row, digest, is_done, mark_done, stream_jsonl
-from data_gen.processes import Processes
-from data_gen.report import facts, read_summary
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.files import Row, digest, is_done, mark_done, stream_jsonl
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.report import facts, read_summary
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.files import write_text as write_file
 from spn4cir.types import Dataset
 

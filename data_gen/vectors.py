@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_gen.files import Journal, digest, is_done, mark_done
-from data_gen.matchers import Matcher
-from data_gen.processes import Processes, own_device
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.files import Journal, digest, is_done, mark_done
+from spn4cir.data_gen.matchers import Matcher
+from spn4cir.data_gen.processes import Processes, own_device
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 

@@ -5,10 +5,22 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from data_gen.draw import BLUE, GREY, INK, LINE, Pictures, font, image_tag, page, paste_centred, save_png, write_lines
-from data_gen.files import Row, stream_jsonl
-from data_gen.processes import Processes
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.draw import (
+    BLUE,
+    GREY,
+    INK,
+    LINE,
+    Pictures,
+    font,
+    image_tag,
+    page,
+    paste_centred,
+    save_png,
+    write_lines,
+)
+from spn4cir.data_gen.files import Row, stream_jsonl
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.files import read_json
 from spn4cir.files import write_text as write_file
 from spn4cir.types import Dataset

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from data_gen.processes import own_device
+from spn4cir.data_gen.processes import own_device
 
 if TYPE_CHECKING:
     from torch import Tensor

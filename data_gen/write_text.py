@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from data_gen.files import Row, digest, is_done, mark_done, stream_jsonl
-from data_gen.length import TokenCounter
-from data_gen.outputs import KINDS, triplet_files
-from data_gen.processes import Processes
-from data_gen.report import reasons, write_summary
-from data_gen.rewrite import Rewriter
-from data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.files import Row, digest, is_done, mark_done, stream_jsonl
+from spn4cir.data_gen.length import TokenCounter
+from spn4cir.data_gen.outputs import KINDS, triplet_files
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.report import reasons, write_summary
+from spn4cir.data_gen.rewrite import Rewriter
+from spn4cir.data_gen.settings import GenerateConfig, command
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from data_gen.files import read_jsonl
 from spn4cir import train
 from spn4cir.cli import evaluate_command
+from spn4cir.data_gen.files import read_jsonl
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.images import TripletRows
 from spn4cir.types import Triplet

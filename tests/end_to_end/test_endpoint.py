@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from data_gen.ask import Question, Try
-from data_gen.caption import caption, check_caption
-from data_gen.engines import EMBEDDED, Local
-from data_gen.files import read_jsonl, write_jsonl
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.ask import Question, Try
+from spn4cir.data_gen.caption import caption, check_caption
+from spn4cir.data_gen.engines import EMBEDDED, Local
+from spn4cir.data_gen.files import read_jsonl, write_jsonl
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
 

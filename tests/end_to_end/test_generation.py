@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from data_gen import files
-from data_gen.make_triplets import make_triplets
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen import files
+from spn4cir.data_gen.make_triplets import make_triplets
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from conftest import stated
 
-from data_gen.sample_images import SampleConfig
-from data_gen.settings import GenerateConfig
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import TrainConfig, parse
+from spn4cir.data_gen.sample_images import SampleConfig
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.datasets import DATASETS
 
 ROOT = Path(__file__).parent.parent.parent

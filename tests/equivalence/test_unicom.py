@@ -11,8 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_gen import unicom
-from data_gen.unicom import PUBLISHED, SIZES, Size, Unicom, Weights, check_weights, find_weights, load_unicom, recognise
+from spn4cir.data_gen import unicom
+from spn4cir.data_gen.unicom import (
+    PUBLISHED,
+    SIZES,
+    Size,
+    Unicom,
+    Weights,
+    check_weights,
+    find_weights,
+    load_unicom,
+    recognise,
+)
 from spn4cir.errors import InputError
 
 TINY = Size(image=12, patch=4, width=8, depth=2, heads=2, embedding=5)

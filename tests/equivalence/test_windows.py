@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_gen import windows
-from data_gen.windows import Partner, Window, bracket, draw_uniformly
+from spn4cir.data_gen import windows
+from spn4cir.data_gen.windows import Partner, Window, bracket, draw_uniformly
 
 N, E = 300, 64
 

@@ -123,7 +123,7 @@ def test_wrong_types_are_refused(tmp_path: Path, key: str, value: str, where: st
 
 @pytest.mark.parametrize(("key", "value"), [
     ("batch_size", "0"), ("epochs", "-1"), ("lr", "0.0"), ("temperature", "-0.1"), ("eval_batch_size", "0"),
-    ("generated_share", "1.0"), ("generated_share", "-0.1"), ("annotated", "-1"),
+    ("generated_share", "1.0"), ("generated_share", "-0.1"), ("max_annotated", "-1"),
 ])  # fmt: skip
 def test_values_out_of_range_are_refused(tmp_path: Path, key: str, value: str) -> None:
     """A value that cannot be meant is refused with its name and itself."""
@@ -142,7 +142,7 @@ def test_values_that_would_train_wrongly_are_refused(tmp_path: Path, key: str, v
 
 def test_annotated_zero_and_share_zero_are_fine(tmp_path: Path) -> None:
     """The edges of the ranges are allowed: nothing annotated, nothing generated in a batch."""
-    config = settings(tmp_path, "annotated: 0\ngenerated_share: 0.0")
+    config = settings(tmp_path, "max_annotated: 0\ngenerated_share: 0.0")
     assert (config.max_annotated, config.generated_share) == (0, 0.0)
 
 

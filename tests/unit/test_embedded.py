@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Blip2ForImageTextRetrieval, BlipForImageTextRetrieval
 
 import spn4cir
-from data_gen.ask import Question, Try
-from data_gen.engines import engine_of
-from data_gen.settings import GenerateConfig
 from spn4cir.backbones import build_backbone
 from spn4cir.blip import load_library, load_tokenizer
+from spn4cir.data_gen.ask import Question, Try
+from spn4cir.data_gen.engines import engine_of
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from data_gen.ask import FIRST, LATER, Answer, Question, Reply, Try, ask
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.ask import FIRST, LATER, Answer, Question, Reply, Try, ask
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 
 QUESTIONS = [Question(f"q{n}", f"prompt {n}") for n in range(11)]
@@ -257,7 +257,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[
     def go(count: int, folder: Path, found: list[Reply]) -> list[Fake]:
         gate, own, engines = threading.Barrier(count), threading.local(), [Fake(workers=2) for _ in range(count)]
         monkeypatch.setattr(
-            "data_gen.ask.Processes",
+            "spn4cir.data_gen.ask.Processes",
             lambda: SimpleNamespace(index=own.index, count=count, first=own.index == 0, wait=lambda: gate.wait(10)),
         )
 

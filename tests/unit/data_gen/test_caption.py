@@ -12,11 +12,11 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
-from data_gen import caption as steps
-from data_gen.ask import Answer, Question, Try
-from data_gen.caption import caption, check_caption, repeats, tidy
-from data_gen.files import Journal, read_jsonl, write_jsonl
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen import caption as steps
+from spn4cir.data_gen.ask import Answer, Question, Try
+from spn4cir.data_gen.caption import caption, check_caption, repeats, tidy
+from spn4cir.data_gen.files import Journal, read_jsonl, write_jsonl
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
@@ -82,7 +82,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
             made[-1].says, made[-1].die_at = made[0].says, None
         return made[-1]
 
-    monkeypatch.setattr("data_gen.caption.engine_of", make)
+    monkeypatch.setattr("spn4cir.data_gen.caption.engine_of", make)
     return made
 
 
@@ -139,7 +139,7 @@ def test_killed_and_resumed(tmp_path: Path, dataset: Dataset, fakes: list[Fake],
     caption(whole, dataset)
     config = config_of(tmp_path / "killed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_gen.caption.engine_of", lambda *_, **__: _dying(at))
+        patch.setattr("spn4cir.data_gen.caption.engine_of", lambda *_, **__: _dying(at))
         with pytest.raises(KeyboardInterrupt):
             caption(config, dataset)
     assert not config.file("captions.jsonl").exists()

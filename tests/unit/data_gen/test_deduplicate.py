@@ -10,11 +10,11 @@ from typing import cast
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from data_gen.deduplicate import canonical_images, deduplicate, reference_images
-from data_gen.files import read_jsonl
-from data_gen.processes import Processes
-from data_gen.settings import GenerateConfig
 from spn4cir import identity as inspection
+from spn4cir.data_gen.deduplicate import canonical_images, deduplicate, reference_images
+from spn4cir.data_gen.files import read_jsonl
+from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset, Triplet

@@ -11,11 +11,11 @@ import pytest
 from faulty_server import FaultyServer
 from PIL import Image
 
-from data_gen.ask import Question, Try
-from data_gen.caption import caption
-from data_gen.endpoint import KEY, Endpoint, chat_address, data_url
-from data_gen.files import read_jsonl, write_jsonl
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.ask import Question, Try
+from spn4cir.data_gen.caption import caption
+from spn4cir.data_gen.endpoint import KEY, Endpoint, chat_address, data_url
+from spn4cir.data_gen.files import read_jsonl, write_jsonl
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
@@ -25,7 +25,7 @@ SECRET = "sk-secret-123"
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setattr("data_gen.endpoint.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("spn4cir.data_gen.endpoint.FIRST_PAUSE", 0.01)
     monkeypatch.delenv(KEY, raising=False)
     one = FaultyServer()
     yield one

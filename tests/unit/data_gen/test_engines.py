@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from data_gen.ask import Question, Try
-from data_gen.engines import EMBEDDED, Local, _seed, engine_of
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen.ask import Question, Try
+from spn4cir.data_gen.engines import EMBEDDED, Local, _seed, engine_of
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
 

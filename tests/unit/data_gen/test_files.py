@@ -9,8 +9,8 @@ from typing import cast
 
 import pytest
 
-from data_gen.files import Journal, cut_torn, digest, is_done, mark_done, read_jsonl, write_jsonl
-from data_gen.processes import Processes
+from spn4cir.data_gen.files import Journal, cut_torn, digest, is_done, mark_done, read_jsonl, write_jsonl
+from spn4cir.data_gen.processes import Processes
 from spn4cir.errors import InputError
 
 ROWS = [{"a": 1}, {"b": "ä\u2028"}, {"c": [None, 1.5]}]

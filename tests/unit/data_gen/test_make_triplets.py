@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from data_gen.make_triplets import look_ahead, next_command
-from data_gen.settings import PRESETS, GenerateConfig
 from spn4cir.config import TrainConfig, parse
+from spn4cir.data_gen.make_triplets import look_ahead, next_command
+from spn4cir.data_gen.settings import PRESETS, GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 

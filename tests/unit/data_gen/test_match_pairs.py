@@ -7,10 +7,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from data_gen import match_pairs as step
-from data_gen.files import read_jsonl, write_jsonl
-from data_gen.match_pairs import ranks_of
-from data_gen.settings import GenerateConfig
+from spn4cir.data_gen import match_pairs as step
+from spn4cir.data_gen.files import read_jsonl, write_jsonl
+from spn4cir.data_gen.match_pairs import ranks_of
+from spn4cir.data_gen.settings import GenerateConfig
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset, Triplet
 

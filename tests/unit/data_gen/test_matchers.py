@@ -18,12 +18,12 @@ from torch import Tensor
 from torchvision import transforms as T
 
 import spn4cir
-from data_gen import unicom
-from data_gen.matchers import LOADERS, content_digest, identify, load_matcher
-from data_gen.unicom import PUBLISHED, SIZES, Size, Unicom
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.checkpoints import save_model
+from spn4cir.data_gen import unicom
+from spn4cir.data_gen.matchers import LOADERS, content_digest, identify, load_matcher
+from spn4cir.data_gen.unicom import PUBLISHED, SIZES, Size, Unicom
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
 

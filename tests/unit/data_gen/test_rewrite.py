@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 import yaml
 
-from data_gen.ask import Answer, Question, Try
-from data_gen.files import read_jsonl, write_jsonl
-from data_gen.length import EMBEDDED, TokenCounter
-from data_gen.rewrite import Prompt, check_rewriting, read_prompt, sentence
-from data_gen.settings import PRESETS, GenerateConfig
-from data_gen.write_text import write_text
+from spn4cir.data_gen.ask import Answer, Question, Try
+from spn4cir.data_gen.files import read_jsonl, write_jsonl
+from spn4cir.data_gen.length import EMBEDDED, TokenCounter
+from spn4cir.data_gen.rewrite import Prompt, check_rewriting, read_prompt, sentence
+from spn4cir.data_gen.settings import PRESETS, GenerateConfig
+from spn4cir.data_gen.write_text import write_text
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
@@ -63,7 +63,7 @@ def run(
     rows = [{"reference": r, "target": t, "rank": 1, "similarity": 0.5} for r, t in PAIRS]
     write_jsonl(config.file("pairs.jsonl"), rows)
     fake = Fake(say)
-    monkeypatch.setattr("data_gen.rewrite.engine_of", lambda *_, **__: fake)
+    monkeypatch.setattr("spn4cir.data_gen.rewrite.engine_of", lambda *_, **__: fake)
     write_text(config, NOBODY)
     return config, fake
 

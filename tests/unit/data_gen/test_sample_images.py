@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from data_gen import sample_images as module
-from data_gen.sample_images import SampleConfig, sample_images
-from data_gen.sources import Candidate, Smallest, expand, shard_candidates
+from spn4cir.data_gen import sample_images as module
+from spn4cir.data_gen.sample_images import SampleConfig, sample_images
+from spn4cir.data_gen.sources import Candidate, Smallest, expand, shard_candidates
 from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.errors import InputError
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from data_gen.settings import PRESETS, GenerateConfig, choose_preset
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import parse
+from spn4cir.data_gen.settings import PRESETS, GenerateConfig, choose_preset
 from spn4cir.errors import InputError
 
 
@@ -100,7 +100,7 @@ def test_fractions_and_ranks(window: list[float] | None, fractions: bool) -> Non
 COMMAND = """
 import sys, time
 from pathlib import Path
-from data_gen.settings import command
+from spn4cir.data_gen.settings import command
 
 def step(config, dataset):
     print("in", flush=True)

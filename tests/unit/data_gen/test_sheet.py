@@ -11,12 +11,12 @@ import pytest
 from conftest import draw_picture
 from PIL import Image
 
-from data_gen.draw import font, known_letters, wrap
-from data_gen.files import write_jsonl
-from data_gen.settings import GenerateConfig
-from data_gen.sheet import sample, write_sheet
-from data_gen.window_report import draw_chart, histogram, sample_pairs, write_window
-from data_gen.write_text import write_text
+from spn4cir.data_gen.draw import font, known_letters, wrap
+from spn4cir.data_gen.files import write_jsonl
+from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.sheet import sample, write_sheet
+from spn4cir.data_gen.window_report import draw_chart, histogram, sample_pairs, write_window
+from spn4cir.data_gen.write_text import write_text
 from spn4cir.types import Dataset
 
 

@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_gen import files, vectors
-from data_gen.files import write_jsonl
-from data_gen.matchers import Matcher, identify, load_matcher
-from data_gen.processes import Processes, own_device
-from data_gen.settings import GenerateConfig
-from data_gen.vectors import encode_all, stored_vectors, vectors_made_by
 from spn4cir.backbones import build_backbone
+from spn4cir.data_gen import files, vectors
+from spn4cir.data_gen.files import write_jsonl
+from spn4cir.data_gen.matchers import Matcher, identify, load_matcher
+from spn4cir.data_gen.processes import Processes, own_device
+from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.vectors import encode_all, stored_vectors, vectors_made_by
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
 

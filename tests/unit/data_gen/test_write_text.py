@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from data_gen.files import read_jsonl, write_jsonl
-from data_gen.report import summarise
-from data_gen.settings import GenerateConfig
-from data_gen.write_text import FILES, caption_similarity, compose_text, difference, write_text
+from spn4cir.data_gen.files import read_jsonl, write_jsonl
+from spn4cir.data_gen.report import summarise
+from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.write_text import FILES, caption_similarity, compose_text, difference, write_text
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset, Triplet
@@ -290,7 +290,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data_gen.outputs.os.replace", full)
+    monkeypatch.setattr("spn4cir.data_gen.outputs.os.replace", full)
     with pytest.raises(InputError, match="cannot be written: No space left"):
         made(tmp_path, [("a", "b")])
     assert not list(tmp_path.glob("triplets*"))
