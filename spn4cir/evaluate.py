@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from spn4cir.results import Ranking, Result, compute_metrics
 from spn4cir.search import rank_targets, top_k
 from spn4cir.types import Benchmark, ImageFeatures
 
+T = TypeVar("T")
 COMPOSED, IMAGE_ONLY, TEXT_ONLY = "composed", "image only", "text only"
 
 
@@ -89,7 +91,7 @@ def encode_benchmark(
     return EncodedBenchmark(targets.joined(), {mode: rows.joined() for mode, rows in queries.items()})
 
 
-def _share[T](items: Sequence[T], batch_size: int) -> Iterator[Sequence[T]]:
+def _share(items: Sequence[T], batch_size: int) -> Iterator[Sequence[T]]:
     """This process's batches: the same batches whatever the number of processes."""
     for start in range(process_rank() * batch_size, len(items), world_size() * batch_size):
         yield items[start : start + batch_size]
@@ -247,7 +249,10 @@ def first_items(
         found[over][1][part.numbers, : rows.shape[1]] = rows.masked_fill(scores.isneginf(), -1) + 1  # 0 is padding
 
     for part in _rankings(benchmark):
-        own, vectors = query[part.numbers], target if part.ids is benchmark.gallery else target[[row[i] for i in part.ids]]
+        own, vectors = (
+            query[part.numbers],
+            target if part.ids is benchmark.gallery else target[[row[i] for i in part.ids]],
+        )
         note(part.over[0], part, top_k(own, vectors, k, part.excluded))
         if part.subset is not None and part.subset.shape[1]:
             note("subset", part, top_k(own, vectors, part.subset.shape[1], part.excluded, part.subset))

@@ -116,9 +116,7 @@ def compute_metrics(
         benchmark: its measures, tags and whether means are over tags.
         rankings: (Q, P, 2) ranks by what is ranked.
     """
-    values = {
-        measure_name(m): MEASURES[m.kind].values(rankings[m.over], m.k) for m in benchmark.measures
-    }  # (Q,) each
+    values = {measure_name(m): MEASURES[m.kind].values(rankings[m.over], m.k) for m in benchmark.measures}  # (Q,) each
     primary = [measure_name(measure) for measure in benchmark.measures if measure.primary]
 
     def mean(rows: NDArray[np.bool_] | slice) -> dict[str, float]:
