@@ -160,7 +160,7 @@ def fingerprint(backbone: Backbone, hashes: Mapping[str, str], parts: Mapping[st
     digest = hashlib.sha256(about.encode())
     for name, value in backbone.image_state().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     for image_id, pixels in hashes.items():
         digest.update(f"{image_id} {pixels}\n".encode())
     return digest.hexdigest()[:24]
