@@ -1,10 +1,11 @@
 """Files written whole or not at all, and read with an error that names them."""
 
+import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here for the same path: a file that is there meanwhile, and then no more.
+def locked(path: Path, busy: str = "") -> Iterator[None]:
+    """Hold a lock file, which is removed on exit; the system releases the lock of a process that is killed.
 
-    The system lets go of it where a process is killed. Where it, or the disk, has no such locks, nobody waits.
+    Without effect on a system or a disk that has no such locks.
+
+    Args:
+        path: of the lock file.
+        busy: error message if another process holds it; empty to wait for that process.
 
     Raises:
-        InputError: if the file cannot be written.
+        InputError: if another process holds the lock and ``busy`` is given, or the file cannot be written.
     """
     try:
         import fcntl
@@ -45,8 +50,12 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
         with file:
-            with suppress(OSError):  # not this kind of disk
-                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except BlockingIOError:
+                raise InputError(busy) from None
+            except OSError:  # not this kind of disk
+                pass
             if not _is_at(path, file.fileno()):
                 continue  # whoever had it has removed it: what is at the path now is another's
             try:
@@ -62,6 +71,16 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def sha256_of_files(*paths: Path) -> str:
+    """SHA-256, in hexadecimal digits, of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: Path, source: str = "") -> Any:
