@@ -210,7 +210,7 @@ def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
     import open_clip
 
     from spn4cir.backbone import l2_normalize
-    from spn4cir.clip import load_clip
+    from spn4cir.backbones.shared_clip import load_clip
 
     schema, _, hub = model.partition(":")
     name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)

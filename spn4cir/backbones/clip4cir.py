@@ -1,15 +1,14 @@
 """CLIP4CIR: the query is the sum of what CLIP makes of the reference image and of the text, or a learned fusion."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import open_clip
 import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from spn4cir.backbone import Backbone, Published, l2_normalize, to_float32
-from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
+from spn4cir.backbone import Backbone, l2_normalize, to_float32
+from spn4cir.backbones.shared_clip import load_clip
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
@@ -106,36 +105,6 @@ class CLIP4CIR(Backbone):
         if not train_clip:
             self.clip.requires_grad_(False)
         self.eval()
-
-    @classmethod
-    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
-        """Weights of the original (entry ``CLIP``, OpenAI's names) or of SPN's stage 2 (``state_dict``, ``clip.``).
-
-        Of the original's second stage (entry ``Combiner``) too, whose CLIP is published apart.
-
-        Raises:
-            InputError: if it is none of these, or if no ``model`` is stated and the shapes are not those of one of
-                OpenAI's.
-        """
-        key, state, ignored = Published.find(content, "CLIP", "state_dict", "Combiner")
-        if key == "Combiner":
-            if options.get("model"):
-                raise InputError("it holds the Combiner alone, and its CLIP is that of --base: leave out --model")
-            named = {f"combiner.{name}": value for name, value in state.items()}
-            return Published({"fusion": "combiner"}, named, ignored, "Combiner, the original's names", lacks="CLIP")
-        container = "CLIP, OpenAI's names" if key == "CLIP" else "state_dict, prefix clip."
-        if key == "CLIP":
-            state = {f"clip.{name}": value for name, value in state.items()}
-        elif not any(name.startswith("clip.") for name in state):
-            raise InputError(f"the names in state_dict should begin with clip., not as in {next(iter(state))}")
-        for name in JIT_NUMBERS:
-            if state.pop(f"clip.{name}", None) is not None:
-                ignored[f"clip.{name}"] = "a number beside the weights of OpenAI's archives"
-        named = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
-        model = options.get("model") or recognise(named)
-        if f"{model}-quickgelu" in OPENAI:
-            raise InputError(f"{model} has another activation than OpenAI's weights: the model is {model}-quickgelu")
-        return Published({"model": model, "pretrained": None}, state, ignored, container)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``{"text": (B, context)}``; an empty one, which CIRR's test1 has, is a text without words."""

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Blip2ForImageTextRetrieval, BlipForImage
 
 import spn4cir
 from spn4cir.backbones import build_backbone
-from spn4cir.blip import load_library, load_tokenizer
+from spn4cir.backbones.shared_blip import load_library, load_tokenizer
 from spn4cir.data_gen.ask import Question, Try
 from spn4cir.data_gen.engines import engine_of
 from spn4cir.data_gen.settings import GenerateConfig

@@ -14,9 +14,10 @@ from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from spn4cir.backbones import blip4cir, build_backbone
 from spn4cir.backbones.blip4cir import BLIP4CIR, architecture
-from spn4cir.blip import BERT, load_tokenizer, resize_positions, vision_names
+from spn4cir.backbones.shared_blip import BERT, load_tokenizer
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
+from spn4cir.importers.vision_tower import rename_vision_tower, resize_positions
 from spn4cir.losses import InBatch, info_nce
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -201,9 +202,10 @@ def test_folders_that_hold_none(library_folder: Path, tmp_path: Path) -> None:
 
 def test_positions_that_are_no_grid() -> None:
     """A tower whose positions fill no square cannot be resized, and a size that patches do not fill is none."""
-    tower = vision_names({
-        "patch_embed.proj.weight": torch.ones(64, 3, 16, 16), "blocks.0.mlp.fc1.weight": torch.ones(96, 64),
-        "pos_embed": torch.ones(1, 7, 64),
+    tower = rename_vision_tower({
+        "visual_encoder.patch_embed.proj.weight": torch.ones(64, 3, 16, 16),
+        "visual_encoder.blocks.0.mlp.fc1.weight": torch.ones(96, 64),
+        "visual_encoder.pos_embed": torch.ones(1, 7, 64),
     })  # fmt: skip
     with pytest.raises(InputError, match="6 positions are no square grid"):
         resize_positions(tower, 64)
