@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
 from spn4cir.backbones.shared_clip import load_clip
+from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 FUSIONS = ("sum", "combiner")
-SEEN_AT_ONCE = 64
-"""Images in one pass of a CLIP that does not train: the Combiner's batches are of thousands."""
 
 
 class Combiner(nn.Module):
@@ -69,7 +68,6 @@ class CLIP4CIR(Backbone):
             brings its own.
         fusion: ``sum``, or ``combiner``.
         train_clip: False freezes CLIP, so that the Combiner alone trains, as in the original's second stage.
-        load_weights: False builds the architecture alone, for a checkpoint to fill.
 
     Raises:
         InputError: if open_clip knows no such model, tag or file, or if nothing would train.
@@ -86,7 +84,6 @@ class CLIP4CIR(Backbone):
         pretrained: str | None = None,
         fusion: str = "sum",
         train_clip: bool = True,
-        load_weights: bool = True,
     ):
         super().__init__()
         if fusion not in FUSIONS:
@@ -94,7 +91,7 @@ class CLIP4CIR(Backbone):
         if fusion == "sum" and not train_clip:
             raise InputError("clip4cir: a sum has no weights of its own, so train_clip: false leaves nothing to train")
         self.options = {"model": model, "pretrained": pretrained, "fusion": fusion, "train_clip": train_clip}
-        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, load_weights, pad_ratio=1.25)
+        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, pad_ratio=1.25)
         self.combiner: Combiner | None = None
         sample = self._tokenizer(["a"])[0]  # begin, word, end, padding
         self._padding = int(sample[-1])
@@ -112,8 +109,7 @@ class CLIP4CIR(Backbone):
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """(B, 3, H, W) → reference (B, 1, E) as CLIP gives it, target (B, 1, E) of unit norm."""
-        parts = [pixels] if self.options["train_clip"] else torch.split(pixels, SEEN_AT_ONCE)
-        features = torch.cat([self.clip.encode_image(part) for part in parts])  # (B, E)
+        features = encode_images(self.clip.encode_image, pixels, self.options["train_clip"])  # (B, E)
         return ImageFeatures(features[:, None], l2_normalize(features)[:, None])
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
@@ -142,9 +138,8 @@ class CLIP4CIR(Backbone):
             or not isinstance(clip.text_projection, Tensor)
         ):
             return clip.encode_text(text)  # type: ignore[no-any-return]
-        used = (
-            int((text != self._padding).any(0).nonzero().max()) + 2
-        )  # one more, as some models pad with the end token
+        # one column more than the last that is not padding, as some models pad with the end token
+        used = int((text != self._padding).any(0).nonzero().max()) + 2
         text = text[:, :used]  # (B, T)
         used = text.shape[1]
         x = clip.token_embedding(text) + clip.positional_embedding[:used]

@@ -1,4 +1,4 @@
-"""CLIP from open_clip: models by name, folder or shapes, for the backbones that stand on one."""
+"""CLIP from open_clip, for the backbones that stand on one."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import open_clip
 from torch import Tensor
 
+from spn4cir.backbones.shared_weights import READS_WEIGHTS
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
 
@@ -16,19 +17,21 @@ EMBEDDED = Path(__file__).parents[1] / "embedded" / "clip"
 
 
 def load_clip(
-    model: str, pretrained: str | None, load_weights: bool, pad_ratio: float | None
+    model: str, pretrained: str | None, pad_ratio: float | None
 ) -> tuple[Any, Callable[..., Tensor], Transform]:
-    """A model of open_clip, its tokenizer (B texts → (B, context)), and its transform. Its scale gets no gradient.
+    """Load a model of open_clip, its tokenizer (B texts → (B, context)), and its transform.
+
+    The model's scale gets no gradient. Where ``READS_WEIGHTS`` is false the model has random weights.
 
     Args:
         model: ``embedded``, or whatever open_clip's ``create_model`` takes.
         pretrained: a tag of open_clip or a weights file; None for random weights, unless ``model`` brings its own.
-        load_weights: False builds the architecture alone.
         pad_ratio: of the transform.
 
     Raises:
         InputError: if open_clip knows no such model, tag or file.
     """
+    load_weights = READS_WEIGHTS.get()
     located = f"local-dir:{EMBEDDED}" if model == "embedded" else model
     try:
         with _missing_weights() as missing:

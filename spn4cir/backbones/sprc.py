@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import Blip2ForImageTextRetrieval, PreTrainedConfig
 
 from spn4cir.backbone import Backbone, gradient_cached, l2_normalize
-from spn4cir.backbones.shared_blip import BERT, load_library, load_tokenizer
+from spn4cir.backbones.shared_blip import BERT, load_bert_tokenizer, load_library
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
 from spn4cir.losses import InBatch
@@ -63,8 +63,6 @@ class SPRC(Backbone):
         rtc: weight of the prompt's contrastive term.
         align: weight of the term that pulls fused states to the prompt.
         text_length: tokens after which a text is cut.
-        separated: whether the second pass has copies of its own, as in stage 2.
-        load_weights: False builds the architecture alone, for a checkpoint to fill.
 
     Raises:
         InputError: if there is no such model or tokenizer, or they do not fit each other or ``text_length``.
@@ -83,8 +81,6 @@ class SPRC(Backbone):
         rtc: float = 1.0,
         align: float = 1.0,
         text_length: int = 32,
-        separated: bool = False,
-        load_weights: bool = True,
     ):
         super().__init__()
         if model is None and config is None:
@@ -94,9 +90,7 @@ class SPRC(Backbone):
         if lacking := [key for key in PARTS[:2] if config is not None and key not in config]:
             raise InputError(f"config of sprc lacks {lacking[0]!r}; it states {', '.join(PARTS)}")
         located = str(EMBEDDED) if model == "embedded" else model
-        self.blip2: Any = load_library(
-            Blip2ForImageTextRetrieval, located or "of that config", config, load_weights and located is not None
-        )
+        self.blip2: Any = load_library(Blip2ForImageTextRetrieval, located, config)
         del self.blip2.itm_head  # it would get no gradient
         settings = self.blip2.config
         self.options = {
@@ -106,7 +100,7 @@ class SPRC(Backbone):
         self._check(settings)
         self.blip2.vision_model.post_layernorm.eps = 1e-5  # BLIP-2's own; the library has one eps for all, 1e-6
         source = tokenizer or located or BERT
-        self.tokenizer = load_tokenizer(source, settings.qformer_config.vocab_size, added=("[DEC]",))
+        self.tokenizer = load_bert_tokenizer(source, settings.qformer_config.vocab_size, added=("[DEC]",))
         self.transform = Transform(settings.vision_config.image_size)
         self.count = settings.num_query_tokens
         self.prompt_tokens = nn.Parameter(0.02 * torch.randn(self.blip2.query_tokens.shape))  # (1, K, H)
@@ -115,8 +109,6 @@ class SPRC(Backbone):
         if not train_vision:
             self.blip2.vision_model.embeddings.requires_grad_(False)
             self.blip2.vision_model.encoder.requires_grad_(False)
-        if separated:
-            self.untie_text_side()
         self.eval()
 
     def _check(self, settings: PreTrainedConfig) -> None:

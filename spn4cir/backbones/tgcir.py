@@ -25,7 +25,7 @@ class TGCIR(Backbone):
     """``q = normalise(mean over tokens of a · reference + (1 - a) · text)``, a one gate per token.
 
     L = 12 tokens of D = E, CLIP's embedding width; K = 1: the target is the normalised mean of its tokens. Image and
-    text share token learner and masks until ``separate``, which stage 2 calls, gives the text its own. All positions
+    text share token learner and masks until ``untie_text_side``, in stage 2, gives the text its own. All positions
     of a text count, padding too. There is no dropout, and the whole model stays in eval mode.
 
     Args:
@@ -35,8 +35,6 @@ class TGCIR(Backbone):
             brings its own.
         ortho, ckd, kl: weights of stage 1's terms.
         kl_temperature: what similarities are divided by in the term ``kl``.
-        separated: the text has a token learner and masks of its own.
-        load_weights: False builds the architecture alone, for a checkpoint to fill.
 
     Raises:
         InputError: if open_clip knows no such model, tag or file, or the model is built in another way.
@@ -57,8 +55,6 @@ class TGCIR(Backbone):
         ckd: float = 10.0,
         kl: float = 0.5,
         kl_temperature: float = 0.1,
-        separated: bool = False,
-        load_weights: bool = True,
     ):
         super().__init__()
         if not kl_temperature > 0 or min(ortho, ckd, kl) < 0:
@@ -66,7 +62,7 @@ class TGCIR(Backbone):
             raise InputError(f"kl_temperature is to be above 0, and ortho, ckd and kl 0 or more; {given}")
         self.options = {"model": model, "pretrained": pretrained, "ortho": ortho, "ckd": ckd, "kl": kl}
         self.options |= {"kl_temperature": kl_temperature, "separated": False}
-        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, load_weights, pad_ratio=None)
+        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, pad_ratio=None)
         _check_layout(self.clip, model)
         width = self.clip.text_projection.shape[1]  # E
         self.image_fc = nn.Linear(self.clip.visual.proj.shape[0], width)
@@ -77,8 +73,6 @@ class TGCIR(Backbone):
         self.register_parameter("text_masks", None)
         self.gate, self.teacher_remain, self.teacher_replace = (_gate(width) for _ in range(3))
         self.local_weight = nn.Parameter(torch.ones(GLOBALS + LOCALS))
-        if separated:
-            self.untie_text_side()
         self.eval()
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spn4cir.backbones.blip4cir import EMBEDDED, VISION, architecture, load_architecture
+from spn4cir.backbones.blip4cir import EMBEDDED, VISION, complete_config, load_config
 from spn4cir.errors import InputError
 from spn4cir.importers.published import Published, find_state_dict
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower, resize_positions
@@ -41,7 +41,7 @@ def convert_blip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
         container += told
     rest = {name: value for name, value in named.items() if not name.startswith(TOWER)}
     model = options.get("model")
-    config = load_architecture(EMBEDDED if model == "embedded" else model) if model else _recognise(vision, rest)
+    config = load_config(EMBEDDED if model == "embedded" else model) if model else _recognise(vision, rest)
     ours = {f"blip.vision_model.{name}": value for name, value in vision.items()}
     ours |= {f"blip.{name}": value for name, value in rest.items()}
     stated = {"model": model, "config": config, "tokenizer": options.get("tokenizer")}
@@ -85,4 +85,5 @@ def _recognise(vision: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict
         raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None
     except (AttributeError, IndexError, TypeError, ValueError):
         raise InputError("the architecture cannot be recognised by these shapes; name it with --model") from None
-    return architecture(recognise_vision_tower(vision), text, embedding)
+    tower = recognise_vision_tower(vision)
+    return complete_config({"image_text_hidden_size": embedding, "vision_config": tower, "text_config": text})

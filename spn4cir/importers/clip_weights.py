@@ -29,6 +29,5 @@ def convert_clip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     elif not any(name.startswith("clip.") for name in state):
         raise InputError(f"the names in state_dict should begin with clip., not as in {next(iter(state))}")
     ignored |= drop_jit_numbers(state, "clip.")
-    named = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
-    model = name_clip_model(options.get("model"), named)
+    model = name_clip_model(options.get("model"), state)
     return Published({"model": model, "pretrained": None}, state, ignored, container)

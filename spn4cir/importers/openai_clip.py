@@ -23,12 +23,13 @@ def drop_jit_numbers(state: dict[str, Any], prefix: str) -> dict[str, str]:
 
 
 def name_clip_model(stated: str | None, state: Mapping[str, Tensor]) -> str:
-    """The stated model of open_clip, or else the one of OpenAI's models that has these shapes.
+    """The stated model of open_clip, or the model of OpenAI that has the shapes of what begins with ``clip.``.
 
     Raises:
         InputError: if the stated one has another activation than OpenAI's weights, or if no model has these shapes.
     """
-    model = stated or recognise_clip_model(state)
+    clip = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
+    model = stated or recognise_clip_model(clip)
     if f"{model}-quickgelu" in OPENAI:
         raise InputError(f"{model} has another activation than OpenAI's weights: the model is {model}-quickgelu")
     return model

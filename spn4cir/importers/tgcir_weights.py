@@ -41,8 +41,7 @@ def convert_tgcir_weights(content: Mapping[str, Any], options: Mapping[str, Any]
         if separated or name == "learner":
             state |= _join_learner(published, prefix, name)
     state |= {_rename(name): value for name, value in published.items()}
-    named = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
-    model = name_clip_model(options.get("model"), named)
+    model = name_clip_model(options.get("model"), state)
     container = f"state_dict, TG-CIR's names, {'stage 2: text with twins' if separated else 'stage 1'}"
     return Published({"model": model, "pretrained": None, "separated": separated}, state, ignored, container)
 

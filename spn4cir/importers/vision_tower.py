@@ -17,11 +17,10 @@ BLOCK = {
     "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
 }  # fmt: skip
 STEM = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
+    "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding",
     "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
     "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
-}
+}  # fmt: skip
 
 
 def rename_vision_tower(published: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from spn4cir.importers import IMPORTERS
 
 ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
-    {"errors"}, {"files", "schedules", "types"}, {"streaming"}, {"config", "losses", "measures", "search"},
+    {"errors"}, {"files", "schedules", "text_tokenizer", "types"}, {"streaming"},
+    {"config", "losses", "measures", "search"},
     {"images", "faiss_search"}, {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"},
     {"checkpoints"}, {"bank", "importers"}, {"objective", "evaluate", "index", "dataset_check"},
     {"run"}, {"train"}, {"cli"},
