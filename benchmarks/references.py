@@ -96,7 +96,7 @@ class Wide(Backbone):
 
     name = "wide"
 
-    def __init__(self, shape: str, load_weights: bool = True):
+    def __init__(self, shape: str):
         super().__init__()
         self.options = {"shape": shape}
         tokens, width, self.vectors, _ = SHAPES[shape]

@@ -210,7 +210,7 @@ def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
     import open_clip
 
     from spn4cir.backbone import l2_normalize
-    from spn4cir.clip import load_clip
+    from spn4cir.backbones.shared_clip import load_clip
 
     schema, _, hub = model.partition(":")
     name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)
@@ -219,7 +219,7 @@ def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
         known = open_clip.get_pretrained_cfg(name, tag)
         advice = _download("open_clip", known.get("hf_hub", "").strip("/"), f"give its file, as open_clip:{name}:FILE")
     try:
-        clip, _, _ = load_clip(name, tag, load_weights=True, pad_ratio=None)
+        clip, _, _ = load_clip(name, tag, pad_ratio=None)
     except InputError as error:  # its advice is for the command line of training
         raise _failed("open_clip", model, ValueError(str(error).rpartition("): ")[2]), advice) from None
     prepare = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)

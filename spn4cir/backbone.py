@@ -1,8 +1,7 @@
 """What a backbone is: two methods to write, two derived, and a promise about its image side."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,11 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.errors import InputError
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 from spn4cir.types import Composed, ImageFeatures, Tokens
-
-PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
-"""How entries begin that only continuing a training needs."""
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -30,51 +26,6 @@ def l2_normalize(x: Tensor) -> Tensor:
     return F.normalize(to_float32(x), dim=-1)
 
 
-@dataclass(frozen=True)
-class Published:
-    """What a backbone makes of a published checkpoint.
-
-    ``options`` rebuild the backbone, ``state`` has the names of its ``state_dict``, ``ignored`` says why each other
-    name of the file is not needed, and ``container`` says in a few words what kind of file it is. ``lacks`` names the
-    part that another file holds, where this one is not a whole model.
-    """
-
-    options: dict[str, Any]
-    state: dict[str, Tensor]
-    ignored: dict[str, str]
-    container: str
-    lacks: str = ""
-
-    @staticmethod
-    def find(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[str, Any], dict[str, str]]:
-        """The first of these entries that a checkpoint has, with its state dict and what beside it may be ignored.
-
-        Raises:
-            InputError: if it has none of them, or as ``entry``.
-        """
-        for key in keys:
-            if key in content:
-                return key, *Published.entry(content, key)
-        found = ", ".join(map(repr, list(content)[:5])) or "nothing"
-        names = f"neither {' nor '.join(keys)} is" if len(keys) > 1 else f"{keys[0]} is not"
-        raise InputError(f"{names} an entry of it; found {found}")
-
-    @staticmethod
-    def entry(content: Mapping[str, Any], key: str) -> tuple[dict[str, Any], dict[str, str]]:
-        """The state dict under a key of a checkpoint, and what beside it may be ignored, with the reason.
-
-        Raises:
-            InputError: if it is no state dict, or if anything beside it is more than the progress of a training.
-        """
-        beside = [name for name in content if name != key]
-        for name in beside:
-            if not str(name).startswith(PROGRESS):
-                raise InputError(f"beside {key} there is {name!r}, which is unknown here")
-        state = content[key]
-        if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-            what = type(state).__name__ if state else "empty"
-            raise InputError(f"{key} is {what}, not a dictionary of named tensors")
-        return dict(state), dict.fromkeys(beside, "progress of its training")
 
 
 class Backbone(nn.Module, ABC):
@@ -135,19 +86,6 @@ class Backbone(nn.Module, ABC):
 
         A subfolder ``tokenizer`` is given back as the option of that name.
         """
-
-    @classmethod
-    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
-        """The published checkpoint of this model in our names.
-
-        Args:
-            content: the dictionary that the file holds.
-            options: what the user states; the rest is recognised.
-
-        Raises:
-            InputError: if this is none of the containers that the model was published in.
-        """
-        raise InputError(f"backbone {cls.name} has no importer of published weights")
 
     def encode_text_target(self, tokens: Tokens) -> Tensor:
         """B texts as gallery items → (B, K, E), unit norm. Raises ``InputError`` where texts are no targets."""

@@ -622,7 +622,7 @@ class Forgetful(CLIP4CIR):
     name = "forgetful"
     right = False
 
-    def __init__(self, train_clip: bool = True, load_weights: bool = True):
+    def __init__(self, train_clip: bool = True):
         super().__init__()
         self.options = {"train_clip": train_clip}
         self.layer = torch.nn.Linear(128, 128)

@@ -308,8 +308,8 @@ class Headed(CLIP4CIR):
 
     name = "headed"
 
-    def __init__(self, head: int = 0, weight: float = 1.0, load_weights: bool = True):
-        super().__init__(load_weights=load_weights)
+    def __init__(self, head: int = 0, weight: float = 1.0):
+        super().__init__()
         self.options = {"head": head, "weight": weight}
         if head:
             self.head = nn.Linear(2, head)
