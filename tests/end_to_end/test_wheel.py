@@ -118,6 +118,4 @@ def test_from_pictures_to_figures(site: Path, tmp_path: Path) -> None:
     assert "recipe recipes/catalogue/clip4cir_stage2.yaml\n" in second and "saved in runs/" in second
     result = json.loads(run(tmp_path, "spn4cir-eval", "--dataset", "catalogue", "--json", "-", path=site))
     assert result["protocol"] == "catalogue/val" and "/stage2-" in result["run"] and result["metrics"]["R@10"] > 0
-    assert "16" in run(tmp_path, *twin, "data", "check", *DATA, path=site)
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"shop", "data", "runs"}
+    assert {path.name for path in tmp_path.iterdir()} == {"shop", "data", "runs"}
