@@ -42,7 +42,7 @@ ROWS = {
 
 def settings(stage: int, annotated: int, seed: int) -> TrainConfig:
     """The recipe of a stage, with a fixed number of steps."""
-    recipe = ROOT / "recipes" / f"emoji_clip4cir_stage{stage}.yaml"
+    recipe = ROOT / "recipes" / "emoji" / f"clip4cir_stage{stage}.yaml"
     steps = STAGE1_STEPS[annotated] if stage == 1 else STAGE2_STEPS
     return replace(
         parse(TrainConfig, recipe, []), max_annotated=annotated, seed=seed, epochs=10_000, max_steps=steps, eval_every=0

@@ -54,14 +54,14 @@ def look_ahead(config: GenerateConfig, dataset: Dataset) -> None:
 
 def next_command(config: GenerateConfig, dataset: Dataset) -> str:
     """What to type to train on them: the preset's recipe, or the dataset's for generated triplets, or stage 1."""
-    usual = f"{config.dataset}_{config.backbone}_stage2_generated.yaml"
+    usual = f"{config.dataset}/{config.backbone}_stage2_generated.yaml"
     recipe = config.recipe or (usual if (PRESETS / usual).is_file() else None)
     stage = 2 if recipe and "_stage2" in recipe else 1
     words = ["accelerate", "launch", f"recipes/stage{stage}.py"]
     words += (
         ["--config", f"recipes/{recipe}"] if recipe else ["--dataset", config.dataset, "--backbone", config.backbone]
     )
-    if config.data_root and (recipe is None or recipe.startswith(f"{config.dataset}_")):
+    if config.data_root and (recipe is None or recipe.startswith(f"{config.dataset}/")):
         words += ["--data-root", config.data_root]  # another dataset's recipe has its own
     words += ["--generated", str(config.file("triplets.json"))]
     triplets = read_summary(config)["counts"]["triplets"]
@@ -70,5 +70,10 @@ def next_command(config: GenerateConfig, dataset: Dataset) -> str:
     return shlex.join(words)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run ``make_triplets`` from the command line."""
     command(make_triplets, __doc__)
+
+
+if __name__ == "__main__":
+    main()

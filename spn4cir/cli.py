@@ -7,49 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spn4cir.config import TrainConfig, parse, read_settings
+from spn4cir.config import TrainConfig, read_settings
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json, write_text
-
-
-def recipe(stage: int, default: Path, text: str | None) -> None:
-    """Run a training stage from the command line.
-
-    Args:
-        stage: 1 or 2.
-        default: YAML file of the recipe that runs without arguments. Where ``--dataset``, ``--backbone`` or ``--init``
-            names another dataset or backbone, it is the file beside it with these names in the place of the default's.
-        text: what ``--help`` says: a sentence, a blank line, examples.
-    """
-
-    def main() -> None:
-        config = parse(TrainConfig, _own_recipe(default), text=text or "")
-        if config.resume:  # a run is continued with its own settings
-            saved = Path(config.resume) / "config.yaml"
-            if not saved.is_file():
-                raise InputError(f"--resume {config.resume} is no run folder: config.yaml is missing")
-            config = parse(TrainConfig, saved, text=text or "")
-        from spn4cir.train import train
-
-        train(config, stage)
-
-    run_command(main)
-
-
-def _own_recipe(default: Path) -> Path:
-    """The recipe of the dataset and backbone that the command line names, if there is one."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--dataset")
-    parser.add_argument("--backbone")
-    parser.add_argument("--init", type=Path)
-    given, _ = parser.parse_known_args()
-    note = given.init / "model.json" if given.init else None
-    if note and not given.backbone and note.is_file():
-        held = read_json(note)
-        given.backbone = str(held.get("backbone")) if isinstance(held, dict) else None
-    name = default.name.replace(TrainConfig.dataset, given.dataset or TrainConfig.dataset)
-    path = default.parent / name.replace(TrainConfig.backbone, given.backbone or TrainConfig.backbone)
-    return path if path.is_file() else default
 
 
 def evaluate_command() -> None:
@@ -371,5 +331,5 @@ def _import() -> None:
     import_published(args.file, args.output, args.backbone, stated, args.base)
     print(
         f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
-        f"      accelerate launch recipes/stage2.py --dataset DATASET --init {args.output}"
+        f"      spn4cir-train --stage 2 --dataset DATASET --init {args.output}"
     )

@@ -106,6 +106,14 @@ class AdamWConfig:
             raise InputError(f"adamw.eps must be above 0, got {self.eps}")
 
 
+RENAMED = {
+    "annotated": "max_annotated",
+    "negatives.above": "negatives.max_similarity",
+    "beta2": "adamw.beta2",
+    "eps": "adamw.eps",
+    "schedule: drops": "schedule: multistep",
+}
+"""Old settings and values, and what they are called now."""
 GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
 
 
@@ -229,6 +237,11 @@ class TrainConfig:
             raise InputError(f"max_annotated must be 0 or more, got {self.max_annotated}")
 
 
+def recipes_folder() -> Path:
+    """Return the folder of the recipes in the installed package."""
+    return Path(__file__).parent / "recipes"
+
+
 def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:
     """Settings from ``--config FILE`` (``default`` if not given) and then from options, in whatever order they stand.
 
@@ -243,7 +256,8 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
     """
     from jsonargparse import ArgumentParser
 
-    path, arguments = _take_config(sys.argv[1:] if argv is None else argv, default)
+    given, arguments = take_option(sys.argv[1:] if argv is None else argv, "config")
+    path, arguments = find_config(given) if given else default, [_spell(argument) for argument in arguments]
     parser = ArgumentParser(
         exit_on_error=False,
         allow_abbrev=False,
@@ -251,7 +265,7 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
         formatter_class=_Help,
         epilog=text.partition("\n\n")[2],
     )
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default.name} beside this script)")
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file, or a packaged recipe (default: {default})")
     parser.add_class_arguments(kind)
     values = read_settings(path, kind)
     try:
@@ -268,22 +282,36 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """Examples as they are written, defaults shown."""
 
 
-def _take_config(argv: Sequence[str], default: Path) -> tuple[Path, list[str]]:
-    """Pull ``--config FILE`` out, and let options be written with dashes."""
-    path, rest, arguments = default, [], iter(argv)
+def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, the last of several, and the other arguments."""
+    value, rest, arguments = None, [], iter(argv)
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            found = value if equals else next(arguments, None)
-            if not found:
-                raise InputError("--config needs a file")
-            path = Path(found)
-        elif name.startswith("--"):
-            head, dot, tail = name[2:].partition(".")
-            rest.append("--" + head.replace("-", "_") + dot + tail + equals + value)
+        option, equals, given = argument.partition("=")
+        if option == f"--{name}":
+            value = given if equals else next(arguments, None)
+            if not value:
+                raise InputError(f"--{name} needs a value")
         else:
             rest.append(argument)
-    return path, rest
+    return value, rest
+
+
+def _spell(argument: str) -> str:
+    """An option as the settings spell it: it may be written with dashes."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument[2:].partition("=")
+    head, dot, tail = option.partition(".")
+    option = head.replace("-", "_") + dot + tail
+    if option in RENAMED:
+        raise InputError(f"option --{option} is now called --{RENAMED[option]}")
+    return f"--{option}{equals}{value}"
+
+
+def find_config(name: str) -> Path:
+    """The file of that name; else, as outside a checkout, the packaged recipe that is called recipes/…"""
+    packaged = recipes_folder().parent / name
+    return packaged if packaged.is_file() and not Path(name).is_file() else Path(name)
 
 
 def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
@@ -291,7 +319,9 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise InputError(f"config file {path} is missing") from None
+        moved = Path("recipes", *path.name.split("_", 1))  # recipes/emoji_clip4cir_stage1.yaml is of old
+        hint = f": it is {moved} now" if find_config(str(moved)).is_file() else ""
+        raise InputError(f"config file {path} is missing{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"config file {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -303,6 +333,9 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
 def _check_keys(values: dict[str, Any], kind: Any, path: Path, prefix: str = "") -> None:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in values.items():
+        for old in (f"{prefix}{key}", f"{prefix}{key}: {value}"):
+            if old in RENAMED:
+                raise InputError(f"config file {path}: {old!r} is now called {RENAMED[old]!r}")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {prefix + near[0]!r}?" if near else ""

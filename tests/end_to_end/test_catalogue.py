@@ -107,7 +107,7 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
 
 
 def zero_shot(call: Call, root: Path, stage: int, made: Path) -> str:
-    recipe = ROOT / "recipes" / f"fashioniq_clip4cir_zeroshot_stage{stage}.yaml"
+    recipe = ROOT / "recipes" / "fashioniq" / f"clip4cir_zeroshot_stage{stage}.yaml"
     given = ("--config", recipe, "--data-root", root, "--generated", made, *FEW)
     return call(STAGES[stage], *given, "--backbone-options", "{model: embedded}")[0]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.embedded import make_emoji
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.emoji import Emoji
-from spn4cir.embedded import make_emoji
 from spn4cir.errors import InputError
 from spn4cir.images import open_image, pixel_hash
 from spn4cir.types import Benchmark
@@ -164,8 +164,8 @@ def test_unknown_split_and_dataset() -> None:
 
 def test_regenerating_gives_the_shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """make_emoji writes byte for byte what ships, so the pinned packages and the code still belong together."""
-    shipped = make_emoji.HERE
-    monkeypatch.setattr(make_emoji, "HERE", tmp_path)
+    shipped = make_emoji.FOLDER
+    monkeypatch.setattr(make_emoji, "FOLDER", tmp_path)
     make_emoji.build()
     names = {path.name for path in shipped.iterdir()}
     assert (

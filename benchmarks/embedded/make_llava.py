@@ -3,7 +3,7 @@
 It learns from nine tenths of the train images and their Unicode names (val and test targets are never seen), and the
 result runs through exactly the code that runs LLaVA-1.5. Writes weights, processor and ``quality.json``::
 
-    python -m spn4cir.embedded.make_llava --epochs 110 --stop-after 80
+    python -m benchmarks.embedded.make_llava --epochs 110 --stop-after 80
 """
 
 import argparse
@@ -27,11 +27,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spn4cir.embedded.make_emoji import HERE as EMOJI
-from spn4cir.embedded.make_emoji import TONE, image_path, load_names
+from benchmarks.embedded.make_emoji import TONE, image_path
+from spn4cir.datasets.emoji import FOLDER, load_names
 from spn4cir.images import open_image
 
-HERE = Path(__file__).parent / "llava"
+WEIGHTS = FOLDER.parent / "llava"
 SIZE, PATCH, WIDTH, SHIFT = 64, 16, 192, 2
 PROMPTS = [
     "please briefly describe the image in {k} words",
@@ -193,13 +193,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
     all_names = load_names()
-    ids = json.loads((EMOJI / "images.json").read_text())["train"]
+    ids = json.loads((FOLDER / "images.json").read_text())["train"]
     held_out = sorted(rng.sample(ids, len(ids) // 10))
     trained = sorted(set(ids) - set(held_out))
 
@@ -259,7 +259,7 @@ def write_quality(
     combinations = [i for i in held_out if TONE.search(names[i]) and TONE.sub("", names[i]) in bases]
     report = {
         "what": "images whose whole name is generated exactly, in percent; weights in half precision, run in single",
-        "command": f"python -m spn4cir.embedded.make_llava {command}",
+        "command": f"python -m benchmarks.embedded.make_llava {command}",
         "minutes": minutes,
         "threads": torch.get_num_threads(),
         "exact_match": {

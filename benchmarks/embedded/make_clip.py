@@ -3,7 +3,7 @@
 Nothing of it knows about composition: it sees images and names, never a triplet, and no val or test target. Writes an
 open_clip folder (config, tokenizer, half-precision weights) and ``quality.json``::
 
-    python -m spn4cir.embedded.make_clip --epochs 60
+    python -m benchmarks.embedded.make_clip --epochs 60
 """
 
 import argparse
@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from spn4cir.embedded.make_emoji import HERE as EMOJI
-from spn4cir.embedded.make_emoji import image_path, load_names
+from benchmarks.embedded.make_emoji import image_path
+from spn4cir.datasets.emoji import FOLDER, load_names
 from spn4cir.images import open_image
 
-HERE = Path(__file__).parent / "clip"
+WEIGHTS = FOLDER.parent / "clip"
 SHIFT = 2
 
 
@@ -76,13 +76,13 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--patch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
     all_names = load_names()
-    ids = json.loads((EMOJI / "images.json").read_text())["train"]
+    ids = json.loads((FOLDER / "images.json").read_text())["train"]
     names = [all_names[i] for i in ids]
     write_folder(args.output, names, args.image_size, args.patch_size)
     model = open_clip.create_model(f"local-dir:{args.output}", load_weights=False)
@@ -132,7 +132,7 @@ def main() -> None:
     report = {
         "what": "train images whose own name is nearest among all train names, in percent; "
         "composed retrieval without training is in benchmarks/results/claims.json",
-        "command": f"python -m spn4cir.embedded.make_clip --epochs {args.epochs} --seed {args.seed}",
+        "command": f"python -m benchmarks.embedded.make_clip --epochs {args.epochs} --seed {args.seed}",
         "minutes": round((time.time() - started) / 60, 1),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -5,8 +5,8 @@ replaced, with ever more candidates. Every run has the same number of steps and 
 on test: nothing is selected. A comparison that was stopped goes on where it was.
 
 examples:
-  python recipes/negatives.py                                    # three seeds; about half an hour on two cores
-  python recipes/negatives.py --seeds 0 --steps 10 10 --runs runs/quick --json runs/quick.json --picture runs/quick.png
+  python -m benchmarks.negatives                  # three seeds; about half an hour on two cores
+  python -m benchmarks.negatives --seeds 0 --steps 10 10 --runs runs/quick --json quick.json --picture quick.png
 """
 
 import argparse
@@ -48,7 +48,7 @@ METRICS = ("R@1", "R@10")
 def plans(seed: int, steps: Sequence[int], folder: Path) -> dict[str, tuple[int, TrainConfig]]:
     """Stage and settings of each run of a seed, in the order in which they are trained."""
 
-    recipes = [parse(TrainConfig, ROOT / "recipes" / f"emoji_clip4cir_stage{stage}.yaml", []) for stage in (1, 2)]
+    recipes = [parse(TrainConfig, ROOT / "recipes" / "emoji" / f"clip4cir_stage{stage}.yaml", []) for stage in (1, 2)]
 
     def settings(stage: int, name: str) -> TrainConfig:
         output, bound = str(folder / name.replace(" ", "-")), steps[stage - 1]
@@ -126,7 +126,7 @@ def report(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> 
     seeds, steps = (" ".join(map(str, values)) for values in (args.seeds, args.steps))
     return {
         "what": "percent, mean and standard deviation over seeds; last state of each run, nothing selected",
-        "command": f"python recipes/negatives.py --seeds {seeds} --steps {steps}",
+        "command": f"python -m benchmarks.negatives --seeds {seeds} --steps {steps}",
         "protocols": {split: runs[0][split]["protocol"] for split in SPLITS},
         "steps": {"stage 1": args.steps[0], "stage 2": args.steps[1]},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -210,7 +210,7 @@ def draw_candidates(axes: "Axes", points: dict[str, tuple[int, dict[str, Any]]],
 def main() -> None:
     """Train, evaluate, summarise, write, draw."""
     parser = argparse.ArgumentParser(
-        prog="python recipes/negatives.py",
+        prog="python -m benchmarks.negatives",
         description=(__doc__ or "").partition("examples:")[0],
         epilog="examples:" + (__doc__ or "").partition("examples:")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,8 +4,8 @@ They see images and names, never a triplet, and no val or test target. BLIP's vi
 embedded CLIP, which saw the same; BLIP-2's is that of the embedded BLIP, and frozen. Writes a folder of transformers
 (configuration, tokenizer, half-precision weights) and ``quality.json``::
 
-    python -m spn4cir.embedded.make_fusion --backbone blip4cir --epochs 25
-    python -m spn4cir.embedded.make_fusion --backbone sprc --tower blip --epochs 36 --batch-size 64
+    python -m benchmarks.embedded.make_fusion --backbone blip4cir --epochs 25
+    python -m benchmarks.embedded.make_fusion --backbone sprc --tower blip --epochs 36 --batch-size 64
 """
 
 import argparse
@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.embedded.make_emoji import image_path
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
-from spn4cir.embedded.make_emoji import HERE as EMOJI
-from spn4cir.embedded.make_emoji import image_path, load_names
+from spn4cir.datasets.emoji import FOLDER, load_names
 from spn4cir.images import open_image
 from spn4cir.losses import info_nce
 from spn4cir.search import scores_of
 
-HERE = Path(__file__).parent
 WIDTH = 128
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = 1500
@@ -66,7 +65,7 @@ FOLDERS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 def train_names() -> dict[str, str]:
     """Train image → name."""
     names = load_names()
-    return {i: names[i] for i in json.loads((EMOJI / "images.json").read_text(encoding="utf-8"))["train"]}
+    return {i: names[i] for i in json.loads((FOLDER / "images.json").read_text(encoding="utf-8"))["train"]}
 
 
 def _wordpiece(vocabulary: list[tuple[str, int]] | None) -> Tokenizer:
@@ -132,7 +131,7 @@ def clip_tower(pixels: Tensor) -> dict[str, Tensor]:
     BLIP has no norm before the first block. Its centring and its scale are linear and go into the embeddings; what each
     patch is divided by varies, and is taken to be its mean over pixels (N, 3, H, W).
     """
-    file = load_file(HERE / "clip" / "open_clip_model.safetensors")
+    file = load_file(FOLDER.parent / "clip" / "open_clip_model.safetensors")
     clip = {key.removeprefix("visual."): value.float() for key, value in file.items() if key.startswith("visual.")}
     block = {
         "ln_1.": "layer_norm1.", "attn.in_proj_": "self_attn.qkv.", "attn.out_proj.": "self_attn.projection.",
@@ -171,7 +170,7 @@ def fresh(name: str, folder: Path, pixels: Tensor, tower: str | None) -> Backbon
     prefix = "vision_model."
     vision = clip_tower(pixels)
     if tower:
-        file = load_file(HERE / tower / "model.safetensors")
+        file = load_file(FOLDER.parent / tower / "model.safetensors")
         vision = {key.removeprefix(prefix): value.float() for key, value in file.items() if key.startswith(prefix)}
     library_of(backbone).vision_model.load_state_dict(vision)
     library_of(backbone).vision_model.requires_grad_(tower is None)
@@ -321,7 +320,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     named = train_names()
-    names, folder = list(named.values()), args.output or HERE / FOLDERS[args.backbone][0]
+    names, folder = list(named.values()), args.output or FOLDER.parent / FOLDERS[args.backbone][0]
     write_folder(args.backbone, names, folder)
     read = build_backbone(args.backbone, model=str(folder), load_weights=False).transform
     pixels = torch.stack([read(open_image(image_path(i))) for i in named])  # (N, 3, H, W)
@@ -333,7 +332,7 @@ def main() -> None:
     report = {
         "what": f"train images that a query ranks first among all {len(names)}, in percent: swap is another image and "
         "the whole name, keep is the image itself and a random part of its name",
-        "command": f"python -m spn4cir.embedded.make_fusion --backbone {args.backbone} --epochs {args.epochs} "
+        "command": f"python -m benchmarks.embedded.make_fusion --backbone {args.backbone} --epochs {args.epochs} "
         f"--batch-size {args.batch_size} --lr {args.lr:g} --seed {args.seed}"
         + (f" --tower {args.tower}" if args.tower else ""),
         "epochs": epochs,
