@@ -9,10 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spn4cir.data_gen.files import Journal, digest, is_done, mark_done
 from spn4cir.data_gen.matchers import Matcher
 from spn4cir.data_gen.processes import Processes, own_device
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
@@ -83,6 +82,8 @@ def encode_all(
     images = ImageSource(dataset.path, matcher.transform)
     partial, noted = config.file(f"vectors.{made_by}.partial.npy"), config.file("vectors.npy")
     if processes.first:
+        if out.exists() and not partial.exists():
+            os.replace(out, partial)  # complete, but a kill came before the note: the journal says which rows are
         _prepare(partial, noted, made_by, images, (ids, matcher))
     processes.wait()
     journal = Journal(noted, made_by, processes)
@@ -98,8 +99,8 @@ def encode_all(
     journal = Journal(noted, made_by, processes)  # now with the blocks of all
     assert all(n in journal for n in blocks), "a block of vectors is missing"
     if processes.first:
+        os.replace(partial, out)
         mark_done(out, made_by, images=len(ids), matcher=matcher.made_by, vector=matcher.says)
-        os.replace(partial, out)  # the note speaks of nothing until the file is there
         journal.remove()
     journal.close()
     processes.wait()

@@ -208,6 +208,11 @@ class TrainConfig:
             raise InputError(f"max_annotated must be 0 or more, got {self.max_annotated}")
 
 
+def recipes_folder() -> Path:
+    """Return the folder of the recipes in the installed package."""
+    return Path(__file__).parent / "recipes"
+
+
 def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:
     """Settings from ``--config FILE`` (``default`` if not given) and then from options, in whatever order they stand.
 

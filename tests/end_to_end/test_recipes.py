@@ -14,11 +14,11 @@ from conftest import stated
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import TrainConfig, parse
 from spn4cir.data_gen.sample_images import SampleConfig
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets import DATASETS
 
 ROOT = Path(__file__).parent.parent.parent
-PROMPTS = sorted((ROOT / "recipes").glob("rewrite*.yaml"))  # which tests of rewriting read
+PROMPTS = sorted((ROOT / "recipes" / "prompts").glob("*.yaml"))  # which tests of rewriting read
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in PROMPTS]
 FEW = ("--max-steps", "2", "--batch-size", "16", "--max-annotated", "64", "--eval-every", "0")
 EVAL = ("-c", "from spn4cir.cli import evaluate_command as e; e()")
@@ -92,8 +92,8 @@ def test_the_evaluation_prints_json(work: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
     """Each key is known and each value of its type; what the file says is what the settings hold."""
-    kinds: dict[str, type] = {"triplets": GenerateConfig, "sample": SampleConfig}
-    kind = kinds.get(path.stem.split("_")[0], TrainConfig)
+    kinds: dict[str, type] = {"triplets": GenerateConfig, "sample_images": SampleConfig}
+    kind = kinds.get(path.parent.name, kinds.get(path.stem, TrainConfig))
     config = dataclasses.asdict(parse(kind, path, ["--folder", "x"] if kind is SampleConfig else []))
     said = yaml.safe_load(path.read_text())
     assert said and stated(config, said) == said
@@ -102,14 +102,14 @@ def test_every_recipe_loads(path: Path) -> None:
 def test_there_are_recipes() -> None:
     """Both stages of the embedded dataset and its triplets are among them."""
     names = {path.stem for path in RECIPES}
-    assert {"emoji_clip4cir_stage1", "emoji_clip4cir_stage2", "triplets_emoji"} <= names
-    beside = ("triplets_", "sample_images")
-    assert all(name.startswith(beside) or "_stage" in name or name.endswith("_combiner") for name in names)
+    assert {"emoji_clip4cir_stage1", "emoji_clip4cir_stage2", "emoji"} <= names
+    training = {path.stem for path in RECIPES if path.parent.name == "recipes"} - {"sample_images"}
+    assert all("_stage" in name or name.endswith("_combiner") for name in training)
     assert {path.stem for path in PROMPTS} == {"rewrite", "rewrite_fashioniq", "rewrite_cirr"}
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in RECIPES if not p.name.startswith(("triplets_", "sample_"))], ids=lambda path: path.stem
+    "path", [p for p in RECIPES if p.parent.name == "recipes" and p.stem != "sample_images"], ids=lambda path: path.stem
 )
 def test_a_recipe_names_what_is_known(path: Path) -> None:
     """Dataset and backbone are those of the library, and the file's name begins with the dataset's."""

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from spn4cir.data_gen import match_pairs as step
-from spn4cir.data_gen.files import read_jsonl, write_jsonl
 from spn4cir.data_gen.match_pairs import ranks_of
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.errors import InputError
+from spn4cir.files import read_jsonl, write_jsonl
 from spn4cir.types import Dataset, Triplet
 
 IDS = [f"i{n}" for n in range(23)]
