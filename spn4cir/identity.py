@@ -19,6 +19,7 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
+from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.files import read_json, write_text
 from spn4cir.images import decode, pixel_hash
@@ -68,7 +69,7 @@ def inspect_images(
         _Cache(cache, files) as kept,
         tqdm(total=len(files), desc="check images", unit="image", leave=False, disable=not show) as bar,
     ):
-        for block, results in _blocks(files, kept.known, _cores() if workers is None else workers):
+        for block, results in _blocks(files, kept.known, cpu_count() if workers is None else workers):
             for path, (inspected, stamp) in zip(block, results, strict=True):
                 found[path] = inspected
                 if stamp is not None:
@@ -143,11 +144,6 @@ def _check_classes(path: Path, names: list[str], classes: dict[str, Any]) -> Non
         if classes.get(name) != number:
             told = f"maps {name!r:.60} to class {classes[name]}" if name in classes else f"lacks {name!r:.60}"
             raise InputError(f"{path}, part 1, entry {number}: part 3 {told}, whose canonical name it is")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 Looked: TypeAlias = "tuple[Inspected, Stamp | None]"

@@ -4,10 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from spn4cir.distributed import (
+    all_gather_rows,
+    all_reduce_max,
+    all_reduce_sum,
+    gather_with_gradient,
+    process_rank,
+    world_size,
+)
 from spn4cir.search import scores_of
 from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
 
@@ -72,15 +79,10 @@ def info_nce(
             raise ValueError(f"a temperature is above 0, got {temperature}")
         temperature = torch.tensor(temperature, dtype=torch.float64, device=query.device)
     vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, None)
-    spread = first is not None and processes() > 1
+    spread = first is not None and world_size() > 1
     assert not (spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
     loss: Tensor = _InfoNCE.apply(query, vectors, temperature, _Batch(positives, pairs, threshold, first or 0, spread))
     return loss
-
-
-def processes() -> int:
-    """How many train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,12 @@ class _Batch:
         """That of all processes, in rank order."""
         if not self.spread:
             return self
-        sizes = _all(torch.tensor([self.pairs.shape[1]], device=self.pairs.device)).tolist()
+        sizes = all_gather_rows(torch.tensor([self.pairs.shape[1]], device=self.pairs.device)).tolist()
         padded = self.pairs.new_zeros(max(sizes), 2)
-        padded[: self.pairs.shape[1]] = self.pairs.T + self.pairs.new_tensor([dist.get_rank() * len(self.positives), 0])
-        pairs = _all(padded[None])  # (processes, most, 2)
+        padded[: self.pairs.shape[1]] = self.pairs.T + self.pairs.new_tensor([process_rank() * len(self.positives), 0])
+        pairs = all_gather_rows(padded[None])  # (processes, most, 2)
         kept = torch.cat([part[:size] for part, size in zip(pairs, sizes, strict=True)]).T
-        return _Batch(_all(self.positives), kept, self.threshold, self.first, True)
+        return _Batch(all_gather_rows(self.positives), kept, self.threshold, self.first, True)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -118,7 +120,7 @@ class _InfoNCE(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         t = temperature.to(wide)
         local = query.to(wide).contiguous() / t
-        batch, scaled = own.of_all(), _all(local) if own.spread else local
+        batch, scaled = own.of_all(), all_gather_rows(local) if own.spread else local
         found = _positive_vectors(vectors, batch, wide, query.device)  # (B, P, K, E)
         scores, which = _own_scores(scaled, found).max(2)  # (B, P)
         nearest = found.gather(2, which[..., None, None].expand(-1, -1, 1, found.shape[3]))[:, :, 0]  # (B, P, E)
@@ -129,13 +131,13 @@ class _InfoNCE(torch.autograd.Function):
         if own.spread:
             sums = _join_processes(sums)
 
-        rows = slice(dist.get_rank() * len(query), (dist.get_rank() + 1) * len(query)) if own.spread else slice(None)
+        rows = slice(process_rank() * len(query), (process_rank() + 1) * len(query)) if own.spread else slice(None)
         apart = _apart(own.positives, cheap)  # (B, 1)
         owner, slot = (own.positives >= 0).nonzero(as_tuple=True)  # (T,) terms
-        count = _sum(torch.tensor(len(owner), device=query.device)) if own.spread else len(owner)
+        count = all_reduce_sum(torch.tensor(len(owner), device=query.device)) if own.spread else len(owner)
         if not count:
             raise ValueError("no query has a positive: the mean over no terms is undefined")
-        each = (processes() if own.spread else 1) / count  # weight of a term
+        each = (world_size() if own.spread else 1) / count  # weight of a term
         score, nearest = scores[rows][owner, slot], nearest[rows][owner, slot]  # (T,), (T, E)
         mine = Softmax(*(part[rows][owner] for part in sums))
         behind = (mine.top - score) + mine.total.log()  # (T,)
@@ -179,7 +181,7 @@ def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device
     found = vectors[rows] if len(vectors) else vectors.new_zeros(len(rows), *vectors.shape[1:])
     found = found.to(device, dtype).view(*here.shape, *found.shape[1:]) * here[..., None, None]
     if batch.spread:
-        found, here = _sum(found), _sum(here.int()) > 0
+        found, here = all_reduce_sum(found), all_reduce_sum(here.int()) > 0
     if bool((here != (batch.positives >= 0)).any()):
         lost = batch.positives[here != (batch.positives >= 0)][0].item()
         raise ValueError(f"a query's positive is row {lost}, which no candidate has")
@@ -232,54 +234,13 @@ def _within(pairs: Tensor, first: int, count: int) -> Tensor:
     return local[:, (local[1] >= 0) & (local[1] < count)]
 
 
-def _all(local: Tensor) -> Tensor:
-    """(B, …) of each process → (all B, …), in rank order, without a gradient."""
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, local.contiguous())
-    return torch.cat(parts)
-
-
-def _sum(local: Tensor) -> Tensor:
-    """The sum over all processes, without a gradient."""
-    total = local.clone()
-    dist.all_reduce(total)
-    return total
-
-
 def _join_processes(own: Softmax) -> Softmax:
     """What ``streaming_softmax`` gave on each process → what it gives for the candidates of all."""
-    top = own.top.clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX)
+    top = all_reduce_max(own.top)
     share = own.total * (own.top - finite(top)).exp()  # (B,)
-    joined = _sum(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
+    joined = all_reduce_sum(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
     total = joined[:, :1]
     return Softmax(top, total[:, 0], joined[:, 1:] / total.clamp(min=torch.finfo(total.dtype).tiny))
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenate equally sized tensors of all processes; each gets back the summed gradient of its own part."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        ctx.rows = len(local)
-        return _all(local)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _sum(gradient.contiguous())[dist.get_rank() * ctx.rows :][: ctx.rows]
-
-
-def all_rows(local: Tensor) -> Tensor:
-    """As ``gather``, without a gradient."""
-    return local if processes() == 1 else _all(local)
-
-
-def gather(local: Tensor) -> Tensor:
-    """(B, …) of each process → (all B, …), in rank order; the tensor itself where there is one process."""
-    if processes() == 1:
-        return local
-    gathered: Tensor = _Gather.apply(local)
-    return gathered
 
 
 @dataclass(frozen=True)
@@ -298,30 +259,30 @@ class InBatch:
 
     def __call__(self, query: Tensor, target: Tensor) -> Tensor:
         """``info_nce`` of queries (B, E) against the targets (B, K, E), a query's own being its positive; a scalar."""
-        candidates = gather(target)  # (N, K, E)
+        candidates = gather_with_gradient(target)  # (N, K, E)
         return info_nce(query, candidates, self.own, self.temperature, self._alike().nonzero().T, self.threshold)
 
     @property
     def own(self) -> Tensor:
         """(B,) places of this process's batch among those of all."""
-        first = dist.get_rank() * len(self.identity) if processes() > 1 else 0
+        first = process_rank() * len(self.identity)
         return torch.arange(len(self.identity), device=self.identity.device) + first
 
     def _alike(self) -> Tensor:
         """(B, N), true where the target of another query answers this one."""
-        alike = self.identity[:, None] == gather(self.identity)
+        alike = self.identity[:, None] == all_gather_rows(self.identity)
         for other in () if self.others is None else self.others.T:
-            alike |= other[:, None] == gather(self.identity)
+            alike |= other[:, None] == all_gather_rows(self.identity)
         return alike
 
     def _answers(self, target: Tensor) -> Tensor:
         """(B, N), true where this query's target (B, K, E) answers another one."""
-        alike = self.identity[:, None] == gather(self.identity)
-        for other in () if self.others is None else gather(self.others).T:
+        alike = self.identity[:, None] == all_gather_rows(self.identity)
+        for other in () if self.others is None else all_gather_rows(self.others).T:
             alike |= self.identity[:, None] == other
         if self.threshold is not None:
             own = pooled(target.detach())  # (B, E)
-            alike |= scores_of(own, all_rows(own)[:, None]) > self.threshold
+            alike |= scores_of(own, all_gather_rows(own)[:, None]) > self.threshold
         return alike
 
     def replaced(self, scores: Tensor, alike: Tensor) -> Tensor:
@@ -331,7 +292,7 @@ class InBatch:
 
     def by_query(self, query: Tensor, target: Tensor) -> Tensor:
         """Each target (B, K, E) against the queries (B, E) of all: what takes another's place is the query."""
-        scores = scores_of(gather(query), target).T  # (B, N)
+        scores = scores_of(gather_with_gradient(query), target).T  # (B, N)
         return self.replaced(scores, self._answers(target))
 
     def by_part(self, kept: Tensor, swapped: Tensor, target: Tensor, asked: tuple[Tensor, Tensor]) -> Tensor:
@@ -344,9 +305,9 @@ class InBatch:
             target: (B, E), unit norm.
             asked: (B,) identities of what was kept and swapped.
         """
-        same_kept, same_swapped = (identity[:, None] == gather(identity) for identity in asked)  # (B, N)
+        same_kept, same_swapped = (identity[:, None] == all_gather_rows(identity) for identity in asked)  # (B, N)
         alike = same_swapped | (same_kept & self._answers(target[:, None]))
-        return self.replaced(sum_scores(kept, gather(swapped), target), alike)
+        return self.replaced(sum_scores(kept, gather_with_gradient(swapped), target), alike)
 
 
 def sum_scores(kept: Tensor, swapped: Tensor, target: Tensor) -> Tensor:

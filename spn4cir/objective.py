@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from spn4cir.backbone import Backbone, gradient_cached, to_float32
 from spn4cir.bank import Bank
 from spn4cir.config import NegativesConfig
+from spn4cir.distributed import all_gather_rows
 from spn4cir.errors import InputError
 from spn4cir.images import TripletBatch
-from spn4cir.losses import InBatch, Shard, all_rows, info_nce
+from spn4cir.losses import InBatch, Shard, info_nce
 from spn4cir.types import Composed, ImageFeatures
 
 TEMPERATURE_BOUNDS = (0.005, 0.5)
@@ -130,7 +131,7 @@ class Objective(nn.Module):
         chance = np.random.default_rng((seed, step))
         drawn = torch.from_numpy(chance.choice(self.bank.total, min(limit, self.bank.total), replace=False))
         drawn = drawn.sort().values.to(positives.device)
-        wanted = torch.unique(all_rows(positives))  # (W,) of all processes
+        wanted = torch.unique(all_gather_rows(positives))  # (W,) of all processes
         rows = torch.unique(torch.cat([drawn, wanted]))  # (C,) in order
         here = (rows >= self.bank.first) & (rows < self.bank.first + len(self.bank.target))
         local = (rows[here] - self.bank.first).to(self.bank.target.device)

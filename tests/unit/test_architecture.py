@@ -12,10 +12,10 @@ from spn4cir.datasets import DATASETS
 
 ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
-    {"errors"}, {"files", "schedules", "types"}, {"streaming"}, {"config", "losses", "measures", "search"},
-    {"images", "faiss_search"}, {"identity"}, {"embedded"}, {"datasets"}, {"backbone", "blip", "clip"}, {"backbones"},
-    {"checkpoints"}, {"bank", "importers"}, {"objective", "evaluate", "index", "dataset_check"},
-    {"run"}, {"train"}, {"cli"},
+    {"errors"}, {"distributed", "files", "schedules", "types"}, {"store", "streaming"},
+    {"config", "losses", "measures", "search"}, {"images", "faiss_search"}, {"identity"}, {"embedded"}, {"datasets"},
+    {"backbone", "blip", "clip"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
+    {"objective", "evaluate", "index", "dataset_check"}, {"run"}, {"train"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LINKED = ("data_gen", "recipes")  # folders at the top that are part of the package through a link

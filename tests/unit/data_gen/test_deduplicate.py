@@ -235,7 +235,7 @@ def test_what_was_decoded_is_not_decoded_again(folder: Path, monkeypatch: pytest
     """Interrupted at any image, the next run goes on behind it."""
     config, looked = GenerateConfig(output=str(folder / "out")), []
     monkeypatch.setattr(inspection, "BLOCK", 1)
-    monkeypatch.setattr(inspection, "_cores", lambda: 1)
+    monkeypatch.setattr(inspection, "cpu_count", lambda: 1)
 
     def slow(path: Path) -> Image.Image:
         looked.append(path.stem)
