@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, short
 

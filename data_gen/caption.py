@@ -19,8 +19,8 @@ from typing import Any
 from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
 from spn4cir.data_gen.deduplicate import canonical_images
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl
 from spn4cir.files import write_text as write_file

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import GenerateConfig, is_done, mark_done, run_step
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
 from spn4cir.types import Dataset

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from spn4cir.data_gen.ask import Answer, Question, Try
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 
 if TYPE_CHECKING:

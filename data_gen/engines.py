@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spn4cir.data_gen.ask import Answer, Engine, Question, Try
-from spn4cir.data_gen.processes import own_device
 from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest
+from spn4cir.distributed import own_device
 from spn4cir.errors import InputError
 
 if TYPE_CHECKING:

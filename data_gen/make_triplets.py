@@ -18,11 +18,11 @@ from spn4cir.config import recipes_folder
 from spn4cir.data_gen.caption import caption_images, check_captioner
 from spn4cir.data_gen.deduplicate import deduplicate
 from spn4cir.data_gen.match_pairs import match_pairs
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.sheet import list_facts, write_sheet, write_window
 from spn4cir.data_gen.steps import GenerateConfig, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter
 from spn4cir.data_gen.write_text import describe_drops, read_summary, write_triplets
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, stream_jsonl
 from spn4cir.types import Dataset

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spn4cir.data_gen.deduplicate import canonical_images, reference_images
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.windows import ROWS, Window, draw_uniformly
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_jsonl, write_jsonl, write_text
 from spn4cir.types import Dataset

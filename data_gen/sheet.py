@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from spn4cir.data_gen.endpoint import make_data_url
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done
 from spn4cir.data_gen.write_text import read_summary
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_json, replaced, stream_jsonl, write_text
 from spn4cir.types import Dataset

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from spn4cir import embedded
 from spn4cir.config import parse, recipes_folder
-from spn4cir.data_gen.processes import Processes
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import Row, hash_files, locked, write_text
 from spn4cir.types import Dataset

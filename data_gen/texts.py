@@ -14,8 +14,8 @@ from spn4cir.config import recipes_folder
 from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
 from spn4cir.data_gen.caption import fault, tidy
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest, is_done, mark_done
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, short, stream_jsonl, write_jsonl
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spn4cir.data_gen.matchers import Matcher
-from spn4cir.data_gen.processes import Processes, own_device
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done
+from spn4cir.distributed import Processes, cpu_count, own_device
 from spn4cir.errors import InputError
 from spn4cir.types import Dataset
 
@@ -212,7 +212,8 @@ def _pixels(blocks: Mapping[int, Sequence[str]], images: "ImageSource") -> "Iter
 
     waiting: deque[tuple[int, list[Future[Tensor]]]] = deque()
     todo = iter(blocks.items())
-    pool = ThreadPoolExecutor(_threads())
+    share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's cores
+    pool = ThreadPoolExecutor(max(1, min(THREADS, share)))
     try:
         while True:
             while len(waiting) < AHEAD and (block := next(todo, None)):
@@ -232,9 +233,3 @@ def _pixels(blocks: Mapping[int, Sequence[str]], images: "ImageSource") -> "Iter
             yield n, stacked
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _threads() -> int:
-    """How many images this process decodes at once: its share of the machine's processors."""
-    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(THREADS, free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

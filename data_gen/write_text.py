@@ -17,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter, caption_similarity, compose_text
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, count_lines, read_json, stream_jsonl, write_text
 from spn4cir.types import Dataset, Triplet

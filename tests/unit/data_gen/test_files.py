@@ -10,8 +10,8 @@ from typing import cast
 
 import pytest
 
-from spn4cir.data_gen.processes import Processes
 from spn4cir.data_gen.steps import Journal, cut_torn, digest, is_done, mark_done
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
 

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from spn4cir.backbones import build_backbone
 from spn4cir.data_gen import steps, vectors
 from spn4cir.data_gen.matchers import Matcher, identify, load_matcher
-from spn4cir.data_gen.processes import Processes, own_device
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.vectors import encode_all, stored_vectors, vectors_made_by
+from spn4cir.distributed import Processes, own_device
 from spn4cir.errors import InputError
 from spn4cir.files import write_jsonl
 from spn4cir.images import ImageSource
