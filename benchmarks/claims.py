@@ -172,13 +172,13 @@ def main() -> None:
     args = parser.parse_args()
 
     from spn4cir.data_gen.make_triplets import make_triplets
-    from spn4cir.data_gen.settings import GenerateConfig
+    from spn4cir.data_gen.steps import GenerateConfig
     from spn4cir.datasets import load_dataset
     from spn4cir.evaluate import git_commit
 
     started = time.time()
     if args.generated == "auto":
-        make_triplets(parse(GenerateConfig, ROOT / "recipes" / "triplets_emoji.yaml", []), load_dataset("emoji"))
+        make_triplets(parse(GenerateConfig, ROOT / "recipes" / "triplets" / "emoji.yaml", []), load_dataset("emoji"))
     found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
     for annotated in args.max_annotated:
         for seed in args.seeds:

@@ -48,13 +48,13 @@ def main() -> None:
         shutil.rmtree(args.output)
 
     from spn4cir.data_gen.make_triplets import make_triplets
-    from spn4cir.data_gen.settings import GenerateConfig
+    from spn4cir.data_gen.steps import GenerateConfig
     from spn4cir.datasets import load_dataset
 
     started = time.time()
     generated = args.output / "triplets"
     print(f"1/3 triplets from images alone → {generated}", flush=True)
-    preset = ROOT / "recipes" / "triplets_emoji.yaml"
+    preset = ROOT / "recipes" / "triplets" / "emoji.yaml"
     make_triplets(parse(GenerateConfig, preset, ["--output", str(generated)]), load_dataset("emoji"))
     print(f"\n2/3 both stages, with and without them, from {args.max_annotated} annotated triplets", flush=True)
     runs = args.output / f"{args.max_annotated}-seed{args.seed}"

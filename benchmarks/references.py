@@ -39,7 +39,8 @@ from spn4cir.datasets import DATASETS
 from spn4cir.errors import InputError, run_command
 from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
-from spn4cir.types import Benchmark, Composed, Dataset, ImageFeatures, Query, Tokens, Triplet
+from spn4cir.dataset import Dataset
+from spn4cir.types import Benchmark, Composed, ImageFeatures, Query, Tokens, Triplet
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"577 × 768, targets 1 × 256": (577, 768, 1, 128), "257 × 1408, targets 32 × 256": (257, 1408, 32, 32)}

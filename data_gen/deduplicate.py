@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spn4cir.data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.steps import GenerateConfig, is_done, mark_done, run_step
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
+from spn4cir.files import read_jsonl, write_jsonl
+from spn4cir.dataset import Dataset
 
 if TYPE_CHECKING:
     from spn4cir.identity import Inspected
@@ -165,4 +165,4 @@ def reference_images(config: GenerateConfig, dataset: Dataset) -> list[str]:
 
 
 if __name__ == "__main__":
-    command(deduplicate, __doc__)
+    run_step(deduplicate, __doc__)

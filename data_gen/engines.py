@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spn4cir.data_gen.ask import Answer, Engine, Question, Try
-from spn4cir.data_gen.files import digest, weights_digest
-from spn4cir.data_gen.processes import own_device
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest
+from spn4cir.distributed import own_device
 from spn4cir.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDED = Path(__file__).parent.parent / "spn4cir" / "embedded" / "llava"
 DRAWN = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # asked again, greedy would say the same
 
 
@@ -36,6 +34,19 @@ def engine_of(model: str, endpoint: str | None, config: GenerateConfig, *, image
     return Local(model, images=images, batch_size=config.caption_batch_size, max_new_tokens=max_new_tokens)
 
 
+def weights_digest(folder: Path) -> str | None:
+    """A short name for the weights in a model folder, by names, sizes and ends of files; None if it is no folder."""
+    if not folder.is_dir():
+        return None
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            total.update(f"{path.name}{path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(max(path.stat().st_size - (1 << 20), 0))
+            total.update(file.read())
+    return total.hexdigest()[:16]
+
+
 class Local:
     """A language model of transformers on this process's device; one batch is one block.
 
@@ -50,7 +61,7 @@ class Local:
 
     def __init__(self, model: str, *, images: bool, batch_size: int, max_new_tokens: int):
         self.name, self.images, self.block, self.max_new_tokens = model, images, batch_size, max_new_tokens
-        folder = EMBEDDED if model == "embedded" else Path(model)
+        folder = EMBEDDED / "llava" if model == "embedded" else Path(model)
         weights = weights_digest(folder)
         self.source, self.device = str(folder) if weights else model, own_device()
         self.about: dict[str, Any] = {

@@ -12,7 +12,8 @@ from PIL import Image
 
 from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Dataset, Query, Triplet
+from spn4cir.dataset import Dataset
+from spn4cir.types import Benchmark, Query, Triplet
 
 IDS = [f"i{n:02d}" for n in range(47)]
 TWIN = "twin"  # the same pixels as i00, under another id

@@ -20,7 +20,7 @@ from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES, build_backbone, check_backbone
 from spn4cir.checkpoints import differences, load_strictly, read_model, read_tensors, save_model
 from spn4cir.errors import InputError
-from spn4cir.files import sha256_of_files
+from spn4cir.files import hash_files
 from spn4cir.importers.blip_weights import convert_blip_weights
 from spn4cir.importers.clip_weights import convert_clip_weights
 from spn4cir.importers.published import Importer, Published
@@ -105,7 +105,7 @@ def import_published(
     backbone = build_backbone(name, **published.options, load_weights=False)
     print("\n".join([f"{path}: {published.container}", *account(backbone, published)]), flush=True)
     load_strictly(backbone, published.state, path)
-    about = {"imported_from": path.name, "sha256": sha256_of_files(path), "container": published.container}
+    about = {"imported_from": path.name, "sha256": hash_files(path), "container": published.container}
     _write(output, backbone, about)
     return backbone
 

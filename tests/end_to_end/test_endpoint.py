@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from tiny_backbones import EMBEDDED
 
 from spn4cir.data_gen.ask import Question, Try
-from spn4cir.data_gen.caption import caption, check_caption
-from spn4cir.data_gen.engines import EMBEDDED, Local
-from spn4cir.data_gen.files import read_jsonl, write_jsonl
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.caption import caption_images, check_caption
+from spn4cir.data_gen.engines import Local
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
+from spn4cir.files import read_jsonl, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 IMAGES = Emoji().training_images()[:1200:60]
@@ -74,7 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     transformers = Path(sys.executable).parent / "transformers"
-    command = [str(transformers), "serve", str(EMBEDDED), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [str(transformers), "serve", str(EMBEDDED / "llava"), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as messages:
         process = subprocess.Popen(
@@ -87,7 +88,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def here(folder: Path, **settings: Any) -> bytes:
     """captions.jsonl as this process makes it, in batches of four."""
-    caption(GenerateConfig(output=str(folder), caption_batch_size=4, **settings), Emoji())
+    caption_images(GenerateConfig(output=str(folder), caption_batch_size=4, **settings), Emoji())
     return (folder / "captions.jsonl").read_bytes()
 
 
@@ -118,7 +119,7 @@ def test_a_real_server(tmp_path: Path, alone: bytes, server: Server) -> None:
     """The same captions as of the local engine, through HTTP, a data URL and the server's own processor."""
     folder = folder_of(tmp_path / "run")
     server.wait()
-    code, _, err = end(run(folder, "--captioner", str(EMBEDDED), "--endpoint", server.address, "--requests", "3"))
+    code, _, err = end(run(folder, "--captioner", str(EMBEDDED / "llava"), "--endpoint", server.address, "--requests", "3"))
     assert code == 0, err
     assert captions((folder / "captions.jsonl").read_bytes()) == captions(alone)
     with pytest.raises(InputError, match=f"{server.address}/chat/completions answers 4.*no/such"):

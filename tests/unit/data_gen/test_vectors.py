@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spn4cir.backbones import build_backbone
-from spn4cir.data_gen import files, vectors
-from spn4cir.data_gen.files import write_jsonl
+from spn4cir.data_gen import steps, vectors
 from spn4cir.data_gen.matchers import Matcher, identify, load_matcher
-from spn4cir.data_gen.processes import Processes, own_device
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.vectors import encode_all, stored_vectors, vectors_made_by
+from spn4cir.distributed import Processes, own_device
 from spn4cir.errors import InputError
+from spn4cir.files import write_jsonl
 from spn4cir.images import ImageSource
 
 WIDTH, AT_ONCE = 5, 3
@@ -170,7 +170,7 @@ def kill_at(place: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return wrapped
 
-    for owner, name in ((vectors._Rows, "write"), (files.Journal, "add"), (files.Journal, "remove"),
+    for owner, name in ((vectors._Rows, "write"), (steps.Journal, "add"), (steps.Journal, "remove"),
                         (os, "replace"), (vectors, "mark_done"), (os, "fsync")):  # fmt: skip
         monkeypatch.setattr(owner, name, around(name, getattr(owner, name)))
     return passed

@@ -14,7 +14,8 @@ import pytest
 from spn4cir.datasets.cirr import CIRR, _faults
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.reading import Entry, read_entries
-from spn4cir.types import Check, Triplet
+from spn4cir.dataset import Check
+from spn4cir.types import Triplet
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 CATEGORIES = ("dress", "shirt", "toptee")

@@ -13,7 +13,8 @@ from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.skip import NAME, Skipping, read_skip_list, write_skip_list
 from spn4cir.errors import InputError
 from spn4cir.train import hash_pixels, load_triplets, training_images
-from spn4cir.types import Benchmark, Dataset, Query, Triplet
+from spn4cir.dataset import Dataset
+from spn4cir.types import Benchmark, Query, Triplet
 
 
 class Known(Dataset):
