@@ -22,10 +22,10 @@ from spn4cir.data_gen.sheet import list_facts, write_sheet, write_window
 from spn4cir.data_gen.steps import GenerateConfig, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter
 from spn4cir.data_gen.write_text import describe_drops, read_summary, write_triplets
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, stream_jsonl
-from spn4cir.dataset import Dataset
 
 MANY = 0.75  # of the pairs
 FEW = 256  # triplets that do not fill two of the usual batches
@@ -86,7 +86,7 @@ def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
         words += ["--data-root", config.data_root]  # another dataset's recipe has its own
     words += ["--generated", str(config.file("triplets.json"))]
     triplets = read_summary(config)["counts"]["triplets"]
-    if triplets < FEW and not dataset.annotated:
+    if triplets < FEW and not dataset.has_triplets:
         words += ["--batch-size", str(max(2, triplets // 4))]  # the usual one would not be filled
     return shlex.join(words)
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from spn4cir import embedded
 from spn4cir.config import parse, recipes_folder
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import Row, hash_files, locked, write_text
-from spn4cir.dataset import Dataset
 
 EMBEDDED = Path(embedded.__file__).parent
 """Folder of the weights that are part of the package."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from spn4cir.data_gen.matchers import Matcher
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes, cpu_count, own_device
 from spn4cir.errors import InputError
-from spn4cir.dataset import Dataset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +79,7 @@ def encode_all(
     if stored is not None:
         return stored
     matcher.to(own_device())
-    images = ImageSource(dataset.path, matcher.transform)
+    images = ImageSource(dataset.image, matcher.transform)
     partial, noted = config.file(f"vectors.{made_by}.partial.npy"), config.file("vectors.npy")
     if processes.first:
         if out.exists() and not partial.exists():
@@ -199,7 +199,7 @@ def _encoded(
             wrong = ((found.norm(dim=1) - 1).abs() <= TOLERANCE).logical_not().nonzero().flatten().tolist()
             if wrong:
                 raise InputError(
-                    f"image {images.path(blocks[n][wrong[0]])}: its vector by {matcher.made_by['kind']} "
+                    f"image {images.image(blocks[n][wrong[0]])}: its vector by {matcher.made_by['kind']} "
                     f"{matcher.made_by['model']} has the length {found[wrong[0]].norm().item():.3g}, not 1"
                 )
             yield n, found

@@ -26,8 +26,6 @@ def l2_normalize(x: Tensor) -> Tensor:
     return F.normalize(to_float32(x), dim=-1)
 
 
-
-
 class Backbone(nn.Module, ABC):
     """A composed retrieval model. Shapes: see ``spn4cir.types``.
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class TripletBatch:
     def to(self, device: torch.device) -> "TripletBatch":
         """The same batch on another device."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) for name, value in parts.items() if isinstance(value, Tensor)}
+        moved: Any = {name: value.to(device) for name, value in parts.items() if isinstance(value, Tensor)}
         features = self.features and ImageFeatures(*(part.to(device) for part in self.features))
         tokens = {name: value.to(device) for name, value in self.tokens.items()}
         return replace(self, tokens=tokens, features=features, **moved)
@@ -159,10 +159,7 @@ class TripletCollate:
         named = [t.reference for t in triplets if t.reference is not None]
         shown = named if self.bank or self.classes else [i for t in triplets for i in t.image_ids]
         unique = {image_id: n for n, image_id in enumerate(dict.fromkeys(shown))}
-        if is_stored:
-            row = range(len(items))
-        else:
-            row = [unique[t.reference] if t.reference is not None else 0 for t in triplets]
+        row = [0 if t.reference is None else n if is_stored else unique[t.reference] for n, t in enumerate(triplets)]
         queries = [(reference_number(t, self.identity), text) for t, text in zip(triplets, texts, strict=True)]
         others = [
             self.known.others(*query, [self.identity[i] for i in triplet.targets])

@@ -85,9 +85,9 @@ def encode_benchmark(
     for items in _share(text_items, batch_size):
         tokens = _tokenize(backbone, [benchmark.texts[item] for item in items], device)
         targets.put([row[item] for item in items], backbone.encode_text_target(tokens).float())
-    for numbers in _share(text_queries, batch_size):
+    for part in _share(text_queries, batch_size):
         for mode, rows in queries.items():
-            rows.put(numbers, _compose(backbone, benchmark, numbers, None, mode))
+            rows.put(part, _compose(backbone, benchmark, part, None, mode))
     return EncodedBenchmark(targets.joined(), {mode: rows.joined() for mode, rows in queries.items()})
 
 
@@ -182,8 +182,13 @@ def _rankings(benchmark: Benchmark) -> Iterator[_Ranked]:
     wanted = {measure.over for measure in benchmark.measures}
     plans: list[tuple[tuple[str, ...], Sequence[str], list[int]]] = []
     if wanted & {"gallery", "subset"}:
-        over = ("gallery", "subset") if "subset" in wanted else ("gallery",)
-        plans.append((over, benchmark.gallery, list(range(len(benchmark.queries)))))
+        plans.append(
+            (
+                ("gallery", "subset") if "subset" in wanted else ("gallery",),
+                benchmark.gallery,
+                list(range(len(benchmark.queries))),
+            )
+        )
     if "candidates" in wanted:
         by_candidates: dict[int, list[int]] = {}
         for number, query in enumerate(benchmark.queries):
@@ -212,9 +217,8 @@ def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> dict[st
     """
     row = {item: n for n, item in enumerate(benchmark.gallery)}
     most = max((len(q.targets) for q in benchmark.queries), default=0)
-    found: dict[str, Tensor] = {}
-    for over in dict.fromkeys(measure.over for measure in benchmark.measures):
-        found[over] = torch.zeros(len(benchmark.queries), most, 2, dtype=torch.long, device=query.device)
+    empty = torch.zeros(len(benchmark.queries), most, 2, dtype=torch.long, device=query.device)
+    found: dict[str, Tensor] = {measure.over: empty.clone() for measure in benchmark.measures}
     for part in _rankings(benchmark):
         vectors = target if part.ids is benchmark.gallery else target[[row[i] for i in part.ids]]  # (g, K, E)
         ranks = rank_targets(query[part.numbers], vectors, part.targets, part.excluded, part.subset)

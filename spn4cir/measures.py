@@ -67,9 +67,8 @@ def average_precision(ranks: Ranks, k: int) -> Values:
     hits = np.where((first > 0) & (place <= k), precision, 0.0)
     values = hits.sum(1)
     for row in np.flatnonzero((last > first).any(1)):
-        values[row] = sum(
-            np.sum(hit * (before + 1 + earlier) / places) for places, hit, before, earlier in _ties(first, last, row, k)
-        )
+        ties = _ties(first[row], last[row], k)
+        values[row] = sum(float((hit * (before + 1 + earlier) / places).sum()) for places, hit, before, earlier in ties)
     return np.asarray(values / np.minimum(count, k), np.float64)
 
 
@@ -89,8 +88,8 @@ def precision(ranks: Ranks, k: int) -> Values:
     place = first + np.arange(first.shape[1])
     values = ((first > 0) & (place <= most[:, None])).sum(1).astype(np.float64)
     for row in np.flatnonzero((last > first).any(1)):
-        values[row] = sum(np.sum(hit) for _, hit, _, _ in _ties(first, last, row, int(most[row])))
-    return values / most
+        values[row] = sum(float(hit.sum()) for _, hit, _, _ in _ties(first[row], last[row], int(most[row])))
+    return np.asarray(values / most, np.float64)
 
 
 def _in_order(ranks: Ranks) -> tuple[Ranks, Ranks, Ranks]:
@@ -103,8 +102,8 @@ def _in_order(ranks: Ranks) -> tuple[Ranks, Ranks, Ranks]:
     return first, last, (first > 0).sum(1)
 
 
-def _ties(first: Ranks, last: Ranks, row: int, k: int) -> list[tuple[Values, Values, int, Values]]:
-    """Each group of equal scores of a query that holds targets.
+def _ties(first: Ranks, last: Ranks, k: int) -> list[tuple[Values, Values, int, Values]]:
+    """Each group of equal scores that holds targets, of one query's ranks (P,).
 
     Returns:
         For each group: its ranks up to ``k`` in the whole ranking (n,); the probability that a target stands there
@@ -112,7 +111,7 @@ def _ties(first: Ranks, last: Ranks, row: int, k: int) -> list[tuple[Values, Val
         given that a target stands there (n,).
     """
     groups: dict[tuple[int, int], int] = {}
-    for pair in zip(first[row].tolist(), last[row].tolist(), strict=True):
+    for pair in zip(first.tolist(), last.tolist(), strict=True):
         if pair[0] > 0:
             groups[pair] = groups.get(pair, 0) + 1
     found, before = [], 0

@@ -204,7 +204,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def _seed(config: TrainConfig, accelerator: Accelerator, step: int, part: int) -> int:
     """Of what dropout draws: another number for each step, part and process."""
     place = accelerator.process_index + part * accelerator.num_processes
-    return (config.seed * 1_000_003 + step * 4096 + place) % 2**63
+    return int((config.seed * 1_000_003 + step * 4096 + place) % 2**63)
 
 
 def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

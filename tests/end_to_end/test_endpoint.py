@@ -75,7 +75,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     transformers = Path(sys.executable).parent / "transformers"
-    command = [str(transformers), "serve", str(EMBEDDED / "llava"), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [
+        str(transformers),
+        "serve",
+        str(EMBEDDED / "llava"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as messages:
         process = subprocess.Popen(
@@ -119,7 +129,9 @@ def test_a_real_server(tmp_path: Path, alone: bytes, server: Server) -> None:
     """The same captions as of the local engine, through HTTP, a data URL and the server's own processor."""
     folder = folder_of(tmp_path / "run")
     server.wait()
-    code, _, err = end(run(folder, "--captioner", str(EMBEDDED / "llava"), "--endpoint", server.address, "--requests", "3"))
+    code, _, err = end(
+        run(folder, "--captioner", str(EMBEDDED / "llava"), "--endpoint", server.address, "--requests", "3")
+    )
     assert code == 0, err
     assert captions((folder / "captions.jsonl").read_bytes()) == captions(alone)
     with pytest.raises(InputError, match=f"{server.address}/chat/completions answers 4.*no/such"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spn4cir.errors import InputError
-from spn4cir.files import locked, hash_files, write_text
+from spn4cir.files import hash_files, locked, write_text
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from spn4cir.data_gen.ask import Question, Try
 from spn4cir.data_gen.caption import caption_images
 from spn4cir.data_gen.endpoint import KEY, Endpoint, chat_address, make_data_url
 from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
 from spn4cir.images import open_image
-from spn4cir.dataset import Dataset
 
 IDS = [f"i{n}" for n in range(12)]
 SECRET = "sk-secret-123"

@@ -11,8 +11,8 @@ import pytest
 from spn4cir.config import TrainConfig, parse, recipes_folder
 from spn4cir.data_gen.make_triplets import check_settings, suggest_training
 from spn4cir.data_gen.steps import GenerateConfig
-from spn4cir.errors import InputError
 from spn4cir.dataset import Dataset
+from spn4cir.errors import InputError
 
 
 def told(folder: Path, annotated: bool = True, triplets: int = 5000, **settings: Any) -> list[str]:

@@ -24,8 +24,8 @@ from spn4cir.data_gen.sheet import (
 )
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.write_text import write_triplets
-from spn4cir.files import write_jsonl
 from spn4cir.dataset import Dataset
+from spn4cir.files import write_jsonl
 
 
 @pytest.fixture
