@@ -55,7 +55,7 @@ class StoredRows:
     @property
     def dtype(self) -> str:
         """Name of the type that numbers are stored in."""
-        return self._array.dtype.name
+        return str(self._array.dtype)
 
     def whole(self) -> Tensor:
         """All rows as a tensor that lies on disk."""
