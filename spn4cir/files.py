@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,41 @@ from typing import Any
 
 from spn4cir.errors import InputError
 
+Row = dict[str, Any]
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none of it. Raises ``InputError`` where it cannot be written."""
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a path to write to; the file there takes the place of ``path`` at the end, unless an error occurs.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
     beside = path.with_name(path.name + ".tmp")
     try:
         try:
-            beside.write_text(text, encoding="utf-8")
+            yield beside
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none of it. Raises ``InputError`` where it cannot be written."""
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def hash_files(*paths: Path, prefix: bytes = b"") -> str:
+    """Return the SHA-256, in hexadecimal, of a prefix and the contents of files, one after the other."""
+    digest = hashlib.sha256(prefix)
+    for path in paths:
+        with path.open("rb") as file:
+            while part := file.read(1 << 22):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -73,16 +96,6 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def sha256_of_files(*paths: Path) -> str:
-    """SHA-256, in hexadecimal digits, of the contents of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def read_json(path: Path, source: str = "") -> Any:
     """The content of a JSON file. Raises ``InputError`` if it is missing or damaged, or names a key twice."""
     try:
@@ -95,6 +108,48 @@ def read_json(path: Path, source: str = "") -> Any:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise InputError(f"{path} is not valid JSON, or cut short: {error}") from None
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Return the rows of a JSONL file without a torn last line.
+
+    Raises:
+        InputError: if the file is missing, or another line is not a JSON object.
+    """
+    return list(stream_jsonl(path))
+
+
+def stream_jsonl(path: Path) -> Iterator[Row]:
+    """Yield the rows that ``read_jsonl`` returns, one at a time, for files larger than memory."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run the step before this one") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: expected an object")
+            yield row
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a file; 0 if it is missing."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """Write all rows or none, as they come. Raises ``InputError`` where the file cannot be written."""
+    with replaced(path) as beside, beside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
