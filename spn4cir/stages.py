@@ -3,7 +3,7 @@
 ``STAGES`` names them: a new one is a function here, or elsewhere, one line in the dictionary and one test.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class Training:
         loader: its batches.
         evaluate: evaluates the model on the selecting benchmark; all processes call it.
         check: raises ``InputError`` if something that must not move has moved; called after each epoch.
-        bank: fingerprint of the bank in use, or None.
+        bank: fingerprint of the bank in use, or None without a bank.
+        is_rounded: whether ``evaluate`` reads features of lower precision than the model's.
     """
 
     objective: Objective
@@ -44,6 +45,7 @@ class Training:
     evaluate: Callable[[], Result]
     check: Callable[[], None] = lambda: None
     bank: str | None = None
+    is_rounded: bool = False
 
 
 def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
@@ -105,10 +107,11 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     def select() -> Result:
         return evaluate(backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
 
-    return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint)
+    is_rounded = gallery is not None and config.bank.dtype != "float32"
+    return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint, is_rounded)
 
 
-STAGES: Mapping[int, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
+STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
     1: prepare_stage1,
     2: prepare_stage2,
 }

@@ -53,7 +53,7 @@ def train(config: TrainConfig, stage: Any) -> Path:
     training = STAGES[stage](config, run, data, backbone)
     with run:
         state = fit(training, config, run, config.select_by or primary_names(data.selection))
-        if data.selection is not data.reported or (stage == 2 and config.bank.dtype != "float32"):
+        if data.selection is not data.reported or training.is_rounded:
             # selected on a hold-out split, or on rounded features; the protocol is reported in full, once
             best = checkpoints.load_model(run.folder).to(run.accelerator.device)
             images = ImageSource(data.dataset.image, best.transform)
@@ -82,7 +82,9 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     run.start(config, objective)
     state = run.resume(objective, optimizer, training.bank)
-    log = StepLog(config, accelerator, tqdm(total=steps, initial=state["step"], desc=run.title, disable=not run.main))
+    log = StepLog(
+        config, accelerator, tqdm(total=steps, initial=state["step"], desc=run.title, unit="step", disable=not run.main)
+    )
     while state["step"] < steps:
         objective.train(config.dropout)
         for part, batch in enumerate(loader.from_step(state["step"])):
