@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2ForImageTextRetrieval, PreTrainedConfig
 
-from spn4cir.backbone import Backbone, gradient_cached, l2_normalize
+from spn4cir.backbone import Backbone, l2_normalize
 from spn4cir.backbones.shared_blip import BERT, load_bert_tokenizer, load_library
+from spn4cir.compute import gradient_cached
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "blip2"

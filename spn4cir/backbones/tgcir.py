@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
 from spn4cir.backbones.shared_clip import load_clip
+from spn4cir.distributed import gather_with_gradient
 from spn4cir.errors import InputError
-from spn4cir.losses import InBatch, gather
+from spn4cir.in_batch import InBatch
 from spn4cir.search import scores_of
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
@@ -135,8 +136,8 @@ class TGCIR(Backbone):
         """KL of query-target scores (B, N) from those of targets (B, 12·E) among themselves; mean over queries."""
         wanted = F.normalize(wanted, dim=-1)
         temperature = self.options["kl_temperature"]
-        teacher = scores_of(wanted, gather(wanted)[:, None]) / temperature  # (B, N)
-        student = scores_of(query, gather(target)) / temperature  # (B, N)
+        teacher = scores_of(wanted, gather_with_gradient(wanted)[:, None]) / temperature  # (B, N)
+        student = scores_of(query, gather_with_gradient(target)) / temperature  # (B, N)
         return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from spn4cir.backbones import build_backbone
 from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.checkpoints import read_tensors
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 from spn4cir.types import ImageFeatures
 
 TEXTS = ["is red", "has longer sleeves and a flower on the left", "", "blue"]

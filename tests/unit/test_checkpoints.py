@@ -25,7 +25,7 @@ from spn4cir.checkpoints import (
 )
 from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
-from spn4cir.train import load_backbone
+from spn4cir.stages import load_backbone
 
 
 def test_tensors_come_back(tmp_path: Path) -> None:

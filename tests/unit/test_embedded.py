@@ -15,7 +15,7 @@ from spn4cir.backbones import build_backbone
 from spn4cir.backbones.shared_blip import load_bert_tokenizer, load_library
 from spn4cir.data_gen.ask import Question, Try
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 

@@ -18,7 +18,8 @@ from spn4cir.backbones.shared_blip import BERT, load_bert_tokenizer
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
 from spn4cir.importers.vision_tower import rename_vision_tower, resize_positions
-from spn4cir.losses import InBatch, info_nce
+from spn4cir.in_batch import InBatch
+from spn4cir.losses import info_nce
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"patch_size": 16, "image_size": 32}

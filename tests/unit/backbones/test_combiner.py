@@ -12,10 +12,10 @@ from torch import Tensor
 
 from spn4cir.backbones import build_backbone
 from spn4cir.backbones.clip4cir import CLIP4CIR, Combiner
+from spn4cir.batches import TripletBatch
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.cli import import_command
 from spn4cir.errors import InputError
-from spn4cir.images import TripletBatch
 from spn4cir.importers import import_published
 from spn4cir.objective import Objective
 

@@ -14,10 +14,11 @@ from transformers import Blip2Config, Blip2ForImageTextRetrieval, PreTrainedToke
 
 from spn4cir.backbones import build_backbone
 from spn4cir.backbones.sprc import EMBEDDED, SPRC
+from spn4cir.batches import TripletBatch
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
-from spn4cir.images import TripletBatch
-from spn4cir.losses import InBatch, info_nce
+from spn4cir.in_batch import InBatch
+from spn4cir.losses import info_nce
 from spn4cir.objective import Objective
 
 TEXTS = ["make it red", "", "the same with two more, please", "blue"]

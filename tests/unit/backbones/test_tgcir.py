@@ -13,7 +13,8 @@ from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
-from spn4cir.losses import InBatch, info_nce
+from spn4cir.in_batch import InBatch
+from spn4cir.losses import info_nce
 
 TEXTS = ["is red", "a cat with a hat", "", "blue", "less of it"]
 TEACHER = ("teacher_remain.", "teacher_replace.", "local_weight")
