@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spn4cir.config import TrainConfig
 from spn4cir.data_gen.steps import EMBEDDED
 from spn4cir.errors import InputError
-from spn4cir.files import hash_files
+from spn4cir.files import sha256_of_files
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ def content_digest(*paths: Path) -> str:
         files = sorted(p for p in path.iterdir() if p.suffix in WEIGHTS) if path.is_dir() else [path]
         for file in files:
             try:
-                total.update(f"{file.name} {hash_files(file)}\n".encode())
+                total.update(f"{file.name} {sha256_of_files(file)}\n".encode())
             except FileNotFoundError:
                 raise InputError(f"{file.parent} holds no model: {file.name} is missing") from None
     return total.hexdigest()

@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def hash_files(*paths: Path, prefix: bytes = b"") -> str:
+def sha256_of_files(*paths: Path, prefix: bytes = b"") -> str:
     """Return the SHA-256, in hexadecimal, of a prefix and the contents of files, one after the other."""
     digest = hashlib.sha256(prefix)
     for path in paths:
@@ -50,14 +50,14 @@ def hash_files(*paths: Path, prefix: bytes = b"") -> str:
 
 
 @contextmanager
-def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+def locked(path: Path, busy: str = "") -> Iterator[None]:
     """Hold a lock file, which is removed on exit; the system releases the lock of a killed process.
 
     Where the system or the disk has no locks, nobody waits.
 
     Args:
         path: the lock file.
-        busy: the error message if another process holds the lock; None waits for it.
+        busy: error message if another process holds it; empty to wait for that process.
 
     Raises:
         InputError: if the file cannot be written, or another process holds the lock and ``busy`` is given.
@@ -76,7 +76,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
-                raise InputError(busy or "") from None
+                raise InputError(busy) from None
             except OSError:
                 pass  # not this kind of disk
             if not _is_at(path, file.fileno()):

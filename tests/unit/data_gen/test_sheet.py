@@ -11,17 +11,8 @@ import pytest
 from conftest import draw_picture
 from PIL import Image
 
-from spn4cir.data_gen.sheet import (
-    compute_shares,
-    draw_chart,
-    font,
-    has_letters,
-    sample_pairs,
-    sample_triplets,
-    wrap,
-    write_sheet,
-    write_window,
-)
+from spn4cir.data_gen.draw import compute_shares, draw_chart, font, has_letters, sample_pairs, wrap, write_window
+from spn4cir.data_gen.make_triplets import sample_triplets, write_sheet
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.write_text import write_triplets
 from spn4cir.files import write_jsonl
