@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import anonymous
-from spn4cir import bank as banks
+from spn4cir import store
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import BankConfig, TrainConfig
@@ -129,7 +129,7 @@ class Wide(Backbone):
         return [self.image, self.project, self.places]
 
 
-class InMemory(banks.StoredRows):
+class InMemory(store.StoredRows):
     """The straightforward way: everything is read once, as float32."""
 
     def __init__(self, path: Path):
@@ -152,7 +152,7 @@ def child(way: str, shape: str, folder: Path) -> None:
 
     DATASETS[Tiles.name], BACKBONES[Wide.name] = Tiles, Wide
     if way == "in memory":
-        banks.StoredRows = InMemory  # type: ignore[misc]
+        store.StoredRows = InMemory  # type: ignore[misc]
     init = folder / "init"
     if not init.is_dir():
         torch.manual_seed(0)

@@ -51,16 +51,16 @@ def sha256_of_files(*paths: Path, prefix: bytes = b"") -> str:
 
 @contextmanager
 def locked(path: Path, busy: str = "") -> Iterator[None]:
-    """Hold a lock file, which is removed on exit; the system releases the lock of a killed process.
+    """Hold a lock file, which is removed on exit; the system releases the lock of a process that is killed.
 
-    Where the system or the disk has no locks, nobody waits.
+    Without effect on a system or a disk that has no such locks.
 
     Args:
-        path: the lock file.
+        path: of the lock file.
         busy: error message if another process holds it; empty to wait for that process.
 
     Raises:
-        InputError: if the file cannot be written, or another process holds the lock and ``busy`` is given.
+        InputError: if another process holds the lock and ``busy`` is given, or the file cannot be written.
     """
     try:
         import fcntl
@@ -77,8 +77,8 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError:
                 raise InputError(busy) from None
-            except OSError:
-                pass  # not this kind of disk
+            except OSError:  # not this kind of disk
+                pass
             if not _is_at(path, file.fileno()):
                 continue  # whoever had it has removed it: what is at the path now is another's
             try:

@@ -1,6 +1,5 @@
 """Published checkpoints → the native format, without running what is in them and with an account of every name."""
 
-import hashlib
 import inspect
 import re
 import tempfile
@@ -18,6 +17,7 @@ from spn4cir.backbone import Backbone, Published
 from spn4cir.backbones import BACKBONES, build_backbone, check_backbone
 from spn4cir.checkpoints import differences, load_strictly, read_model, read_tensors, save_model
 from spn4cir.errors import InputError
+from spn4cir.files import sha256_of_files
 
 SHOWN = 5
 
@@ -91,7 +91,7 @@ def import_published(
     backbone = build_backbone(name, **published.options, load_weights=False)
     print("\n".join([f"{path}: {published.container}", *account(backbone, published)]), flush=True)
     load_strictly(backbone, published.state, path)
-    about = {"imported_from": path.name, "sha256": _sha256(path), "container": published.container}
+    about = {"imported_from": path.name, "sha256": sha256_of_files(path), "container": published.container}
     _write(output, backbone, about)
     return backbone
 
@@ -157,14 +157,6 @@ def _check_tensors(state: Mapping[str, Tensor]) -> None:
             raise InputError(f"{key} is {type(value).__name__}, not a tensor")
         if not value.isfinite().all():
             raise InputError(f"{key} holds values that are not finite")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(output: Path, backbone: Backbone, about: dict[str, Any]) -> None:

@@ -190,7 +190,7 @@ def test_zero_shot_trains_on_generated_triplets_alone(
         assert found["steps"] == 2 and found["protocol"] == found["selected_on"]
         assert stage == 2 or "--max-annotated 0 --generated captions/" in out  # what it says comes next sees no other
     named = {i for t in trained for i in (t.reference, t.target)}
-    banks = {json.loads(path.read_text())["images"] for path in runs.glob("banks/*/bank.json")}
+    banks = {json.loads(path.read_text())["rows"] for path in runs.glob("banks/*/store.json")}
     assert len(named) == 9 and 9 in banks and len(banks) == 2  # the other one is the gallery's
 
 
