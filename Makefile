@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check clean
+.PHONY: demo test check wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ check: $(VENV)/.installed  ## style and types
 
 test: check  ## all checks and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+wheel:  ## dist/spn4cir-*.whl, which needs no checkout
+	rm -rf build dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

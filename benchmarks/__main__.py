@@ -39,6 +39,8 @@ SLOW = {
     "references": "minutes, and 20 GB of disk",
     "kills": "minutes",
     "claims": "half an hour",
+    "negatives": "half an hour",
+    "unchanged": "minutes",
     "backbones": "an hour",
 }
 """Apart from the suite, by their own commands; and how long they take on two cores."""

@@ -34,7 +34,7 @@ def run_stages(backbone: str, seed: int, folder: Path) -> dict[str, dict[str, An
 
     found: dict[str, dict[str, Any]] = {}
     for stage in (1, 2):
-        recipe = ROOT / "recipes" / f"{TrainConfig.dataset}_{backbone}_stage{stage}.yaml"
+        recipe = ROOT / "recipes" / TrainConfig.dataset / f"{backbone}_stage{stage}.yaml"
         output = folder / f"stage{stage}"
         config = replace(parse(TrainConfig, recipe, []), seed=seed, eval_every=0, output=str(output))
         config.init = str(folder / "stage1") if stage == 2 else None
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
 
-    from spn4cir.evaluate import git_commit
+    from spn4cir.results import git_commit
 
     started = time.time()
     runs = {

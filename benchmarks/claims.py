@@ -42,7 +42,7 @@ ROWS = {
 
 def settings(stage: int, annotated: int, seed: int) -> TrainConfig:
     """The recipe of a stage, with a fixed number of steps."""
-    recipe = ROOT / "recipes" / f"emoji_clip4cir_stage{stage}.yaml"
+    recipe = ROOT / "recipes" / "emoji" / f"clip4cir_stage{stage}.yaml"
     steps = STAGE1_STEPS[annotated] if stage == 1 else STAGE2_STEPS
     return replace(
         parse(TrainConfig, recipe, []), max_annotated=annotated, seed=seed, epochs=10_000, max_steps=steps, eval_every=0
@@ -93,7 +93,7 @@ def measure(run: Path | None, backbone: str = "clip4cir") -> dict[str, Any]:
         return measured
     model = checkpoints.load_model(run) if run else build_backbone(backbone)
     dataset = load_dataset("emoji")
-    images = ImageSource(dataset.path, model.transform, keep=True)
+    images = ImageSource(dataset.image, model.transform, keep=True)
     found = {}
     for split in ("val", "test"):
         result = evaluate(model, dataset.benchmark(split), images, ablate=split == "val")
@@ -174,7 +174,7 @@ def main() -> None:
     from spn4cir.data_gen.make_triplets import make_triplets
     from spn4cir.data_gen.steps import GenerateConfig
     from spn4cir.datasets import load_dataset
-    from spn4cir.evaluate import git_commit
+    from spn4cir.results import git_commit
 
     started = time.time()
     if args.generated == "auto":

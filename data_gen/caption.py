@@ -20,11 +20,11 @@ from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
 from spn4cir.data_gen.deduplicate import canonical_images
 from spn4cir.data_gen.engines import engine_of
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl
 from spn4cir.files import write_text as write_file
-from spn4cir.types import Dataset
 
 GIVEN = "given"  # the model of a caption that nobody had to make
 REFUSAL = re.compile(
@@ -185,7 +185,7 @@ class _Job:
 
     def question(self, image_id: str) -> Question:
         """The question about an image."""
-        return Question(image_id, self.prompt(image_id), self.dataset.path(image_id), self.pixels[image_id])
+        return Question(image_id, self.prompt(image_id), self.dataset.image(image_id), self.pixels[image_id])
 
     def recipe(self, image_id: str) -> str:
         """A short name for everything that decides an image's caption."""

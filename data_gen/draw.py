@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from spn4cir.data_gen.endpoint import make_data_url
 from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_json, replaced, stream_jsonl, write_text
-from spn4cir.types import Dataset
 
 Shown: TypeAlias = "tuple[Row, Image.Image, Image.Image]"
 """A triplet or a pair with the thumbnails of its reference and its target."""
@@ -201,7 +201,7 @@ class Thumbnails:
         from spn4cir.images import open_image
 
         try:
-            picture = open_image(self._dataset.path(image_id))
+            picture = open_image(self._dataset.image(image_id))
         except InputError as error:
             self.problems[image_id] = str(error)
             blank = Image.new("RGB", (self._size, self._size), LINE)

@@ -1,6 +1,7 @@
 """Engines that answer questions: a model on this machine, or (in ``data_gen.endpoint``) a server."""
 
 import hashlib
+import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from spn4cir.data_gen.ask import Answer, Engine, Question, Try
 from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest
 from spn4cir.distributed import own_device
 from spn4cir.errors import InputError
+from spn4cir.types import ImageRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,12 +201,14 @@ def _with_image(chat: list[dict[str, str]]) -> list[dict[str, Any]]:
     return parts
 
 
-def _area(path: Path | None) -> int:
-    """Pixels of an image file, from its head; 0 if it has none that can be read: to decode it will tell why."""
+def _area(image: ImageRef | None) -> int:
+    """Pixels of an image, from the head of its file; 0 if it cannot be read: decoding it will tell why."""
     from PIL import Image
 
+    if image is None:
+        return 0
     try:
-        with Image.open(path or "") as picture:
+        with Image.open(io.BytesIO(image.source()) if callable(image.source) else image.source) as picture:
             return picture.width * picture.height
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0

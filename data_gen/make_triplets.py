@@ -44,10 +44,10 @@ from spn4cir.data_gen.match_pairs import match_pairs
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter
 from spn4cir.data_gen.write_text import describe_drops, write_triplets
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_json, stream_jsonl, write_text
-from spn4cir.types import Dataset
 
 MANY = 0.75  # of the pairs
 COUNT, SIDE, MIDDLE, GAP, PAD = 20, 160, 250, 14, 10  # of the sheet
@@ -209,18 +209,18 @@ def pick_rows(path: Path, total: int, count: int) -> list[Row]:
 
 def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
     """What to type to train on them: the preset's recipe, or the dataset's for generated triplets, or stage 1."""
-    usual = f"{config.dataset}_{config.backbone}_stage2_generated.yaml"
+    usual = f"{config.dataset}/{config.backbone}_stage2_generated.yaml"
     recipe = config.recipe or (usual if (recipes_folder() / usual).is_file() else None)
     stage = 2 if recipe and "_stage2" in recipe else 1
     words = ["accelerate", "launch", f"recipes/stage{stage}.py"]
     words += (
         ["--config", f"recipes/{recipe}"] if recipe else ["--dataset", config.dataset, "--backbone", config.backbone]
     )
-    if config.data_root and (recipe is None or recipe.startswith(f"{config.dataset}_")):
+    if config.data_root and (recipe is None or recipe.startswith(f"{config.dataset}/")):
         words += ["--data-root", config.data_root]  # another dataset's recipe has its own
     words += ["--generated", str(config.file("triplets.json"))]
     triplets = read_summary(config)["counts"]["triplets"]
-    if triplets < FEW and not dataset.annotated:
+    if triplets < FEW and not dataset.has_triplets:
         words += ["--batch-size", str(max(2, triplets // 4))]  # the usual one would not be filled
     return shlex.join(words)
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from spn4cir.data_gen.deduplicate import canonical_images, reference_images
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.windows import ROWS, Window, encode_images, open_store
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_jsonl, write_jsonl, write_text
-from spn4cir.types import Dataset
 
 if TYPE_CHECKING:
     from spn4cir.data_gen.windows import Array
@@ -243,8 +243,9 @@ def annotated_partners(config: GenerateConfig, dataset: Dataset) -> dict[str, se
     canonical = {row["image_id"]: row["canonical"] for row in read_jsonl(config.file("images.jsonl"))}
     partners: dict[str, set[str]] = {}
     for triplet in dataset.triplets():
-        reference, target = (canonical.get(i, i) for i in (triplet.reference, triplet.target))
-        partners.setdefault(reference, set()).add(target)
+        if triplet.reference is not None:
+            own = partners.setdefault(canonical.get(triplet.reference, triplet.reference), set())
+            own.update(canonical.get(i, i) for i in triplet.targets)
     return partners
 
 

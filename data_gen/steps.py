@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from spn4cir import embedded
 from spn4cir.config import parse, recipes_folder
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError, run_command
-from spn4cir.files import Row, locked, sha256_of_files, write_text
-from spn4cir.types import Dataset
+from spn4cir.files import Row, hash_files, locked, write_text
 
 EMBEDDED = Path(embedded.__file__).parent
 """Folder of the weights that are part of the package."""
@@ -159,7 +159,7 @@ def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
     for path in inputs:
         if not path.is_file():
             raise InputError(f"{path} is missing: run the step before this one")
-    return sha256_of_files(*inputs, prefix=json.dumps(settings, sort_keys=True).encode())[:16]
+    return hash_files(*inputs, prefix=json.dumps(settings, sort_keys=True).encode())[:16]
 
 
 def is_done(path: Path, made_by: str) -> bool:
@@ -175,7 +175,7 @@ def is_done(path: Path, made_by: str) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # there is no note, or it is damaged or of an older version
     for file, (size, content) in files.items():
-        if not file.is_file() or file.stat().st_size != size or sha256_of_files(file) != content:
+        if not file.is_file() or file.stat().st_size != size or hash_files(file) != content:
             Processes().say(f"{file} is not the file that was finished: it is made again")
             return False
     return True
@@ -183,7 +183,7 @@ def is_done(path: Path, made_by: str) -> bool:
 
 def mark_done(path: Path, made_by: str, *others: Path, **about: Any) -> None:
     """Note that ``path``, and the other files of its folder, are finished: their sizes and contents count."""
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of_files(file)} for file in (path, *others)}
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_files(file)} for file in (path, *others)}
     note = {"made_by": made_by, "files": files, **about}
     write_text(path.with_suffix(".done.json"), json.dumps(note, indent=1) + "\n")
 

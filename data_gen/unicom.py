@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.errors import InputError
-from spn4cir.files import locked, sha256_of_files
+from spn4cir.files import hash_files, locked
 
 RELEASES = "https://github.com/deepglint/unicom/releases/download"
 BATCH_NORM_EPS = 2e-5
@@ -220,7 +220,7 @@ def check_weights(path: Path) -> str:
     """SHA-256 of a file. Raises ``InputError`` if it is named as a published one and holds something else."""
     if not path.is_file():
         raise InputError(f"{path} is a folder: give the file of weights" if path.is_dir() else f"{path} is missing")
-    found = sha256_of_files(path)
+    found = hash_files(path)
     for weights in PUBLISHED.values():
         if weights.file == path.name and weights.sha256 != found:
             raise InputError(

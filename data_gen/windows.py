@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from spn4cir.data_gen.steps import GenerateConfig, digest
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes, cpu_count, own_device
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ def encode_images(
         from spn4cir.store import BEGUN
 
         matcher = load().to(own_device())
-        images = ImageSource(dataset.path, matcher.transform)
+        images = ImageSource(dataset.image, matcher.transform)
         if processes.first and store.open(BEGUN) is None:
             store.create({"vectors": tuple(matcher.encode(images.stack(ids[:1])).shape[1:])})
         processes.wait()
@@ -123,7 +123,7 @@ def _encode_blocks(
             wrong = ((found.norm(dim=1) - 1).abs() <= TOLERANCE).logical_not().nonzero().flatten().tolist()
             if wrong:
                 raise InputError(
-                    f"image {images.path(blocks[start][wrong[0]])}: its vector by {matcher.made_by['kind']} "
+                    f"image {images.image(blocks[start][wrong[0]])}: its vector by {matcher.made_by['kind']} "
                     f"{matcher.made_by['model']} has the length {found[wrong[0]].norm().item():.3g}, not 1"
                 )
             yield start, found

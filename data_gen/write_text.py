@@ -19,10 +19,11 @@ from typing import Any
 
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter, caption_similarity, compose_text
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, count_lines, stream_jsonl, write_text
-from spn4cir.types import Dataset, Triplet
+from spn4cir.types import Triplet
 
 GROUP = 1 << 15  # rows of Parquet held in memory
 KINDS = ("jsonl", "json", "parquet")
@@ -196,7 +197,7 @@ class TripletWriter:
         from spn4cir.datasets.generated import entry_writer
 
         self._dataset, self._made_by = dataset, made_by
-        self._path_of = lru_cache(1 << 18)(lambda image_id: str(dataset.path(image_id)))
+        self._path_of = lru_cache(1 << 18)(lambda image_id: str(dataset.image(image_id)))
         self._published = entry_writer(dataset, paths[1].parent)
         self.count, self.words, self.tokens, self.rewritten = 0, 0, 0, 0
         self.distinct, self.templates = set[int](), Counter[str]()
@@ -223,7 +224,7 @@ class TripletWriter:
         self.templates[row["template"]] += 1
 
     def _entry(self, row: Row) -> Row:
-        triplet = Triplet(row["reference"], row["target"], (row["modification"],))
+        triplet = Triplet(row["reference"], (row["target"],), (row["modification"],))
         entry = self._published(triplet, tuple(row["captions"]))
         return {**entry, "llm_caption": row["llm_caption"]} if "llm_caption" in row else entry
 

@@ -3,13 +3,11 @@
 examples:
   accelerate launch recipes/stage1.py
   accelerate launch recipes/stage1.py --epochs 3 --lr 5e-4
-  accelerate launch recipes/stage1.py --config recipes/emoji_clip4cir_stage1.yaml --max-annotated 300
+  accelerate launch recipes/stage1.py --config recipes/emoji/clip4cir_stage1.yaml --max-annotated 300
   accelerate launch recipes/stage1.py --resume runs/emoji/clip4cir/stage1-20260101-120000
 """
 
-from pathlib import Path
-
-from spn4cir.cli import recipe
+from spn4cir.train_cli import train_command
 
 if __name__ == "__main__":
-    recipe(1, Path(__file__).parent / "emoji_clip4cir_stage1.yaml", __doc__)
+    train_command(1, __doc__)

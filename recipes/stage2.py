@@ -7,9 +7,7 @@ examples:
   accelerate launch recipes/stage2.py --resume runs/emoji/clip4cir/stage2-20260101-123000
 """
 
-from pathlib import Path
-
-from spn4cir.cli import recipe
+from spn4cir.train_cli import train_command
 
 if __name__ == "__main__":
-    recipe(2, Path(__file__).parent / "emoji_clip4cir_stage2.yaml", __doc__)
+    train_command(2, __doc__)

@@ -160,7 +160,7 @@ def load_or_build(
         ValueError: if the image side is not frozen.
         InputError: if the disk has no room for it, or features are not finite, of which nothing is kept.
     """
-    if not backbone.frozen:
+    if not backbone.is_frozen:
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")
     parts = parts or stored_parts("float32")
     name, rows = fingerprint(backbone, hashes, parts), assign_rows(hashes)

@@ -47,8 +47,8 @@ class NegativesConfig:
     """What counts as a negative.
 
     Args:
-        types: what of a triplet others take the place of, in stage 1: [target], or several of target, query, text,
-            reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
+        types: which element of the triplet is replaced to form negatives, in stage 1: [target], or several of target,
+            query, text, reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
         max_similarity: candidates more similar to the positive than this (cosine of targets) are treated as false
             negatives and masked; null masks none.
     """
@@ -68,8 +68,8 @@ class ComputeConfig:
     """How a step is computed; but for accumulate, and for what dropout draws, the result is the same.
 
     Args:
-        chunk: images, and texts, in one pass of stage 1; the gradient is exact, at the price of a second forward pass,
-            and a batch may be as large as one likes. null for all at once.
+        chunk: micro-batch size of gradient caching in stage 1: the gradient is exact, at the price of a second forward
+            pass, and memory is that of one chunk; null disables it.
         accumulate: parts of a batch, one after the other; in stage 1 each part has its own candidates only.
         checkpoint: keep no activations inside the blocks of the towers, but compute them again.
         compile: let torch.compile make kernels for the blocks of the towers that train; the first steps are slow.
@@ -87,7 +87,34 @@ class ComputeConfig:
             raise InputError(f"compute.accumulate must be at least 1, got {self.accumulate}")
 
 
-GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig}
+@dataclasses.dataclass
+class AdamWConfig:
+    """Settings of AdamW beside learning rate and weight decay.
+
+    Args:
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+    """
+
+    beta2: float = 0.999
+    eps: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta2 < 1:
+            raise InputError(f"adamw.beta2 must be in [0, 1), got {self.beta2}")
+        if not 0 < self.eps < math.inf:
+            raise InputError(f"adamw.eps must be above 0, got {self.eps}")
+
+
+RENAMED = {
+    "annotated": "max_annotated",
+    "negatives.above": "negatives.max_similarity",
+    "beta2": "adamw.beta2",
+    "eps": "adamw.eps",
+    "schedule: drops": "schedule: multistep",
+}
+"""Old settings and values, and what they are called now."""
+GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
 
 
 @dataclasses.dataclass
@@ -120,14 +147,15 @@ class TrainConfig:
             {epochs: 80, warmup: 0.02, start: 0.04}; spn4cir/schedules.py explains them.
         warmup_steps: linear warm-up before it.
         weight_decay: for matrices; vectors, biases and the temperature are exempt.
-        beta2: AdamW's second beta.
-        eps: AdamW's epsilon.
+        adamw: the optimiser's further settings.
+        max_grad_norm: scale the gradient down to this norm where it is larger; null never does.
         temperature: what scores are divided by.
         learn_temperature: train it, from that value on, clamped to [0.005, 0.5].
         dropout: switch the model's dropout on while it trains; frozen parts never have it.
         mixed_precision: "no", "bf16" or "fp16".
         compute: memory and speed of a step.
         eval_every: evaluate on the val split after so many epochs; 0 only at the end.
+        log_every: write loss, learning rate, gradient norm and throughput to metrics.jsonl after so many steps.
         save_every: also save after so many steps inside an epoch; 0 saves after each epoch.
         eval_batch_size: images encoded at once in evaluation and for the bank.
         keep_pixels: keep decoded images in memory; for small datasets.
@@ -161,14 +189,15 @@ class TrainConfig:
     schedule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     warmup_steps: int = 0
     weight_decay: float = 0.01
-    beta2: float = 0.999
-    eps: float = 1e-7
+    adamw: AdamWConfig = dataclasses.field(default_factory=AdamWConfig)
+    max_grad_norm: float | None = None
     temperature: float = 0.02
     learn_temperature: bool = False
     dropout: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     eval_every: int = 1
+    log_every: int = 10
     save_every: int = 0
     eval_batch_size: int = 256
     keep_pixels: bool = False
@@ -182,7 +211,7 @@ class TrainConfig:
         for name, kind in GROUPS.items():
             if isinstance(getattr(self, name), dict):  # as a file or the parser gives it
                 setattr(self, name, kind(**getattr(self, name)))
-        for name in ("batch_size", "epochs", "lr", "temperature", "eps", "eval_batch_size"):
+        for name in ("batch_size", "epochs", "lr", "temperature", "eval_batch_size", "log_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_steps", "eval_every", "save_every", "workers", "weight_decay"):
@@ -200,8 +229,8 @@ class TrainConfig:
         for part, factor in self.lr_scale.items():
             if not 0 < factor < math.inf:
                 raise InputError(f"lr_scale: the factor of {part} must be above 0, got {factor}")
-        if not 0 <= self.beta2 < 1:
-            raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise InputError(f"max_grad_norm must be above 0, or null for no bound, got {self.max_grad_norm}")
         if self.batch_size % self.compute.accumulate:
             raise InputError(f"batch_size {self.batch_size} does not divide into {self.compute.accumulate} parts")
         if self.max_annotated is not None and self.max_annotated < 0:
@@ -227,7 +256,8 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
     """
     from jsonargparse import ArgumentParser
 
-    path, arguments = _take_config(sys.argv[1:] if argv is None else argv, default)
+    given, arguments = take_option(sys.argv[1:] if argv is None else argv, "config")
+    path, arguments = find_config(given) if given else default, [_spell(argument) for argument in arguments]
     parser = ArgumentParser(
         exit_on_error=False,
         allow_abbrev=False,
@@ -235,7 +265,7 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
         formatter_class=_Help,
         epilog=text.partition("\n\n")[2],
     )
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file (default: {default.name} beside this script)")
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file, or a packaged recipe (default: {default})")
     parser.add_class_arguments(kind)
     values = read_settings(path, kind)
     try:
@@ -252,22 +282,36 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """Examples as they are written, defaults shown."""
 
 
-def _take_config(argv: Sequence[str], default: Path) -> tuple[Path, list[str]]:
-    """Pull ``--config FILE`` out, and let options be written with dashes."""
-    path, rest, arguments = default, [], iter(argv)
+def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, the last of several, and the other arguments."""
+    value, rest, arguments = None, [], iter(argv)
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            found = value if equals else next(arguments, None)
-            if not found:
-                raise InputError("--config needs a file")
-            path = Path(found)
-        elif name.startswith("--"):
-            head, dot, tail = name[2:].partition(".")
-            rest.append("--" + head.replace("-", "_") + dot + tail + equals + value)
+        option, equals, given = argument.partition("=")
+        if option == f"--{name}":
+            value = given if equals else next(arguments, None)
+            if not value:
+                raise InputError(f"--{name} needs a value")
         else:
             rest.append(argument)
-    return path, rest
+    return value, rest
+
+
+def _spell(argument: str) -> str:
+    """An option as the settings spell it: it may be written with dashes."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument[2:].partition("=")
+    head, dot, tail = option.partition(".")
+    option = head.replace("-", "_") + dot + tail
+    if option in RENAMED:
+        raise InputError(f"option --{option} is now called --{RENAMED[option]}")
+    return f"--{option}{equals}{value}"
+
+
+def find_config(name: str) -> Path:
+    """The file of that name; else, as outside a checkout, the packaged recipe that is called recipes/…"""
+    packaged = recipes_folder().parent / name
+    return packaged if packaged.is_file() and not Path(name).is_file() else Path(name)
 
 
 def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
@@ -275,7 +319,9 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise InputError(f"config file {path} is missing") from None
+        moved = Path("recipes", *path.name.split("_", 1))  # recipes/emoji_clip4cir_stage1.yaml is of old
+        hint = f": it is {moved} now" if find_config(str(moved)).is_file() else ""
+        raise InputError(f"config file {path} is missing{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"config file {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -287,6 +333,9 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
 def _check_keys(values: dict[str, Any], kind: Any, path: Path, prefix: str = "") -> None:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in values.items():
+        for old in (f"{prefix}{key}", f"{prefix}{key}: {value}"):
+            if old in RENAMED:
+                raise InputError(f"config file {path}: {old!r} is now called {RENAMED[old]!r}")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {prefix + near[0]!r}?" if near else ""

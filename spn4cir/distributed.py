@@ -109,18 +109,22 @@ def gather_with_gradient(local: "Tensor") -> "Tensor":
 
 
 def all_reduce_sum(local: "Tensor") -> "Tensor":
-    """The sum over all processes, without a gradient."""
+    """The sum over all processes, without a gradient; ``local`` if alone."""
     import torch
 
+    if world_size() == 1:
+        return local
     total = local.detach().clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total)
     return total
 
 
 def all_reduce_max(local: "Tensor") -> "Tensor":
-    """The maximum over all processes, without a gradient."""
+    """The maximum over all processes, without a gradient; ``local`` if alone."""
     import torch
 
+    if world_size() == 1:
+        return local
     largest = local.detach().clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return largest

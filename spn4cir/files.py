@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def sha256_of_files(*paths: Path, prefix: bytes = b"") -> str:
+def hash_files(*paths: Path, prefix: bytes = b"") -> str:
     """Return the SHA-256, in hexadecimal, of a prefix and the contents of files, one after the other."""
     digest = hashlib.sha256(prefix)
     for path in paths:

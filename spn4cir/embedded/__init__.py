@@ -1,1 +1,1 @@
-"""What ships so that the first run needs no download, and the scripts that made it."""
+"""What ships so that the first run needs no download; ``benchmarks.embedded`` holds the scripts that made it."""

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from spn4cir import train
+from spn4cir.batches import TripletRows
 from spn4cir.cli import evaluate_command
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.files import read_jsonl
-from spn4cir.images import TripletRows
 from spn4cir.types import Triplet
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
 
 
 def zero_shot(call: Call, root: Path, stage: int, made: Path) -> str:
-    recipe = ROOT / "recipes" / f"fashioniq_clip4cir_zeroshot_stage{stage}.yaml"
+    recipe = ROOT / "recipes" / "fashioniq" / f"clip4cir_zeroshot_stage{stage}.yaml"
     given = ("--config", recipe, "--data-root", root, "--generated", made, *FEW)
     return call(STAGES[stage], *given, "--backbone-options", "{model: embedded}")[0]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import runpy
 import shlex
 import subprocess
@@ -23,14 +24,17 @@ from spn4cir.cli import evaluate_command
 from spn4cir.config import TrainConfig, parse
 from spn4cir.datasets import DATASETS
 from spn4cir.datasets.emoji import Emoji
+from spn4cir.train_cli import train_command
 from spn4cir.types import Benchmark
 
 ROOT = Path(__file__).parents[2]
 STAGES = {1: "recipes/stage1.py", 2: "recipes/stage2.py"}
 EVAL = "spn4cir-eval"
-CHANGES: dict[str, Any] = {"max_steps": 2, "batch_size": 16, "annotated": 64, "eval_every": 0}
+COMMANDS = {EVAL: evaluate_command, "spn4cir-train": train_command}
+CHANGES: dict[str, Any] = {"max_steps": 2, "batch_size": 16, "max_annotated": 64, "eval_every": 0}
 FEW = tuple(word for key, value in CHANGES.items() for word in (f"--{key.replace('_', '-')}", str(value)))
 FAST = ("--lr", "0.02", "--warmup-steps", "0")  # so that two steps are seen in the figures
+RECIPE = re.compile(r"recipe \S+\n")
 Call = Callable[..., str]
 
 
@@ -55,8 +59,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     def run(program: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
         capfd.readouterr()
-        if program == EVAL:
-            evaluate_command()
+        if program in COMMANDS:
+            COMMANDS[program]()
         else:
             runpy.run_path(str(ROOT / program), run_name="__main__")
         return capfd.readouterr().out
@@ -73,7 +77,8 @@ def refused(call: Call, capfd: pytest.CaptureFixture[str]) -> Call:
             call(program, *arguments)
         out, err = capfd.readouterr()
         lines = [line for line in err.replace("\r", "\n").split("\n") if line.strip() and "%|" not in line]
-        assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and out == "", (out, err)
+        assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (out, err)
+        assert not out or RECIPE.fullmatch(out), out
         return lines[0].removeprefix("error: ")
 
     return run
@@ -101,7 +106,7 @@ def settings(run: Path) -> dict[str, Any]:
 
 def check_run(run: Path, stage: int, backbone: str, **changes: object) -> dict[str, Any]:
     """A complete run of two steps with the settings of the backbone's own recipe; its result."""
-    own = yaml.safe_load((ROOT / f"recipes/emoji_{backbone}_stage{stage}.yaml").read_text()) | CHANGES | changes
+    own = yaml.safe_load((ROOT / f"recipes/emoji/{backbone}_stage{stage}.yaml").read_text()) | CHANGES | changes
     assert stated(settings(run), own) == own
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
     assert (result["stage"], result["steps"], result["protocol"]) == (stage, 2, "emoji/val")
@@ -126,7 +131,7 @@ def test_what_a_stage_says_comes_next_runs(call: Call, runs: Path, backbone: str
     first = check_run(one, 1, backbone, lr=0.02, warmup_steps=0)
     check_figures(call(EVAL, "--backbone", backbone, "--split", "val", "--json", "-"), one, first)
     named = [] if backbone == TrainConfig.backbone else ["--backbone", backbone]
-    data = ["--max-annotated", str(settings(one)["annotated"])]  # the same triplets
+    data = ["--max-annotated", str(settings(one)["max_annotated"])]  # the same triplets
     assert following == [STAGES[2], *named, "--init", str(one), *data]
 
     following = advice(call(*following, *FEW, *FAST))
@@ -144,7 +149,7 @@ def test_stage_2_finds_the_newest_stage_1_of_its_own_backbone(refused: Call, run
     for backbone in ("sprc", "clip4cir"):
         save_model(runs / "emoji" / backbone / "stage1-x", build_backbone(backbone), {})
         (runs / "emoji" / backbone / "stage1-x" / "result.json").write_text("{}")
-    config = of("emoji_sprc_stage2")
+    config = of("emoji/sprc_stage2")
     assert train.load_backbone(config, 2).name == "sprc"
     assert config.init == str(runs / "emoji" / "sprc" / "stage1-x")
     line = refused(STAGES[2], "--backbone", "tgcir", *FEW)
@@ -194,11 +199,11 @@ def of(recipe: str, **changes: object) -> TrainConfig:
 @pytest.mark.parametrize(
     ("arguments", "recipe"),
     [
-        ("recipes/stage1.py", "emoji_clip4cir_stage1"),
-        ("recipes/stage1.py --dataset cirr --backbone sprc", "cirr_sprc_stage1"),
-        ("recipes/stage2.py --backbone=tgcir --dataset=fashioniq", "fashioniq_tgcir_stage2"),
-        ("recipes/stage2.py --backbone blip4cir", "emoji_blip4cir_stage2"),
-        ("recipes/stage2.py --dataset cirr", "cirr_clip4cir_stage2"),
+        ("recipes/stage1.py", "emoji/clip4cir_stage1"),
+        ("recipes/stage1.py --dataset cirr --backbone sprc", "cirr/sprc_stage1"),
+        ("recipes/stage2.py --backbone=tgcir --dataset=fashioniq", "fashioniq/tgcir_stage2"),
+        ("recipes/stage2.py --backbone blip4cir", "emoji/blip4cir_stage2"),
+        ("recipes/stage2.py --dataset cirr", "cirr/clip4cir_stage2"),
     ],
 )
 def test_dataset_and_backbone_have_their_recipe(asked: Callable[..., TrainConfig], arguments: str, recipe: str) -> None:
@@ -206,22 +211,43 @@ def test_dataset_and_backbone_have_their_recipe(asked: Callable[..., TrainConfig
     assert asked(*arguments.split()) == of(recipe)
 
 
+def test_the_command_without_a_checkout(asked: Callable[..., TrainConfig], refused: Call) -> None:
+    """``spn4cir-train --stage N`` takes the recipe that the stage's script takes, and a packaged one by its name."""
+    assert asked("spn4cir-train", "--stage", 1) == of("emoji/clip4cir_stage1")
+    assert asked("spn4cir-train", "--backbone", "sprc", "--stage=2") == of("emoji/sprc_stage2")
+    packaged = "recipes/cirr/sprc_stage2_generated.yaml"
+    assert asked("spn4cir-train", "--stage", 2, "--config", packaged) == of("cirr/sprc_stage2_generated")
+    for wrong in ((), ("--stage", "3"), ("--stage", "stage1")):
+        assert "--stage must be 1 or 2, got " in refused("spn4cir-train", *wrong)
+
+
+def test_every_run_says_which_recipe(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once, by the first process: a packaged recipe by its short name, others as they were given."""
+    monkeypatch.setattr(train, "train", lambda config, stage: None)
+    assert call(STAGES[1], "--backbone", "tgcir") == "recipe recipes/emoji/tgcir_stage1.yaml\n"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("dataset: cirr\n")
+    assert call(STAGES[2], "--config", mine) == f"recipe {mine}\n"
+    monkeypatch.setenv("RANK", "1")
+    assert call(STAGES[1]) == ""
+
+
 def test_a_checkpoint_brings_its_recipe(asked: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """That of its backbone, of the dataset that is named; what is stated about the backbone holds."""
     held = model(tmp_path / "held", "sprc")
-    assert asked(STAGES[2], "--init", held) == of("emoji_sprc_stage2", init=str(held))
-    assert asked(STAGES[1], f"--init={held}", "--dataset", "cirr") == of("cirr_sprc_stage1", init=str(held))
+    assert asked(STAGES[2], "--init", held) == of("emoji/sprc_stage2", init=str(held))
+    assert asked(STAGES[1], f"--init={held}", "--dataset", "cirr") == of("cirr/sprc_stage1", init=str(held))
     stated = asked(STAGES[2], "--init", held, "--backbone", "tgcir")
-    assert stated == of("emoji_tgcir_stage2", init=str(held))
+    assert stated == of("emoji/tgcir_stage2", init=str(held))
 
 
 def test_what_is_given_wins(asked: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """A file over the recipe that dataset, backbone or checkpoint have; an option over both."""
-    held, config = model(tmp_path / "held", "sprc"), ROOT / "recipes" / "emoji_tgcir_stage1.yaml"
+    held, config = model(tmp_path / "held", "sprc"), ROOT / "recipes" / "emoji" / "tgcir_stage1.yaml"
     named = ("--dataset", "cirr", "--backbone", "sprc")
-    assert asked(STAGES[1], *named, "--config", config) == of(config.stem, dataset="cirr", backbone="sprc")
-    assert asked(STAGES[1], "--config", config, "--init", held) == of(config.stem, init=str(held))
-    assert asked(STAGES[1], *named, "--lr", "0.5") == of("cirr_sprc_stage1", lr=0.5)
+    assert asked(STAGES[1], *named, "--config", config) == of("emoji/tgcir_stage1", dataset="cirr", backbone="sprc")
+    assert asked(STAGES[1], "--config", config, "--init", held) == of("emoji/tgcir_stage1", init=str(held))
+    assert asked(STAGES[1], *named, "--lr", "0.5") == of("cirr/sprc_stage1", lr=0.5)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -241,10 +267,21 @@ def test_an_unknown_backbone(
     assert not runs.exists()
 
 
+def test_a_pair_without_a_recipe(refused: Call, asked: Callable[..., TrainConfig], toy: object) -> None:
+    """Is refused with the recipes that the dataset has; a file that is given needs none."""
+    none = "recipes: there is no recipe for dataset {!r} with backbone {!r}; available: {}".format
+    line = refused(STAGES[1], "--dataset", "catalogue", "--backbone", "tgcir")
+    assert line == none("catalogue", "tgcir", "clip4cir (stage1, stage2)")
+    assert refused(STAGES[2], "--dataset", "toy") == none("toy", "clip4cir", "none, give --config FILE")
+    config = ("--config", "recipes/emoji/tgcir_stage1.yaml")
+    pair = asked(STAGES[1], "--dataset", "catalogue", "--backbone", "tgcir", *config)
+    assert (pair.dataset, pair.backbone, pair.lr) == ("catalogue", "tgcir", of("emoji/tgcir_stage1").lr)
+
+
 @pytest.mark.parametrize(("arguments", "told"), [
     (("--backbone", "a/b"), "unknown backbone 'a/b'"),
     (("--dataset", "a/b"), "unknown dataset 'a/b'"),
-    (("--backbone",), "expected one argument"),
+    (("--backbone",), "--backbone needs a value"),
 ])  # fmt: skip
 def test_a_name_that_cannot_be_one(refused: Call, arguments: tuple[str, ...], told: str) -> None:
     """It is looked for as part of a file's name, and refused in one line all the same."""
@@ -254,7 +291,7 @@ def test_a_name_that_cannot_be_one(refused: Call, arguments: tuple[str, ...], to
 def test_a_checkpoint_of_another_backbone(refused: Call, tmp_path: Path) -> None:
     """Is no start for the one that is stated."""
     save_model(tmp_path / "held", build_backbone("tgcir"), {})
-    for given in (("--backbone", "blip4cir"), ("--config", ROOT / "recipes/emoji_blip4cir_stage2.yaml")):
+    for given in (("--backbone", "blip4cir"), ("--config", ROOT / "recipes/emoji/blip4cir_stage2.yaml")):
         line = refused(STAGES[2], "--init", tmp_path / "held", *given)
         assert line == f"{tmp_path / 'held'} holds a tgcir, and the backbone is blip4cir: give --backbone tgcir"
 

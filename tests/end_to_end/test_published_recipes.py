@@ -40,7 +40,7 @@ STEPS = {  # of stage 2 with generated positives: on FashionIQ, and at most on C
 }  # fmt: skip
 
 COMMON: dict[str, Any] = {
-    "bank": BankConfig(images="named"), "annotated": None, "generated": None, "generated_share": None, "init": None,
+    "bank": BankConfig(images="named"), "max_annotated": None, "generated": None, "generated_share": None, "init": None,
     "max_steps": None, "warmup_steps": 0, "selection": "val", "eval_every": 1, "seed": 42, "mixed_precision": "fp16",
     "workers": 4, "schedule": "constant", "schedule_options": {}, "lr_scale": {}, "backbone_options": {},
     "weight_decay": 0.01, "beta2": 0.999, "eps": 1e-7, "learn_temperature": False, "dropout": False,
@@ -98,8 +98,8 @@ STAGE_2_OF: dict[tuple[str, str], dict[str, Any]] = {
 }
 SELECTION = {  # metrics whose mean selects: all of stage 2, and stage 1 where its authors do otherwise
     "fashioniq": {"R@10", "R@50"}, "cirr": {"R@5", "Rs@1"},
-    "fashioniq_tgcir_stage1": {"R@10"}, "cirr_tgcir_stage1": {*SEVEN}, "cirr_sprc_stage1": {*SEVEN},
-    "cirr_clip4cir_stage1": {*SEVEN}, "cirr_clip4cir_stage1_generated": {*SEVEN}, "cirr_clip4cir_combiner": {*SEVEN},
+    "fashioniq/tgcir_stage1": {"R@10"}, "cirr/tgcir_stage1": {*SEVEN}, "cirr/sprc_stage1": {*SEVEN},
+    "cirr/clip4cir_stage1": {*SEVEN}, "cirr/clip4cir_stage1_generated": {*SEVEN}, "cirr/clip4cir_combiner": {*SEVEN},
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def row(dataset: str, backbone: str, stage: int, generated: bool) -> Row:
 
 
 ROWS = {
-    f"{dataset}_{backbone}_stage{stage}{'_generated' * generated}": row(dataset, backbone, stage, generated)
+    f"{dataset}/{backbone}_stage{stage}{'_generated' * generated}": row(dataset, backbone, stage, generated)
     for dataset in METRICS
     for backbone in ROW
     for stage, generated in ((1, False), (1, True), (2, False), (2, True))
@@ -147,17 +147,17 @@ for place, numbers in (
     ("cirr/val", {"R@1": 45.37, "R@5": 78.47}),
 ):
     about = {"dataset": place.partition("/")[0], "backbone": "clip4cir", "protocol": place}
-    ROWS[f"{about['dataset']}_clip4cir_combiner"] = Row(1, numbers, place, AGAIN, COMMON | COMBINER | about)
+    ROWS[f"{about['dataset']}/clip4cir_combiner"] = Row(1, numbers, place, AGAIN, COMMON | COMBINER | about)
 for dataset, place in (("fashioniq", "fashioniq/original-noref"), ("cirr", "cirr/val")):
     # CLIP ViT-L/14, the last two rows of the paper's commands: generated triplets alone, no figure in numbers
-    about = {"dataset": dataset, "backbone": "clip4cir", "protocol": place, "annotated": 0}
+    about = {"dataset": dataset, "backbone": "clip4cir", "protocol": place, "max_annotated": 0}
     about["generated"] = GENERATED[dataset].format("zs")
     clip = {"backbone_options": {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}}
     for stage, own in (
         (1, clip | {"batch_size": 48, "epochs": 10, "lr": 2e-6, "temperature": 0.01}),
         (2, {"batch_size": 128, "epochs": 5, "lr": 2e-6, "temperature": 0.02}),
     ):
-        ROWS[f"{dataset}_clip4cir_zeroshot_stage{stage}"] = Row(stage, {}, place, "", COMMON | own | about)
+        ROWS[f"{dataset}/clip4cir_zeroshot_stage{stage}"] = Row(stage, {}, place, "", COMMON | own | about)
 # A further recipe of a published dataset is one more entry.
 
 
@@ -176,10 +176,10 @@ def header(name: str) -> str:
 
 def test_every_row_has_a_file() -> None:
     """Of the published datasets these files and no others; of the embedded one both stages; of all backbones."""
-    found = {path.stem for path in RECIPES.glob("*.yaml")}
-    assert {name for name in found if name.startswith(("fashioniq_", "cirr_"))} == set(ROWS)
+    found = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
+    assert {name for name in found if name.startswith(("fashioniq/", "cirr/"))} == set(ROWS)
     assert set(ROW) == set(BACKBONES)
-    assert {f"emoji_{backbone}_stage{stage}" for backbone in BACKBONES for stage in (1, 2)} <= found
+    assert {f"emoji/{backbone}_stage{stage}" for backbone in BACKBONES for stage in (1, 2)} <= found
 
 
 @pytest.mark.parametrize("name", ROWS)

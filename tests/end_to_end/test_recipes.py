@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import stated
 
+from spn4cir.__main__ import COMMANDS
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import TrainConfig, parse
 from spn4cir.data_gen.sample_images import SampleConfig
@@ -20,8 +21,9 @@ from spn4cir.datasets import DATASETS
 ROOT = Path(__file__).parent.parent.parent
 PROMPTS = sorted((ROOT / "recipes" / "prompts").glob("*.yaml"))  # which tests of rewriting read
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in PROMPTS]
+TRAINING = [path for path in RECIPES if path.parent.name in DATASETS]
 FEW = ("--max-steps", "2", "--batch-size", "16", "--max-annotated", "64", "--eval-every", "0")
-EVAL = ("-c", "from spn4cir.cli import evaluate_command as e; e()")
+EVAL = ("-m", "spn4cir", "eval")
 
 
 def python(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -59,7 +61,7 @@ def test_a_stage_leaves_a_complete_run(work: Path, stage: int) -> None:
     run = only(work, f"runs/emoji/clip4cir/stage{stage}-*")
     files = {"config.yaml", "model.json", "model.safetensors", "last.safetensors", "metrics.jsonl", "result.json"}
     assert {path.name for path in run.iterdir()} == files
-    assert yaml.safe_load((run / "config.yaml").read_text())["annotated"] == 64
+    assert yaml.safe_load((run / "config.yaml").read_text())["max_annotated"] == 64
     result = json.loads((run / "result.json").read_text())
     assert result["protocol"] == "emoji/val" and result["steps"] == 2 and 0 < result["metrics"]["R@50"] <= 100
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -89,7 +91,11 @@ def test_the_evaluation_prints_json(work: Path) -> None:
     assert all(0 <= value <= 100 for value in result["metrics"].values())
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_every_recipe_loads(path: Path) -> None:
     """Each key is known and each value of its type; what the file says is what the settings hold."""
     kinds: dict[str, type] = {"triplets": GenerateConfig, "sample_images": SampleConfig}
@@ -101,20 +107,20 @@ def test_every_recipe_loads(path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     """Both stages of the embedded dataset and its triplets are among them."""
-    names = {path.stem for path in RECIPES}
-    assert {"emoji_clip4cir_stage1", "emoji_clip4cir_stage2", "emoji"} <= names
-    training = {path.stem for path in RECIPES if path.parent.name == "recipes"} - {"sample_images"}
-    assert all("_stage" in name or name.endswith("_combiner") for name in training)
+    assert {"emoji/clip4cir_stage1", "emoji/clip4cir_stage2"} <= {name_of(path) for path in TRAINING}
+    assert all("_stage" in path.stem or path.stem.endswith("_combiner") for path in TRAINING)
+    beside = {name_of(path) for path in {*RECIPES} - {*TRAINING}}
+    assert beside and all(name.startswith(("triplets", "sample_images")) for name in beside)
+    assert "triplets/emoji" in beside
     assert {path.stem for path in PROMPTS} == {"rewrite", "rewrite_fashioniq", "rewrite_cirr"}
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in RECIPES if p.parent.name == "recipes" and p.stem != "sample_images"], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", TRAINING, ids=name_of)
 def test_a_recipe_names_what_is_known(path: Path) -> None:
-    """Dataset and backbone are those of the library, and the file's name begins with the dataset's."""
+    """Dataset and backbone are those of the library, and of the folder and the file's name."""
     config = parse(TrainConfig, path, [])
-    assert config.dataset in DATASETS and config.backbone in BACKBONES and path.name.startswith(f"{config.dataset}_")
+    assert config.dataset == path.parent.name
+    assert config.backbone in BACKBONES and path.name.startswith(f"{config.backbone}_")
 
 
 HELP = """
@@ -126,17 +132,19 @@ except SystemExit as stopped:
 heavy = [name for name in ("torch", "open_clip", "accelerate", "transformers") if name in sys.modules]
 assert not heavy, heavy
 """
-PROGRAMS = ["recipes/stage1.py", "recipes/stage2.py", "data_gen/make_triplets.py", "spn4cir-eval"]
+PROGRAMS = ["recipes/stage1.py", "recipes/stage2.py", "data_gen/make_triplets.py", *COMMANDS]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_waits_for_nothing(program: str, tmp_path: Path) -> None:
     """``--help`` prints its examples and imports no heavy library."""
     path = f"runpy.run_path({str(ROOT / program)!r}, run_name='__main__')"
-    call = "from spn4cir.cli import evaluate_command as e; e()" if program == "spn4cir-eval" else path
-    told = python(tmp_path, "-c", HELP.format(call=call), "--help")
+    call = "from spn4cir.__main__ import main; main()" if program in COMMANDS else path
+    named = [program] if program in COMMANDS else []
+    told = python(tmp_path, "-c", HELP.format(call=call), *named, "--help")
     assert told.returncode == 0, told.stderr
     assert "usage:" in told.stdout and "examples:" in told.stdout
+    assert program not in COMMANDS or f"usage: spn4cir-{program} " in told.stdout
 
 
 def test_the_check_of_imports_can_fail(tmp_path: Path) -> None:

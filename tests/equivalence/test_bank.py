@@ -47,7 +47,7 @@ class Maker:
     def __init__(self, toy, backbone: Backbone, root: Path):  # type: ignore[no-untyped-def]
         self.toy, self.backbone, self.root, self.encoded = toy, backbone, root, 0
         backbone.freeze_image_side()
-        self.images, self.ids = ImageSource(toy.path, backbone.transform), toy.training_images()
+        self.images, self.ids = ImageSource(toy.image, backbone.transform), toy.training_images()
         self.hashes = {i: pixel_hash(open_image(toy.path(i))) for i in self.ids}
         encode = backbone.encode_image
         backbone.encode_image = lambda pixels: (self._count(len(pixels)), encode(pixels))[1]  # type: ignore[method-assign]
@@ -622,7 +622,7 @@ class Forgetful(CLIP4CIR):
     name = "forgetful"
     right = False
 
-    def __init__(self, train_clip: bool = True, load_weights: bool = True):
+    def __init__(self, train_clip: bool = True):
         super().__init__()
         self.options = {"train_clip": train_clip}
         self.layer = torch.nn.Linear(128, 128)

@@ -4,18 +4,21 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spn4cir.backbones import BACKBONES
 from spn4cir.datasets import DATASETS
+from spn4cir.importers import IMPORTERS
 
 ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
-    {"errors"}, {"distributed", "files", "schedules", "types"}, {"store", "streaming"},
-    {"config", "losses", "measures", "search"}, {"images", "faiss_search"}, {"identity"}, {"embedded"}, {"datasets"},
-    {"backbone", "blip", "clip"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
-    {"objective", "evaluate", "index", "dataset_check"}, {"run"}, {"train"}, {"cli"},
+    {"errors"}, {"distributed", "files", "schedules", "text_tokenizer", "types"},
+    {"compute", "dataset", "measures", "store", "streaming"}, {"config", "losses", "results", "search"},
+    {"images", "in_batch", "faiss_search"}, {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"},
+    {"checkpoints"}, {"bank", "importers"}, {"batches"}, {"objective", "evaluate", "index", "dataset_check"},
+    {"run"}, {"data"}, {"stages"}, {"train"}, {"cli", "train_cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LINKED = ("data_gen", "recipes")  # folders at the top that are part of the package through a link
@@ -62,12 +65,6 @@ def room_of(module: str) -> str | None:
     return parts[1] if parts[0] == "spn4cir" and len(parts) > 1 and parts[1] in LEVEL else None
 
 
-def scripts() -> set[Path]:
-    """The ``make_*.py`` that no other module imports: they may stand on anything, as nothing stands on them."""
-    imported = {module for path in LIBRARY for module in imports_of(path)}
-    return {path for path in LIBRARY if path.stem.startswith("make_") and module_of(path) not in imported}
-
-
 def functions(path: Path) -> Iterator[tuple[str, Function]]:
     """All functions and methods of a file with their dotted names, nested ones included."""
 
@@ -103,11 +100,9 @@ def test_every_room_is_known() -> None:
 
 def test_imports_point_one_way() -> None:
     """No room of spn4cir imports a room above its own."""
-    wrong, free = [], scripts()
-    assert {path.stem for path in free if path.parent.name == "embedded"} >= {"make_fusion"}
-    assert "make_emoji" not in {path.stem for path in free}  # a dataset reads names with it
+    wrong = []
     for path in LIBRARY:
-        own = None if path in free else room_of(module_of(path))
+        own = room_of(module_of(path))
         for other in sorted({room_of(m) for m in imports_of(path)} - {None, own}) if own else []:
             if LEVEL[other] > LEVEL[own]:
                 wrong.append(f"{name_of(path)} imports {other}")
@@ -139,9 +134,9 @@ def test_packages_point_one_way(package: str, above: set[str]) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("known", [BACKBONES, DATASETS], ids=["backbones", "datasets"])
-def test_plugins_do_not_import_each_other(known: dict[str, type]) -> None:
-    """One backbone or dataset never leans on another; only the dictionary of the package names them all."""
+@pytest.mark.parametrize("known", [BACKBONES, DATASETS, IMPORTERS], ids=["backbones", "datasets", "importers"])
+def test_plugins_do_not_import_each_other(known: dict[str, Any]) -> None:
+    """One backbone, dataset or importer never leans on another; only the package's dictionary names them all."""
     names = {kind.__module__ for kind in known.values()}
     package = next(iter(names)).rpartition(".")[0]
     files = [p for p in (ROOT / package.replace(".", "/")).glob("*.py") if p.stem != "__init__"]
@@ -160,11 +155,11 @@ def _defaults(tree: ast.Module) -> set[int]:
 
 
 def test_no_dataset_name_outside_datasets() -> None:
-    """Outside datasets/ and embedded/ a dataset's name is written only as the default of a setting or an option."""
+    """Outside datasets/ a dataset's name is written only as the default of a setting or an option."""
     word = re.compile(rf"(?<![a-z])({'|'.join(DATASETS)})(?![a-z])")
     wrong = []
     for path in LIBRARY:
-        if room_of(module_of(path)) in ("datasets", "embedded"):
+        if room_of(module_of(path)) == "datasets":
             continue
         allowed = _defaults(TREES[path])
         for node in ast.walk(TREES[path]):
@@ -176,10 +171,10 @@ def test_no_dataset_name_outside_datasets() -> None:
 
 
 def test_no_backbone_name_outside_backbones() -> None:
-    """As for datasets; the scripts in embedded/ that make a backbone's weights may name it."""
+    """As for datasets; importers may name it too."""
     wrong = []
     for path in LIBRARY:
-        if room_of(module_of(path)) in ("backbones", "embedded"):
+        if room_of(module_of(path)) in ("backbones", "importers"):
             continue
         allowed = _defaults(TREES[path])
         for node in ast.walk(TREES[path]):
@@ -194,7 +189,7 @@ def test_no_test_of_a_plugin_name_outside_plugins() -> None:
     """``if backbone == "…"`` or ``if dataset == "…"`` stands nowhere but where the plug-ins live."""
     wrong = []
     for path in LIBRARY:
-        if room_of(module_of(path)) in ("datasets", "backbones", "embedded"):
+        if room_of(module_of(path)) in ("datasets", "backbones"):
             continue
         for node in ast.walk(TREES[path]):
             if isinstance(node, ast.Compare):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spn4cir.errors import InputError
-from spn4cir.files import locked, sha256_of_files, write_text
+from spn4cir.files import hash_files, locked, write_text
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -60,5 +60,5 @@ def test_digest_of_files(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"a" * (1 << 22) + b"b")
     two.write_bytes(b"c")
-    assert sha256_of_files(one) == hashlib.sha256(one.read_bytes()).hexdigest()
-    assert sha256_of_files(one, two) == hashlib.sha256(one.read_bytes() + b"c").hexdigest() != sha256_of_files(two, one)
+    assert hash_files(one) == hashlib.sha256(one.read_bytes()).hexdigest()
+    assert hash_files(one, two) == hashlib.sha256(one.read_bytes() + b"c").hexdigest() != hash_files(two, one)

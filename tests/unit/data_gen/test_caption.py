@@ -16,10 +16,10 @@ from spn4cir.data_gen import caption as steps
 from spn4cir.data_gen.ask import Answer, Question, Try
 from spn4cir.data_gen.caption import caption_images, check_caption, repeats, tidy
 from spn4cir.data_gen.steps import GenerateConfig, Journal
+from spn4cir.dataset import Dataset
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
-from spn4cir.types import Dataset
 
 IDS = [f"i{n}" for n in range(11)]
 SORRY = "I'm sorry, but I cannot see the image."

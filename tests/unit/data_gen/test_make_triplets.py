@@ -11,8 +11,8 @@ import pytest
 from spn4cir.config import TrainConfig, parse, recipes_folder
 from spn4cir.data_gen.make_triplets import check_settings, suggest_training
 from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
 
 
 def told(folder: Path, annotated: bool = True, triplets: int = 5000, **settings: Any) -> list[str]:
@@ -27,15 +27,15 @@ def told(folder: Path, annotated: bool = True, triplets: int = 5000, **settings:
 
 def test_the_suggest_training(tmp_path: Path) -> None:
     """The recipe for generated triplets, that of the preset, or stage 1; and options that it takes."""
-    paper = ["recipes/stage2.py", "--config", "recipes/cirr_tgcir_stage2_generated.yaml", "--data-root", "x y"]
+    paper = ["recipes/stage2.py", "--config", "recipes/cirr/tgcir_stage2_generated.yaml", "--data-root", "x y"]
     assert told(tmp_path, dataset="cirr", backbone="tgcir", data_root="x y") == paper
     own = ["recipes/stage1.py", "--dataset", "catalogue", "--backbone", "sprc", "--data-root", "x"]
     assert told(tmp_path, False, dataset="catalogue", backbone="sprc", data_root="x") == own
     few = told(tmp_path, False, 54, dataset="catalogue", data_root="x")
     assert few[-2:] == ["--batch-size", "13"] and parse(
-        TrainConfig, recipes_folder() / "catalogue_clip4cir_stage1.yaml", few[-2:]
+        TrainConfig, recipes_folder() / "catalogue/clip4cir_stage1.yaml", few[-2:]
     )
-    recipe = "cirr_clip4cir_zeroshot_stage1.yaml"
+    recipe = "cirr/clip4cir_zeroshot_stage1.yaml"
     other = told(tmp_path, False, dataset="catalogue", data_root="x", recipe=recipe)
     assert other == ["recipes/stage1.py", "--config", f"recipes/{recipe}"]
 
@@ -48,7 +48,7 @@ def test_presets_lead_to_recipes_of_theirs(tmp_path: Path, preset: Path) -> None
     if "--config" in words:
         recipe = words[words.index("--config") + 1].removeprefix("recipes/")
         dataset = preset.stem.removeprefix("outofdomain_").split("_")[0]
-        assert recipe.startswith(f"{dataset}_{settings['backbone']}_")
+        assert recipe.startswith(f"{dataset}/{settings['backbone']}_")
         zero = "zeroshot" in preset.stem or "outofdomain" in preset.stem
         assert ("zeroshot" in recipe) == zero
     else:

@@ -15,10 +15,10 @@ from spn4cir.data_gen.ask import Answer, Question, Try
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.texts import Prompt, TokenCounter, check_rewriting, load_prompt, sentence
 from spn4cir.data_gen.write_text import write_triplets
+from spn4cir.dataset import Dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
-from spn4cir.types import Dataset
 
 NOBODY = cast(Dataset, SimpleNamespace(name="x", path=Path))
 PROMPT = Prompt(Path("p.yaml"), "rewrite", (("a red cat", "make the cat red"), ("two dogs", "show two dogs")))
@@ -83,7 +83,7 @@ def test_rewritten_texts_take_the_place_of_the_template_s(tmp_path: Path, monkey
     entries = json.loads(config.file("triplets.json").read_text())
     assert entries[0]["captions"] == ["I want green apple"] and entries[0]["llm_caption"] == "I want green apple"
     triplets, _ = read_generated(config.file("triplets.json"), "abcd")
-    assert triplets[3].modifications == ("I want two dogs",)
+    assert triplets[3].texts == ("I want two dogs",)
     import pandas
 
     table = pandas.read_parquet(config.file("triplets.parquet"))

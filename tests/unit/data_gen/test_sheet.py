@@ -15,8 +15,8 @@ from spn4cir.data_gen.draw import compute_shares, draw_chart, font, has_letters,
 from spn4cir.data_gen.make_triplets import sample_triplets, write_sheet
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.write_text import write_triplets
+from spn4cir.dataset import Dataset
 from spn4cir.files import write_jsonl
-from spn4cir.types import Dataset
 
 
 @pytest.fixture

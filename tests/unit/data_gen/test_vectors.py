@@ -78,7 +78,7 @@ def key_of(config: GenerateConfig, ids: Sequence[str], matcher: dict[str, Any]) 
 def by_hand(toy: Toy) -> Tensor:
     """All images in blocks of three, without any of the machinery."""
     matcher, ids = Counting().matcher, toy.training_images()
-    images = ImageSource(toy.path, matcher.transform)
+    images = ImageSource(toy.image, matcher.transform)
     return torch.cat([matcher.encode(images.stack(ids[n : n + AT_ONCE])) for n in range(0, len(ids), AT_ONCE)])
 
 
@@ -121,7 +121,7 @@ def test_the_embedded_matcher(tmp_path: Path, toy: Toy) -> None:
     found = encode_images(store, toy, ids, lambda: load_matcher("embedded"), Processes())
     backbone = build_backbone("clip4cir", model="embedded", pretrained=None).eval()
     with torch.inference_mode():
-        expected = backbone.encode_target(ImageSource(toy.path, backbone.transform).stack(ids))[:, 0]
+        expected = backbone.encode_target(ImageSource(toy.image, backbone.transform).stack(ids))[:, 0]
     assert torch.equal(torch.from_numpy(found), expected)
     stored = open_store(config, ids, identify("embedded")).open()
     assert stored is not None and torch.equal(stored["vectors"].whole(), expected)

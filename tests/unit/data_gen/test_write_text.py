@@ -14,10 +14,11 @@ from spn4cir.data_gen.make_triplets import print_summary
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.texts import caption_similarity, compose_text, difference
 from spn4cir.data_gen.write_text import write_triplets
+from spn4cir.dataset import Dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
-from spn4cir.types import Dataset, Triplet
+from spn4cir.types import Triplet
 
 NOBODY = cast(Dataset, SimpleNamespace(name="x", path=lambda image_id: Path("pictures") / f"{image_id}.png"))
 
@@ -109,7 +110,7 @@ def test_the_published_file(tmp_path: Path) -> None:
     assert not notes
     rows = read_jsonl(config.file("triplets.jsonl"))
     assert [(t.reference, t.target) for t in triplets] == [("a", "b"), ("b", "e")]
-    assert triplets == [Triplet(r["reference"], r["target"], (r["modification"],), generated=True) for r in rows]
+    assert triplets == [Triplet(r["reference"], (r["target"],), (r["modification"],), generated=True) for r in rows]
     assert rows[0]["captions"] == ["red apple", "green apple"]
     note = json.loads(config.file("triplets.done.json").read_text())
     assert note["triplets"] == 2 and sum(note["dropped"].values()) == 3

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.embedded import make_emoji
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.emoji import Emoji
-from spn4cir.embedded import make_emoji
 from spn4cir.errors import InputError
 from spn4cir.images import open_image, pixel_hash
 from spn4cir.types import Benchmark
@@ -103,7 +103,7 @@ def test_triplets_change_exactly_one_attribute(attributes: dict[str, make_emoji.
 def test_no_query_twice(split: str) -> None:
     """The same question is not counted twice, and each has one target."""
     queries = BENCHMARKS[split].queries
-    assert len({(q.reference, q.modification, q.targets) for q in queries}) == len(queries)
+    assert len({(q.reference, q.text, q.targets) for q in queries}) == len(queries)
     assert {len(q.targets) for q in queries} == {1}
 
 
@@ -125,14 +125,14 @@ def test_no_copy_of_a_held_out_target(hashes: dict[str, str]) -> None:
 
 def test_no_empty_text() -> None:
     """Every modification says something, without stray blanks or gaps of a template."""
-    texts = [text for t in DATA.triplets() for text in t.modifications]
-    texts += [query.modification for split in SPLITS for query in BENCHMARKS[split].queries]
+    texts = [text for t in DATA.triplets() for text in t.texts]
+    texts += [query.text for split in SPLITS for query in BENCHMARKS[split].queries]
     assert not [text for text in texts if not text.strip() or text != " ".join(text.split()) or "{" in text]
 
 
 def test_texts_do_not_name_the_whole_target() -> None:
     """A text never holds the target's full name: the reference is needed."""
-    compared = [(q.modification, DATA.label(q.targets[0])) for s in SPLITS for q in BENCHMARKS[s].queries]
+    compared = [(q.text, DATA.label(q.targets[0])) for s in SPLITS for q in BENCHMARKS[s].queries]
     assert sum(name.lower() in text.lower() for text, name in compared) <= 0.02 * len(compared)
 
 
@@ -164,8 +164,8 @@ def test_unknown_split_and_dataset() -> None:
 
 def test_regenerating_gives_the_shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """make_emoji writes byte for byte what ships, so the pinned packages and the code still belong together."""
-    shipped = make_emoji.HERE
-    monkeypatch.setattr(make_emoji, "HERE", tmp_path)
+    shipped = make_emoji.FOLDER
+    monkeypatch.setattr(make_emoji, "FOLDER", tmp_path)
     make_emoji.build()
     names = {path.name for path in shipped.iterdir()}
     assert (

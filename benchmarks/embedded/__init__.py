@@ -1,0 +1,1 @@
+"""How the data and weights in ``spn4cir/embedded`` were made."""

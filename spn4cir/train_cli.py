@@ -1,0 +1,97 @@
+"""Train one stage: --stage 1 trains query and target encoder with the targets of the batch as candidates, --stage 2
+freezes the image side and trains the query side against a bank of all candidates.
+
+examples:
+  spn4cir-train --stage 1
+  spn4cir-train --stage 1 --dataset fashioniq --backbone tgcir --data-root FOLDER
+  spn4cir-train --stage 2 --init runs/emoji/clip4cir/stage1-20260101-120000
+  spn4cir-train --stage 2 --config recipes/fashioniq/tgcir_stage2_generated.yaml
+  spn4cir-train --stage 2 --resume runs/emoji/clip4cir/stage2-20260101-123000
+several processes:
+  accelerate launch --num_processes 2 -m spn4cir train --stage 2                  # on GPUs
+  ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 -m spn4cir train --stage 2     # on CPUs
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from spn4cir.config import TrainConfig, find_config, parse, recipes_folder, take_option
+from spn4cir.errors import InputError, run_command
+from spn4cir.files import read_json
+
+
+def train_command(stage: int | None = None, text: str | None = __doc__) -> None:
+    """``spn4cir-train`` and the scripts of recipes/: train one stage from the command line.
+
+    Args:
+        stage: 1 or 2; None reads ``--stage``.
+        text: what ``--help`` says: a sentence, a blank line, examples.
+    """
+
+    def main() -> None:
+        number, arguments = (stage, sys.argv[1:]) if stage else _read_stage(sys.argv[1:])
+        given, arguments = take_option(arguments, "config")
+        path = find_config(given) if given else _choose_config(number, arguments)
+        config = parse(TrainConfig, path, arguments, text or "")
+        if os.environ.get("RANK", "0") == "0":
+            packaged = path.is_relative_to(recipes_folder())
+            print(f"recipe {path.relative_to(recipes_folder().parent) if packaged else path}", flush=True)
+        from spn4cir.train import train
+
+        train(config, number)
+
+    run_command(main)
+
+
+def _read_stage(argv: list[str]) -> tuple[int, list[str]]:
+    """The number of the stage, and the other arguments; for ``--help`` alone any stage will do."""
+    stage, arguments = take_option(argv, "stage")
+    if stage is None and {"-h", "--help"} & {*argv}:
+        return 1, arguments
+    if stage not in ("1", "2"):
+        raise InputError(f"--stage must be 1 or 2, got {stage} (see spn4cir-train --help)")
+    return int(stage), arguments
+
+
+def _choose_config(stage: int, arguments: list[str]) -> Path:
+    """The settings of the run to resume, or the recipe of the dataset and backbone that the arguments name."""
+    dataset, backbone, init, resume = (
+        take_option(arguments, name)[0] for name in ("dataset", "backbone", "init", "resume")
+    )
+    if resume:
+        saved = Path(resume) / "config.yaml"
+        if not saved.is_file():
+            raise InputError(f"--resume {resume} is no run folder: config.yaml is missing")
+        return saved
+    note = Path(init or "") / "model.json"
+    if init and not backbone and note.is_file():  # a checkpoint knows its backbone
+        held = read_json(note)
+        named = held.get("backbone") if isinstance(held, dict) else None
+        backbone = named if isinstance(named, str) else None
+    return find_recipe(dataset or TrainConfig.dataset, backbone or TrainConfig.backbone, stage)
+
+
+def find_recipe(dataset: str, backbone: str, stage: int) -> Path:
+    """The packaged recipe of a dataset, a backbone and a stage.
+
+    Raises:
+        InputError: for an unknown dataset or backbone; if there is no recipe, with those that exist for the dataset.
+    """
+    path = recipes_folder() / dataset / f"{backbone}_stage{stage}.yaml"
+    if path.is_file():
+        return path
+    from spn4cir.backbones import check_backbone
+    from spn4cir.datasets import DATASETS, load_dataset
+
+    check_backbone(backbone)
+    if dataset not in DATASETS:
+        load_dataset(dataset)  # raises
+    stages: dict[str, list[str]] = {}
+    for file in sorted(path.parent.glob("*.yaml")):
+        name, _, rest = file.stem.partition("_")
+        stages.setdefault(name, []).append(rest)
+    available = ", ".join(f"{name} ({', '.join(rest)})" for name, rest in stages.items()) or "none, give --config FILE"
+    raise InputError(
+        f"recipes: there is no recipe for dataset {dataset!r} with backbone {backbone!r}; available: {available}"
+    )
