@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spn4cir.data_gen.deduplicate import canonical_images, reference_images
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done, run_step
-from spn4cir.data_gen.windows import ROWS, Window, encode_images, open_store
+from spn4cir.data_gen.windows import ROWS, Window, encode_vectors, open_store
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
@@ -269,7 +269,7 @@ def _vectors(config: GenerateConfig, dataset: Dataset, ids: Sequence[str], proce
     from spn4cir.data_gen.matchers import identify, load_matcher
 
     store = open_store(config, ids, identify(config.matcher))
-    return encode_images(store, dataset, ids, lambda: load_matcher(config.matcher), processes)
+    return encode_vectors(store, dataset, ids, lambda: load_matcher(config.matcher), processes)
 
 
 def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> Iterator[ReferenceBlock]:

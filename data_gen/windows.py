@@ -61,7 +61,7 @@ def open_store(config: GenerateConfig, ids: Sequence[str], matcher: Mapping[str,
     return EmbeddingStore(config.file("vectors"), key, len(ids), {"vectors": "float32"}, size, what, advice)
 
 
-def encode_images(
+def encode_vectors(
     store: "EmbeddingStore", dataset: Dataset, ids: Sequence[str], load: "Callable[[], Matcher]", processes: Processes
 ) -> Array:
     """Return the L2-normalised vectors (N, E) of all images, memory-mapped; encodes what the store lacks.

@@ -27,7 +27,7 @@ from spn4cir.backbones import build_backbone
 from spn4cir.data_gen import windows
 from spn4cir.data_gen.matchers import Matcher, identify, load_matcher
 from spn4cir.data_gen.steps import GenerateConfig
-from spn4cir.data_gen.windows import encode_images, open_store
+from spn4cir.data_gen.windows import encode_vectors, open_store
 from spn4cir.distributed import Processes, own_device
 from spn4cir.errors import InputError
 from spn4cir.files import write_jsonl
@@ -68,7 +68,7 @@ def encoded(folder: Path, toy: Toy, matcher: Matcher | None = None, processes: P
     config, ids = config_of(folder, toy), toy.training_images()
     matcher = matcher or Counting().matcher
     store = open_store(config, ids, matcher.made_by)
-    return encode_images(store, toy, ids, lambda: matcher, processes or Processes())
+    return encode_vectors(store, toy, ids, lambda: matcher, processes or Processes())
 
 
 def key_of(config: GenerateConfig, ids: Sequence[str], matcher: dict[str, Any]) -> str:
@@ -118,7 +118,7 @@ def test_the_embedded_matcher(tmp_path: Path, toy: Toy) -> None:
     config, ids = config_of(tmp_path / "x", toy, match_batch_size=256), toy.training_images()
     store = open_store(config, ids, identify("embedded"))
     assert store.open() is None
-    found = encode_images(store, toy, ids, lambda: load_matcher("embedded"), Processes())
+    found = encode_vectors(store, toy, ids, lambda: load_matcher("embedded"), Processes())
     backbone = build_backbone("clip4cir", model="embedded", pretrained=None).eval()
     with torch.inference_mode():
         expected = backbone.encode_target(ImageSource(toy.image, backbone.transform).stack(ids))[:, 0]
@@ -354,7 +354,7 @@ def test_a_vector_that_is_none(tmp_path: Path, toy: Toy, value: float) -> None:
 
 def test_an_image_that_is_gone(tmp_path: Path, toy: Toy, whole: bytes) -> None:
     """It is named; once it is back, the work goes on."""
-    path = toy.path(toy.training_images()[20])
+    path = Path(str(toy.image(toy.training_images()[20])))
     path.rename(tmp_path / "away.png")
     with pytest.raises(InputError, match=rf"image .*{path.name} is missing"):
         encoded(tmp_path / "x", toy)
@@ -376,8 +376,8 @@ def test_images_that_do_not_stack(tmp_path: Path, toy: Toy) -> None:
 def test_decoding_is_ahead_but_bounded(tmp_path: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a block is encoded, the next one is decoded, and no more: memory does not grow with the dataset."""
     counting, decoded, most = Counting(0.01), list[str](), list[int]()
-    path = toy.path
-    monkeypatch.setattr(toy, "path", lambda image_id: decoded.append(image_id) or path(image_id))
+    image = toy.image
+    monkeypatch.setattr(toy, "image", lambda image_id: decoded.append(image_id) or image(image_id))
     inner = counting.matcher._vectors
 
     def encode(pixels: Tensor) -> Tensor:
