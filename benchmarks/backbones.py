@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
 
-    from spn4cir.evaluate import git_commit
+    from spn4cir.results import git_commit
 
     started = time.time()
     runs = {

@@ -31,9 +31,9 @@ from spn4cir.backbone import Backbone
 from spn4cir.bank import load_or_build
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.errors import InputError, run_command
-from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
 from spn4cir.images import ImageSource, Transform
+from spn4cir.results import git_commit
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 T = TypeVar("T")

@@ -228,7 +228,7 @@ def finding(found: dict[str, Any]) -> str:
 def commit() -> str | None:
     """The commit; unknown on a machine that has not all of the project's dependencies."""
     try:
-        from spn4cir.evaluate import git_commit
+        from spn4cir.results import git_commit
     except ImportError:
         return None
     return git_commit()

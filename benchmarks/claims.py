@@ -93,7 +93,7 @@ def measure(run: Path | None, backbone: str = "clip4cir") -> dict[str, Any]:
         return measured
     model = checkpoints.load_model(run) if run else build_backbone(backbone)
     dataset = load_dataset("emoji")
-    images = ImageSource(dataset.path, model.transform, keep=True)
+    images = ImageSource(dataset.image, model.transform, keep=True)
     found = {}
     for split in ("val", "test"):
         result = evaluate(model, dataset.benchmark(split), images, ablate=split == "val")
@@ -172,13 +172,13 @@ def main() -> None:
     args = parser.parse_args()
 
     from spn4cir.data_gen.make_triplets import make_triplets
-    from spn4cir.data_gen.settings import GenerateConfig
+    from spn4cir.data_gen.steps import GenerateConfig
     from spn4cir.datasets import load_dataset
-    from spn4cir.evaluate import git_commit
+    from spn4cir.results import git_commit
 
     started = time.time()
     if args.generated == "auto":
-        make_triplets(parse(GenerateConfig, ROOT / "recipes" / "triplets_emoji.yaml", []), load_dataset("emoji"))
+        make_triplets(parse(GenerateConfig, ROOT / "recipes" / "triplets" / "emoji.yaml", []), load_dataset("emoji"))
     found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {}
     for annotated in args.max_annotated:
         for seed in args.seeds:

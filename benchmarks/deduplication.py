@@ -29,10 +29,10 @@ from PIL import Image
 
 from benchmarks.measure import anonymous, row
 from spn4cir.errors import run_command
-from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
 from spn4cir.identity import canonical_ids, inspect_images
 from spn4cir.images import open_image, pixel_hash
+from spn4cir.results import git_commit
 
 SIZES = ((256, 256), (256, 192), (192, 256), (256, 171), (171, 256), (256, 144), (208, 256), (256, 224))
 EVERY = 5  # each fifth picture is a copy

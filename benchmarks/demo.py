@@ -48,13 +48,13 @@ def main() -> None:
         shutil.rmtree(args.output)
 
     from spn4cir.data_gen.make_triplets import make_triplets
-    from spn4cir.data_gen.settings import GenerateConfig
+    from spn4cir.data_gen.steps import GenerateConfig
     from spn4cir.datasets import load_dataset
 
     started = time.time()
     generated = args.output / "triplets"
     print(f"1/3 triplets from images alone → {generated}", flush=True)
-    preset = ROOT / "recipes" / "triplets_emoji.yaml"
+    preset = ROOT / "recipes" / "triplets" / "emoji.yaml"
     make_triplets(parse(GenerateConfig, preset, ["--output", str(generated)]), load_dataset("emoji"))
     print(f"\n2/3 both stages, with and without them, from {args.max_annotated} annotated triplets", flush=True)
     runs = args.output / f"{args.max_annotated}-seed{args.seed}"
@@ -107,7 +107,7 @@ def draw(path: Path, models: list[tuple[str, Path]], seed: int) -> None:
         query = benchmark.queries[number]
         line[0].imshow(open_image(dataset.path(query.reference)))
         line[0].set_title(why, fontsize=8, color="grey", loc="left")
-        text = textwrap.fill(f"+ “{query.modification}”", 18)
+        text = textwrap.fill(f"+ “{query.text}”", 18)
         line[1].text(0, 0.5, text, transform=line[1].transAxes, va="center", fontsize=9)
         for side, rows in enumerate(ranked):
             for place, row in enumerate(rows[number][:TOP].tolist()):
@@ -130,13 +130,13 @@ def first_results(run: Path) -> "Tensor":
     """(Q, TOP) gallery rows of the val queries, best first, by a run."""
     from spn4cir import checkpoints
     from spn4cir.datasets import load_dataset
-    from spn4cir.evaluate import embed, padded_rows
+    from spn4cir.evaluate import encode_benchmark, padded_rows
     from spn4cir.images import ImageSource
     from spn4cir.search import top_k
 
     backbone, dataset = checkpoints.load_model(run), load_dataset("emoji")
     benchmark = dataset.benchmark("val")
-    found = embed(backbone, benchmark, ImageSource(dataset.path, backbone.transform))
+    found = encode_benchmark(backbone, benchmark, ImageSource(dataset.image, backbone.transform))
     row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
     references = padded_rows([[query.reference] for query in benchmark.queries], row)
     return top_k(found.queries["composed"], found.target, TOP, references)[1]

@@ -24,8 +24,8 @@ from benchmarks.measure import Row, bound, command, distance, in_turns, report, 
 from benchmarks.step import TEMPERATURE, TEXTS, bank_of
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
+from spn4cir.batches import TripletBatch
 from spn4cir.errors import InputError, run_command
-from spn4cir.images import TripletBatch
 from spn4cir.losses import info_nce
 from spn4cir.objective import Objective
 

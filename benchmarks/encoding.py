@@ -19,8 +19,8 @@ import torch
 
 from spn4cir.data_gen.unicom import SIZES, Unicom
 from spn4cir.errors import run_command
-from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
+from spn4cir.results import git_commit
 
 
 def measure(name: str, device: str, batch_size: int, seconds: float) -> dict[str, Any]:

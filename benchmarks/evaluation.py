@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from benchmarks.measure import anonymous, row
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError, run_command
-from spn4cir.evaluate import git_commit, metrics_of, rank_queries
+from spn4cir.evaluate import rank_queries
 from spn4cir.files import write_text
+from spn4cir.results import compute_metrics, git_commit
 from spn4cir.types import Benchmark, Query
 
 WIDTH = 640  # E of CLIP4CIR; K = 1
@@ -59,7 +60,7 @@ def made_fashioniq() -> Benchmark:
     for category, (listed, asked, references, named) in FASHIONIQ.items():
         ids = tuple(f"B{n:09}" for n in range(start, start + listed))
         first = named - references  # references follow each other from here on, the first of them targets as well
-        queries += [Query(ids[first + n % references], "", (ids[n],), category) for n in range(asked)]
+        queries += [Query(ids[first + n % references], "", (ids[n],), (category,)) for n in range(asked)]
         galleries[category] = ids
         start += listed - (SHARED if category == "shirt" else 0)
     return Benchmark(
@@ -83,7 +84,7 @@ def made_cirr() -> Benchmark:
         start = n % groups * (listed - 6) // (groups - 1)
         members = tuple(ids[start : start + 6])
         turn = n // groups
-        queries.append(Query(members[turn % 6], "", (members[(turn + 1 + turn // 6) % 6],), "", members, str(n)))
+        queries.append(Query(members[turn % 6], "", (members[(turn + 1 + turn // 6) % 6],), (), members, str(n)))
     return Benchmark(
         name="cirr/val",
         gallery=tuple(ids),
@@ -107,7 +108,7 @@ def features(benchmark: Benchmark) -> tuple[Tensor, Tensor]:
 
 def ours(benchmark: Benchmark, query: Tensor, target: Tensor) -> Metrics:
     """Ranks by counting, in chunks of queries."""
-    return metrics_of(benchmark, *rank_queries(benchmark, query, target))[0]
+    return compute_metrics(benchmark, *rank_queries(benchmark, query, target))[0]
 
 
 def straightforward(benchmark: Benchmark, query: Tensor, target: Tensor) -> Metrics:

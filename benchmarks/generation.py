@@ -24,8 +24,8 @@ from PIL import Image
 
 from benchmarks.measure import anonymous
 from spn4cir.errors import run_command
-from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
+from spn4cir.results import git_commit
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

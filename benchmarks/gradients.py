@@ -16,10 +16,10 @@ from torch import Tensor
 
 from benchmarks.measure import bound, command, in_turns, peaks, report, row, share
 from benchmarks.step import TEXTS
-from spn4cir.backbone import checkpoint_blocks
 from spn4cir.backbones.clip4cir import CLIP4CIR
+from spn4cir.batches import TripletBatch
+from spn4cir.compute import checkpoint_blocks
 from spn4cir.errors import run_command
-from spn4cir.images import TripletBatch
 from spn4cir.objective import Objective
 
 BATCH, CHUNKS, ROUNDS, TEMPERATURE, NEAR = 128, 8, 3, 0.06, 1e-5

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from spn4cir.errors import InputError, run_command
-from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
+from spn4cir.results import git_commit
 
 ROOT = Path(__file__).parent.parent
 SAME = ("images.jsonl", "pairs.jsonl", "captions.jsonl", "triplets.jsonl", "triplets.json")

@@ -28,8 +28,8 @@ import torch
 from benchmarks.measure import report, row, watched
 from spn4cir.data_gen.windows import ROWS, Window
 from spn4cir.errors import run_command
-from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
+from spn4cir.results import git_commit
 
 WIDTH, SEED, ROUNDS = 768, 42, 3
 Pairs = list[tuple[int, int]]

@@ -69,7 +69,7 @@ def measure(run: Path) -> dict[str, Any]:
     kept = run / "test.json"
     if not kept.is_file():
         model, dataset = checkpoints.load_model(run), load_dataset(TrainConfig.dataset)
-        found = evaluate(model, dataset.benchmark("test"), ImageSource(dataset.path, model.transform, keep=True))
+        found = evaluate(model, dataset.benchmark("test"), ImageSource(dataset.image, model.transform, keep=True))
         write_text(kept, json.dumps(found))
     return {"val": json.loads((run / "result.json").read_text()), "test": json.loads(kept.read_text())}
 
@@ -91,7 +91,7 @@ def train_all(seeds: Sequence[int], steps: Sequence[int], folder: Path) -> dict[
 
 def summarise(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """``{split: {metric: {mean, sd, seeds}}}`` of what the seeds find; the deviation of one seed is null."""
-    from spn4cir.evaluate import combine
+    from spn4cir.results import combine
 
     summary: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -109,8 +109,8 @@ def summarise(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def bank_sizes() -> dict[str, int]:
     """How many candidates a query has in each bank, its positive included: images of equal pixels are one."""
+    from spn4cir.data import hash_pixels, training_images
     from spn4cir.datasets import load_dataset
-    from spn4cir.train import hash_pixels, training_images
 
     dataset, whole = load_dataset(TrainConfig.dataset), dict[str, int]()
     for name in ("named", "all"):

@@ -31,15 +31,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import anonymous
-from spn4cir import bank as banks
+from spn4cir import store
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import BankConfig, TrainConfig
+from spn4cir.dataset import Dataset
 from spn4cir.datasets import DATASETS
 from spn4cir.errors import InputError, run_command
-from spn4cir.evaluate import git_commit
 from spn4cir.files import write_text
-from spn4cir.types import Benchmark, Composed, Dataset, ImageFeatures, Query, Tokens, Triplet
+from spn4cir.results import git_commit
+from spn4cir.types import Benchmark, Composed, ImageFeatures, Query, Tokens, Triplet
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"577 × 768, targets 1 × 256": (577, 768, 1, 128), "257 × 1408, targets 32 × 256": (257, 1408, 32, 32)}
@@ -82,7 +83,7 @@ class Tiles(Dataset):
     def triplets(self) -> list[Triplet]:
         """Each training image to another one."""
         chance, ids = random.Random(0), self.training_images()
-        return [Triplet(i, chance.choice(ids), (chance.choice(WORDS),)) for i in ids]
+        return [Triplet(i, (chance.choice(ids),), (chance.choice(WORDS),)) for i in ids]
 
     def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """The last tenth, each image once a reference."""
@@ -96,7 +97,7 @@ class Wide(Backbone):
 
     name = "wide"
 
-    def __init__(self, shape: str, load_weights: bool = True):
+    def __init__(self, shape: str):
         super().__init__()
         self.options = {"shape": shape}
         tokens, width, self.vectors, _ = SHAPES[shape]
@@ -129,7 +130,7 @@ class Wide(Backbone):
         return [self.image, self.project, self.places]
 
 
-class InMemory(banks.StoredRows):
+class InMemory(store.StoredRows):
     """The straightforward way: everything is read once, as float32."""
 
     def __init__(self, path: Path):
@@ -152,7 +153,7 @@ def child(way: str, shape: str, folder: Path) -> None:
 
     DATASETS[Tiles.name], BACKBONES[Wide.name] = Tiles, Wide
     if way == "in memory":
-        banks.StoredRows = InMemory  # type: ignore[misc]
+        store.StoredRows = InMemory  # type: ignore[misc]
     init = folder / "init"
     if not init.is_dir():
         torch.manual_seed(0)

@@ -29,7 +29,7 @@ from benchmarks.measure import Row, row, watched
 from spn4cir.errors import InputError, run_command
 from spn4cir.faiss_search import Kind, Neighbours
 from spn4cir.files import write_text
-from spn4cir.search import rank_of_target, top_k
+from spn4cir.search import rank_targets, top_k
 
 COUNT, WIDTH, QUERIES, FIRST = 100_000, 256, 256, 10
 INDEXED = 10_000  # images in the indexes of faiss
@@ -60,7 +60,7 @@ def make_vectors(count: int, device: str = "cpu", stored: torch.dtype = torch.fl
 
 def ranks(vectors: Vectors) -> Found:
     """By counting, block by block."""
-    return {"ranks": rank_of_target(vectors["query"], vectors["gallery"], vectors["targets"])}
+    return {"ranks": rank_targets(vectors["query"], vectors["gallery"], vectors["targets"])}
 
 
 def first(vectors: Vectors) -> Found:

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from benchmarks.measure import bound, command, distance, in_turns, report, row, share
 from spn4cir.backbones.clip4cir import CLIP4CIR
 from spn4cir.bank import Bank
+from spn4cir.batches import TripletBatch
 from spn4cir.errors import run_command
-from spn4cir.images import TripletBatch
 from spn4cir.objective import Objective
 
 MODEL, CANDIDATES, BATCH, ROUNDS = "RN50x4-quickgelu", 25_136, 32, 5

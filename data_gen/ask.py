@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from spn4cir.data_gen.files import Journal, Row, digest
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig, Journal, digest
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import short
+from spn4cir.files import Row, short
+from spn4cir.types import ImageRef
 
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 FIRST, LATER = 8, 64  # so many unreadable answers in a row, nothing before or something, mean that the engine is broken
@@ -36,7 +36,7 @@ class Question:
 
     key: str
     prompt: str | Sequence[Message]
-    image: Path | None = None
+    image: ImageRef | None = None
     mark: str = ""
 
     @property

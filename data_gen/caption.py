@@ -19,13 +19,12 @@ from typing import Any
 from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
 from spn4cir.data_gen.deduplicate import canonical_images
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.files import Row, digest, is_done, mark_done, read_jsonl, write_jsonl
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import read_json, short
+from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl
 from spn4cir.files import write_text as write_file
-from spn4cir.types import Dataset
 
 GIVEN = "given"  # the model of a caption that nobody had to make
 REFUSAL = re.compile(
@@ -38,7 +37,7 @@ REFUSAL = re.compile(
 QUOTES = ('""', "''", "“”", "‘’", "«»", "``")
 
 
-def caption(config: GenerateConfig, dataset: Dataset) -> None:
+def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
     """Write captions.jsonl, a row for each image in the dataset's order, and captions.failed.jsonl.
 
     Captions that were made before, by the same model and prompt and of the same pixels, are kept; what no image needs
@@ -71,12 +70,12 @@ def caption(config: GenerateConfig, dataset: Dataset) -> None:
         plan.unlink(missing_ok=True)
 
 
-def look_ahead(config: GenerateConfig, dataset: Dataset) -> None:
+def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
     """Raise ``InputError`` for a prompt or a model that cannot work, before hours of other steps.
 
     No model is looked for where captions are there already.
     """
-    read_prompt(config)
+    read_captioner_prompt(config)
     if config.captions:
         read_captions(dataset.file(config.captions))
     there = config.captions or config.file("captions.jsonl").is_file()
@@ -171,7 +170,7 @@ class _Job:
 
     def __init__(self, config: GenerateConfig, dataset: Dataset, engine: Engine, ids: Sequence[str]):
         self.config, self.dataset, self.engine, self.ids = config, dataset, engine, ids
-        self.template = read_prompt(config).replace("{words}", str(config.words))
+        self.template = read_captioner_prompt(config).replace("{words}", str(config.words))
         self.pixels = {row["image_id"]: row["pixels"] for row in read_jsonl(config.file("images.jsonl"))}
         if "{category}" in self.template and (bare := [i for i in ids if not dataset.category(i)]):
             raise InputError(
@@ -186,7 +185,7 @@ class _Job:
 
     def question(self, image_id: str) -> Question:
         """The question about an image."""
-        return Question(image_id, self.prompt(image_id), self.dataset.path(image_id), self.pixels[image_id])
+        return Question(image_id, self.prompt(image_id), self.dataset.image(image_id), self.pixels[image_id])
 
     def recipe(self, image_id: str) -> str:
         """A short name for everything that decides an image's caption."""
@@ -273,7 +272,7 @@ def _unread(failed: Path) -> bool:
     return any(not row.get("read", True) for row in read_jsonl(failed))
 
 
-def read_prompt(config: GenerateConfig) -> str:
+def read_captioner_prompt(config: GenerateConfig) -> str:
     """The prompt, or that of the file.
 
     Raises:
@@ -332,4 +331,4 @@ def repeats(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    command(caption, __doc__)
+    run_step(caption_images, __doc__)

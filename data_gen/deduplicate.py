@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spn4cir.data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.steps import GenerateConfig, is_done, mark_done, run_step
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
+from spn4cir.files import read_jsonl, write_jsonl
+from spn4cir.types import ImageRef
 
 if TYPE_CHECKING:
     from spn4cir.identity import Inspected
@@ -41,22 +42,22 @@ def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     from spn4cir.identity import canonical_ids, inspect_images
 
     source, ids = _source(config, dataset), _candidates(config, dataset)
-    paths = {image_id: dataset.path(image_id) for image_id in ids}
-    _check_output(config, dataset, source, paths)
+    images = {image_id: dataset.image(image_id) for image_id in ids}
+    _check_output(config, dataset, source, images)
     out = config.file("images.jsonl")
-    made_by = _made_by(paths)
+    made_by = _made_by(images)
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
-    inspected = inspect_images(paths, config.file("images.cache.jsonl"))
-    failed = list(_failed(inspected, paths))
+    inspected = inspect_images(images, config.file("images.cache.jsonl"))
+    failed = list(_failed(inspected, images))
     _note_failed(config.file("images.failed.jsonl"), failed)
     canonical = canonical_ids({i: one.pixels for i, one in inspected.items() if not one.problem})
     unique, listed = len(set(canonical.values())), f": see {config.file('images.failed.jsonl')}" if failed else ""
     if not canonical:
         first = failed[0]
         raise InputError(
-            f"{dataset.name}: none of {len(ids)} images can be used, such as {paths[first['image_id']]}, which "
+            f"{dataset.name}: none of {len(ids)} images can be used, such as {images[first['image_id']]}, which "
             f"{first['reason']}{listed}"
         )
     if unique < 2:
@@ -76,7 +77,7 @@ def _candidates(config: GenerateConfig, dataset: Dataset) -> list[str]:
         triplets = dataset.triplets()
         if not triplets:
             raise InputError(f"candidates: named needs annotated triplets, and {dataset.name} has none: give all")
-        named = {i for t in triplets for i in (t.reference, t.target)}
+        named = {i for triplet in triplets for i in triplet.image_ids}
         ids = [image_id for image_id in ids if image_id in named]
     if not ids:
         raise InputError(f"{dataset.name} has no images to make triplets of")
@@ -92,13 +93,15 @@ def _source(config: GenerateConfig, dataset: Dataset) -> dict[str, str]:
     return {"dataset": dataset.name, "root": str(place.resolve())}
 
 
-def _check_output(config: GenerateConfig, dataset: Dataset, source: dict[str, str], paths: dict[str, Path]) -> None:
+def _check_output(
+    config: GenerateConfig, dataset: Dataset, source: dict[str, str], images: dict[str, ImageRef]
+) -> None:
     """Raise ``InputError`` where files of ours would join the dataset's, or replace those of another source."""
     out = config.folder.resolve()
     if dataset.root is not None:
         root = dataset.root.resolve()
         below = out.is_relative_to(root) and f"{dataset.root / out.relative_to(root)}/"
-        if out == root or (below and any(str(path).startswith(below) for path in paths.values())):
+        if out == root or (below and any(str(image).startswith(below) for image in images.values())):
             raise InputError(f"output {config.folder} holds files of {dataset.name} itself: name another --output")
     try:
         before = json.loads((out / "images.done.json").read_text(encoding="utf-8"))["source"]
@@ -111,22 +114,23 @@ def _check_output(config: GenerateConfig, dataset: Dataset, source: dict[str, st
         )
 
 
-def _made_by(paths: dict[str, Path]) -> str:
+def _made_by(images: dict[str, ImageRef]) -> str:
     """A short name for ids and their files' sizes and times, by which a change is noticed."""
     total = hashlib.sha256(b"deduplicate")
-    for image_id, path in paths.items():
+    for image_id, image in images.items():
         try:
-            told = path.stat()
-            total.update(f"{json.dumps(image_id)} {told.st_size} {told.st_mtime_ns}\n".encode())
+            told = image.path.stat() if image.path else None
+            stamp = f"{told.st_size} {told.st_mtime_ns}" if told else str(image)
+            total.update(f"{json.dumps(image_id)} {stamp}{image.box or ''}\n".encode())
         except OSError:
             total.update(f"{json.dumps(image_id)} missing\n".encode())
     return total.hexdigest()[:16]
 
 
-def _failed(inspected: "dict[str, Inspected]", paths: dict[str, Path]) -> Iterator[dict[str, Any]]:
+def _failed(inspected: "dict[str, Inspected]", images: dict[str, ImageRef]) -> Iterator[dict[str, Any]]:
     for image_id, (_, problem, detail) in inspected.items():
         if problem:
-            told = detail.replace(str(paths[image_id]), paths[image_id].name)
+            told = detail.replace(str(images[image_id]), Path(str(images[image_id])).name)
             yield {
                 "image_id": image_id,
                 "reason": "is missing" if problem == "missing" else f"does not decode: {told}",
@@ -165,4 +169,4 @@ def reference_images(config: GenerateConfig, dataset: Dataset) -> list[str]:
 
 
 if __name__ == "__main__":
-    command(deduplicate, __doc__)
+    run_step(deduplicate, __doc__)

@@ -13,14 +13,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from spn4cir.data_gen.ask import Answer, Question, Try
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 KEY = "SPN4CIR_API_KEY"  # the environment variable that holds the secret; it is never written anywhere
 AGAIN = (408, 409, 425, 429)  # and 5xx: refusals that may pass
@@ -109,10 +111,12 @@ class Endpoint:
             self._pause(sent, found)
 
     def _request(self, question: Question, turn: Try) -> dict[str, Any]:
+        from spn4cir.images import open_image
+
         messages: list[dict[str, Any]] = list(question.chat)
         if question.image:
             parts = [
-                {"type": "image_url", "image_url": {"url": data_url(question.image)}},
+                {"type": "image_url", "image_url": {"url": make_data_url(open_image(question.image))}},
                 {"type": "text", "text": messages[-1]["content"]},
             ]
             messages[-1] = {**messages[-1], "content": parts}
@@ -214,17 +218,15 @@ def chat_address(address: str) -> str:
     return f"{whole}{'' if urlsplit(whole).path else '/v1'}/chat/completions"
 
 
-def data_url(path: Path) -> str:
-    """An image as RGB in a data URL; transparent parts are white. Raises ``InputError`` if it does not decode."""
-    from spn4cir.images import open_image
-
-    picture, kept = open_image(path), io.BytesIO()
+def make_data_url(picture: "Image.Image") -> str:
+    """Return a data URL that holds an RGB image: as a PNG, or as a JPEG of good quality if it is large."""
+    content = io.BytesIO()
     lossless = picture.width * picture.height <= LOSSLESS
     if lossless:
-        picture.save(kept, "PNG", compress_level=1)
+        picture.save(content, "PNG", compress_level=1)
     else:
-        picture.save(kept, "JPEG", quality=95)
-    return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(kept.getvalue()).decode()}"
+        picture.save(content, "JPEG", quality=95)
+    return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def read_answer(content: bytes) -> Answer | Trouble:

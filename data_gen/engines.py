@@ -1,21 +1,21 @@
 """Engines that answer questions: a model on this machine, or (in ``data_gen.endpoint``) a server."""
 
 import hashlib
+import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spn4cir.data_gen.ask import Answer, Engine, Question, Try
-from spn4cir.data_gen.files import digest, weights_digest
-from spn4cir.data_gen.processes import own_device
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest
+from spn4cir.distributed import own_device
 from spn4cir.errors import InputError
+from spn4cir.types import ImageRef
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDED = Path(__file__).parent.parent / "spn4cir" / "embedded" / "llava"
 DRAWN = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # asked again, greedy would say the same
 
 
@@ -36,6 +36,19 @@ def engine_of(model: str, endpoint: str | None, config: GenerateConfig, *, image
     return Local(model, images=images, batch_size=config.caption_batch_size, max_new_tokens=max_new_tokens)
 
 
+def weights_digest(folder: Path) -> str | None:
+    """A short name for the weights in a model folder, by names, sizes and ends of files; None if it is no folder."""
+    if not folder.is_dir():
+        return None
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            total.update(f"{path.name}{path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(max(path.stat().st_size - (1 << 20), 0))
+            total.update(file.read())
+    return total.hexdigest()[:16]
+
+
 class Local:
     """A language model of transformers on this process's device; one batch is one block.
 
@@ -50,7 +63,7 @@ class Local:
 
     def __init__(self, model: str, *, images: bool, batch_size: int, max_new_tokens: int):
         self.name, self.images, self.block, self.max_new_tokens = model, images, batch_size, max_new_tokens
-        folder = EMBEDDED if model == "embedded" else Path(model)
+        folder = EMBEDDED / "llava" if model == "embedded" else Path(model)
         weights = weights_digest(folder)
         self.source, self.device = str(folder) if weights else model, own_device()
         self.about: dict[str, Any] = {
@@ -188,12 +201,14 @@ def _with_image(chat: list[dict[str, str]]) -> list[dict[str, Any]]:
     return parts
 
 
-def _area(path: Path | None) -> int:
-    """Pixels of an image file, from its head; 0 if it has none that can be read: to decode it will tell why."""
+def _area(image: ImageRef | None) -> int:
+    """Pixels of an image, from the head of its file; 0 if it cannot be read: decoding it will tell why."""
     from PIL import Image
 
+    if image is None:
+        return 0
     try:
-        with Image.open(path or "") as picture:
+        with Image.open(io.BytesIO(image.source()) if callable(image.source) else image.source) as picture:
             return picture.width * picture.height
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spn4cir.data_gen.deduplicate import canonical_images, reference_images
-from spn4cir.data_gen.files import Journal, Row, digest, is_done, mark_done, read_jsonl, write_jsonl
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.windows import ROWS, Window, draw_uniformly
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import write_text
-from spn4cir.types import Dataset
+from spn4cir.files import Row, read_jsonl, write_jsonl, write_text
 
 if TYPE_CHECKING:
     from spn4cir.data_gen.windows import Array
@@ -78,7 +77,7 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     processes.wait()
 
 
-class Block(NamedTuple):
+class ReferenceBlock(NamedTuple):
     """The unit of work: some references of a pool."""
 
     pool: Pool
@@ -107,7 +106,7 @@ class Matching:
         self._place: dict[str, int] = {}
         self._window: Window | None = None
 
-    def rows(self, block: Block) -> list[Row]:
+    def rows(self, block: ReferenceBlock) -> list[Row]:
         """Pairs of the references of a block, in their order."""
         self._enter(block.pool)
         ids, names = block.pool.ids, block.references
@@ -224,8 +223,9 @@ def annotated_partners(config: GenerateConfig, dataset: Dataset) -> dict[str, se
     canonical = {row["image_id"]: row["canonical"] for row in read_jsonl(config.file("images.jsonl"))}
     partners: dict[str, set[str]] = {}
     for triplet in dataset.triplets():
-        reference, target = (canonical.get(i, i) for i in (triplet.reference, triplet.target))
-        partners.setdefault(reference, set()).add(target)
+        if triplet.reference is not None:
+            own = partners.setdefault(canonical.get(triplet.reference, triplet.reference), set())
+            own.update(canonical.get(i, i) for i in triplet.targets)
     return partners
 
 
@@ -257,16 +257,16 @@ def _vectors(config: GenerateConfig, dataset: Dataset, ids: Sequence[str], proce
     return encode_all(config, dataset, ids, load_matcher(config.matcher), processes, made_by)
 
 
-def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> Iterator[Block]:
+def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> Iterator[ReferenceBlock]:
     """All references, pool by pool, in blocks of a fixed size."""
     acting = set(references)
     for pool in pools:
         own = [i for i in pool.ids if i in acting]
         for start in range(0, len(own), ROWS):
-            yield Block(pool, own[start : start + ROWS])
+            yield ReferenceBlock(pool, own[start : start + ROWS])
 
 
-def _work(matching: Matching, blocks: Sequence[Block], journal: Journal, processes: Processes) -> None:
+def _work(matching: Matching, blocks: Sequence[ReferenceBlock], journal: Journal, processes: Processes) -> None:
     """Do what is not done of this process's blocks."""
     from tqdm import tqdm
 
@@ -305,4 +305,4 @@ def _described(pools: Sequence[Pool]) -> str:
 
 
 if __name__ == "__main__":
-    command(match_pairs, __doc__)
+    run_step(match_pairs, __doc__)

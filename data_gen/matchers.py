@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spn4cir.config import TrainConfig
+from spn4cir.data_gen.steps import EMBEDDED
 from spn4cir.errors import InputError
+from spn4cir.files import hash_files
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
     from torch import Tensor, nn
 
-EMBEDDED = Path(__file__).parent.parent / "spn4cir" / "embedded" / "clip"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".json")
 """Files of a model's folder that decide what it computes."""
 
@@ -74,7 +75,7 @@ def identify(name: str) -> dict[str, Any]:
     """
     kind, model = _split(name)
     if kind == "embedded":
-        return {"kind": kind, "model": kind, "weights": content_digest(EMBEDDED)}
+        return {"kind": kind, "model": kind, "weights": content_digest(EMBEDDED / "clip")}
     if kind == "unicom":
         return _identify_unicom(model)
     if kind == "run":
@@ -107,13 +108,9 @@ def content_digest(*paths: Path) -> str:
         files = sorted(p for p in path.iterdir() if p.suffix in WEIGHTS) if path.is_dir() else [path]
         for file in files:
             try:
-                with file.open("rb") as opened:
-                    content = hashlib.sha256()
-                    while part := opened.read(1 << 22):
-                        content.update(part)
+                total.update(f"{file.name} {hash_files(file)}\n".encode())
             except FileNotFoundError:
                 raise InputError(f"{file.parent} holds no model: {file.name} is missing") from None
-            total.update(f"{file.name} {content.hexdigest()}\n".encode())
     return total.hexdigest()
 
 
@@ -210,7 +207,7 @@ def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
     import open_clip
 
     from spn4cir.backbone import l2_normalize
-    from spn4cir.clip import load_clip
+    from spn4cir.backbones.shared_clip import load_clip
 
     schema, _, hub = model.partition(":")
     name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)
@@ -219,7 +216,7 @@ def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
         known = open_clip.get_pretrained_cfg(name, tag)
         advice = _download("open_clip", known.get("hf_hub", "").strip("/"), f"give its file, as open_clip:{name}:FILE")
     try:
-        clip, _, _ = load_clip(name, tag, load_weights=True, pad_ratio=None)
+        clip, _, _ = load_clip(name, tag, pad_ratio=None)
     except InputError as error:  # its advice is for the command line of training
         raise _failed("open_clip", model, ValueError(str(error).rpartition("): ")[2]), advice) from None
     prepare = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from spn4cir.config import parse
-from spn4cir.data_gen.files import is_done, mark_done, read_jsonl, write_jsonl
-from spn4cir.data_gen.settings import PRESETS
+from spn4cir.config import parse, recipes_folder
 from spn4cir.data_gen.sources import Candidate, Smallest, expand, folder_candidates, shard_candidates
+from spn4cir.data_gen.steps import is_done, mark_done
 from spn4cir.errors import InputError, run_command
-from spn4cir.files import read_json, write_text
+from spn4cir.files import read_json, read_jsonl, write_jsonl, write_text
 
 SPARE = 1.25  # candidates that are remembered for each image that is wanted, since some will not decode
 LARGEST = 256 << 20  # bytes of a picture that is worth looking at
@@ -230,4 +229,4 @@ def _write_table(table: Path, taken: Sequence[tuple[Candidate, str, str]]) -> No
 
 
 if __name__ == "__main__":
-    run_command(lambda: sample_images(parse(SampleConfig, PRESETS / "sample_images.yaml", text=__doc__ or "")))
+    run_command(lambda: sample_images(parse(SampleConfig, recipes_folder() / "sample_images.yaml", text=__doc__ or "")))

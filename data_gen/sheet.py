@@ -1,67 +1,73 @@
-"""Twenty triplets to look at: as a picture, and as a page with the summary on top."""
+"""Pictures and pages to look at: twenty triplets of a run, and the pairs of its window."""
 
 import html
 import random
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from spn4cir.data_gen.draw import (
-    GREY,
-    LINE,
-    Pictures,
-    font,
-    image_tag,
-    known_letters,
-    line_height,
-    page,
-    paste_centred,
-    save_png,
-    table,
-    wrap,
-    write_lines,
-)
-from spn4cir.data_gen.files import Row, digest, is_done, mark_done, stream_jsonl
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.report import facts, read_summary
-from spn4cir.data_gen.settings import GenerateConfig
-from spn4cir.files import write_text as write_file
-from spn4cir.types import Dataset
+from spn4cir.data_gen.endpoint import make_data_url
+from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done
+from spn4cir.data_gen.write_text import read_summary
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import Processes
+from spn4cir.errors import InputError
+from spn4cir.files import Row, read_json, replaced, stream_jsonl, write_text
 
-COUNT, SIDE, MIDDLE, GAP, PAD = 20, 160, 250, 14, 10
-TEXT, SMALL = 18, 13
-WIDTH = 2 * (SIDE + GAP + PAD) + MIDDLE  # of a cell
+Shown: TypeAlias = "tuple[Row, Image.Image, Image.Image]"
+"""A triplet or a pair with the thumbnails of its reference and its target."""
+INK, GREY, LINE, BLUE = "#1c1c1c", "#6b6b6b", "#d9d9d9", "#2b6cb0"
+COUNT, SIDE, MIDDLE, GAP, PAD = 20, 160, 250, 14, 10  # of the sheet of triplets
+TEXT, SMALL = 18, 13  # sizes of the font
+CELL = 2 * (SIDE + GAP + PAD) + MIDDLE  # width of a triplet
+PLACES = {"lowest ranks": 0.0, "a quarter up": 0.25, "the middle": 0.5, "three quarters up": 0.75, "highest ranks": 1.0}
+EACH, PAIR_SIDE, LEFT, PLOT_HEIGHT, BINS = 4, 110, 145, 200, 40  # of the picture of the window
+WIDTH = LEFT + EACH * (2 * PAIR_SIDE + 2 * GAP) + GAP
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; margin: 2em auto; max-width: 1200px; padding: 0 1em }
+table { border-collapse: collapse; margin: 0 2em 1em 0 } td { padding: 2px 12px 2px 0; vertical-align: top }
+td + td { text-align: right; font-variant-numeric: tabular-nums } .tables { display: flex; flex-wrap: wrap }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(540px, 1fr)); gap: 12px }
+.card { display: grid; grid-template-columns: 160px 1fr 160px; gap: 12px; border: 1px solid #d9d9d9; padding: 10px }
+.pairs { display: flex; flex-wrap: wrap; gap: 12px } .pair { border: 1px solid #d9d9d9; padding: 8px }
+img { max-width: 160px; max-height: 160px } .chart { max-width: 100%; max-height: none }
+.text { font-size: 18px; align-self: center; overflow-wrap: anywhere } small { color: #6b6b6b; display: block }
+small { overflow-wrap: anywhere } caption { text-align: left; font-weight: 600 } details { margin: 0 0 1em }
+"""
 
 
 def write_sheet(config: GenerateConfig, dataset: Dataset) -> None:
-    """Write sheet.png and sheet.html: triplets drawn by seed from all. A picture that cannot be shown is said to be."""
-    processes, out = Processes(), config.file("sheet.html")
+    """Write sheet.png and sheet.html: triplets drawn by seed from all. Names pictures that cannot be shown."""
+    processes, out, picture = Processes(), config.file("sheet.html"), config.file("sheet.png")
     made_by = digest({"step": "sheet", "seed": config.seed}, config.file("triplets.done.json"))
-    done = is_done(out, made_by) and config.file("sheet.png").is_file()
+    done = is_done(out, made_by)
     processes.wait()
     if processes.first and not done:
-        out.with_suffix(".done.json").unlink(missing_ok=True)
-        summary, pictures = read_summary(config), Pictures(dataset, SIDE)
-        rows = sample(config, summary["counts"]["triplets"])
-        shown = [(row, pictures(row["reference"]), pictures(row["target"])) for row in rows]
+        summary, pictures = read_summary(config), Thumbnails(dataset, SIDE)
         total = summary["counts"]["triplets"]
+        rows = sample_triplets(config, total)
+        shown = [pictures.show(row) for row in rows]
         title = f"{len(rows)} of {total:,} triplets of {dataset.name}"
-        save_png(config.file("sheet.png"), draw_sheet(title, shown))
-        write_file(out, page(title, _summary(summary) + _cards(shown)))
-        mark_done(out, made_by, triplets=[[row["reference"], row["target"]] for row in rows])
-        pictures.tell("sheet")
+        save_png(picture, draw_sheet(title, shown))
+        write_text(out, html_page(title, _summary(summary) + _cards(shown)))
+        mark_done(out, made_by, picture, triplets=[[row["reference"], row["target"]] for row in rows])
+        pictures.report_problems("sheet")
     processes.wait()
 
 
-def sample(config: GenerateConfig, total: int) -> list[Row]:
-    """Triplets drawn by seed, in file order."""
+def sample_triplets(config: GenerateConfig, total: int) -> list[Row]:
+    """Return triplets drawn by seed, in file order."""
     chosen = set(random.Random(f"{config.seed}/sheet").sample(range(total), min(COUNT, total)))
     rows = stream_jsonl(config.file("triplets.jsonl"))
     return [row for number, row in enumerate(rows) if number in chosen]
 
 
-def about(row: Row) -> str:
-    """Where a triplet's text and partner come from, in a few words."""
+def describe_origin(row: Row) -> str:
+    """Say where a triplet's text and partner come from, in a few words."""
     told = [row["template"] + (f" instead of {row['shortened']}, which was too long" if "shortened" in row else "")]
     if "llm_caption" in row:
         told.append("rewritten")
@@ -72,40 +78,35 @@ def about(row: Row) -> str:
     return " · ".join(told)
 
 
-def draw_sheet(title: str, shown: list[tuple[Row, Image.Image, Image.Image]]) -> Image.Image:
-    """Two columns of triplets: reference, text, target, and the captions of both pictures below them."""
+def draw_sheet(title: str, shown: Sequence[Shown]) -> Image.Image:
+    """Draw triplets in two columns: reference, text, target, and the captions below the pictures."""
     cells = [_cell(*one) for one in shown]
     top = 2 * GAP + line_height(24)
     lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
     tall = [max(cell.height for cell in line) for line in lines]
-    canvas = Image.new("RGB", (2 * WIDTH + 3 * GAP, top + sum(tall) + GAP * (len(tall) + 1)), "white")
+    canvas = Image.new("RGB", (2 * CELL + 3 * GAP, top + sum(tall) + GAP * (len(tall) + 1)), "white")
     x = GAP + round(font(24).getlength(title)) + 2 * GAP
     write_lines(canvas, (GAP, GAP), [title], 24)
-    if any(not known_letters(text) for row, _, _ in shown for text in (row["modification"], *row["captions"])):
-        write_lines(
-            canvas,
-            (x, GAP + 10),
-            ["Boxes are letters that the font of this picture lacks: see sheet.html"],
-            SMALL,
-            GREY,
-        )
+    if any(not has_letters(text) for row, _, _ in shown for text in (row["modification"], *row["captions"])):
+        lacking = "Boxes are letters that the font of this picture lacks: see sheet.html"
+        write_lines(canvas, (x, GAP + 10), [lacking], SMALL, GREY)
     y = top
     for line, height in zip(lines, tall, strict=True):
         for column, cell in enumerate(line):
-            x = GAP + column * (WIDTH + GAP)
+            x = GAP + column * (CELL + GAP)
             canvas.paste(cell, (x, y))
-            ImageDraw.Draw(canvas).rectangle((x, y, x + WIDTH - 1, y + height - 1), outline=LINE)
+            ImageDraw.Draw(canvas).rectangle((x, y, x + CELL - 1, y + height - 1), outline=LINE)
         y += height + GAP
     return canvas
 
 
 def _cell(row: Row, reference: Image.Image, target: Image.Image) -> Image.Image:
     captions = [wrap(text, SMALL, SIDE, most=5) for text in row["captions"]]
-    text, told = wrap(row["modification"], TEXT, MIDDLE), wrap(about(row), SMALL, MIDDLE)
+    text, told = wrap(row["modification"], TEXT, MIDDLE), wrap(describe_origin(row), SMALL, MIDDLE)
     height = SIDE + 4 + max(map(len, captions)) * line_height(SMALL)
     middle = len(text) * line_height(TEXT) + 6 + len(told) * line_height(SMALL)
-    canvas = Image.new("RGB", (WIDTH, max(height, middle) + 2 * PAD), "white")
-    for picture, lines, x in zip((reference, target), captions, (PAD, WIDTH - PAD - SIDE), strict=True):
+    canvas = Image.new("RGB", (CELL, max(height, middle) + 2 * PAD), "white")
+    for picture, lines, x in zip((reference, target), captions, (PAD, CELL - PAD - SIDE), strict=True):
         paste_centred(canvas, picture, (x, PAD), SIDE)
         write_lines(canvas, (x, PAD + SIDE + 4), lines, SMALL, GREY)
     y = write_lines(canvas, (PAD + SIDE + GAP, PAD + max(0, (SIDE - middle) // 2)), text, TEXT)
@@ -113,17 +114,15 @@ def _cell(row: Row, reference: Image.Image, target: Image.Image) -> Image.Image:
     return canvas
 
 
-def _summary(summary: dict[str, Any]) -> str:
-    tables = table("Counts", facts(summary))
-    tables += table(
-        "Dropped", [(reason, f"{count:,}") for reason, count in summary["dropped"].items()] or [("none", 0)]
-    )
-    tables += table("Templates", [(name, f"{count:,}") for name, count in summary["templates"].items()])
-    settings = table("", [(name, value) for name, value in summary["settings"].items() if value is not None])
+def _summary(summary: Mapping[str, Any]) -> str:
+    dropped, templates = ([(name, f"{n:,}") for name, n in summary[part].items()] for part in ("dropped", "templates"))
+    tables = html_table("Counts", list_facts(summary)) + html_table("Dropped", dropped or [("none", "0")])
+    tables += html_table("Templates", templates)
+    settings = html_table("", [(name, value) for name, value in summary["settings"].items() if value is not None])
     return f'<div class="tables">{tables}</div><details><summary>Settings</summary>{settings}</details>\n'
 
 
-def _cards(shown: list[tuple[Row, Image.Image, Image.Image]]) -> str:
+def _cards(shown: Sequence[Shown]) -> str:
     cards = []
     for row, *pictures in shown:
         names, captions = (row["reference"], row["target"]), row["captions"]
@@ -131,6 +130,262 @@ def _cards(shown: list[tuple[Row, Image.Image, Image.Image]]) -> str:
             f"<div>{image_tag(picture, name)}<small>{html.escape(caption)}</small></div>"
             for picture, name, caption in zip(pictures, names, captions, strict=True)
         ]
-        text = f'<div class="text">{html.escape(row["modification"])}<small>{html.escape(about(row))}</small></div>'
+        origin = f"<small>{html.escape(describe_origin(row))}</small>"
+        text = f'<div class="text">{html.escape(row["modification"])}{origin}</div>'
         cards.append(f'<div class="card">{sides[0]}{text}{sides[1]}</div>')
     return '<div class="grid">\n' + "\n".join(cards) + "\n</div>"
+
+
+def write_window(config: GenerateConfig, dataset: Dataset) -> None:
+    """Write window.png and window.html about the pairs of a window; of uniform draws there is nothing to show."""
+    processes = Processes()
+    if processes.first:
+        picture, page = config.file("window.png"), config.file("window.html")
+        for path in (picture, page):
+            path.unlink(missing_ok=True)  # of a window before this one
+        pairs = stream_jsonl(config.file("pairs.jsonl"))
+        found = np.array([(row["rank"], row["similarity"]) for row in pairs if row.get("rank")]).reshape(-1, 2)
+        ranks, similarities = found[:, 0].astype(np.int64), found[:, 1]
+        if len(ranks):
+            pictures = Thumbnails(dataset, PAIR_SIDE)
+            rows = {name: [pictures.show(row) for row in few] for name, few in sample_pairs(config, ranks).items()}
+            lines = describe_window(config, ranks, similarities)
+            chart = draw_chart(compute_shares(config, similarities))
+            save_png(picture, _draw_window(lines, chart, rows))
+            write_text(page, _window_page(lines, chart, rows))
+            pictures.report_problems("window")
+            print(f"match: look at the window in {page}")
+    processes.wait()
+
+
+def sample_pairs(config: GenerateConfig, ranks: Any) -> dict[str, list[Row]]:
+    """Pairs whose ranks are nearest to several places of the window, a few of each place, drawn by seed."""
+    draw = np.random.default_rng(config.seed).random(len(ranks))  # among equally near ones
+    low, high = ranks.min(), ranks.max()
+    chosen, taken = dict[str, Any](), np.zeros(len(ranks), dtype=bool)
+    for name, place in PLACES.items():
+        distance = np.abs(ranks - (low + place * (high - low))) + 1e9 * taken
+        nearest = np.lexsort((draw, distance))[: min(EACH, int((~taken).sum()))]
+        taken[nearest] = True
+        chosen[name] = nearest[np.argsort(ranks[nearest], kind="stable")].tolist()
+    wanted = {number for found in chosen.values() for number in found}
+    ranked = (row for row in stream_jsonl(config.file("pairs.jsonl")) if row.get("rank"))
+    rows = {number: row for number, row in enumerate(ranked) if number in wanted}
+    return {name: [rows[number] for number in found] for name, found in chosen.items() if found}
+
+
+def describe_window(config: GenerateConfig, ranks: Any, similarities: Any) -> list[str]:
+    """The window in words: ranks, and the similarities of its pairs."""
+    known = _window_file(config)
+    stated = {tuple(window) for window in known.get("ranks", {}).values() if window}
+    first, end = stated.pop() if len(stated) == 1 else (int(ranks.min()), int(ranks.max()) + 1)
+    images = f" of {known['images']:,} images" if "images" in known else ""
+    low, *quarters, high = np.quantile(similarities, [0, 0.25, 0.5, 0.75, 1])
+    middle = ", ".join(f"{value:.3f}" for value in quarters)
+    return [
+        f"Ranks {first:,} to {end - 1:,}: {len(ranks):,} pairs{images}",
+        f"similarity from {low:.3f} to {high:.3f}, quarters at {middle}",
+    ]
+
+
+def _window_file(config: GenerateConfig) -> dict[str, Any]:
+    path = config.file("window.json")
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def compute_shares(config: GenerateConfig, similarities: Any) -> dict[str, list[float]]:
+    """Edges, and the share of the window's pairs and of all pairs in each bin; without the latter if nobody counted."""
+    known = _window_file(config).get("histogram")
+    if known:
+        return {name: _shares(values) if name != "edges" else values for name, values in known.items()}
+    counts, edges = np.histogram(similarities, bins=BINS)
+    return {"edges": edges.tolist(), "window": _shares(counts.tolist())}
+
+
+def _shares(counts: list[float]) -> list[float]:
+    return [count / max(sum(counts), 1) for count in counts]
+
+
+def draw_chart(shares: dict[str, list[float]]) -> Image.Image:
+    """Bars of the window's pairs before those of all pairs, each as shares of its own total."""
+    canvas = Image.new("RGB", (WIDTH - 2 * GAP, PLOT_HEIGHT + 60), "white")
+    draw, edges = ImageDraw.Draw(canvas), shares["edges"]
+    used = [n for n in range(len(edges) - 1) if any(shares[name][n] for name in shares if name != "edges")]
+    low, high = edges[used[0]], edges[used[-1] + 1]
+    top = max(max(values) for name, values in shares.items() if name != "edges")
+
+    def across(value: float) -> int:
+        return 20 + round((value - low) / (high - low) * (canvas.width - 40))
+
+    for name, ink in (("all", LINE), ("window", BLUE)):
+        for n in used if name in shares else ():
+            height = round(shares[name][n] / top * PLOT_HEIGHT)
+            left, right = across(edges[n]), across(edges[n + 1]) - 1
+            if height:
+                draw.rectangle((left, 20 + PLOT_HEIGHT - height, max(left, right), 20 + PLOT_HEIGHT), fill=ink)
+    for n in used if "all" in shares else ():  # where the window's bars stand before them
+        y = 20 + PLOT_HEIGHT - round(shares["all"][n] / top * PLOT_HEIGHT)
+        draw.line((across(edges[n]), y, across(edges[n + 1]) - 1, y), fill=GREY)
+    draw.line((20, 20 + PLOT_HEIGHT, canvas.width - 20, 20 + PLOT_HEIGHT), fill=GREY)
+    for n in range(6):
+        value = low + n / 5 * (high - low)
+        draw.text((across(value), 24 + PLOT_HEIGHT), f"{value:.2f}", fill=GREY, font=font(13), anchor="ma")
+    draw.text((canvas.width // 2, 40 + PLOT_HEIGHT), "similarity", fill=GREY, font=font(13), anchor="ma")
+    for y, (name, told, ink) in enumerate((("window", "pairs of the window", BLUE), ("all", "all pairs", LINE))):
+        if name in shares:
+            draw.rectangle((24, 4 + 18 * y, 36, 16 + 18 * y), fill=ink)
+            draw.text((42, 2 + 18 * y), f"{told}, as shares of their own", fill=INK, font=font(13))
+    return canvas
+
+
+def _draw_window(told: list[str], chart: Image.Image, rows: Mapping[str, Sequence[Shown]]) -> Image.Image:
+    tall, top = PAIR_SIDE + 34, 90 + chart.height
+    canvas = Image.new("RGB", (WIDTH, top + tall * len(rows) + GAP), "white")
+    write_lines(canvas, (GAP, GAP), told, 20)
+    canvas.paste(chart, (GAP, 78))
+    for n, (name, pairs) in enumerate(rows.items()):
+        y = top + n * tall
+        write_lines(canvas, (GAP, y + PAIR_SIDE // 2 - 10), [name], 14)
+        for column, (row, *pictures) in enumerate(pairs):
+            x = LEFT + column * (2 * PAIR_SIDE + 2 * GAP)
+            for k, picture in enumerate(pictures):
+                paste_centred(canvas, picture, (x + k * (PAIR_SIDE + 4), y), PAIR_SIDE)
+            write_lines(canvas, (x, y + PAIR_SIDE + 4), [_short(row)], 13, GREY)
+    return canvas
+
+
+def _short(row: Row) -> str:
+    return f"rank {row['rank']:,} · similarity {row['similarity']:.3f}"
+
+
+def _window_page(told: list[str], chart: Image.Image, rows: Mapping[str, Sequence[Shown]]) -> str:
+    body = f"<p>{html.escape(told[1])}</p>\n{image_tag(chart, 'distribution of similarities', 'chart')}\n"
+    for name, pairs in rows.items():
+        cells = [
+            f'<div class="pair">{image_tag(one, row["reference"])} {image_tag(other, row["target"])}'
+            f"<small>{_short(row)}</small></div>"
+            for row, one, other in pairs
+        ]
+        body += f'<h2>{html.escape(name)}</h2>\n<div class="pairs">{"".join(cells)}</div>\n'
+    return html_page(told[0], body)
+
+
+def list_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Counts and means of a summary, as names and values to show to people."""
+    counted = [(name.replace("_", " "), value) for name, value in summary["counts"].items() if value is not None]
+    means = [("words of a text, on average", summary["mean_words"]), ("tokens", summary["mean_tokens"])]
+    return [(name, f"{value:,}") for name, value in [*counted, *means]]
+
+
+@lru_cache(16)
+def font(size: int) -> Any:
+    """The font that comes with Pillow; it knows Latin letters only."""
+    return ImageFont.load_default(size)
+
+
+def has_letters(text: str) -> bool:
+    """Whether ``font`` has all letters of a text: those of Europe's Latin alphabets, and common punctuation."""
+    return all(letter < "\u0180" or "\u2010" <= letter <= "\u2044" for letter in text)
+
+
+class Thumbnails:
+    """Thumbnails of a dataset's images, and a word about those that cannot be shown.
+
+    Args:
+        dataset: says where images lie.
+        size: of the longer side.
+
+    Attributes:
+        problems: what was wrong with each image that has no thumbnail.
+    """
+
+    def __init__(self, dataset: Dataset, size: int):
+        self._dataset, self._size = dataset, size
+        self.problems: dict[str, str] = {}
+
+    def show(self, row: Row) -> Shown:
+        """Return a triplet or a pair with both thumbnails."""
+        return row, self._thumbnail(row["reference"]), self._thumbnail(row["target"])
+
+    def _thumbnail(self, image_id: str) -> Image.Image:
+        """The image, small, transparent parts white; a grey square if it cannot be shown."""
+        from spn4cir.images import open_image
+
+        try:
+            picture = open_image(self._dataset.image(image_id))
+        except InputError as error:
+            self.problems[image_id] = str(error)
+            blank = Image.new("RGB", (self._size, self._size), LINE)
+            write_lines(blank, (8, 8), ["no picture"], 14, GREY)
+            return blank
+        scale = self._size / max(picture.size)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+    def report_problems(self, sheet: str) -> None:
+        """One line if some images cannot be shown."""
+        if self.problems:
+            first = next(iter(self.problems.values()))
+            print(f"{sheet}: {len(self.problems)} pictures cannot be shown, such as: {first}")
+
+
+def wrap(text: str, size: int, width: int, most: int = 8) -> list[str]:
+    """Lines of at most ``width`` pixels, ``most`` of them; words that are wider are broken."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font(size).getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font(size).getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " …"]
+
+
+def line_height(size: int) -> int:
+    """Pixels from one line to the next."""
+    return round(size * 1.35)
+
+
+def write_lines(canvas: Image.Image, place: tuple[int, int], lines: Sequence[str], size: int, ink: str = INK) -> int:
+    """Write lines from a place downwards; returns where the next one would stand."""
+    draw, (x, y) = ImageDraw.Draw(canvas), place
+    for line in lines:
+        draw.text((x, y), line, fill=ink, font=font(size))
+        y += line_height(size)
+    return y
+
+
+def paste_centred(canvas: Image.Image, picture: Image.Image, place: tuple[int, int], size: int) -> None:
+    """Put a thumbnail into the middle of a square."""
+    x, y = place
+    canvas.paste(picture, (x + (size - picture.width) // 2, y + (size - picture.height) // 2))
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture, whole or not at all. Raises ``InputError`` where it cannot be written."""
+    with replaced(path) as beside:
+        picture.save(beside, "PNG")
+
+
+def image_tag(picture: Image.Image, title: str, kind: str = "") -> str:
+    """An ``img`` that holds its picture."""
+    told = html.escape(title)
+    return f'<img src="{make_data_url(picture)}" alt="{told}" title="{told}"{kind and f" class={kind}"}>'
+
+
+def html_table(title: str, rows: Iterable[tuple[str, Any]]) -> str:
+    """Two columns of names and values."""
+    cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page around a body."""
+    told = html.escape(title)
+    head = f'<meta charset="utf-8"><title>{told}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n<h1>{told}</h1>\n{body}\n</body></html>\n'

@@ -3,10 +3,8 @@
 Source: An et al., "Unicom: Universal and Compact Representation Learning for Image Retrieval", ICLR 2023.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.errors import InputError
+from spn4cir.files import hash_files, locked
 
 RELEASES = "https://github.com/deepglint/unicom/releases/download"
 BATCH_NORM_EPS = 2e-5
@@ -154,7 +153,7 @@ def load_unicom(path: Path, size: Size | None = None) -> Unicom:
 
     state = _without_prefix(read_published(path), path)
     with torch.device("meta"):  # the largest layer has a gigabyte, which would be drawn at random in vain
-        model = Unicom(size or recognise(state, path))
+        model = Unicom(size or detect_size(state, path))
     own = model.state_dict()
     state = {name: torch.zeros((), dtype=torch.long) for name in COUNTERS} | state
     wrong = [
@@ -174,7 +173,7 @@ def load_unicom(path: Path, size: Size | None = None) -> Unicom:
     return model.requires_grad_(False).eval()
 
 
-def recognise(state: Mapping[str, Tensor], path: Path) -> Size:
+def detect_size(state: Mapping[str, Tensor], path: Path) -> Size:
     """The published size that has these shapes. Raises ``InputError`` with the dimensions found."""
     try:
         width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -205,7 +204,7 @@ def find_weights(name: str) -> Path:
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(path):  # of several processes the first downloads it
+            with locked(path.with_name(path.name + ".lock")):  # of several processes the first downloads it
                 if not path.is_file():
                     torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=weights.sha256)
         except (OSError, RuntimeError) as error:
@@ -221,11 +220,7 @@ def check_weights(path: Path) -> str:
     """SHA-256 of a file. Raises ``InputError`` if it is named as a published one and holds something else."""
     if not path.is_file():
         raise InputError(f"{path} is a folder: give the file of weights" if path.is_dir() else f"{path} is missing")
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            total.update(part)
-    found = total.hexdigest()
+    found = hash_files(path)
     for weights in PUBLISHED.values():
         if weights.file == path.name and weights.sha256 != found:
             raise InputError(
@@ -246,13 +241,3 @@ def _without_prefix(content: Mapping[str, object], path: Path) -> dict[str, Tens
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine is in here for the same path."""
-    import fcntl
-
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

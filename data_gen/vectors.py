@@ -9,12 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spn4cir.data_gen.files import Journal, digest, is_done, mark_done
 from spn4cir.data_gen.matchers import Matcher
-from spn4cir.data_gen.processes import Processes, own_device
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import Processes, cpu_count, own_device
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,9 +79,11 @@ def encode_all(
     if stored is not None:
         return stored
     matcher.to(own_device())
-    images = ImageSource(dataset.path, matcher.transform)
+    images = ImageSource(dataset.image, matcher.transform)
     partial, noted = config.file(f"vectors.{made_by}.partial.npy"), config.file("vectors.npy")
     if processes.first:
+        if out.exists() and not partial.exists():
+            os.replace(out, partial)  # complete, but a kill came before the note: the journal says which rows are
         _prepare(partial, noted, made_by, images, (ids, matcher))
     processes.wait()
     journal = Journal(noted, made_by, processes)
@@ -98,8 +99,8 @@ def encode_all(
     journal = Journal(noted, made_by, processes)  # now with the blocks of all
     assert all(n in journal for n in blocks), "a block of vectors is missing"
     if processes.first:
+        os.replace(partial, out)
         mark_done(out, made_by, images=len(ids), matcher=matcher.made_by, vector=matcher.says)
-        os.replace(partial, out)  # the note speaks of nothing until the file is there
         journal.remove()
     journal.close()
     processes.wait()
@@ -198,7 +199,7 @@ def _encoded(
             wrong = ((found.norm(dim=1) - 1).abs() <= TOLERANCE).logical_not().nonzero().flatten().tolist()
             if wrong:
                 raise InputError(
-                    f"image {images.path(blocks[n][wrong[0]])}: its vector by {matcher.made_by['kind']} "
+                    f"image {images.image(blocks[n][wrong[0]])}: its vector by {matcher.made_by['kind']} "
                     f"{matcher.made_by['model']} has the length {found[wrong[0]].norm().item():.3g}, not 1"
                 )
             yield n, found
@@ -211,7 +212,8 @@ def _pixels(blocks: Mapping[int, Sequence[str]], images: "ImageSource") -> "Iter
 
     waiting: deque[tuple[int, list[Future[Tensor]]]] = deque()
     todo = iter(blocks.items())
-    pool = ThreadPoolExecutor(_threads())
+    share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's cores
+    pool = ThreadPoolExecutor(max(1, min(THREADS, share)))
     try:
         while True:
             while len(waiting) < AHEAD and (block := next(todo, None)):
@@ -231,9 +233,3 @@ def _pixels(blocks: Mapping[int, Sequence[str]], images: "ImageSource") -> "Iter
             yield n, stacked
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _threads() -> int:
-    """How many images this process decodes at once: its share of the machine's processors."""
-    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(THREADS, free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -7,7 +7,6 @@ by the definition. So neither the block size, nor the number of threads or proce
 
 import itertools
 import math
-import os
 import random
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from spn4cir.data_gen.processes import own_device
+from spn4cir.distributed import cpu_count, own_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +88,7 @@ class Window:
             for row, image, others in zip(rows, positions, never, strict=True)
         ]
         ranks = [self._ranks(*one) for one in zip(taken, names, strict=True)]
-        parts = np.array_split(np.arange(len(rows)), _cores())
+        parts = np.array_split(np.arange(len(rows)), cpu_count())
         with ThreadPoolExecutor(len(parts)) as pool:  # a partition runs outside the interpreter's lock
             values = [
                 one for part in pool.map(lambda own: [_at(rows[n], ranks[n]) for n in own], parts) for one in part
@@ -226,10 +225,6 @@ def draw_uniformly(
             drawn = [n + (place <= n) for n in drawn]
         found.append(sorted(drawn))
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(vectors: Array) -> str:

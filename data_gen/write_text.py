@@ -5,78 +5,36 @@ examples:
   python data_gen/write_text.py --dataset emoji --templates '[instead, unlike]'
 """
 
+import dataclasses
+import json
+import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from spn4cir.data_gen.files import Row, digest, is_done, mark_done, stream_jsonl
-from spn4cir.data_gen.length import TokenCounter
-from spn4cir.data_gen.outputs import KINDS, triplet_files
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.report import reasons, write_summary
-from spn4cir.data_gen.rewrite import Rewriter
-from spn4cir.data_gen.settings import GenerateConfig, command
+from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
+from spn4cir.data_gen.texts import Rewriter, TokenCounter, caption_similarity, compose_text
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
+from spn4cir.files import Row, count_lines, read_json, stream_jsonl, write_text
+from spn4cir.types import Triplet
 
-FORMS = {"instead": "{1} instead of {0}", "unlike": "Unlike {0}, I want {1}", "target": "{1}"}
-"""The paper's templates 0, 1 and 2."""
-FILES = (*(f"triplets.{kind}" for kind in KINDS), "summary.json")
+GROUP = 1 << 15  # rows of Parquet held in memory
+KINDS = ("jsonl", "json", "parquet")
+OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
+"""Settings that say where and how fast a run was made, not what came of it."""
+COLUMNS = (
+    "reference", "target", "reference_path", "target_path", "modifications", "reference_caption", "target_caption",
+    "rank", "similarity", "template", "model", "rewriter", "made_by",
+)  # fmt: skip
+"""Of the Parquet file."""
 CHUNK = 4096  # texts counted at once
-ARTICLES = {"a", "an", "the"}  # two captions that share nothing else have nothing in common
-
-
-def difference(reference: str, target: str, draw: random.Random) -> str:
-    """What changes: the words that only the target's caption has, or, if it has none, what is gone.
-
-    Captions without a common word have no difference worth naming: the text would be the whole target caption, and a
-    model could learn from it to ignore the reference.
-
-    Args:
-        reference: caption of the reference image.
-        target: caption of the target image.
-        draw: picks among several phrasings.
-
-    Returns:
-        The text; empty if the captions hold the same words, or no word in common, articles aside.
-    """
-    before, after = (_words(text) for text in (reference, target))
-    low_before, low_after = ({word.lower() for word in words} for words in (before, after))
-    if not (low_before & low_after) - ARTICLES:
-        return ""
-    if not (low_before ^ low_after) - ARTICLES:
-        return ""
-    new = " ".join(word for word in after if word.lower() not in low_before)
-    gone = " ".join(word for word in before if word.lower() not in low_after)
-    if new and gone:
-        return draw.choice([new, f"but {new}", f"make it {new}", f"{new} instead of {gone}"])
-    if new:
-        return draw.choice([new, f"but {new}", f"make it {new}", f"with {new}"])
-    return f"without {gone}" if gone else ""
-
-
-def compose_text(template: str, reference: str, target: str, draw: random.Random) -> str:
-    """A modification text by template: the paper's ``instead`` (0), ``unlike`` (1), ``target`` (2), or ``difference``.
-
-    Returns:
-        The text; empty if the template has nothing to say.
-    """
-    if template == "difference":
-        return difference(reference, target, draw)
-    return FORMS[template].format(reference, target)
-
-
-def caption_similarity(one: str, other: str) -> float:
-    """How many of the words of two captions they share, from 0 to 1; case and punctuation aside (Jaccard)."""
-    a, b = ({word.lower() for word in _words(text)} for text in (one, other))
-    return len(a & b) / len(a | b) if a or b else 1.0
-
-
-def _words(text: str) -> list[str]:
-    """Words of a text without the punctuation around them; what is inside, as in 3.5 or St. Bernard's, stays."""
-    return [word for part in text.split() if (word := part.strip(",.;:!?"))]
 
 
 class Captions:
@@ -190,7 +148,113 @@ class Texts:
             yield row
 
 
-def write_text(config: GenerateConfig, dataset: Dataset) -> None:
+@contextmanager
+def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -> Iterator["TripletWriter"]:
+    """Three files that are written beside their places, and take them when all is well; else they are removed.
+
+    Raises:
+        InputError: where one cannot be written.
+    """
+    places = [config.file(f"triplets.{kind}") for kind in KINDS]
+    beside = [path.with_name(path.name + ".tmp") for path in places]
+    try:
+        writer = TripletWriter(beside, dataset, made_by)
+        try:
+            yield writer
+        finally:
+            with suppress(OSError):  # of a full disk there is news already
+                writer.close()
+        for path, place in zip(beside, places, strict=True):
+            os.replace(path, place)
+    except OSError as error:
+        raise InputError(f"triplets in {config.folder} cannot be written: {error.strerror or error}") from None
+    finally:
+        for path in beside:
+            path.unlink(missing_ok=True)
+
+
+class TripletWriter:
+    """Writes triplets as they come, and counts what they are like.
+
+    Args:
+        paths: of JSONL, JSON and Parquet.
+        dataset: whose published shape, and whose paths of images.
+        made_by: digest of what made the triplets.
+
+    Attributes:
+        count: triplets so far.
+        words: of their texts together.
+        tokens: likewise.
+        distinct: hashes of their texts.
+        templates: how many of them each template made.
+        rewritten: how many hold a text that a model wrote anew.
+    """
+
+    def __init__(self, paths: list[Path], dataset: Dataset, made_by: str):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from spn4cir.datasets.generated import entry_writer
+
+        self._dataset, self._made_by = dataset, made_by
+        self._path_of = lru_cache(1 << 18)(lambda image_id: str(dataset.image(image_id)))
+        self._published = entry_writer(dataset, paths[1].parent)
+        self.count, self.words, self.tokens, self.rewritten = 0, 0, 0, 0
+        self.distinct, self.templates = set[int](), Counter[str]()
+        self._group: list[Row] = []
+        kinds = {"modifications": pa.list_(pa.string()), "rank": pa.int64(), "similarity": pa.float64()}
+        self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
+        self._rows = paths[0].open("w", encoding="utf-8")
+        self._entries = paths[1].open("w", encoding="utf-8")
+        self._parquet: Any = pq.ParquetWriter(paths[2], self._schema, compression="zstd")
+
+    def add(self, row: Row) -> None:
+        """Write one triplet."""
+        self._rows.write(json.dumps({**row, "made_by": self._made_by}, ensure_ascii=False) + "\n")
+        entry = json.dumps(self._entry(row), ensure_ascii=False, indent=0)
+        self._entries.write(("," if self.count else "[") + "\n" + entry)
+        self._group.append(self._record(row))
+        if len(self._group) == GROUP:
+            self._flush()
+        self.count += 1
+        self.words += len(row["modification"].split())
+        self.tokens += row["tokens"]
+        self.rewritten += "llm_caption" in row
+        self.distinct.add(hash(row["modification"]))
+        self.templates[row["template"]] += 1
+
+    def _entry(self, row: Row) -> Row:
+        triplet = Triplet(row["reference"], (row["target"],), (row["modification"],))
+        entry = self._published(triplet, tuple(row["captions"]))
+        return {**entry, "llm_caption": row["llm_caption"]} if "llm_caption" in row else entry
+
+    def _record(self, row: Row) -> Row:
+        paths = {f"{role}_path": self._path_of(row[role]) for role in ("reference", "target")}
+        captions = dict(zip(("reference_caption", "target_caption"), row["captions"], strict=True))
+        made = {"modifications": [row["modification"]], "made_by": self._made_by}
+        known = {**row, **paths, **captions, **made}
+        return {name: known.get(name) for name in self._schema.names}
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._parquet.write_table(pa.Table.from_pylist(self._group, schema=self._schema))
+        self._group.clear()
+
+    def finish(self) -> None:
+        """Write what is still held, once all triplets are there."""
+        self._flush()
+        self._entries.write("\n]\n" if self.count else "[]\n")
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, whatever became of them."""
+        self._rows.close()
+        self._entries.close()
+        self._parquet.close()
+
+
+def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     """Write triplets.jsonl with what each came from, triplets.json as published, triplets.parquet, and summary.json.
 
     Raises:
@@ -198,9 +262,9 @@ def write_text(config: GenerateConfig, dataset: Dataset) -> None:
     """
     processes, rewriter = Processes(), Rewriter.of(config)
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))
-    settings = text_settings(config) | ({"rewriter": rewriter.about} if rewriter else {})
+    settings = select_text_settings(config) | ({"rewriter": rewriter.about} if rewriter else {})
     made_by = digest({"step": "write", "dataset": dataset.name, **settings}, pairs, captions)
-    done = is_done(out, made_by) and all(config.file(name).is_file() for name in FILES)
+    done = is_done(out, made_by)
     processes.wait()  # all have looked before the first one writes
     if done:
         processes.say(f"write: {out} is done")
@@ -213,7 +277,7 @@ def write_text(config: GenerateConfig, dataset: Dataset) -> None:
     processes.wait()
 
 
-def text_settings(config: GenerateConfig) -> dict[str, Any]:
+def select_text_settings(config: GenerateConfig) -> dict[str, Any]:
     """What decides the text of a pair whose captions are given, rewriting aside."""
     names = ("templates", "seed", "tokenizer", "max_tokens", "max_caption_similarity", "max_caption_count")
     return {name: getattr(config, name) for name in names}
@@ -227,18 +291,71 @@ def _write(
     out, (made_by, settings) = config.file("triplets.json"), made
     pairs = tqdm(stream_jsonl(config.file("pairs.jsonl")), desc="write", unit="pair", leave=False)
     rows = rewriter.apply(texts.of(pairs), texts.count) if rewriter else texts.of(pairs)
-    with triplet_files(config, dataset, made_by) as files:
+    with open_triplet_files(config, dataset, made_by) as files:
         for row in rows:
             files.add(row)
         if not files.count:
-            told = reasons(texts.dropped) or "there is no pair"
+            told = describe_drops(texts.dropped) or "there is no pair"
             raise InputError(f"{config.file('pairs.jsonl')} gives no triplet: {told}")
         files.finish()
-        out.with_suffix(".done.json").unlink(missing_ok=True)  # it must not speak for what takes the old one's place
     summary = write_summary(config, files, texts, made_by)
-    mark_done(out, made_by, **settings, triplets=files.count, dropped=summary["dropped"])
-    print(f"write: {files.count} triplets, dropped: {reasons(texts.dropped) or 'none'} → {out}")
+    others = [config.file(name) for name in ("triplets.jsonl", "triplets.parquet", "summary.json")]
+    mark_done(out, made_by, *others, **settings, triplets=files.count, dropped=summary["dropped"])
+    print(f"write: {files.count} triplets, dropped: {describe_drops(texts.dropped) or 'none'} → {out}")
+
+
+def describe_drops(dropped: Mapping[str, int]) -> str:
+    """List drop reasons with their counts, the most frequent first; empty if there are none."""
+    return ", ".join(f"{count:,} since {reason}" for reason, count in _by_count(dropped))
+
+
+def _by_count(dropped: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(dropped.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def write_summary(config: GenerateConfig, made: "TripletWriter", texts: "Texts", made_by: str) -> dict[str, Any]:
+    """Write summary.json: counts, drop reasons, means and settings of one run."""
+    images = count_images(config.file("images.jsonl"))
+    counts = {
+        **images,
+        "pairs": texts.pairs,
+        "captions": len(texts.captions.text),
+        "captions_failed": count_lines(config.file("captions.failed.jsonl")),
+        "triplets": made.count,
+        "distinct_texts": len(made.distinct),
+        "too_long_so_target_caption_alone": texts.shortened,
+    }
+    if config.rewriter:
+        counts |= {"rewritten": made.rewritten, "not_rewritten": made.count - made.rewritten}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_A_MACHINE}
+    summary = {
+        "counts": counts,
+        "dropped": dict(_by_count(texts.dropped)),
+        "templates": dict(sorted(made.templates.items())),
+        "mean_words": round(made.words / max(made.count, 1), 2),
+        "mean_tokens": round(made.tokens / max(made.count, 1), 2),
+        "settings": settings,
+        "made_by": made_by,
+    }
+    write_text(config.file("summary.json"), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return summary
+
+
+def count_images(path: Path) -> dict[str, int | None]:
+    """Count images, and those with pixels of their own; None where the first step left no file."""
+    if not path.is_file():
+        return {"images": None, "unique_images": None}
+    total, own = 0, 0
+    for row in stream_jsonl(path):
+        total, own = total + 1, own + (row.get("canonical") == row.get("image_id"))
+    return {"images": total, "unique_images": own}
+
+
+def read_summary(config: GenerateConfig) -> dict[str, Any]:
+    """Read what ``write_summary`` wrote. Raises ``InputError`` if it is missing or damaged."""
+    found: dict[str, Any] = read_json(config.file("summary.json"), "python data_gen/write_text.py")
+    return found
 
 
 if __name__ == "__main__":
-    command(write_text, __doc__)
+    run_step(write_triplets, __doc__)

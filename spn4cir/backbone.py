@@ -1,9 +1,8 @@
 """What a backbone is: two methods to write, two derived, and a promise about its image side."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,14 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from spn4cir.errors import InputError
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 from spn4cir.types import Composed, ImageFeatures, Tokens
-
-PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
-"""How entries begin that only continuing a training needs."""
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -29,123 +24,6 @@ def to_float32(x: Tensor) -> Tensor:
 def l2_normalize(x: Tensor) -> Tensor:
     """Unit norm along the last dimension, in float32 or wider."""
     return F.normalize(to_float32(x), dim=-1)
-
-
-def gradient_cached(function: Callable[..., Any], size: int | None, *rows: Tensor) -> Any:
-    """What a function gives for all rows, computed some rows at a time, and once more where a gradient asks for it.
-
-    Nothing that happens inside is kept: gradients are exact, and memory is that of one chunk. They meet in one backward
-    pass, so processes reduce them once.
-
-    Args:
-        function: of tensors whose first dimension is the same; returns a tensor, ``ImageFeatures`` or ``Composed``.
-        size: rows at a time; None for all at once, and nothing computed twice.
-        rows: the tensors.
-
-    Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
-    """
-    if size is None or size >= len(rows[0]):
-        return function(*rows)
-    parts = zip(*(torch.split(part, size) for part in rows), strict=True)
-    return _joined([checkpoint(function, *part, use_reentrant=False) for part in parts])
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """Tensors, or what is made of tensors, of several chunks → of all."""
-    first = parts[0]
-    if first is None:
-        return None
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts))
-    if isinstance(first, dict):
-        return {name: _joined([part[name] for part in parts]) for name in first}
-    if isinstance(first, Composed):
-        names = [field.name for field in fields(Composed)]
-        return Composed(*(_joined([getattr(part, name) for part in parts]) for name in names))
-    columns = [_joined(column) for column in zip(*parts, strict=True)]
-    return ImageFeatures(*columns) if isinstance(first, ImageFeatures) else tuple(columns)
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The modules of one kind that follow each other in a list or a sequence, the outermost of nested ones.
-
-    They are the layers of a transformer and the residual blocks of a ResNet, where time and memory go.
-    """
-    found: list[nn.Module] = []
-    for holder in module.modules():
-        blocks = list(holder.children()) if isinstance(holder, nn.ModuleList | nn.Sequential) else []
-        several = len(blocks) > 1 or (isinstance(holder, nn.ModuleList) and blocks)
-        alike = len({type(block) for block in blocks}) == 1 and bool(list(blocks[0].parameters()))
-        if several and alike and not any(holder is inner for block in found for inner in block.modules()):
-            found += blocks
-    return found
-
-
-def checkpoint_blocks(module: nn.Module) -> int:
-    """Let the blocks of a model keep no activations but compute them again; returns how many there are."""
-    blocks = blocks_of(module)
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return len(blocks)
-
-
-def compile_blocks(module: nn.Module) -> int:
-    """Let torch make kernels for the blocks of a model that train; returns how many there are.
-
-    Blocks of one kind share their kernels, which hold for any number of rows. What is frozen is left as it is: the
-    bank was made with it, to the bit.
-    """
-    blocks = [block for block in blocks_of(module) if any(p.requires_grad for p in block.parameters())]
-    for block in blocks:
-        block.compile(dynamic=True)
-    return len(blocks)
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a backbone makes of a published checkpoint.
-
-    ``options`` rebuild the backbone, ``state`` has the names of its ``state_dict``, ``ignored`` says why each other
-    name of the file is not needed, and ``container`` says in a few words what kind of file it is. ``lacks`` names the
-    part that another file holds, where this one is not a whole model.
-    """
-
-    options: dict[str, Any]
-    state: dict[str, Tensor]
-    ignored: dict[str, str]
-    container: str
-    lacks: str = ""
-
-    @staticmethod
-    def find(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[str, Any], dict[str, str]]:
-        """The first of these entries that a checkpoint has, with its state dict and what beside it may be ignored.
-
-        Raises:
-            InputError: if it has none of them, or as ``entry``.
-        """
-        for key in keys:
-            if key in content:
-                return key, *Published.entry(content, key)
-        found = ", ".join(map(repr, list(content)[:5])) or "nothing"
-        names = f"neither {' nor '.join(keys)} is" if len(keys) > 1 else f"{keys[0]} is not"
-        raise InputError(f"{names} an entry of it; found {found}")
-
-    @staticmethod
-    def entry(content: Mapping[str, Any], key: str) -> tuple[dict[str, Any], dict[str, str]]:
-        """The state dict under a key of a checkpoint, and what beside it may be ignored, with the reason.
-
-        Raises:
-            InputError: if it is no state dict, or if anything beside it is more than the progress of a training.
-        """
-        beside = [name for name in content if name != key]
-        for name in beside:
-            if not str(name).startswith(PROGRESS):
-                raise InputError(f"beside {key} there is {name!r}, which is unknown here")
-        state = content[key]
-        if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-            what = type(state).__name__ if state else "empty"
-            raise InputError(f"{key} is {what}, not a dictionary of named tensors")
-        return dict(state), dict.fromkeys(beside, "progress of its training")
 
 
 class Backbone(nn.Module, ABC):
@@ -207,18 +85,61 @@ class Backbone(nn.Module, ABC):
         A subfolder ``tokenizer`` is given back as the option of that name.
         """
 
-    @classmethod
-    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
-        """The published checkpoint of this model in our names.
+    def encode_text_target(self, tokens: Tokens) -> Tensor:
+        """B texts as gallery items → (B, K, E), unit norm. Raises ``InputError`` where texts are no targets."""
+        raise InputError(f"backbone {self.name} cannot embed texts as targets: its gallery holds images")
+
+    def compose_image(self, features: ImageFeatures) -> Tensor:
+        """Reference images without any text → queries (B, E) of unit norm; by default the mean target vector."""
+        return l2_normalize(features.target.mean(1))
+
+    def compose_text(self, tokens: Tokens) -> Composed:
+        """Texts without any reference → queries (B, E) of unit norm; by default zeros stand for the reference."""
+        count = len(next(iter(tokens.values())))
+        return self.compose(next(self.parameters()).new_zeros(count, *self.reference_shape), tokens)
+
+    def compose_partial(
+        self, features: ImageFeatures | None, tokens: Tokens, has_reference: Tensor | None, has_text: Tensor | None
+    ) -> Composed:
+        """Queries of which some lack their reference, or their text.
 
         Args:
-            content: the dictionary that the file holds.
-            options: what the user states; the rest is recognised.
+            features: of the reference images, any values where there is none; None if no query has one.
+            tokens: of the texts, of any text where there is none.
+            has_reference: (B,) booleans; None if every query has a reference.
+            has_text: (B,) booleans; None if every query has a text.
 
-        Raises:
-            InputError: if this is none of the containers that the model was published in.
+        Returns:
+            Queries (B, E); states and parts only if every query has both.
         """
-        raise InputError(f"backbone {cls.name} has no importer of published weights")
+        if features is None:
+            return self.compose_text(tokens)
+        if has_reference is None and has_text is None:
+            return self.compose(features.reference, tokens)
+        present = torch.ones(len(features.target), dtype=torch.bool, device=features.target.device)
+        has_reference = present if has_reference is None else has_reference
+        has_text = present if has_text is None else has_text
+        if bool((has_reference & has_text).all()):
+            return self.compose(features.reference, tokens)
+        groups = [
+            rows.nonzero()[:, 0] for rows in (has_reference & has_text, has_reference & ~has_text, ~has_reference)
+        ]
+        both, image, text = groups
+        queries = [
+            self.compose(features.reference[both], {k: v[both] for k, v in tokens.items()}).query
+            if len(both)
+            else None,
+            self.compose_image(ImageFeatures(*(part[image] for part in features))) if len(image) else None,
+            self.compose_text({k: v[text] for k, v in tokens.items()}).query if len(text) else None,
+        ]
+        return Composed(torch.cat([q for q in queries if q is not None])[torch.cat(groups).argsort()])
+
+    @cached_property
+    def reference_shape(self) -> tuple[int, ...]:
+        """(L, D) of the reference features of one image."""
+        with torch.no_grad():
+            pixels = self.transform(Image.new("RGB", (64, 64)))[None].to(next(self.parameters()).device)
+            return tuple(self.encode_image(pixels).reference.shape[1:])
 
     def encode_query(self, pixels: Tensor, tokens: Tokens) -> Tensor:
         """Reference images (B, 3, H, W) and texts → queries (B, E)."""
@@ -240,7 +161,7 @@ class Backbone(nn.Module, ABC):
         self.train(self.training)
 
     @property
-    def frozen(self) -> bool:
+    def is_frozen(self) -> bool:
         """Whether ``freeze_image_side`` was called."""
         return getattr(self, "_frozen", False)
 

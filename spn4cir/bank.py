@@ -2,59 +2,22 @@
 
 import hashlib
 import json
-import math
-import os
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from spn4cir.backbone import Backbone
 from spn4cir.errors import InputError
-from spn4cir.files import locked, read_json, write_text
 from spn4cir.images import ImageSource
+from spn4cir.store import BEGUN, WHOLE, EmbeddingStore, StoredRows
 from spn4cir.types import ImageFeatures
 
-WHOLE, BEGUN = "bank.json", "begun.json"  # what a folder of banks holds beside the arrays, and until they are whole
 CPU = torch.device("cpu")
-SECONDS = 5.0
-"""How much encoding a killed build may lose: so often it puts on disk what it has, and notes how far that goes."""
-
-
-class StoredRows:
-    """Rows of an array on disk, memory-mapped: only those that are asked for are read.
-
-    Args:
-        path: a ``.npy`` file.
-
-    Raises:
-        ValueError, OSError, EOFError: if it is none, or is cut off.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._array: np.memmap[Any, Any] = np.load(path, mmap_mode="c", allow_pickle=False)
-
-    def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        """A copy of these rows, in the type they are stored in."""
-        return torch.from_numpy(np.ascontiguousarray(self._array[list(rows)]))
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    def __reduce__(self) -> tuple[type, tuple[Path]]:  # else a copy of the whole array would go to a worker process
-        return StoredRows, (self.path,)
-
-    def whole(self) -> Tensor:
-        """All rows as a tensor that lies on disk."""
-        return torch.from_numpy(self._array)
+NO_ROOM = "set SPN4CIR_RUNS to a larger disk, or bank.dtype float16, or bank.references recompute"
 
 
 def fits_in_memory(size: int, device: torch.device) -> bool:
@@ -160,7 +123,7 @@ def fingerprint(backbone: Backbone, hashes: Mapping[str, str], parts: Mapping[st
     digest = hashlib.sha256(about.encode())
     for name, value in backbone.image_state().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     for image_id, pixels in hashes.items():
         digest.update(f"{image_id} {pixels}\n".encode())
     return digest.hexdigest()[:24]
@@ -197,7 +160,7 @@ def load_or_build(
         ValueError: if the image side is not frozen.
         InputError: if the disk has no room for it, or features are not finite, of which nothing is kept.
     """
-    if not backbone.frozen:
+    if not backbone.is_frozen:
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")
     parts = parts or stored_parts("float32")
     name, rows = fingerprint(backbone, hashes, parts), assign_rows(hashes)
@@ -205,36 +168,24 @@ def load_or_build(
     for image_id, row in rows.items():
         first.setdefault(row, image_id)
     order = [first[row] for row in range(len(first))]
-    folder = root / name
+    store = EmbeddingStore(root, name, len(order), parts, batch_size, "the bank", NO_ROOM)
+
+    def bank_of(arrays: Mapping[str, StoredRows]) -> Bank:
+        return Bank(arrays.get("reference"), arrays["target"].whole(), rows, name)
 
     def usable(note: str) -> Bank | None:
-        bank = _open(folder / note, parts, rows) if _noted(folder / note, len(order), parts) is not None else None
+        bank = bank_of(arrays) if (arrays := store.open(note)) else None
         return bank if bank and _is_valid(bank, backbone, images.stack(order[:1])) else None
 
-    if (bank := usable(WHOLE)) is not None:
+    if bank := usable(WHOLE):
         return bank
-    root.mkdir(parents=True, exist_ok=True)
-    with locked(root / f"{name}.lock"):
-        if (bank := usable(WHOLE)) is not None:  # another process has made it meanwhile
+    with store.lock():
+        if bank := usable(WHOLE):  # another process has made it meanwhile
             return bank
-        done = _rows_done(folder, len(order), batch_size, parts) if usable(BEGUN) else 0
-        _build(backbone, images, order, folder, range(done, len(order), batch_size), parts)
-    bank = _open(folder / WHOLE, parts, rows)
-    assert bank is not None
-    return bank
-
-
-def _open(note: Path, parts: Mapping[str, str], rows: dict[str, int]) -> Bank | None:
-    """The bank in the folder of this note, or None if it is not there or damaged."""
-    try:
-        stored = {part: StoredRows(note.with_name(f"{part}.npy")) for part in parts}
-    except (ValueError, OSError, EOFError):
-        return None
-    sound = note.is_file() and all(
-        len(file) == max(rows.values()) + 1 and file[[0]].dtype == getattr(torch, parts[part])
-        for part, file in stored.items()
-    )
-    return Bank(stored.get("reference"), stored["target"].whole(), rows, note.parent.name) if sound else None
+        if not usable(BEGUN):
+            store.remove()
+        _encode(backbone, images, order, store)
+        return bank_of(store.finish())
 
 
 @torch.no_grad()
@@ -246,95 +197,22 @@ def _is_valid(bank: Bank, backbone: Backbone, pixels: Tensor) -> bool:
     return all(now.shape == then.shape and (now - then).norm() <= 0.01 * now.norm() for now, then in pairs)
 
 
-def _note(rows: int, images: int, batch_size: int, parts: Mapping[str, str]) -> dict[str, Any]:
-    """What the folder of a bank says of it when so many rows of it are on disk."""
-    return {"images": images, "parts": dict(parts), "batch_size": batch_size, "rows": rows}
-
-
-def _noted(note: Path, images: int, parts: Mapping[str, str]) -> dict[str, Any] | None:
-    """What the note says, if it is one of a bank of so many images in these parts."""
-    try:
-        found = read_json(note)
-    except InputError:
-        return None
-    right = isinstance(found, dict) and (found.get("images"), found.get("parts")) == (images, dict(parts))
-    return found if right and (note.name != WHOLE or found.get("rows") == images) else None
-
-
-def _rows_done(folder: Path, images: int, batch_size: int, parts: Mapping[str, str]) -> int:
-    """How many rows a build of the same blocks has written; 0 if there is none."""
-    found = _noted(folder / BEGUN, images, parts)
-    ends = (*range(batch_size, images, batch_size), images)
-    return next((rows for rows in ends if found == _note(rows, images, batch_size, parts)), 0)
-
-
 @torch.no_grad()
-def _build(
-    backbone: Backbone,
-    images: ImageSource,
-    order: Sequence[str],
-    folder: Path,
-    blocks: range,
-    parts: Mapping[str, str],
-) -> None:
-    """Encode blocks of images: all, or the rest of those of a build that was killed. The caller holds the lock."""
-    if not blocks.start and folder.exists():
-        shutil.rmtree(folder)
-    files = _reopen(folder, parts, blocks.start / len(order)) if blocks.start else {}
-    device, noted = next(backbone.parameters()).device, time.monotonic()
-
-    def note(rows: int) -> None:
-        for file in files.values():
-            file.flush()
-        write_text(folder / BEGUN, json.dumps(_note(rows, len(order), blocks.step, parts)) + "\n")
-
-    with tqdm(total=len(order), initial=blocks.start, desc="bank", unit="image", leave=False) as bar:
-        for start in blocks:
-            features = backbone.encode_image(images.stack(order[start : start + blocks.step]).to(device))
-            files = files or _allocate(folder, parts, features, len(order))
-            for part, file in files.items():
-                values = getattr(features, part).to(getattr(torch, parts[part])).cpu()
-                if not values.isfinite().all():
-                    shutil.rmtree(folder)
+def _encode(backbone: Backbone, images: ImageSource, order: Sequence[str], store: EmbeddingStore) -> None:
+    """Encode the images that are missing in the store; the caller holds its lock."""
+    device, missing = next(backbone.parameters()).device, store.missing()
+    done = missing[0] if missing else len(order)
+    with tqdm(total=len(order), initial=done, desc="bank", unit="image", leave=False) as bar:
+        for start in missing:
+            features = backbone.encode_image(images.stack(order[start : start + store.block]).to(device))
+            values = {p: getattr(features, p).to(getattr(torch, dtype)).cpu() for p, dtype in store.dtypes.items()}
+            for part, value in values.items():
+                if not value.isfinite().all():
+                    store.remove()
                     raise InputError(
-                        f"{backbone.name}: {part} features hold numbers that are not finite in {parts[part]}: "
+                        f"{backbone.name}: {part} features hold numbers that are not finite in {store.dtypes[part]}: "
                         "set bank.dtype float32, or look at the weights"
                     )
-                file[start : start + len(values)] = values.numpy()
+            store.write(start, values)
             bar.update(len(features.target))
-            if time.monotonic() - noted > SECONDS:
-                note(start + len(features.target))
-                noted = time.monotonic()
             del features, values  # before the next ones are made
-    note(len(order))
-    os.replace(folder / BEGUN, folder / WHOLE)
-
-
-def _allocate(
-    folder: Path, parts: Mapping[str, str], features: ImageFeatures, rows: int
-) -> "dict[str, np.memmap[Any, Any]]":
-    """A folder with empty arrays for so many rows, if the disk has room for them."""
-    shapes = {part: (rows, *getattr(features, part).shape[1:]) for part in parts}
-    _check_room(folder.parent, sum(math.prod(shape) * np.dtype(parts[part]).itemsize for part, shape in shapes.items()))
-    folder.mkdir()
-    return {
-        part: np.lib.format.open_memmap(folder / f"{part}.npy", "w+", np.dtype(parts[part]), shape)
-        for part, shape in shapes.items()
-    }
-
-
-def _reopen(folder: Path, parts: Mapping[str, str], done: float) -> "dict[str, np.memmap[Any, Any]]":
-    """The arrays of a build that was killed, to go on with, if the disk has room for the share that is not done."""
-    files = {part: np.load(folder / f"{part}.npy", mmap_mode="r+") for part in parts}
-    _check_room(folder.parent, int(sum(file.nbytes for file in files.values()) * (1 - done)))
-    return files
-
-
-def _check_room(root: Path, needed: int) -> None:
-    """Raises ``InputError`` if so many bytes have no room: a full disk would end the process unheard."""
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise InputError(
-            f"the bank needs {needed / 1e9:.1f} GB in {root}, and {free / 1e9:.1f} GB are free: set "
-            "SPN4CIR_RUNS to a larger disk, or bank.dtype float16, or bank.references recompute"
-        )

@@ -43,6 +43,11 @@ def _evaluate() -> None:
     parser.add_argument("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
     parser.add_argument("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
+    parser.add_argument(
+        "--ranks", metavar="FILE", type=Path, help="write the ranks of each query's targets (.parquet, .jsonl)"
+    )
+    parser.add_argument("--top-k", metavar="FILE", type=Path, help="write the first items of each query, with scores")
+    parser.add_argument("--k", type=int, help="number of first items that --top-k writes (default: 100)")
     parser.add_argument("--submission", metavar="DIR", type=Path, help="write what an evaluation server takes instead")
     parser.add_argument("--combine", metavar="FILE", type=Path, nargs="+", help="mean and deviation of JSON results")
     parser.add_argument("--batch-size", type=int, help="images encoded at once (default: the run's, else 256)")
@@ -51,6 +56,13 @@ def _evaluate() -> None:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.json not in (None, "-"):
         _check_output("--json", Path(args.json))
+    if args.k is not None and (args.k < 1 or not args.top_k):
+        raise InputError(f"--k must be at least 1 and needs --top-k FILE, got {args.k}")
+    for option, path in (("--ranks", args.ranks), ("--top-k", args.top_k)):
+        if path:
+            _check_output(option, path)
+            if path.suffix not in (".parquet", ".jsonl"):
+                raise InputError(f"{option} {path}: one row per query is written as .parquet or .jsonl")
     if args.combine:
         return _combine(args.combine, args.json)
     return _evaluate_run(args)
@@ -70,8 +82,10 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone
     from spn4cir.datasets import load_dataset
-    from spn4cir.evaluate import evaluate, git_commit, table
+    from spn4cir.datasets.skip import skip_notes
+    from spn4cir.evaluate import evaluate
     from spn4cir.images import ImageSource
+    from spn4cir.results import git_commit, metrics_table
 
     run = args.run or checkpoints.newest_run(args.dataset or TrainConfig.dataset, args.backbone)
     held = checkpoints.read_model(run)[0] if run else None
@@ -84,22 +98,27 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         args.protocol = of_run["protocol"]
     args.batch_size = args.batch_size or of_run.get("eval_batch_size") or TrainConfig.eval_batch_size
     benchmark = dataset.benchmark(args.split, args.protocol)
-    if not benchmark.answered and not args.submission:
+    if not benchmark.has_known_targets and not args.submission:
         raise InputError(f"{benchmark.name}: its targets are not public: give --submission DIR and ask its server")
     if args.submission:
         _check_submission(args.submission, benchmark)
     backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone or TrainConfig.backbone)
     backbone.to(_device())
-    images = ImageSource(dataset.path, backbone.transform)
+    images = ImageSource(dataset.image, backbone.transform)
     shown = sys.stderr if args.json == "-" else sys.stdout
     if args.submission:
         print(f"model {run or 'embedded weights, not trained on any triplet'}")
         return _submit(args.submission, dataset, backbone, benchmark, images, args.batch_size)
-    result: dict[str, Any] = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size)
-    result = {"protocol": result["protocol"], "run": str(run) if run else None, **result, "git": git_commit()}
-    lines = [f"model {run or 'embedded weights, not trained on any triplet'}", *dataset.notes(), table(result)]
-    print("\n".join(lines), file=shown)
-    _write_json(args.json, result)
+    top = (args.k or 100) if args.top_k else 0
+    result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
+    lines = [f"model {run or 'embedded weights, not trained on any triplet'}", *dataset.notes(), *skip_notes(dataset)]
+    print("\n".join([*lines, metrics_table(result)]), file=shown)
+    for path, column in ((args.ranks, "ranks"), (args.top_k, "top")):
+        if path:
+            result.write_rows(path, column)
+    values = result.as_json()
+    about = {"protocol": values.pop("protocol"), "run": str(run) if run else None, **values, "git": git_commit()}
+    _write_json(args.json, about)
     return None
 
 
@@ -111,7 +130,7 @@ def _device() -> str:
 
 def _combine(paths: list[Path], output: str | None) -> None:
     """Mean and standard deviation of results of one protocol."""
-    from spn4cir.evaluate import combine
+    from spn4cir.results import combine
 
     results = []
     for path in paths:
@@ -141,11 +160,11 @@ def _write_json(output: str | None, value: Any) -> None:
 
 def _check_submission(folder: Path, benchmark: Any) -> None:
     """Raises ``InputError`` before a model is loaded if there is nothing to submit."""
-    if benchmark.answered:
+    if benchmark.has_known_targets:
         raise InputError(f"--submission is for a split whose targets are not public, and {benchmark.name} is none")
-    if benchmark.name.endswith("+skip"):
+    if benchmark.skipped:
         raise InputError(
-            f"a submission needs every image of {benchmark.name.removesuffix('+skip')}: some are on the skip list"
+            f"a submission needs every image of {benchmark.name}: {benchmark.skipped} are on the skip list"
         )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--submission {folder} is a file: give a folder")
@@ -156,10 +175,12 @@ def _check_submission(folder: Path, benchmark: Any) -> None:
 
 def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: Any, batch_size: int) -> None:
     """Rank without targets, and write the files of an evaluation server."""
-    from spn4cir.evaluate import rank_images
+    from spn4cir.evaluate import evaluate
 
-    ranked, within = rank_images(backbone, benchmark, images, 50, batch_size)
-    for path in dataset.write_submission(folder, ranked, within):
+    result = evaluate(backbone, benchmark, images, batch_size=batch_size, top=50)
+    names = [query.name for query in benchmark.queries]
+    lists = [dict(zip(names, result.rankings[over].top, strict=True)) for over in ("gallery", "subset")]
+    for path in dataset.write_submission(folder, *lists):
         print(dataset.check_submission(path))
 
 
@@ -236,11 +257,11 @@ def _deduplicate(args: argparse.Namespace) -> None:
     if out is None:
         raise InputError(f"{dataset.name} is embedded: give --output FILE")
     _check_output("--output", out)
-    dataset.triplets()  # raises what is wrong with them, where a list of roles only leaves them out
-    named = [image_id for image_id in dataset.image_roles()[0].image_ids if image_id not in dataset.skipped]
+    dataset.read_triplets()  # raises what is wrong with them, where a list of roles only leaves them out
+    named = [image_id for image_id in dataset.image_roles()[0].image_ids if image_id not in dataset.skip_reasons]
     if not named:
         raise InputError(f"{dataset.name}: there are no training triplets that name an image")
-    paths = {image_id: dataset.path(image_id) for image_id in named}
+    paths = {image_id: dataset.image(image_id) for image_id in named}
     found = inspect_images(paths, _pixel_cache(dataset.name), args.workers)
     broken = [image_id for image_id, image in found.items() if image.problem]
     if broken:

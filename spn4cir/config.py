@@ -47,8 +47,8 @@ class NegativesConfig:
     """What counts as a negative.
 
     Args:
-        types: what of a triplet others take the place of, in stage 1: [target], or several of target, query, text,
-            reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
+        types: which element of the triplet is replaced to form negatives, in stage 1: [target], or several of target,
+            query, text, reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
         max_similarity: candidates more similar to the positive than this (cosine of targets) are treated as false
             negatives and masked; null masks none.
     """
@@ -68,8 +68,8 @@ class ComputeConfig:
     """How a step is computed; but for accumulate, and for what dropout draws, the result is the same.
 
     Args:
-        chunk: images, and texts, in one pass of stage 1; the gradient is exact, at the price of a second forward pass,
-            and a batch may be as large as one likes. null for all at once.
+        chunk: micro-batch size of gradient caching in stage 1: the gradient is exact, at the price of a second forward
+            pass, and memory is that of one chunk; null disables it.
         accumulate: parts of a batch, one after the other; in stage 1 each part has its own candidates only.
         checkpoint: keep no activations inside the blocks of the towers, but compute them again.
         compile: let torch.compile make kernels for the blocks of the towers that train; the first steps are slow.
@@ -87,13 +87,34 @@ class ComputeConfig:
             raise InputError(f"compute.accumulate must be at least 1, got {self.accumulate}")
 
 
+@dataclasses.dataclass
+class AdamWConfig:
+    """Settings of AdamW beside learning rate and weight decay.
+
+    Args:
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+    """
+
+    beta2: float = 0.999
+    eps: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta2 < 1:
+            raise InputError(f"adamw.beta2 must be in [0, 1), got {self.beta2}")
+        if not 0 < self.eps < math.inf:
+            raise InputError(f"adamw.eps must be above 0, got {self.eps}")
+
+
 RENAMED = {
     "annotated": "max_annotated",
     "negatives.above": "negatives.max_similarity",
+    "beta2": "adamw.beta2",
+    "eps": "adamw.eps",
     "schedule: drops": "schedule: multistep",
 }
 """Old settings and values, and what they are called now."""
-GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig}
+GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
 
 
 @dataclasses.dataclass
@@ -126,14 +147,15 @@ class TrainConfig:
             {epochs: 80, warmup: 0.02, start: 0.04}; spn4cir/schedules.py explains them.
         warmup_steps: linear warm-up before it.
         weight_decay: for matrices; vectors, biases and the temperature are exempt.
-        beta2: AdamW's second beta.
-        eps: AdamW's epsilon.
+        adamw: the optimiser's further settings.
+        max_grad_norm: scale the gradient down to this norm where it is larger; null never does.
         temperature: what scores are divided by.
         learn_temperature: train it, from that value on, clamped to [0.005, 0.5].
         dropout: switch the model's dropout on while it trains; frozen parts never have it.
         mixed_precision: "no", "bf16" or "fp16".
         compute: memory and speed of a step.
         eval_every: evaluate on the val split after so many epochs; 0 only at the end.
+        log_every: write loss, learning rate, gradient norm and throughput to metrics.jsonl after so many steps.
         save_every: also save after so many steps inside an epoch; 0 saves after each epoch.
         eval_batch_size: images encoded at once in evaluation and for the bank.
         keep_pixels: keep decoded images in memory; for small datasets.
@@ -167,14 +189,15 @@ class TrainConfig:
     schedule_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     warmup_steps: int = 0
     weight_decay: float = 0.01
-    beta2: float = 0.999
-    eps: float = 1e-7
+    adamw: AdamWConfig = dataclasses.field(default_factory=AdamWConfig)
+    max_grad_norm: float | None = None
     temperature: float = 0.02
     learn_temperature: bool = False
     dropout: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     eval_every: int = 1
+    log_every: int = 10
     save_every: int = 0
     eval_batch_size: int = 256
     keep_pixels: bool = False
@@ -188,7 +211,7 @@ class TrainConfig:
         for name, kind in GROUPS.items():
             if isinstance(getattr(self, name), dict):  # as a file or the parser gives it
                 setattr(self, name, kind(**getattr(self, name)))
-        for name in ("batch_size", "epochs", "lr", "temperature", "eps", "eval_batch_size"):
+        for name in ("batch_size", "epochs", "lr", "temperature", "eval_batch_size", "log_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup_steps", "eval_every", "save_every", "workers", "weight_decay"):
@@ -206,8 +229,8 @@ class TrainConfig:
         for part, factor in self.lr_scale.items():
             if not 0 < factor < math.inf:
                 raise InputError(f"lr_scale: the factor of {part} must be above 0, got {factor}")
-        if not 0 <= self.beta2 < 1:
-            raise InputError(f"beta2 must be in [0, 1), got {self.beta2}")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise InputError(f"max_grad_norm must be above 0, or null for no bound, got {self.max_grad_norm}")
         if self.batch_size % self.compute.accumulate:
             raise InputError(f"batch_size {self.batch_size} does not divide into {self.compute.accumulate} parts")
         if self.max_annotated is not None and self.max_annotated < 0:

@@ -1,16 +1,17 @@
-"""The doctor: what of a dataset is there, what is broken, and whether training can run."""
+"""A report on the files of a dataset: what is missing, what is broken, and whether training can run."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spn4cir.dataset import Check, Dataset, ImageRole, Level
 from spn4cir.datasets.reading import attempt
 from spn4cir.errors import InputError
 from spn4cir.identity import PUBLISHED_CLASSES, Inspected, canonical_ids, inspect_images, read_optimized
-from spn4cir.types import Check, Dataset, ImageRole, Level
+from spn4cir.types import ImageRef
 
 PROBLEMS = ("missing", "truncated", "unreadable")
 SHOWN = 3  # examples of a check in the terminal
@@ -53,18 +54,20 @@ def examine(
     report = Report(dataset.name, str(dataset.root or "embedded"), dataset.checks())
     roles = dataset.image_roles()
     ids = list(dict.fromkeys(i for role in roles for i in role.image_ids))
+    if dataset.skip_reasons:
+        report.checks.append(Check.listed("images on the skip list", dataset.skip_reasons, expected=None))
     try:
-        paths = {image_id: dataset.path(image_id) for image_id in ids}
+        images = {image_id: dataset.image(image_id) for image_id in ids}
     except InputError as error:  # no picture at all, or an id that no split lists
         report.checks.append(Check("images", 0, len(ids), "problem", (str(error),)))
         return report
-    found = report.found = before.found if before else inspect_images(paths, cache, workers)
+    found = report.found = before.found if before else inspect_images(images, cache, workers)
     report.broken = {i: image.problem for i, image in found.items() if image.problem}
     for role in roles:
-        report.checks += _of_role(role, found, paths, dataset.skipped)
+        report.checks += _of_role(role, found, images, dataset.skip_reasons)
     if report.can_train:
         report.checks += _usable(dataset)
-    mended = [i for i in sorted(dataset.skipped) if i in found and not found[i].problem]
+    mended = [i for i in sorted(dataset.skip_reasons) if i in found and not found[i].problem]
     if mended:
         report.checks.append(Check.listed("images on the skip list that decode", mended))
     report.duplicates, checks = _equal(dataset, roles, found)
@@ -79,16 +82,18 @@ def _usable(dataset: Dataset) -> list[Check]:
     for split, name in [(split, name) for split, names in dataset.protocols.items() for name in names]:
         level: Level = "problem" if split == "val" else "note"
         benchmark = attempt(faults, f"queries of {name}", split == "val", partial(dataset.benchmark, split, name))
-        if benchmark is not None and (not benchmark.queries or benchmark.silent_groups):
-            examples = tuple(f"none of {group}" for group in benchmark.silent_groups)
+        if benchmark is not None and (not benchmark.queries or benchmark.missing_tags):
+            examples = tuple(f"none of {tag}" for tag in benchmark.missing_tags)
             faults.append(Check(f"queries of {name} that are left", len(benchmark.queries), None, level, examples))
     if triplets == []:
-        faults.append(Check("triplets that are left to train on", 0, None, "problem" if dataset.annotated else "fact"))
+        faults.append(
+            Check("triplets that are left to train on", 0, None, "problem" if dataset.has_triplets else "fact")
+        )
     return faults
 
 
 def _of_role(
-    role: ImageRole, found: Mapping[str, Inspected], paths: Mapping[str, Path], skipped: frozenset[str]
+    role: ImageRole, found: Mapping[str, Inspected], images: Mapping[str, ImageRef], skipped: Collection[str]
 ) -> list[Check]:
     """How many images of a role are sound, and of each problem how many are not."""
     broken = {i: found[i].problem for i in role.image_ids if found[i].problem}
@@ -96,10 +101,10 @@ def _of_role(
     for problem in PROBLEMS:
         ids = [i for i, what in broken.items() if what == problem]
         if ids:
-            level: Any = "problem" if role.needed and not set(ids) <= skipped else "note"
-            more = " (on the skip list)" if set(ids) <= skipped else ""
+            level: Any = "problem" if role.needed and not set(ids) <= set(skipped) else "note"
+            more = " (on the skip list)" if set(ids) <= set(skipped) else ""
             said = {i: "" if problem == "missing" else f": {found[i].detail}" for i in ids}
-            examples = tuple(f"{paths[i]}{said[i]}" for i in ids)
+            examples = tuple(f"{images[i]}{said[i]}" for i in ids)
             checks.append(Check(f"{role.name}: {problem}{more}", len(ids), 0, level, examples))
     return checks
 

@@ -1,84 +1,124 @@
-"""The one evaluator: a benchmark and a backbone in, metrics out."""
+"""The one evaluator: a benchmark and a backbone in, a ``Result`` out."""
 
 import hashlib
 import json
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from spn4cir.backbone import Backbone
 from spn4cir.bank import Bank
+from spn4cir.distributed import all_reduce_sum, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
-from spn4cir.measures import Ranks, macro_mean, recalls
-from spn4cir.search import rank_of_target, top_k
-from spn4cir.types import Benchmark
+from spn4cir.measures import Ranks
+from spn4cir.results import Ranking, Result, compute_metrics
+from spn4cir.search import rank_targets, top_k
+from spn4cir.types import Benchmark, ImageFeatures
+
+T = TypeVar("T")
+COMPOSED, IMAGE_ONLY, TEXT_ONLY = "composed", "image only", "text only"
 
 
 @dataclass
 class EncodedBenchmark:
-    """A benchmark as vectors: ``target`` (G, K, E) of its gallery, and queries (Q, E) by how they were made."""
+    """A benchmark as embeddings: ``target`` (G, K, E) of its gallery, and queries (Q, E) by how they were made."""
 
     target: Tensor
     queries: dict[str, Tensor]
 
 
 @torch.no_grad()
-def embed(
+def encode_benchmark(
     backbone: Backbone,
     benchmark: Benchmark,
     images: ImageSource,
     bank: Bank | None = None,
     batch_size: int = 256,
-    modes: Sequence[str] = ("composed",),
+    modes: Sequence[str] = (COMPOSED,),
 ) -> EncodedBenchmark:
-    """Encode each image of a benchmark once, and compose its queries while their references are at hand.
+    """Encode each item of a benchmark once, and compose its queries while their references are in memory.
 
-    Reference features are large, so those of more than ``batch_size`` images never exist at a time.
+    Reference features are large, so at most ``batch_size`` images have theirs in memory. Of several processes each
+    encodes every n-th batch, and all return the same.
 
     Args:
-        backbone: any; its mode is left as it is, so put it in eval mode.
-        benchmark: whose gallery and queries.
+        backbone: any; its mode is left as it is, so call ``eval`` first.
+        benchmark: its gallery and queries.
         images: pixels by image id.
         bank: of all images of the gallery, by a model whose image side has not moved since; None encodes them.
         batch_size: images encoded, and queries composed, at once.
-        modes: ``composed``; ``text only`` puts zeros in the place of the reference; ``image only`` takes the reference
-            image's own mean target vector.
+        modes: ``composed``; ``text only`` and ``image only`` leave out the other part of each query that has both.
+
+    Raises:
+        InputError: if the gallery holds texts and the backbone cannot embed them.
     """
-    asked: dict[str, list[int]] = {}
+    device = next(backbone.parameters()).device
+    row = {item: n for n, item in enumerate(benchmark.gallery)}
+    by_reference: dict[str, list[int]] = {}
     for number, query in enumerate(benchmark.queries):
-        asked.setdefault(query.reference, []).append(number)
-    targets: Tensor | None = None
-    queries: dict[str, list[Tensor]] = {mode: [torch.empty(0)] * len(benchmark.queries) for mode in modes}
-    with tqdm(total=len(benchmark.gallery), desc=f"encode {benchmark.name}", unit="image", leave=False) as bar:
-        for start in range(0, len(benchmark.gallery), batch_size):
-            ids = benchmark.gallery[start : start + batch_size]
-            held = [n for n, i in enumerate(ids) if i in asked]
+        if query.reference is not None:
+            by_reference.setdefault(query.reference, []).append(number)
+    targets = _Rows(len(benchmark.gallery), device)
+    queries = {mode: _Rows(len(benchmark.queries), device) for mode in modes}
+    text_items = [item for item in benchmark.gallery if item in benchmark.texts]
+    text_queries = [n for n, query in enumerate(benchmark.queries) if query.reference is None]
+
+    with tqdm(total=len(benchmark.image_ids), desc=f"encode {benchmark.name}", unit="image", leave=False) as bar:
+        for ids in _share(benchmark.image_ids, batch_size):
+            held = [n for n, i in enumerate(ids) if i in by_reference]
             target, reference = _features(backbone, images, bank, ids, held)
-            pairs = [(row, number) for row, n in enumerate(held) for number in asked[ids[n]]]
+            pairs = [(place, number) for place, n in enumerate(held) for number in by_reference[ids[n]]]
             for first in range(0, len(pairs), batch_size):
-                rows, numbers = (list(part) for part in zip(*pairs[first : first + batch_size], strict=True))
-                own = target[[held[row] for row in rows]]  # (b, K, E)
-                texts = [benchmark.queries[number].modification for number in numbers]
-                for mode, found in queries.items():
-                    vectors = _compose(backbone, reference[rows], own, texts, mode)
-                    for number, vector in zip(numbers, vectors, strict=True):
-                        found[number] = vector
+                places, numbers = (list(part) for part in zip(*pairs[first : first + batch_size], strict=True))
+                features = ImageFeatures(reference[places], target[[held[place] for place in places]])
+                for mode, rows in queries.items():
+                    rows.put(numbers, _compose(backbone, benchmark, numbers, features, mode))
             del reference  # before the next ones are made
-            if targets is None:
-                targets = target.new_empty(len(benchmark.gallery), *target.shape[1:])
-            targets[start : start + len(ids)] = target
+            inside = [n for n, i in enumerate(ids) if i in row]
+            targets.put([row[ids[n]] for n in inside], target[inside])
             bar.update(len(ids))
-    assert targets is not None, "a gallery has images"
-    return EncodedBenchmark(targets, {mode: torch.stack(found) for mode, found in queries.items()})
+    for items in _share(text_items, batch_size):
+        tokens = _tokenize(backbone, [benchmark.texts[item] for item in items], device)
+        targets.put([row[item] for item in items], backbone.encode_text_target(tokens).float())
+    for part in _share(text_queries, batch_size):
+        for mode, rows in queries.items():
+            rows.put(part, _compose(backbone, benchmark, part, None, mode))
+    return EncodedBenchmark(targets.joined(), {mode: rows.joined() for mode, rows in queries.items()})
+
+
+def _share(items: Sequence[T], batch_size: int) -> Iterator[Sequence[T]]:
+    """This process's batches: the same batches whatever the number of processes."""
+    for start in range(process_rank() * batch_size, len(items), world_size() * batch_size):
+        yield items[start : start + batch_size]
+
+
+class _Rows:
+    """Rows of a tensor that is allocated once the shape of a row is known; each process fills its own."""
+
+    def __init__(self, count: int, device: torch.device):
+        self.count, self.device, self.values = count, device, torch.empty(0)
+
+    def put(self, rows: Sequence[int], values: Tensor) -> None:
+        if not len(self.values):
+            self.values = values.new_zeros(self.count, *values.shape[1:])
+        self.values[list(rows)] = values
+
+    def joined(self) -> Tensor:
+        """The rows of all processes."""
+        if world_size() == 1:
+            return self.values
+        shape = torch.zeros(world_size(), 3, dtype=torch.long, device=self.device)  # a process may have had no batch
+        if len(self.values):
+            shape[process_rank()] = torch.tensor([*self.values.shape[1:], 0, 0][:3])
+        shape = all_reduce_sum(shape).amax(0)
+        if not len(self.values):
+            self.values = torch.zeros(self.count, *(n for n in shape.tolist() if n), device=self.device)
+        return all_reduce_sum(self.values)
 
 
 def _features(
@@ -93,79 +133,155 @@ def _features(
     return target, bank.references([ids[n] for n in held]).to(device).float() if held else target[:0]
 
 
-def _compose(backbone: Backbone, reference: Tensor, own: Tensor, texts: Sequence[str], mode: str) -> Tensor:
-    """Queries (B, E) of references (B, L, D) whose own target vectors are (B, K, E)."""
-    if mode == "image only":
-        return F.normalize(own.mean(1), dim=-1)
-    tokens = {name: value.to(reference.device) for name, value in backbone.tokenize(texts).items()}
-    return backbone.compose(torch.zeros_like(reference) if mode == "text only" else reference, tokens).query
+def _tokenize(backbone: Backbone, texts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in backbone.tokenize(texts).items()}
+
+
+def _compose(
+    backbone: Backbone, benchmark: Benchmark, numbers: Sequence[int], features: ImageFeatures | None, mode: str
+) -> Tensor:
+    """Query vectors (B, E) of these queries, all of which have a reference, or none.
+
+    A query that lacks the part that a mode keeps gets zeros: all items score the same, so it is right as often as
+    chance.
+    """
+    texts = [benchmark.queries[number].text for number in numbers]
+    device = next(backbone.parameters()).device
+    has_text = torch.tensor([text is not None for text in texts], device=device)
+    tokens = _tokenize(backbone, [text or "" for text in texts], device)
+    if mode == IMAGE_ONLY:
+        if features is None:
+            return torch.zeros_like(backbone.compose_text(tokens).query)
+        return backbone.compose_image(features)
+    if mode == TEXT_ONLY:
+        return backbone.compose_text(tokens).query * has_text[:, None]
+    return backbone.compose_partial(features, tokens, None, has_text).query
 
 
 def padded_rows(lists: Sequence[Sequence[str]], row: dict[str, int]) -> Tensor:
-    """Lists of ids → (Q, longest) rows, padded with -1."""
-    width = max(map(len, lists), default=0)
-    return torch.tensor([[row[i] for i in ids] + [-1] * (width - len(ids)) for ids in lists]).view(len(lists), width)
+    """Lists of ids → (Q, longest) rows, padded with -1; ids without a row are left out."""
+    rows = [[row[i] for i in ids if i in row] for ids in lists]
+    width = max(map(len, rows), default=0)
+    return torch.tensor([ids + [-1] * (width - len(ids)) for ids in rows]).view(len(lists), width)
 
 
-def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> tuple[Ranks, Ranks | None]:
-    """Places of the best target of each query, in its gallery and in its subset.
+@dataclass
+class _Ranked:
+    """Queries that share a gallery: their numbers, and rows of it that rankings are about; padded with -1."""
+
+    over: tuple[str, ...]
+    ids: Sequence[str]
+    numbers: list[int]
+    targets: Tensor
+    excluded: Tensor | None
+    subset: Tensor | None
+
+
+def _rankings(benchmark: Benchmark) -> Iterator[_Ranked]:
+    """What is ranked: the gallery with the subset, and each tuple of candidates with the queries that have it."""
+    wanted = {measure.over for measure in benchmark.measures}
+    plans: list[tuple[tuple[str, ...], Sequence[str], list[int]]] = []
+    if wanted & {"gallery", "subset"}:
+        plans.append(
+            (
+                ("gallery", "subset") if "subset" in wanted else ("gallery",),
+                benchmark.gallery,
+                list(range(len(benchmark.queries))),
+            )
+        )
+    if "candidates" in wanted:
+        by_candidates: dict[int, list[int]] = {}
+        for number, query in enumerate(benchmark.queries):
+            by_candidates.setdefault(id(query.candidates), []).append(number)
+        plans += [(("candidates",), benchmark.queries[n[0]].candidates, n) for n in by_candidates.values()]
+    share = set(range(process_rank(), len(benchmark.queries), world_size()))
+    for over, ids, numbers in plans:
+        own = [number for number in numbers if number in share]
+        if own:
+            queries, row = [benchmark.queries[n] for n in own], {item: n for n, item in enumerate(ids)}
+            references = [[q.reference] if q.reference is not None else [] for q in queries]
+            yield _Ranked(
+                over, ids, own, padded_rows([q.targets for q in queries], row),
+                padded_rows(references, row) if benchmark.exclude_reference else None,
+                padded_rows([q.candidates for q in queries], row) if "subset" in over else None,
+            )  # fmt: skip
+
+
+def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> dict[str, Ranks]:
+    """Ranks (Q, P, 2) of every target of each query, by what is ranked: gallery, candidates, subset.
 
     Args:
         benchmark: what is ranked, and whether the reference stays.
         query: (Q, E).
         target: (G, K, E) of the gallery.
-
-    Returns:
-        (Q, 2) places, and (Q, 2) places within the subset, or None where the benchmark has none.
     """
-    row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
-    ranks = np.zeros((len(benchmark.queries), 2), np.int64)
-    subset_ranks = np.zeros_like(ranks) if benchmark.subset_ks else None
-    for ids, asked in _by_gallery(benchmark):
-        whole = len(ids) == len(benchmark.gallery)
-        vectors = target if whole else target[[row[i] for i in ids]]  # (g, K, E)
-        local = row if whole else {image_id: n for n, image_id in enumerate(ids)}
-        queries = [benchmark.queries[n] for n in asked]
-        wanted = padded_rows([q.targets for q in queries], local)
-        excluded = padded_rows([[q.reference] for q in queries], local) if benchmark.exclude_reference else None
-        vector = query[asked]  # (q, E)
-        ranks[asked] = rank_of_target(vector, vectors, wanted, excluded).cpu().numpy()
-        if subset_ranks is not None:
-            members = padded_rows([q.subset for q in queries], local)
-            subset_ranks[asked] = rank_of_target(vector, vectors, wanted, excluded, members).cpu().numpy()
-    return ranks, subset_ranks
+    row = {item: n for n, item in enumerate(benchmark.gallery)}
+    most = max((len(q.targets) for q in benchmark.queries), default=0)
+    empty = torch.zeros(len(benchmark.queries), most, 2, dtype=torch.long, device=query.device)
+    found: dict[str, Tensor] = {measure.over: empty.clone() for measure in benchmark.measures}
+    for part in _rankings(benchmark):
+        vectors = target if part.ids is benchmark.gallery else target[[row[i] for i in part.ids]]  # (g, K, E)
+        ranks = rank_targets(query[part.numbers], vectors, part.targets, part.excluded, part.subset)
+        for over, ranked in zip(part.over, ranks, strict=False):
+            if over in found and ranked is not None:
+                found[over][part.numbers, : ranked.shape[1]] = ranked
+    return {over: all_reduce_sum(ranks).cpu().numpy() for over, ranks in found.items()}
 
 
-def _by_gallery(benchmark: Benchmark) -> list[tuple[tuple[str, ...], list[int]]]:
-    """Each gallery with the numbers of the queries that are ranked over it."""
-    asked: dict[str, list[int]] = {}
-    for number, query in enumerate(benchmark.queries):
-        asked.setdefault(query.group if query.group in benchmark.group_gallery else "", []).append(number)
-    return [(benchmark.group_gallery.get(group, benchmark.gallery), numbers) for group, numbers in asked.items()]
+def first_items(
+    benchmark: Benchmark, query: Tensor, target: Tensor, k: int
+) -> dict[str, tuple[list[list[str]], list[list[float]]]]:
+    """Ids and scores of the first k items of each query, best first, by what is ranked.
+
+    Args:
+        benchmark: what is ranked, and whether the reference stays.
+        query: (Q, E).
+        target: (G, K, E) of the gallery.
+        k: number of items; of the subset, all.
+    """
+    row = {item: n for n, item in enumerate(benchmark.gallery)}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(over: str, part: _Ranked, values: tuple[Tensor, Tensor]) -> None:
+        width = max(len(q.candidates) for q in benchmark.queries) if over == "subset" else k
+        if over not in found:
+            empty = torch.zeros(len(benchmark.queries), width, device=query.device)
+            found[over] = empty, torch.zeros_like(empty, dtype=torch.long)
+        scores, rows = values
+        rows = rows if part.ids is benchmark.gallery else torch.tensor([row[i] for i in part.ids]).to(rows)[rows]
+        found[over][0][part.numbers, : scores.shape[1]] = scores.float()
+        found[over][1][part.numbers, : rows.shape[1]] = rows.masked_fill(scores.isneginf(), -1) + 1  # 0 is padding
+
+    for part in _rankings(benchmark):
+        own, vectors = (
+            query[part.numbers],
+            target if part.ids is benchmark.gallery else target[[row[i] for i in part.ids]],
+        )
+        note(part.over[0], part, top_k(own, vectors, k, part.excluded))
+        if part.subset is not None and part.subset.shape[1]:
+            note("subset", part, top_k(own, vectors, part.subset.shape[1], part.excluded, part.subset))
+    named = {}
+    for over, (scores, rows) in found.items():
+        pairs = [
+            [(benchmark.gallery[n - 1], score) for n, score in zip(ns, values, strict=True) if n]
+            for ns, values in zip(all_reduce_sum(rows).tolist(), all_reduce_sum(scores).tolist(), strict=True)
+        ]
+        named[over] = [[i for i, _ in own] for own in pairs], [[score for _, score in own] for own in pairs]
+    return named
 
 
-def metrics_of(
-    benchmark: Benchmark, ranks: Ranks, subset_ranks: Ranks | None
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics of a benchmark and the same by group; over all queries, or as means over groups if it says so."""
-
-    def of(rows: Any) -> dict[str, float]:
-        found = recalls(ranks[rows], benchmark.ks)
-        if subset_ranks is not None:
-            found |= recalls(subset_ranks[rows], benchmark.subset_ks, "Rs")
-        if len(benchmark.selection) > 1:
-            found["Rmean"] = float(np.mean([found[name] for name in benchmark.selection]))
-        return found
-
-    names = np.array([query.group or "all" for query in benchmark.queries])
-    groups = {str(name): {**of(names == name), "queries": int((names == name).sum())} for name in np.unique(names)}
-    metrics = of(slice(None))
-    means = macro_mean(groups, list(metrics))
-    if benchmark.mean_over_groups:
-        metrics = means
-    elif len(groups) > 1:
-        metrics |= {f"macro {name}": value for name, value in means.items() if name.startswith("R@")}
-    return metrics, groups
+def fingerprint(benchmark: Benchmark) -> str:
+    """Digest of everything that decides a number, except for the model."""
+    candidates: dict[int, str] = {}
+    digest = hashlib.sha256()
+    head = [benchmark.name, benchmark.gallery, benchmark.exclude_reference, dict(benchmark.texts), benchmark.macro]
+    digest.update(json.dumps([*head, [asdict(measure) for measure in benchmark.measures]]).encode())
+    for query in benchmark.queries:
+        if id(query.candidates) not in candidates:
+            candidates[id(query.candidates)] = hashlib.sha256(json.dumps(query.candidates).encode()).hexdigest()
+        about = [query.reference, query.text, query.targets, query.tags, query.name, candidates[id(query.candidates)]]
+        digest.update(json.dumps(about).encode())
+    return digest.hexdigest()[:16]
 
 
 def evaluate(
@@ -175,8 +291,9 @@ def evaluate(
     bank: Bank | None = None,
     ablate: bool = False,
     batch_size: int = 256,
-) -> dict[str, Any]:
-    """Evaluate a backbone under a protocol.
+    top: int = 0,
+) -> Result:
+    """Evaluate a backbone under a protocol. All processes take part, and all return the same.
 
     Args:
         backbone: any; evaluated in eval mode, its mode restored.
@@ -185,138 +302,39 @@ def evaluate(
         bank: of the gallery, by a model whose image side has not moved since, or None.
         ablate: also rank by the image alone and by the text alone.
         batch_size: images encoded at once.
-
-    Returns:
-        ``{"protocol", "metrics", "groups", "ablation", "data"}``; percentages, 0 to 100.
+        top: number of first items to keep of each query.
 
     Raises:
-        InputError: if the targets are not public, or no query is left.
+        InputError: if there is no query, or its targets are not public and no first items are asked for.
     """
     if not benchmark.queries:
         raise InputError(f"{benchmark.name} has no query")
-    if benchmark.silent_groups:
-        raise InputError(f"{benchmark.name} has no query of {benchmark.silent_groups[0]}: no mean over all groups")
-    if not benchmark.answered:
+    if benchmark.missing_tags:
+        raise InputError(f"{benchmark.name} has no query of {benchmark.missing_tags[0]}: no mean over all tags")
+    if not benchmark.has_known_targets and not top:
         raise InputError(f"{benchmark.name}: its targets are not public, so there is no recall to compute")
     was_training = backbone.training
     backbone.eval()
-    modes = ("composed", "image only", "text only") if ablate else ("composed",)
-    found = embed(backbone, benchmark, images, bank, batch_size, modes)
-    results = {
-        mode: metrics_of(benchmark, *rank_queries(benchmark, query, found.target))
-        for mode, query in found.queries.items()
-    }
-    metrics, groups = results["composed"]
-    ablation = {mode: results[mode][0] for mode in (*modes[1:], modes[0])} if ablate else {}
+    modes = (COMPOSED, IMAGE_ONLY, TEXT_ONLY) if ablate else (COMPOSED,)
+    found = encode_benchmark(backbone, benchmark, images, bank, batch_size, modes)
     backbone.train(was_training)
-    return {
-        "protocol": benchmark.name,
-        "metrics": metrics,
-        "groups": groups,
-        "ablation": ablation,
-        "data": hashlib.sha256(json.dumps(asdict(benchmark), sort_keys=True).encode()).hexdigest()[:16],
-    }
-
-
-def rank_images(
-    backbone: Backbone, benchmark: Benchmark, images: ImageSource, k: int, batch_size: int = 256
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """By query name: the first k images of the gallery, and all images of the subset, best first, reference left out.
-
-    Args:
-        backbone: any; used in eval mode, its mode restored.
-        benchmark: whose queries have names; targets need not be known.
-        images: pixels by image id.
-        k: how many of the gallery.
-        batch_size: images encoded at once.
-    """
-    was_training = backbone.training
-    backbone.eval()
-    found = embed(backbone, benchmark, images, batch_size=batch_size)
-    query = found.queries["composed"]
-    backbone.train(was_training)
-    row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
-    excluded = padded_rows([[q.reference] for q in benchmark.queries], row)
-    members = padded_rows([q.subset for q in benchmark.queries], row)
-
-    def named(ranked: tuple[Tensor, Tensor]) -> dict[str, list[str]]:
-        rows = zip(benchmark.queries, ranked[0].tolist(), ranked[1].tolist(), strict=True)
-        return {
-            q.name: [benchmark.gallery[n] for s, n in zip(scores, ns, strict=True) if s > -np.inf]
-            for q, scores, ns in rows
-        }
-
-    width = members.shape[1]
-    return (
-        named(top_k(query, found.target, k, excluded)),
-        named(top_k(query, found.target, width, excluded, members)) if width else {},
+    ranks: dict[str, Ranks] = {}
+    results: dict[str, tuple[dict[str, float], dict[str, dict[str, float]]]] = dict.fromkeys(modes, ({}, {}))
+    if benchmark.has_known_targets:
+        for mode in (*modes[1:], COMPOSED):
+            ranks = rank_queries(benchmark, found.queries[mode], found.target)
+            results[mode] = compute_metrics(benchmark, ranks)
+    lists = first_items(benchmark, found.queries[COMPOSED], found.target, top) if top else {}
+    rankings = {over: Ranking(ranks.get(over), *lists.get(over, ((), ()))) for over in {**ranks, **lists}}
+    return Result(
+        protocol=benchmark.name,
+        metrics=results[COMPOSED][0],
+        tags=results[COMPOSED][1],
+        ablation={mode: results[mode][0] for mode in (*modes[1:], COMPOSED)} if ablate else {},
+        count=len(benchmark.queries),
+        data=fingerprint(benchmark),
+        is_holdout=benchmark.is_holdout,
+        skipped=benchmark.skipped,
+        queries=benchmark.queries,
+        rankings=rankings,
     )
-
-
-def metric_names(benchmark: Benchmark) -> list[str]:
-    """What can be selected by."""
-    known = [f"R@{k}" for k in benchmark.ks] + [f"Rs@{k}" for k in benchmark.subset_ks]
-    if len({query.group for query in benchmark.queries}) > 1 and not benchmark.mean_over_groups:
-        known += [f"macro R@{k}" for k in benchmark.ks]
-    return known
-
-
-def selection_score(metrics: Mapping[str, float], names: Sequence[str]) -> float:
-    """The number that picks the best checkpoint: the mean of the named metrics."""
-    return float(np.mean([metrics[name] for name in names]))
-
-
-def combine(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each metric over results of one protocol on the same data.
-
-    Args:
-        results: as ``evaluate`` returns them, such as those of several seeds.
-
-    Raises:
-        InputError: if there are none, or two of them differ in protocol or data: such numbers do not belong together.
-    """
-    if not results:
-        raise InputError("there are no results to combine")
-    for key in ("protocol", "data"):
-        found = list(dict.fromkeys(str(result[key]) for result in results))
-        if len(found) > 1:
-            raise InputError(f"results of different {key} are never combined: {', '.join(found)}")
-    for result in results:
-        if result["metrics"].keys() != results[0]["metrics"].keys():
-            raise InputError("results of different metrics are never combined")
-    values = {name: [result["metrics"][name] for result in results] for name in results[0]["metrics"]}
-    spread = 1 if len(results) > 1 else 0
-    return {name: (float(np.mean(v)), float(np.std(v, ddof=spread))) for name, v in values.items()}
-
-
-def git_commit() -> str | None:
-    """The commit of the source that runs, marked if there are changes on top, or None outside a checkout."""
-    where = Path(__file__).parent
-    try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=where, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return told.stdout.strip()
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """A result as text for the terminal, protocol id first."""
-    names = [name for name in result["metrics"] if not name.startswith("macro")]
-    groups = result["groups"]
-    macro = {name: result["metrics"][f"macro {name}"] for name in names if f"macro {name}" in result["metrics"]}
-    total = sum(group["queries"] for group in groups.values())
-    several = len(groups) > 1
-    rows = [(f"all ({total} queries)" if macro or not several else "mean over groups", result["metrics"])]
-    if macro:
-        rows.append(("mean over groups", macro))
-    rows += [(f"  {name} ({group['queries']})", group) for name, group in groups.items() if several]
-    rows += [(name, values) for name, values in result["ablation"].items()]
-    width = max(len(label) for label, _ in rows)
-    lines = [f"protocol {result['protocol']}", " " * width + "".join(f"{name:>8}" for name in names)]
-    for label, values in rows:
-        cells = "".join(f"{values[name]:8.2f}" if name in values else " " * 8 for name in names)
-        lines.append(f"{label:<{width}}{cells}")
-    return "\n".join(lines)

@@ -1,23 +1,31 @@
 """Files written whole or not at all, and read with an error that names them."""
 
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spn4cir.errors import InputError
 
+Row = dict[str, Any]
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none of it. Raises ``InputError`` where it cannot be written."""
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a path to write to; the file there takes the place of ``path`` at the end, unless an error occurs.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
     beside = path.with_name(path.name + ".tmp")
     try:
         try:
-            beside.write_text(text, encoding="utf-8")
+            yield beside
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -25,14 +33,34 @@ def write_text(path: Path, text: str) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here for the same path: a file that is there meanwhile, and then no more.
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none of it. Raises ``InputError`` where it cannot be written."""
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
-    The system lets go of it where a process is killed. Where it, or the disk, has no such locks, nobody waits.
+
+def hash_files(*paths: Path, prefix: bytes = b"") -> str:
+    """Return the SHA-256, in hexadecimal, of a prefix and the contents of files, one after the other."""
+    digest = hashlib.sha256(prefix)
+    for path in paths:
+        with path.open("rb") as file:
+            while part := file.read(1 << 22):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, busy: str = "") -> Iterator[None]:
+    """Hold a lock file, which is removed on exit; the system releases the lock of a process that is killed.
+
+    Without effect on a system or a disk that has no such locks.
+
+    Args:
+        path: of the lock file.
+        busy: error message if another process holds it; empty to wait for that process.
 
     Raises:
-        InputError: if the file cannot be written.
+        InputError: if another process holds the lock and ``busy`` is given, or the file cannot be written.
     """
     try:
         import fcntl
@@ -45,8 +73,12 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
         with file:
-            with suppress(OSError):  # not this kind of disk
-                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except BlockingIOError:
+                raise InputError(busy) from None
+            except OSError:  # not this kind of disk
+                pass
             if not _is_at(path, file.fileno()):
                 continue  # whoever had it has removed it: what is at the path now is another's
             try:
@@ -76,6 +108,48 @@ def read_json(path: Path, source: str = "") -> Any:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise InputError(f"{path} is not valid JSON, or cut short: {error}") from None
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Return the rows of a JSONL file without a torn last line.
+
+    Raises:
+        InputError: if the file is missing, or another line is not a JSON object.
+    """
+    return list(stream_jsonl(path))
+
+
+def stream_jsonl(path: Path) -> Iterator[Row]:
+    """Yield the rows that ``read_jsonl`` returns, one at a time, for files larger than memory."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run the step before this one") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: expected an object")
+            yield row
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a file; 0 if it is missing."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """Write all rows or none, as they come. Raises ``InputError`` where the file cannot be written."""
+    with replaced(path) as beside, beside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,9 +19,11 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
+from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.files import read_json, write_text
 from spn4cir.images import decode, pixel_hash
+from spn4cir.types import ImageRef
 
 Problem: TypeAlias = Literal["", "missing", "truncated", "unreadable"]
 Stamp: TypeAlias = tuple[int, int]
@@ -43,7 +45,7 @@ class Inspected(NamedTuple):
 
 
 def inspect_images(
-    paths: Mapping[str, Path], cache: Path | None = None, workers: int | None = None, show: bool = True
+    images: Mapping[str, ImageRef], cache: Path | None = None, workers: int | None = None, show: bool = True
 ) -> dict[str, Inspected]:
     """Decode every image once and hash its pixels; no broken image stops it.
 
@@ -53,28 +55,28 @@ def inspect_images(
     bytes included. A file that only lacks what follows its last pixel decodes, and is whole.
 
     Args:
-        paths: image id → file; ids may share one.
+        images: image id → where its pixels come from; ids may share one.
         cache: JSONL file of images that were decoded before; those whose size and time are the same are not opened
             again. Several processes may share it. Where it cannot be read or written, all goes on without it.
         workers: threads (decoders and hashes run outside the interpreter's lock); by default one for each core.
         show: a progress bar.
 
     Returns:
-        One entry for each id, in the order of ``paths``.
+        One entry for each id, in the order of ``images``.
     """
-    files = list(dict.fromkeys(paths.values()))
-    found: dict[Path, Inspected] = {}
+    sources = list(dict.fromkeys(images.values()))
+    found: dict[ImageRef, Inspected] = {}
     with (
-        _Cache(cache, files) as kept,
-        tqdm(total=len(files), desc="check images", unit="image", leave=False, disable=not show) as bar,
+        _Cache(cache, sources) as kept,
+        tqdm(total=len(sources), desc="check images", unit="image", leave=False, disable=not show) as bar,
     ):
-        for block, results in _blocks(files, kept.known, _cores() if workers is None else workers):
-            for path, (inspected, stamp) in zip(block, results, strict=True):
-                found[path] = inspected
+        for block, results in _blocks(sources, kept.known, cpu_count() if workers is None else workers):
+            for source, (inspected, stamp) in zip(block, results, strict=True):
+                found[source] = inspected
                 if stamp is not None:
-                    kept.add(path, stamp, inspected.pixels)
+                    kept.add(source, stamp, inspected.pixels)
             bar.update(len(block))
-    return {image_id: found[path] for image_id, path in paths.items()}
+    return {image_id: found[source] for image_id, source in images.items()}
 
 
 def canonical_ids(hashes: Mapping[str, str]) -> dict[str, str]:
@@ -111,13 +113,13 @@ def read_optimized(path: Path) -> dict[str, str]:
     return {name: names[number] for name, number in classes.items()}
 
 
-def write_optimized(path: Path, canonical: Mapping[str, str], paths: Mapping[str, Path]) -> None:
+def write_optimized(path: Path, canonical: Mapping[str, str], images: Mapping[str, ImageRef]) -> None:
     """Write classes as ``optimized_images.json``, whole or not at all.
 
     Args:
         path: the file.
         canonical: name → canonical name, as ``canonical_ids`` gives it; classes are numbered as they first occur.
-        paths: canonical name → image file, written as it is given.
+        images: canonical name → image, whose file is written as it is given.
 
     Raises:
         InputError: if a canonical name does not stand for itself, or has no path.
@@ -126,11 +128,11 @@ def write_optimized(path: Path, canonical: Mapping[str, str], paths: Mapping[str
     for name, stands in canonical.items():
         if canonical.get(stands) != stands:
             raise InputError(f"{path}: {stands!r} is to stand for {name!r}, but does not stand for itself")
-        if stands not in paths:
+        if stands not in images:
             raise InputError(f"{path}: canonical image {stands!r} has no path")
         number.setdefault(stands, len(number))
     classes = {name: number[stands] for name, stands in canonical.items()}
-    write_text(path, json.dumps([list(number), [paths[name].as_posix() for name in number], classes]))
+    write_text(path, json.dumps([list(number), [Path(str(images[name])).as_posix() for name in number], classes]))
 
 
 def _check_classes(path: Path, names: list[str], classes: dict[str, Any]) -> None:
@@ -145,24 +147,19 @@ def _check_classes(path: Path, names: list[str], classes: dict[str, Any]) -> Non
             raise InputError(f"{path}, part 1, entry {number}: part 3 {told}, whose canonical name it is")
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 Looked: TypeAlias = "tuple[Inspected, Stamp | None]"
 """A result with the stamp to remember it under, or None if it is remembered or not to be."""
 
 
 def _blocks(
-    files: Sequence[Path], known: Mapping[str, tuple[Stamp, str]], workers: int
-) -> Iterator[tuple[Sequence[Path], list[Looked]]]:
-    """Blocks of files with their results, in order, a bounded number of them under way."""
+    images: Sequence[ImageRef], known: Mapping[str, tuple[Stamp, str]], workers: int
+) -> Iterator[tuple[Sequence[ImageRef], list[Looked]]]:
+    """Blocks of images with their results, in order, a bounded number of them under way."""
     Image.init()  # PIL loads its plugins at the first file that needs one, and threads beside may miss them
-    todo = (files[start : start + BLOCK] for start in range(0, len(files), BLOCK))
+    todo = (images[start : start + BLOCK] for start in range(0, len(images), BLOCK))
     pool = ThreadPoolExecutor(workers, "inspect")
     try:
-        waiting: deque[tuple[Sequence[Path], Future[list[Looked]]]] = deque()
+        waiting: deque[tuple[Sequence[ImageRef], Future[list[Looked]]]] = deque()
         while True:
             for block in islice(todo, AHEAD * workers - len(waiting)):
                 waiting.append((block, pool.submit(_look_all, block, known)))
@@ -174,69 +171,75 @@ def _blocks(
         pool.shutdown(cancel_futures=True)
 
 
-def _look_all(files: Sequence[Path], known: Mapping[str, tuple[Stamp, str]]) -> list[Looked]:
-    return [_look(path, known) for path in files]
+def _look_all(images: Sequence[ImageRef], known: Mapping[str, tuple[Stamp, str]]) -> list[Looked]:
+    return [_look(image, known) for image in images]
 
 
-def _look(path: Path, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
-    stamp = _stamp(path)
-    if stamp is not None and (before := known.get(str(path.absolute()))) and before[0] == stamp:
+def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
+    stamp = _stamp(image)
+    if stamp is not None and (before := known.get(_key(image))) and before[0] == stamp:
         return Inspected(before[1]), None
-    inspected = _inspect(path)
-    unchanged = stamp is not None and not inspected.problem and _stamp(path) == stamp
+    inspected = _inspect(image)
+    unchanged = stamp is not None and not inspected.problem and _stamp(image) == stamp
     return inspected, stamp if unchanged else None
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _key(image: ImageRef) -> str:
+    """The name of an image in the cache: its file, and its box if it has one."""
+    return "" if image.path is None else f"{image.path.absolute()}{image.box or ''}"
+
+
+def _stamp(image: ImageRef) -> Stamp | None:
     """The stamp of a regular file; None for anything else."""
+    if image.path is None:
+        return None
     try:
-        told = path.stat()
+        told = image.path.stat()
     except (OSError, ValueError):
         return None
     return (told.st_size, told.st_mtime_ns) if stat.S_ISREG(told.st_mode) else None
 
 
-def _inspect(path: Path) -> Inspected:
+def _inspect(image: ImageRef) -> Inspected:
     try:
-        if not path.is_file() and path.exists():  # a pipe would wait for ever
+        if image.path and not image.path.is_file() and image.path.exists():  # a pipe would wait for ever
             return Inspected("", "unreadable", "not a regular file")
-        return Inspected(pixel_hash(decode(path)))
+        return Inspected(pixel_hash(decode(image)))
     except (FileNotFoundError, NotADirectoryError) as error:
         return Inspected("", "missing", _line(error))
     except Exception as error:  # foreign data in a dozen decoders: whatever one of them raises is said of this file
-        return Inspected("", "truncated" if _ends_early(path, _line(error)) else "unreadable", _line(error))
+        return Inspected("", "truncated" if _ends_early(image, _line(error)) else "unreadable", _line(error))
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _ends_early(path: Path, said: str) -> bool:
-    """Whether a file that does not decode begins as an image whose data ends early."""
-    if "truncated" in said.replace(str(path), "").lower():
+def _ends_early(image: ImageRef, said: str) -> bool:
+    """Whether data that does not decode begins as an image and ends early."""
+    if "truncated" in said.replace(str(image), "").lower():
         return True
     try:
-        with path.open("rb") as file:
-            head = file.read(12)
-            if head[:4] == b"RIFF" and head[8:] == b"WEBP":
-                return path.stat().st_size < int.from_bytes(head[4:8], "little") + 8
-            if head.startswith(b"GIF8"):
-                return not file.read().rstrip(b"\0").endswith(b"\0;")
-            return any(head.startswith(begin) and end not in file.read() for begin, end in MARKS)
+        data = image.source() if callable(image.source) else image.source.read_bytes()
     except (OSError, ValueError):
         return False
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return len(data) < int.from_bytes(data[4:8], "little") + 8
+    if data.startswith(b"GIF8"):
+        return not data.rstrip(b"\0").endswith(b"\0;")
+    return any(data.startswith(begin) and end not in data for begin, end in MARKS)
 
 
 class _Cache:
     """Hashes that are known from before, and a file to which new ones are added a line at a time."""
 
-    def __init__(self, file: Path | None, paths: Sequence[Path]):
+    def __init__(self, file: Path | None, images: Sequence[ImageRef]):
         self.known: dict[str, tuple[Stamp, str]] = {}
         self._descriptor: int | None = None
         if file is None:
             return
         try:
-            torn = self._read(file, {str(path.absolute()) for path in paths})
+            torn = self._read(file, {_key(image) for image in images})
             file.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             if torn:
@@ -257,9 +260,9 @@ class _Cache:
             return False
         return not line.endswith(b"\n")
 
-    def add(self, path: Path, stamp: Stamp, pixels: str) -> None:
+    def add(self, image: ImageRef, stamp: Stamp, pixels: str) -> None:
         """Remember an image, by one write so that lines of several processes do not mix."""
-        row = {"path": str(path.absolute()), "size": stamp[0], "mtime_ns": stamp[1], "pixels": pixels, "by": MADE_BY}
+        row = {"path": _key(image), "size": stamp[0], "mtime_ns": stamp[1], "pixels": pixels, "by": MADE_BY}
         self._write(json.dumps(row).encode() + b"\n")
 
     def _write(self, line: bytes) -> None:

@@ -4,11 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir.search import scores_of
+from spn4cir.distributed import (
+    all_gather_rows,
+    all_reduce_max,
+    all_reduce_sum,
+    process_rank,
+    world_size,
+)
 from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
 
 
@@ -72,15 +77,41 @@ def info_nce(
             raise ValueError(f"a temperature is above 0, got {temperature}")
         temperature = torch.tensor(temperature, dtype=torch.float64, device=query.device)
     vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, None)
-    spread = first is not None and processes() > 1
+    spread = first is not None and world_size() > 1
     assert not (spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
     loss: Tensor = _InfoNCE.apply(query, vectors, temperature, _Batch(positives, pairs, threshold, first or 0, spread))
     return loss
 
 
-def processes() -> int:
-    """How many train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+@torch.no_grad()
+def masked_share(
+    candidates: Tensor | Shard, positives: Tensor, ignore: Tensor | None = None, threshold: float | None = None
+) -> float:
+    """Share of the pairs of a query and a candidate, its positives aside, that ``info_nce`` masks as false negatives.
+
+    Args:
+        candidates: (N, K, E), or this process's ``Shard``, of which alone the share is.
+        positives: (B, P) candidate rows, padded with -1.
+        ignore, threshold: as ``info_nce`` takes them.
+    """
+    vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, 0)
+    spread = isinstance(candidates, Shard) and world_size() > 1
+    pairs = positives.new_zeros(2, 0) if ignore is None else ignore
+    like = None
+    if threshold is not None:
+        batch = _Batch(positives, pairs, threshold, first, spread)
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
+        like = pooled(_positive_vectors(vectors, batch, dtype, positives.device))  # (B, P, E)
+    own = _within(_pairs(positives, positives >= 0), first, len(vectors))
+    mask = CandidateMask(_within(pairs, first, len(vectors)), own[:, :0], like, threshold or 1.0)
+    borders = [*range(0, len(vectors), 4096), len(vectors)]
+    masked, others = 0, len(positives) * len(vectors) - own.shape[1]
+    for start, block in zip(borders, mask.blocks(borders, len(positives)), strict=False):
+        hidden = block.mask(vectors[start : start + 4096].to(positives.device))
+        inside = (own[1] >= start) & (own[1] < start + 4096)
+        hidden[own[0, inside], own[1, inside] - start] = False
+        masked += int(hidden.sum())
+    return masked / max(others, 1)
 
 
 @dataclass(frozen=True)
@@ -97,12 +128,12 @@ class _Batch:
         """That of all processes, in rank order."""
         if not self.spread:
             return self
-        sizes = _all(torch.tensor([self.pairs.shape[1]], device=self.pairs.device)).tolist()
+        sizes = all_gather_rows(torch.tensor([self.pairs.shape[1]], device=self.pairs.device)).tolist()
         padded = self.pairs.new_zeros(max(sizes), 2)
-        padded[: self.pairs.shape[1]] = self.pairs.T + self.pairs.new_tensor([dist.get_rank() * len(self.positives), 0])
-        pairs = _all(padded[None])  # (processes, most, 2)
+        padded[: self.pairs.shape[1]] = self.pairs.T + self.pairs.new_tensor([process_rank() * len(self.positives), 0])
+        pairs = all_gather_rows(padded[None])  # (processes, most, 2)
         kept = torch.cat([part[:size] for part, size in zip(pairs, sizes, strict=True)]).T
-        return _Batch(_all(self.positives), kept, self.threshold, self.first, True)
+        return _Batch(all_gather_rows(self.positives), kept, self.threshold, self.first, True)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -118,7 +149,7 @@ class _InfoNCE(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         t = temperature.to(wide)
         local = query.to(wide).contiguous() / t
-        batch, scaled = own.of_all(), _all(local) if own.spread else local
+        batch, scaled = own.of_all(), all_gather_rows(local) if own.spread else local
         found = _positive_vectors(vectors, batch, wide, query.device)  # (B, P, K, E)
         scores, which = _own_scores(scaled, found).max(2)  # (B, P)
         nearest = found.gather(2, which[..., None, None].expand(-1, -1, 1, found.shape[3]))[:, :, 0]  # (B, P, E)
@@ -129,13 +160,13 @@ class _InfoNCE(torch.autograd.Function):
         if own.spread:
             sums = _join_processes(sums)
 
-        rows = slice(dist.get_rank() * len(query), (dist.get_rank() + 1) * len(query)) if own.spread else slice(None)
+        rows = slice(process_rank() * len(query), (process_rank() + 1) * len(query)) if own.spread else slice(None)
         apart = _apart(own.positives, cheap)  # (B, 1)
         owner, slot = (own.positives >= 0).nonzero(as_tuple=True)  # (T,) terms
-        count = _sum(torch.tensor(len(owner), device=query.device)) if own.spread else len(owner)
+        count = all_reduce_sum(torch.tensor(len(owner), device=query.device)) if own.spread else len(owner)
         if not count:
             raise ValueError("no query has a positive: the mean over no terms is undefined")
-        each = (processes() if own.spread else 1) / count  # weight of a term
+        each = (world_size() if own.spread else 1) / count  # weight of a term
         score, nearest = scores[rows][owner, slot], nearest[rows][owner, slot]  # (T,), (T, E)
         mine = Softmax(*(part[rows][owner] for part in sums))
         behind = (mine.top - score) + mine.total.log()  # (T,)
@@ -179,7 +210,7 @@ def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device
     found = vectors[rows] if len(vectors) else vectors.new_zeros(len(rows), *vectors.shape[1:])
     found = found.to(device, dtype).view(*here.shape, *found.shape[1:]) * here[..., None, None]
     if batch.spread:
-        found, here = _sum(found), _sum(here.int()) > 0
+        found, here = all_reduce_sum(found), all_reduce_sum(here.int()) > 0
     if bool((here != (batch.positives >= 0)).any()):
         lost = batch.positives[here != (batch.positives >= 0)][0].item()
         raise ValueError(f"a query's positive is row {lost}, which no candidate has")
@@ -232,139 +263,10 @@ def _within(pairs: Tensor, first: int, count: int) -> Tensor:
     return local[:, (local[1] >= 0) & (local[1] < count)]
 
 
-def _all(local: Tensor) -> Tensor:
-    """(B, …) of each process → (all B, …), in rank order, without a gradient."""
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, local.contiguous())
-    return torch.cat(parts)
-
-
-def _sum(local: Tensor) -> Tensor:
-    """The sum over all processes, without a gradient."""
-    total = local.clone()
-    dist.all_reduce(total)
-    return total
-
-
 def _join_processes(own: Softmax) -> Softmax:
     """What ``streaming_softmax`` gave on each process → what it gives for the candidates of all."""
-    top = own.top.clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX)
+    top = all_reduce_max(own.top)
     share = own.total * (own.top - finite(top)).exp()  # (B,)
-    joined = _sum(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
+    joined = all_reduce_sum(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
     total = joined[:, :1]
     return Softmax(top, total[:, 0], joined[:, 1:] / total.clamp(min=torch.finfo(total.dtype).tiny))
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenate equally sized tensors of all processes; each gets back the summed gradient of its own part."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        ctx.rows = len(local)
-        return _all(local)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _sum(gradient.contiguous())[dist.get_rank() * ctx.rows :][: ctx.rows]
-
-
-def all_rows(local: Tensor) -> Tensor:
-    """As ``gather``, without a gradient."""
-    return local if processes() == 1 else _all(local)
-
-
-def gather(local: Tensor) -> Tensor:
-    """(B, …) of each process → (all B, …), in rank order; the tensor itself where there is one process."""
-    if processes() == 1:
-        return local
-    gathered: Tensor = _Gather.apply(local)
-    return gathered
-
-
-@dataclass(frozen=True)
-class InBatch:
-    """Stage 1's way to score: the candidates are the targets of the batch, of all processes.
-
-    ``identity`` (B,) is equal for equal targets, and ``others`` (B, A), padded with -1, are identities that answer the
-    same query: such candidates are no negatives. Nor are those whose similarity to the query's target exceeds
-    ``threshold``. ``temperature`` is what scores are divided by.
-    """
-
-    identity: Tensor
-    temperature: Tensor | float
-    others: Tensor | None = None
-    threshold: float | None = None
-
-    def __call__(self, query: Tensor, target: Tensor) -> Tensor:
-        """``info_nce`` of queries (B, E) against the targets (B, K, E), a query's own being its positive; a scalar."""
-        candidates = gather(target)  # (N, K, E)
-        return info_nce(query, candidates, self.own, self.temperature, self._alike().nonzero().T, self.threshold)
-
-    @property
-    def own(self) -> Tensor:
-        """(B,) places of this process's batch among those of all."""
-        first = dist.get_rank() * len(self.identity) if processes() > 1 else 0
-        return torch.arange(len(self.identity), device=self.identity.device) + first
-
-    def _alike(self) -> Tensor:
-        """(B, N), true where the target of another query answers this one."""
-        alike = self.identity[:, None] == gather(self.identity)
-        for other in () if self.others is None else self.others.T:
-            alike |= other[:, None] == gather(self.identity)
-        return alike
-
-    def _answers(self, target: Tensor) -> Tensor:
-        """(B, N), true where this query's target (B, K, E) answers another one."""
-        alike = self.identity[:, None] == gather(self.identity)
-        for other in () if self.others is None else gather(self.others).T:
-            alike |= self.identity[:, None] == other
-        if self.threshold is not None:
-            own = pooled(target.detach())  # (B, E)
-            alike |= scores_of(own, all_rows(own)[:, None]) > self.threshold
-        return alike
-
-    def replaced(self, scores: Tensor, alike: Tensor) -> Tensor:
-        """Cross-entropy of scores (B, N) of which a query's own is right, pairs that are ``alike`` (B, N) left out."""
-        hidden = alike.scatter(1, self.own[:, None], False)
-        return F.cross_entropy((scores / self.temperature).masked_fill(hidden, -torch.inf), self.own)
-
-    def by_query(self, query: Tensor, target: Tensor) -> Tensor:
-        """Each target (B, K, E) against the queries (B, E) of all: what takes another's place is the query."""
-        scores = scores_of(gather(query), target).T  # (B, N)
-        return self.replaced(scores, self._answers(target))
-
-    def by_part(self, kept: Tensor, swapped: Tensor, target: Tensor, asked: tuple[Tensor, Tensor]) -> Tensor:
-        """Each target (B, E) against sums of its query's one part and the other part of all queries.
-
-        Left out are other parts that are equal, and those of queries that share the kept part and are answered too.
-
-        Args:
-            kept, swapped: (B, E) parts of this process's queries.
-            target: (B, E), unit norm.
-            asked: (B,) identities of what was kept and swapped.
-        """
-        same_kept, same_swapped = (identity[:, None] == gather(identity) for identity in asked)  # (B, N)
-        alike = same_swapped | (same_kept & self._answers(target[:, None]))
-        return self.replaced(sum_scores(kept, gather(swapped), target), alike)
-
-
-def sum_scores(kept: Tensor, swapped: Tensor, target: Tensor) -> Tensor:
-    """``⟨n(kept_i + swapped_j), target_i⟩`` for all i and j, n being the division by the norm.
-
-    From dot products alone, as ``|a + b|² = |a|² + 2ab + |b|²``: nothing of B × N × E is ever made.
-
-    Args:
-        kept: (B, E).
-        swapped: (N, E).
-        target: (B, E).
-
-    Returns:
-        (B, N), in float32 or wider.
-    """
-    wide = torch.promote_types(kept.dtype, torch.float32)
-    kept, swapped, target = kept.to(wide), swapped.to(wide), target.to(wide)
-    with torch.autocast(kept.device.type, enabled=False):
-        above = (kept * target).sum(1, keepdim=True) + target @ swapped.T  # (B, N)
-        squares = (kept * kept).sum(1, keepdim=True) + 2 * kept @ swapped.T + (swapped * swapped).sum(1)
-    return above / squares.clamp(min=1e-12).sqrt()

@@ -1,136 +1,87 @@
 """The one module given to accelerate: ``forward`` returns the loss, so that gradients of all processes are reduced."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spn4cir.backbone import Backbone, gradient_cached, to_float32
+from spn4cir.backbone import Backbone, l2_normalize, to_float32
 from spn4cir.bank import Bank
-from spn4cir.config import NegativesConfig
+from spn4cir.batches import TripletBatch
+from spn4cir.compute import gradient_cached
+from spn4cir.distributed import all_gather_rows
 from spn4cir.errors import InputError
-from spn4cir.images import TripletBatch
-from spn4cir.losses import InBatch, Shard, all_rows, info_nce
+from spn4cir.in_batch import InBatch
+from spn4cir.losses import Shard, info_nce, masked_share
 from spn4cir.types import Composed, ImageFeatures
 
 TEMPERATURE_BOUNDS = (0.005, 0.5)
 PARTS = {"text": (0, 1), "reference": (1, 0)}
-"""Which part of a sum is kept, and which is swapped, where others take the place of a text or of a reference."""
+"""Which part of a sum is kept, and which is swapped, to form negatives by text or by reference."""
 
 
-class Objective(nn.Module):
-    """Composed queries against candidates: those of the batch (stage 1), or a bank (stage 2).
+class Candidates(nn.Module, ABC):
+    """What queries are scored against, where that is not the batch itself."""
+
+    @abstractmethod
+    def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
+        """Candidates (N, K, E), positives (B, P) padded with -1, and pairs (2, M) to ignore, as ``info_nce`` takes."""
+
+
+class ClassCentres(Candidates):
+    """Learned centres of classes, unit norm; the query's own class is its positive.
 
     Args:
-        backbone: with its image side frozen if a bank is given.
-        temperature: what scores are divided by.
-        learn_temperature: train it from there on.
-        bank: frozen features of all candidates, of several processes this one's share; None for stage 1.
-        negatives: what counts as a negative.
-        draw: ``(limit, seed)``: how many candidates of the bank are drawn for a step; None for all of them.
-
-    Raises:
-        InputError: if the temperature is out of bounds, or the backbone has no such negatives.
+        classes: C, their number.
+        vectors: K, sub-centres of each class; the nearest one counts.
+        width: E of the embedding.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        temperature: float,
-        learn_temperature: bool = False,
-        bank: Bank | None = None,
-        negatives: NegativesConfig | None = None,
-        draw: tuple[int, int] | None = None,
-    ):
+    def __init__(self, classes: int, vectors: int, width: int):
         super().__init__()
-        if bank is not None and not backbone.frozen:
-            raise ValueError("a bank needs a frozen image side")
-        low, high = TEMPERATURE_BOUNDS
-        if learn_temperature and not low <= temperature <= high:
-            raise InputError(f"a learned temperature begins between {low} and {high}, got {temperature}")
-        self.negatives = negatives or NegativesConfig()
-        for kind in self.negatives.types:
-            if kind in PARTS and not backbone.query_is_sum:
-                raise InputError(f"negatives.types: {kind} needs a query that is a sum, and {backbone.name}'s is none")
-        self.backbone, self.bank, self.draw = backbone, bank, draw
-        self.temperature = nn.Parameter(torch.tensor(float(temperature)), requires_grad=learn_temperature)
+        self.centres = nn.Parameter(torch.randn(classes, vectors, width) / width**0.5)
 
-    def forward(self, batch: TripletBatch, step: int = 0) -> Tensor:
-        """The loss of one batch, a scalar: the mean over this process's queries, against the candidates of all.
+    def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
+        """All centres, and each query's class."""
+        assert batch.label is not None, "class centres need labels"
+        return l2_normalize(self.centres), batch.label[:, None], None
 
-        Args:
-            batch: of this process.
-            step: of the run; what is drawn depends on it.
-        """
-        return self._against_batch(batch) if self.bank is None else self._against_bank(batch, step)
 
-    @torch.no_grad()
-    def hold_temperature(self) -> None:
-        """Bring a learned temperature back within its bounds, after a step."""
-        if self.temperature.requires_grad:
-            self.temperature.clamp_(*TEMPERATURE_BOUNDS)
+class BankCandidates(Candidates):
+    """Frozen targets of a bank: all of them, or some that are drawn anew for each step.
 
-    def _against_batch(self, batch: TripletBatch) -> Tensor:
-        """Stage 1: encode the batch's images; candidates are the targets of all processes."""
-        assert batch.pixels is not None, "stage 1 needs pixels"
-        features = gradient_cached(self.backbone.encode_image, self.backbone.chunk, batch.pixels)  # (U, …)
-        targets = ImageFeatures(features.reference[batch.target], features.target[batch.target])
-        composed = self._compose(features.reference, batch.reference, batch)
-        contrast = InBatch(batch.identity, self.temperature, batch.others, self.negatives.max_similarity)
-        found = [self._replacing(kind, composed, targets.target, contrast, batch) for kind in self.negatives.types]
-        terms = self.backbone.extra_losses(composed, targets, contrast)
-        return sum(terms.values(), torch.stack(found).mean())
+    Args:
+        bank: of several processes, this one's share.
+        limit: number of candidates drawn for a step, beside the targets of its triplets; None for the whole bank.
+        seed: of the draw, which depends on the step too, so it is the same on all processes, and after a resume.
+    """
 
-    def _compose(self, reference: Tensor, rows: Tensor, batch: TripletBatch) -> Composed:
-        """Queries of references (U, L, D), of which each has a row (B,), and the batch's texts."""
-        names, tokens = list(batch.tokens), list(batch.tokens.values())
+    def __init__(self, bank: Bank, limit: int | None = None, seed: int = 0):
+        super().__init__()
+        self.bank, self.limit, self.seed = bank, limit, seed
 
-        def compose(rows: Tensor, *tokens: Tensor) -> Composed:
-            return self.backbone.compose(reference[rows], dict(zip(names, tokens, strict=True)))
-
-        composed: Composed = gradient_cached(compose, self.backbone.chunk, rows, *tokens)
-        return composed
-
-    @staticmethod
-    def _replacing(kind: str, composed: Composed, target: Tensor, contrast: InBatch, batch: TripletBatch) -> Tensor:
-        """The loss where others take the place of the target, the query, or one of its parts."""
-        if kind == "target":
-            return contrast(composed.query, target)
-        if kind == "query":
-            return contrast.by_query(composed.query, target)
-        assert composed.parts is not None and batch.asked is not None
-        kept, swapped = PARTS[kind]
-        asked = batch.asked[:, kept], batch.asked[:, swapped]
-        return contrast.by_part(composed.parts[kept], composed.parts[swapped], target[:, 0], asked)
-
-    def _against_bank(self, batch: TripletBatch, step: int) -> Tensor:
-        """Stage 2: candidates are all rows of the bank, whose reference features were gathered with the batch."""
-        assert self.bank is not None
-        if batch.features is not None:
-            reference, rows = to_float32(batch.features), torch.arange(len(batch.target), device=batch.target.device)
-        else:
-            assert batch.pixels is not None, "without a bank of references, stage 2 needs pixels"
-            with torch.no_grad(), torch.autocast(batch.pixels.device.type, enabled=False):  # as the bank was made
-                reference, rows = self.backbone.encode_image(batch.pixels).reference, batch.reference
-        query = self._compose(reference, rows, batch).query
-        held, positives, ignore = Shard(self.bank.target, self.bank.first), batch.target, _pairs(batch.others)
-        if self.draw:
-            held, positives, ignore = self._drawn(positives, ignore, step)
-        candidates = held if self.bank.shared else held.vectors
-        return info_nce(query, candidates, positives, self.temperature, ignore, self.negatives.max_similarity)
+    def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
+        """Rows of the bank; ignored are further targets of the same query."""
+        held, positives = Shard(self.bank.target, self.bank.first), batch.target[:, : batch.positives]
+        ignore = _pairs(batch.others)
+        if self.limit is not None:
+            held, positives, ignore = self._drawn(positives, ignore, batch.step)
+        return held if self.bank.shared else held.vectors, positives, ignore
 
     def _drawn(self, positives: Tensor, ignore: Tensor | None, step: int) -> tuple[Shard, Tensor, Tensor]:
-        """Candidates drawn for a step, beside the targets of its triplets, of which each query sees its own alone.
-
-        The draw depends on seed and step, so it is the same on all processes, and after a resume.
+        """Candidates drawn for a step, and the targets of its triplets, of which each query sees only its own.
 
         Source: the ablation of the number of negatives of Feng et al., 2024; there each query draws its own.
         """
-        assert self.bank is not None and self.draw is not None
-        limit, seed = self.draw
-        chance = np.random.default_rng((seed, step))
-        drawn = torch.from_numpy(chance.choice(self.bank.total, min(limit, self.bank.total), replace=False))
-        drawn = drawn.sort().values.to(positives.device)
-        wanted = torch.unique(all_rows(positives))  # (W,) of all processes
+        chance = np.random.default_rng((self.seed, step))
+        assert self.limit is not None
+        count = min(self.limit, self.bank.total)
+        drawn = torch.from_numpy(chance.choice(self.bank.total, count, replace=False)).sort().values
+        drawn = drawn.to(positives.device)
+        wanted = torch.unique(all_gather_rows(positives))  # (W,) of all processes
+        wanted = wanted[wanted >= 0]
         rows = torch.unique(torch.cat([drawn, wanted]))  # (C,) in order
         here = (rows >= self.bank.first) & (rows < self.bank.first + len(self.bank.target))
         local = (rows[here] - self.bank.first).to(self.bank.target.device)
@@ -141,7 +92,7 @@ class Objective(nn.Module):
         if ignore is not None:
             kept = ignore[:, torch.isin(ignore[1], rows)]
             hidden = torch.cat([hidden, torch.stack([kept[0], torch.searchsorted(rows, kept[1])])], 1)
-        return shard, torch.searchsorted(rows, positives), hidden
+        return shard, torch.searchsorted(rows, positives).masked_fill(positives < 0, -1), hidden
 
 
 def _pairs(others: Tensor | None) -> Tensor | None:
@@ -150,3 +101,124 @@ def _pairs(others: Tensor | None) -> Tensor | None:
         return None
     owner, slot = (others >= 0).nonzero(as_tuple=True)
     return torch.stack([owner, others[owner, slot]])
+
+
+class Objective(nn.Module):
+    """Composed queries against candidates: the targets of the batch (stage 1), a bank (stage 2), or class centres.
+
+    Args:
+        backbone: with its image side frozen if the candidates are a bank.
+        temperature: divisor of the scores.
+        learn_temperature: whether it is trained, from that value on.
+        candidates: a bank or class centres; None for the targets of the batch.
+        types: which element of the triplet is replaced to form negatives, for candidates of the batch: ``target``,
+            ``query``, ``text``, ``reference``; the loss is their mean.
+        max_similarity: candidates more similar to a positive than this are masked as false negatives; None for none.
+
+    Raises:
+        InputError: if the temperature is out of bounds, or the backbone has no such negatives.
+        ValueError: if a bank is given and the image side is not frozen: it would be stale after one step.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        temperature: float,
+        learn_temperature: bool = False,
+        candidates: Candidates | None = None,
+        types: Sequence[str] = ("target",),
+        max_similarity: float | None = None,
+    ):
+        super().__init__()
+        if isinstance(candidates, BankCandidates) and not backbone.is_frozen:
+            raise ValueError("a bank needs a frozen image side: call freeze_image_side() first")
+        low, high = TEMPERATURE_BOUNDS
+        if learn_temperature and not low <= temperature <= high:
+            raise InputError(f"a learned temperature begins between {low} and {high}, got {temperature}")
+        for kind in types:
+            if kind in PARTS and not backbone.query_is_sum:
+                raise InputError(f"negatives.types: {kind} needs a query that is a sum, and {backbone.name}'s is none")
+        self.backbone, self.candidates, self.types = backbone, candidates, tuple(types)
+        self.max_similarity = max_similarity
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)), requires_grad=learn_temperature)
+        self._scored: Callable[[], tuple[Tensor | Shard, Tensor, Tensor | None]] | None = None  # by the last batch
+
+    @property
+    def needs_whole_triplets(self) -> bool:
+        """Whether each triplet must have a reference, a text and one target: for further losses and types."""
+        return self.types != ("target",) or type(self.backbone).extra_losses is not Backbone.extra_losses
+
+    def forward(self, batch: TripletBatch) -> Tensor:
+        """The loss of one batch, a scalar: the mean over this process's queries, against the candidates of all."""
+        features = self._encode(batch)
+        composed = self._compose(features, batch)
+        if self.candidates is None:
+            return self._against_batch(composed, features, batch)
+        vectors, positives, ignore = self.candidates(batch)
+        self._scored = lambda: (vectors, positives, ignore)
+        return info_nce(composed.query, vectors, positives, self.temperature, ignore, self.max_similarity)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Clamp a learned temperature to its bounds."""
+        if self.temperature.requires_grad:
+            self.temperature.clamp_(*TEMPERATURE_BOUNDS)
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers for the log about the last batch: the temperature, and the share of candidates that were masked."""
+        found = {"temperature": self.temperature.item()}
+        if self._scored is not None:
+            found["masked"] = masked_share(*self._scored(), self.max_similarity)
+        return found
+
+    def _encode(self, batch: TripletBatch) -> ImageFeatures | None:
+        """Features of the batch's unique images (U, …) or of its references (B, …); None if it has no image."""
+        if batch.features is not None:
+            return ImageFeatures(*(to_float32(part) for part in batch.features))
+        if batch.pixels is None:
+            return None
+        if not self.backbone.is_frozen:
+            encoded: ImageFeatures = gradient_cached(self.backbone.encode_image, self.backbone.chunk, batch.pixels)
+            return encoded
+        with torch.no_grad(), torch.autocast(batch.pixels.device.type, enabled=False):  # as the bank was made
+            return self.backbone.encode_image(batch.pixels)
+
+    def _compose(self, features: ImageFeatures | None, batch: TripletBatch) -> Composed:
+        """Queries of the batch's references and texts, where it has them."""
+        names, tokens = list(batch.tokens), list(batch.tokens.values())
+        masks = [mask for mask in (batch.has_reference, batch.has_text) if mask is not None]
+
+        def compose(rows: Tensor, *parts: Tensor) -> Composed:
+            texts = dict(zip(names, parts, strict=False))
+            if not masks:
+                assert features is not None
+                return self.backbone.compose(features.reference[rows], texts)
+            own = features and ImageFeatures(*(part[rows] if len(part) else part for part in features))
+            return self.backbone.compose_partial(own, texts, *parts[len(names) :])
+
+        composed: Composed = gradient_cached(compose, self.backbone.chunk, batch.reference, *tokens, *masks)
+        return composed
+
+    def _against_batch(self, composed: Composed, features: ImageFeatures | None, batch: TripletBatch) -> Tensor:
+        """Stage 1: candidates are the targets, and hard negatives, of all processes."""
+        assert features is not None
+        rows = batch.target.clamp(min=0).flatten()
+        targets = ImageFeatures(features.reference[rows], features.target[rows])  # (B · T, …)
+        contrast = InBatch(batch.identity, self.temperature, batch.others, self.max_similarity, batch.positives)
+        terms = [self._replacing(kind, composed, targets.target, contrast, batch) for kind in self.types]
+        extra = self.backbone.extra_losses(composed, targets, contrast)
+        target = targets.target.detach()
+        self._scored = lambda: (all_gather_rows(target), contrast.own, contrast.ignored)
+        return sum(extra.values(), torch.stack(terms).mean())
+
+    @staticmethod
+    def _replacing(kind: str, composed: Composed, target: Tensor, contrast: InBatch, batch: TripletBatch) -> Tensor:
+        """The loss where the target, the query, or one of its parts is replaced to form negatives."""
+        if kind == "target":
+            return contrast(composed.query, target)
+        if kind == "query":
+            return contrast.by_query(composed.query, target)
+        assert composed.parts is not None and batch.query_identity is not None
+        kept, swapped = PARTS[kind]
+        identity = batch.query_identity[:, kept], batch.query_identity[:, swapped]
+        return contrast.by_part(composed.parts[kept], composed.parts[swapped], target[:, 0], identity)

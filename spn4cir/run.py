@@ -1,10 +1,12 @@
 """A training run: its folder, its log, its best and its last state."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
 from spn4cir.config import GROUPS, TrainConfig, write_yaml
 from spn4cir.errors import InputError
-from spn4cir.evaluate import git_commit, table
-from spn4cir.files import write_text
+from spn4cir.files import locked, write_text
+from spn4cir.results import Result, git_commit, metrics_table
 
 FREE_ON_RESUME = {
     "resume", "workers", "trackers", "keep_pixels", "compute.chunk", "compute.checkpoint", "compute.compile",
@@ -29,16 +31,23 @@ FREE_ON_RESUME = {
 
 
 class Run:
-    """One run folder; only the main process writes."""
+    """One run folder; only the main process writes. A lock keeps other runs out while it is open (``with run:``)."""
 
-    def __init__(self, folder: Path, stage: int, accelerator: Accelerator):
+    def __init__(self, folder: Path, stage: Any, accelerator: Accelerator):
         self.folder, self.stage, self.accelerator = folder, stage, accelerator
         self.main = accelerator.is_main_process
         self.started = time.time()
         self.config = TrainConfig()
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
 
     @classmethod
-    def open(cls, config: TrainConfig, stage: int, accelerator: Accelerator) -> "Run":
+    def open(cls, config: TrainConfig, stage: Any, accelerator: Accelerator) -> "Run":
         """Name the folder, or take that of ``config.resume``; nothing is written yet.
 
         Raises:
@@ -50,15 +59,11 @@ class Run:
         else:
             name = f"stage{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
             default = checkpoints.runs_root() / config.dataset / config.backbone / name
-            named = [config.output or str(_unused(default))]
-            broadcast_object_list(named)
-            run = cls(Path(named[0]), stage, accelerator)
-            if (run.folder / "config.yaml").exists():
-                raise InputError(f"{run.folder} already holds a run: give --resume {run.folder}, or another --output")
+            run = cls(Path(config.output or default), stage, accelerator)
+            run._check_unused()
         there = next(p for p in [run.folder, *run.folder.absolute().parents] if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise InputError(f"the run folder {run.folder} cannot be made: {there} is no folder, or not writable")
-        accelerator.project_configuration.set_directories(str(run.folder))
         try:
             accelerator.log_with = filter_trackers(list(config.trackers), str(run.folder))
         except ValueError as error:
@@ -73,11 +78,26 @@ class Run:
             print(line, flush=True)
 
     def start(self, config: TrainConfig, module: nn.Module) -> None:
-        """Make the folder, save the settings, start the trackers, and say what is trained where."""
+        """Make the folder and lock it, save the settings, start the trackers, and print what is trained where.
+
+        Raises:
+            InputError: if another process trains in the folder.
+        """
         self.config = config
-        if self.main and not config.resume:
+        if self.main:
+            if not config.resume and not config.output:
+                self.folder = _make_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_yaml(config, self.folder / "config.yaml", f"stage {self.stage}")
+            self._open.enter_context(
+                locked(self.folder / "run.lock", busy=f"{self.folder} is in use: another process trains in it")
+            )
+            if not config.resume:
+                self._check_unused()
+                write_yaml(config, self.folder / "config.yaml", f"stage {self.stage}")
+        folder = [str(self.folder)]
+        broadcast_object_list(folder)
+        self.folder = Path(folder[0])
+        self.accelerator.project_configuration.set_directories(folder[0])
         if self.main:
             trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
             total = sum(p.numel() for p in module.parameters())
@@ -85,6 +105,12 @@ class Run:
         if config.trackers:
             flat = {name: str(value) for name, value in dataclasses.asdict(config).items()}
             self.accelerator.init_trackers("spn4cir", flat)
+
+    def _check_unused(self) -> None:
+        """Raises ``InputError`` if the folder holds a run that only ``--resume`` may continue."""
+        for name in ("config.yaml", "last.safetensors"):
+            if (self.folder / name).exists():
+                raise InputError(f"{self.folder} already holds a run: give --resume {self.folder}, or another --output")
 
     def _check(self, config: TrainConfig) -> None:
         import yaml
@@ -123,7 +149,7 @@ class Run:
         """
         path = self.folder / "last.safetensors"
         state: dict[str, Any] = {"stage": self.stage, "step": 0, "best": None, "bank": bank}
-        if path.is_file():
+        if self.config.resume and path.is_file():
             if checkpoints.read_note(path)["progress"].get("bank") != bank:
                 raise InputError(f"{self.folder} was trained against another bank: its images or its init have changed")
             state = checkpoints.load_progress(path, module, optimizer)
@@ -166,34 +192,30 @@ class Run:
         progress = state if scaler is None else {**state, "scaler": scaler.state_dict()}
         checkpoints.save_progress(self.folder / "last.safetensors", module, optimizer, progress)
 
-    def finish(self, state: dict[str, Any], selection_name: str) -> None:
-        """Mark the run as complete; print its metrics, what selected the best state, and the next command."""
+    def finish(self, state: dict[str, Any], selected_on: str) -> None:
+        """Mark the run as complete; print its metrics, the benchmark that selected its state, and the next command."""
         if self.main:
             best = state["best"]
             note = {
                 "stage": self.stage,
                 "steps": state["step"],
                 "best_step": best["step"],
-                "selected_on": selection_name,
+                "selected_on": selected_on,
                 **best["result"],
                 "git": git_commit(),
                 "seconds": round(time.time() - self.started, 1),  # since the start or the last resume
             }
             write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
-            chosen = f"stage {self.stage}: step {best['step']} of {state['step']}"
-            unasked = "/holdout" in best["result"]["protocol"]  # nobody has annotated any query
-            if unasked:
-                print(
-                    f"\n{chosen}, the best on {selection_name}: generated triplets put aside, no question of a person's"
-                )
-            elif selection_name == best["result"]["protocol"]:
-                print(
-                    f"\n{chosen}, the best on {selection_name}: selected on what it reports, as published figures are"
-                )
+            result = Result.from_json(best["result"])
+            chosen = f"stage {self.stage}: step {best['step']} of {state['step']}, the best on {selected_on}"
+            if result.is_holdout:
+                chosen += ": held-out triplets, no annotated queries"
+            elif selected_on == result.protocol:
+                chosen += ": selected on what it reports, as published figures are"
             else:
-                print(f"\n{chosen}, the best on {selection_name}, training triplets put aside; reported once on")
-            print(table(best["result"]))
-            first = "queries of your own, where this says; " if unasked and self.stage == 2 else ""
+                chosen += ", held-out training triplets; reported once on"
+            print(f"\n{chosen}\n{metrics_table(result)}")
+            first = "queries of your own, where this says; " if result.is_holdout and self.stage == 2 else ""
             print(f"\nsaved in {self.folder}\nnext: {first}{self._next()}", flush=True)
         self.accelerator.end_training()
 
@@ -204,10 +226,10 @@ class Run:
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
         same = {name: getattr(self.config, name) for name in ("max_annotated", "generated", "generated_share")}
         data = "".join(f" --{name.replace('_', '-')} {value}" for name, value in same.items() if value is not None)
-        return f"accelerate launch recipes/stage2.py{named_by(self.config)}{aside} --init {self.folder}{data}"
+        return f"accelerate launch recipes/stage2.py{options_of(self.config)}{aside} --init {self.folder}{data}"
 
 
-def named_by(config: TrainConfig) -> str:
+def options_of(config: TrainConfig) -> str:
     """Options that name the dataset, the backbone and the data of a run, where they are not the default's."""
     named = {"dataset": config.dataset, "backbone": config.backbone, "data_root": config.data_root}
     return "".join(
@@ -248,10 +270,13 @@ def pending(config: TrainConfig) -> TrainConfig | None:
     return None if (folder / "result.json").is_file() else dataclasses.replace(config, resume=str(folder))
 
 
-def _unused(folder: Path) -> Path:
-    """The folder, or with a number behind it if that is taken."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+def _make_folder(folder: Path) -> Path:
+    """Make a folder that nobody else made: the one that is named, or with a number behind it."""
+    for number in itertools.count(1):
+        free = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            free.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return free
+    raise AssertionError("unreachable")

@@ -62,7 +62,7 @@ class _Chunk:
     excluded: Tensor | None  # (b, X)
     members: Tensor | None  # (b, M)
 
-    def scores(self, start: int, block: Tensor) -> Tensor:
+    def gallery_scores(self, start: int, block: Tensor) -> Tensor:
         """Scores (b, n) of a block (n, K, E), minus infinity for images that are left out.
 
         Raises:
@@ -71,12 +71,20 @@ class _Chunk:
         scores = scores_of(self.query, block)
         if scores.numel() and not bool(torch.stack(torch.aminmax(scores)).isfinite().all()):
             raise ValueError("scores are not finite: an embedding holds NaN or infinity")
-        if self.members is not None:
-            kept = inside(self.members, start, len(block))
-            scores = torch.full_like(scores, -torch.inf).index_put(kept, scores[kept])
         if self.excluded is not None:
             scores[inside(self.excluded, start, len(block))] = -torch.inf
         return scores
+
+    def restrict(self, scores: Tensor, start: int, count: int) -> Tensor:
+        """The scores (b, count) of a block, minus infinity for all images but the members."""
+        assert self.members is not None
+        kept = inside(self.members, start, count)
+        return torch.full_like(scores, -torch.inf).index_put(kept, scores[kept])
+
+    def scores(self, start: int, block: Tensor) -> Tensor:
+        """Scores (b, n) of a block (n, K, E), of the members alone if there are any."""
+        scores = self.gallery_scores(start, block)
+        return scores if self.members is None else self.restrict(scores, start, len(block))
 
 
 def _chunks(
@@ -99,42 +107,75 @@ def inside(rows: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def rank_of_target(
-    query: Tensor, gallery: Tensor, targets: Tensor, excluded: Tensor | None = None, members: Tensor | None = None
-) -> Tensor:
-    """Places that each query's best target can take among images of equal score, the best place being 1.
+def rank_targets(
+    query: Tensor, gallery: Tensor, targets: Tensor, excluded: Tensor | None = None, subset: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Ranks that each target can take among the images of equal score, over the gallery and over a subset, in one pass.
+
+    The other targets of a query are left out of the count, so none stands in another's way.
 
     Args:
         query: (Q, E).
         gallery: (G, K, E).
-        targets: (Q, P) gallery rows that answer the query, padded with -1; the best one counts, and the query's other
-            targets never stand in its way.
-        excluded: (Q, X) gallery rows left out of the ranking, padded with -1, or None.
-        members: (Q, M) gallery rows that alone are ranked, padded with -1, or None for all.
+        targets: (Q, P) gallery rows of each query's targets, padded with -1.
+        excluded: (Q, X) gallery rows left out of both rankings, padded with -1, or None.
+        subset: (Q, M) gallery rows that alone are in the second ranking, padded with -1, or None for no such ranking.
 
     Returns:
-        (Q, 2) int64: first and last place, equal where no other image has the target's score.
+        (Q, P, 2) int64: first and last rank from 1 on, equal where no non-target has the target's score; 0 where a
+        target is padding or not ranked. The same over the subset, or None.
 
     Raises:
-        ValueError: if a query has no target that is ranked, or a score is not finite.
+        ValueError: if no target of a query is ranked, or a score is not finite.
     """
     if bool((targets < 0).all(1).any()):
         raise ValueError("a query without a target has no rank")
     targets = targets.to(query.device)
     order = targets.amax(1).argsort(stable=True)  # so that few blocks hold the targets of a chunk
-    ranks = torch.ones(len(query), 2, dtype=torch.long, device=query.device)
     chunks = [
         (numbers, _Rank(chunk, targets[numbers], _block_size(gallery)))
-        for numbers, chunk in _chunks(query, order, excluded, members)
+        for numbers, chunk in _chunks(query, order, excluded, subset)
     ]
     behind = max((chunk.last for _, chunk in chunks), default=0)
     for again, walked in ((False, gallery), (True, gallery[:behind])):
         for start, block in blocks(walked, query):
             for _, chunk in chunks:
-                chunk.look(start, block, again)
+                chunk.score(start, block, again)
+    found = torch.zeros(2, *targets.shape, 2, dtype=torch.long, device=query.device)
     for numbers, chunk in chunks:
-        ranks[numbers] = chunk.ranks
-    return ranks
+        for side, ranking in enumerate(chunk.rankings):
+            found[side, numbers] = ranking.ranks()
+    return found[0], found[1] if subset is not None else None
+
+
+class _Ranking:
+    """Scores of some queries' targets, and the number of non-targets that are better or equal."""
+
+    def __init__(self, chunk: _Chunk, targets: Tensor):
+        wide = torch.promote_types(chunk.query.dtype, torch.float32)
+        self.own = targets.new_full(targets.shape, -torch.inf, dtype=wide)  # (b, P)
+        self.better = targets.new_zeros(*targets.shape, 2)
+
+    def count(self, scores: Tensor) -> None:
+        """Count the scores (b, n) above, and not below, each target's; uses up the scores."""
+        if bool(self.own.isneginf().all(1).any()):
+            raise ValueError("a query whose targets are all left out has no rank")
+        if self.own.shape[1] == 1:
+            # zeros and ones as floats: sums of so few are exact, and several times as fast as those of booleans
+            self.better[:, 0, 0] += torch.gt(scores, self.own, out=torch.empty_like(scores)).sum(1).long()
+            self.better[:, 0, 1] += scores.ge_(self.own).sum(1).long()
+            return
+        own, order = self.own.sort(1)
+        for side, right in ((0, False), (1, True)):
+            passed = torch.searchsorted(own, scores, right=right)  # (b, n) targets below, or not above
+            counts = self.better.new_zeros(len(own), own.shape[1] + 1)
+            counts.scatter_add_(1, passed, torch.ones_like(passed))
+            above = counts.flip(1).cumsum(1).flip(1)[:, 1:]  # (b, P) scores that pass target p, by ascending score
+            self.better[..., side].scatter_add_(1, order, above)
+
+    def ranks(self) -> Tensor:
+        """(b, P, 2), 0 where a target is not ranked."""
+        return (self.better + 1).masked_fill(self.own.isneginf()[..., None], 0)
 
 
 class _Rank:
@@ -149,30 +190,22 @@ class _Rank:
         self.chunk, self.targets = chunk, targets  # (b, P)
         self.holds = set((targets[targets >= 0] // size * size).tolist())  # first rows of blocks with a target
         self.last = max(self.holds)
-        wide = torch.promote_types(chunk.query.dtype, torch.float32)
-        self.best = targets.new_full((len(targets),), -torch.inf, dtype=wide)  # (b,)
-        self.ranks = targets.new_ones(len(targets), 2)
+        self.rankings = [_Ranking(chunk, targets) for _ in range(1 if chunk.members is None else 2)]
 
-    def look(self, start: int, block: Tensor, again: bool) -> None:
-        """Learn from the block (n, K, E) that starts there; ``again`` in the second walk."""
+    def score(self, start: int, block: Tensor, again: bool) -> None:
+        """Score the block (n, K, E) that starts there; ``again`` in the second walk."""
         known = start >= self.last
         if known if again else not known and start not in self.holds:
             return
-        scores = self.chunk.scores(start, block)  # (b, n)
-        held = inside(self.targets, start, len(block))
-        if not again:
-            self.best.scatter_reduce_(0, held[0], scores[held].to(self.best), "amax")
-        if known or again:
-            self.count(scores.index_put_(held, scores.new_tensor(-torch.inf)))  # no target stands in another's way
-
-    def count(self, scores: Tensor) -> None:
-        """Move the ranks behind better scores, and the last place behind equal ones; uses up the scores."""
-        if bool(self.best.isneginf().any()):
-            raise ValueError("a query whose targets are all left out has no rank")
-        best = self.best[:, None]
-        # zeros and ones as floats: sums of so few are exact, and several times as fast as those of booleans
-        self.ranks[:, 0] += torch.gt(scores, best, out=torch.empty_like(scores)).sum(1).long()
-        self.ranks[:, 1] += scores.ge_(best).sum(1).long()
+        whole = self.chunk.gallery_scores(start, block)  # (b, n)
+        row, slot = ((self.targets >= start) & (self.targets < start + len(block))).nonzero(as_tuple=True)
+        column = self.targets[row, slot] - start
+        over_subset = self.chunk.restrict(whole, start, len(block)) if len(self.rankings) > 1 else whole
+        for ranking, scores in zip(reversed(self.rankings), (over_subset, whole), strict=False):
+            if not again:
+                ranking.own[row, slot] = scores[row, column].to(ranking.own)
+            if known or again:
+                ranking.count(scores.index_put_((row, column), scores.new_tensor(-torch.inf)))
 
 
 @torch.no_grad()

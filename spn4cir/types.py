@@ -1,100 +1,197 @@
 """The words of the project as types.
 
-Shape legend, used everywhere: B batch · N candidates · L reference tokens · D token width · K target vectors ·
-E embedding width · Q queries · G gallery images.
+Shape legend, used everywhere: B batch · N candidates · P positives of a query · L reference tokens · D token width ·
+K target vectors · E embedding width · Q queries · G gallery items.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from spn4cir.errors import InputError
 
 if TYPE_CHECKING:  # so that commands can name these types without waiting for torch
     from torch import Tensor
 
-Level: TypeAlias = Literal["fact", "note", "problem"]
 Tokens: TypeAlias = "dict[str, Tensor]"
 """Tokenised texts: each value has B rows."""
 
 
+class ImageRef(NamedTuple):
+    """Where the pixels of an image come from: a file, or a function that returns its bytes; and a crop box, if any.
+
+    ``box`` is (left, upper, right, lower) in pixels. ``name`` is what messages call an image that is not a file.
+    """
+
+    source: Path | Callable[[], bytes]
+    box: tuple[int, int, int, int] | None = None
+    name: str = ""
+
+    @property
+    def path(self) -> Path | None:
+        """The file, or None for an image that has none of its own."""
+        return self.source if isinstance(self.source, Path) else None
+
+    def __str__(self) -> str:
+        return self.name or (str(self.source) if isinstance(self.source, Path) else "bytes")
+
+
 @dataclass(frozen=True)
 class Triplet:
-    """A training example. One of ``modifications`` is drawn each time it is seen."""
+    """A training example. Each of its targets is a positive; one of its texts is drawn each time it is seen.
 
-    reference: str
-    target: str
-    modifications: tuple[str, ...]
+    Args:
+        reference: image id, or None for a query of text alone.
+        targets: image ids, at least one unless there is a ``label``.
+        texts: modification texts; empty for a query of an image alone.
+        label: class of the example, where the data has classes.
+        generated: whether data generation made it, rather than a person.
+        negatives: image ids of hard negatives that came with the example.
+    """
+
+    reference: str | None
+    targets: tuple[str, ...]
+    texts: tuple[str, ...]
+    label: str | None = None
     generated: bool = False
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """All images that the triplet names, the reference first."""
+        return (*((self.reference,) if self.reference is not None else ()), *self.targets, *self.negatives)
 
 
 @dataclass(frozen=True)
 class Query:
-    """One question of a benchmark: reference image + modification text, and which images answer it.
+    """One query of a benchmark: a reference image, a modification text, or both.
 
-    ``group`` is what results are broken down by (an attribute, a category); ``subset`` are the images of the small
-    ranking that some protocols add, reference included. ``targets`` is empty where the answer is not public; ``name``
-    is what a submission calls the query.
+    Args:
+        reference: image id, in the gallery or outside it; None for a query of text alone.
+        text: modification text; None for a query of an image alone.
+        targets: all relevant gallery items, the official target first; empty where they are not public.
+        tags: what results are broken down by: attribute, category, semantic aspect, style.
+        candidates: a small gallery of the query's own, such as CIRR's image group, reference included.
+        name: what a submission calls the query.
     """
 
-    reference: str
-    modification: str
+    reference: str | None
+    text: str | None
     targets: tuple[str, ...]
-    group: str = ""
-    subset: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
     name: str = ""
 
 
 @dataclass(frozen=True)
+class Measure:
+    """One number of a benchmark, such as recall at 10 over the gallery.
+
+    Args:
+        kind: name in ``spn4cir.measures.MEASURES``.
+        k: cut-off, at least 1.
+        over: ``gallery``; ``candidates``, where each query is ranked over its own only; or ``subset``, where its own
+            candidates are a second ranking beside the gallery (CIRR), whose measures are written with an s: ``Rs@1``.
+        primary: whether the mean of the primary measures selects the best checkpoint.
+    """
+
+    kind: str
+    k: int
+    over: Literal["gallery", "candidates", "subset"] = "gallery"
+    primary: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError(f"a measure counts from the first rank on, got k={self.k}")
+
+
+def recall_measures(
+    *ks: int, primary: Sequence[int] = (), over: Literal["gallery", "candidates", "subset"] = "gallery"
+) -> tuple[Measure, ...]:
+    """Recall at each cut-off, of which the ``primary`` ones select the best checkpoint."""
+    return tuple(Measure("recall", k, over, k in primary) for k in ks)
+
+
+@dataclass(frozen=True)
 class Benchmark:
-    """A protocol as data: everything that decides a number, but the model."""
+    """A protocol as data: everything that decides a number, except for the model.
+
+    Args:
+        name: id of the protocol, such as ``fashioniq/original``.
+        gallery: ids of all items that are ranked.
+        queries: what is asked.
+        exclude_reference: whether a query's reference is left out of its ranking.
+        measures: what is computed; the primary ones select the best checkpoint, and the mean of several primary ones
+            is also reported, as ``Rmean``.
+        texts: those gallery items that are texts: id to text. All others are images.
+        macro: tags whose unweighted mean each metric is; empty for means over all queries.
+        is_holdout: whether the queries are training triplets that were held out, rather than annotated queries.
+        skipped: number of gallery images that the skip list leaves out.
+    """
 
     name: str
     gallery: tuple[str, ...]
     queries: tuple[Query, ...]
     exclude_reference: bool
-    ks: tuple[int, ...]
-    subset_ks: tuple[int, ...] = ()
-    selection: tuple[str, ...] = ("R@1",)
-    """Metrics whose mean selects the best checkpoint; of several, the mean is also reported, as ``Rmean``."""
-    group_gallery: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """What the queries of a group are ranked over, where that is not the whole gallery."""
-    mean_over_groups: bool = False
-    """Whether the metrics are unweighted means over groups, rather than over all queries."""
+    measures: tuple[Measure, ...]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    macro: tuple[str, ...] = ()
+    is_holdout: bool = False
+    skipped: int = 0
 
     def __post_init__(self) -> None:
-        known = {"": frozenset(self.gallery)}
-        known |= {group: frozenset(ids) for group, ids in self.group_gallery.items()}
-        for group, ids in {"": self.gallery, **self.group_gallery}.items():
-            if len(known[group]) != len(ids):
-                raise InputError(f"{self.name}: the gallery {group and group + ' '}names an image twice")
-            if not known[group] <= known[""]:
-                raise InputError(f"{self.name}: the gallery of {group} is no part of the whole")
+        known = frozenset(self.gallery)
+        if len(known) != len(self.gallery):
+            raise InputError(f"{self.name}: the gallery names an item twice")
+        if lost := [i for i in self.texts if i not in known]:
+            raise InputError(f"{self.name}: the text {lost[0]!r} is not in the gallery")
+        if len(set(self.measures)) < len(self.measures) or not self.measures:
+            raise InputError(f"{self.name}: needs measures, and each once")
+        checked: dict[int, frozenset[str]] = {}  # one tuple of candidates may serve thousands of queries
         for number, query in enumerate(self.queries):
-            own = known.get(query.group, known[""])
-            missing = [i for i in (query.reference, *query.targets, *query.subset) if i not in own]
+            if query.reference is None and query.text is None:
+                raise InputError(f"{self.name}: query {number} has neither a reference nor a text")
+            missing = [i for i in query.targets if i not in known]
+            if id(query.candidates) not in checked:
+                checked[id(query.candidates)] = frozenset(query.candidates)
+                missing += [i for i in query.candidates if i not in known]
+            own = checked[id(query.candidates)]
             if missing:
                 raise InputError(f"{self.name}: query {number} names {missing[0]!r}, which the gallery lacks")
-            if self.exclude_reference and set(query.targets) == {query.reference}:
+            lost = [i for i in query.targets if i not in own] if own else []
+            if lost:
+                raise InputError(f"{self.name}: query {number} has the target {lost[0]!r}, which its candidates lack")
+            if self.exclude_reference and query.targets and set(query.targets) == {query.reference}:
                 raise InputError(
                     f"{self.name}: query {number} has no target but its reference {query.reference!r}, "
                     "which is not ranked"
                 )
 
     @property
-    def silent_groups(self) -> list[str]:
-        """Groups that have a gallery but no query, so that a mean over all groups is impossible."""
-        asked = {query.group for query in self.queries}
-        return [group for group in self.group_gallery if group not in asked]
+    def has_known_targets(self) -> bool:
+        """Whether every query's targets are public, so that metrics can be computed."""
+        return all(query.targets for query in self.queries)
 
     @property
-    def answered(self) -> bool:
-        """Whether every query's targets are known, so that metrics can be computed."""
-        return all(query.targets for query in self.queries)
+    def missing_tags(self) -> list[str]:
+        """Tags of ``macro`` that no query has, so that no mean over all of them exists."""
+        used = {tag for query in self.queries for tag in query.tags}
+        return [tag for tag in self.macro if tag not in used]
+
+    @property
+    def outside_references(self) -> tuple[str, ...]:
+        """References that the gallery does not hold, each once."""
+        known = frozenset(self.gallery)
+        references = (query.reference for query in self.queries)
+        return tuple(dict.fromkeys(i for i in references if i is not None and i not in known))
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """All images of gallery and queries, those of the gallery first."""
+        return (*(i for i in self.gallery if i not in self.texts), *self.outside_references)
 
 
 class ImageFeatures(NamedTuple):
@@ -114,120 +211,3 @@ class Composed:
     query: Tensor
     states: dict[str, Tensor] = field(default_factory=dict)
     parts: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of a report on a dataset's files: what was looked at, how many were found, how many are published."""
-
-    what: str
-    found: int
-    expected: int | None = None
-    level: Level = "fact"
-    """``problem`` stands in the way of training; ``note`` is worth knowing."""
-    examples: tuple[str, ...] = ()
-
-    @classmethod
-    def counted(cls, what: str, found: int, published: int) -> Check:
-        """A count beside the published one."""
-        return cls(what, found, published, "fact" if found == published else "note")
-
-    @classmethod
-    def listed(cls, what: str, examples: Iterable[str], level: Level = "note", expected: int | None = 0) -> Check:
-        """Things that were found; of that level if there are any."""
-        found = tuple(examples)
-        return cls(what, len(found), expected, level if found else "fact", found)
-
-
-class ImageRole(NamedTuple):
-    """Images by what they are for, and whether training cannot do without them."""
-
-    name: str
-    image_ids: list[str]
-    needed: bool
-
-
-class Dataset(ABC):
-    """Raw files turned into triplets and benchmarks; no tensors, and no word of any file format outside.
-
-    ``protocols`` are the ids of each split, the default first. ``root`` is the folder of the files, if they have one.
-    ``skipped`` are images that the person who runs this leaves out. ``annotated`` says whether training triplets come
-    with the files.
-    """
-
-    name: ClassVar[str]
-    protocols: ClassVar[Mapping[str, tuple[str, ...]]]
-    root: Path | None = None
-    skipped: frozenset[str] = frozenset()
-    annotated: bool = True
-
-    @abstractmethod
-    def path(self, image_id: str) -> Path:
-        """Where an image lies, or should. Raises ``InputError`` for an unknown id."""
-
-    @abstractmethod
-    def training_images(self) -> list[str]:
-        """All images that training may touch."""
-
-    @abstractmethod
-    def triplets(self) -> list[Triplet]:
-        """Annotated training triplets, in file order."""
-
-    @abstractmethod
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """A protocol of a split, its default if none is named. Raises ``InputError`` for an unknown one."""
-
-    def label(self, image_id: str) -> str:
-        """What to show a person for an image."""
-        return image_id
-
-    def category(self, image_id: str) -> str:
-        """What kind of thing an image shows, where the files say so; else empty."""
-        return ""
-
-    def caption(self, image_id: str) -> str:
-        """A description of an image that came with it; else empty."""
-        return ""
-
-    def check_command(self, image_id: str) -> str:
-        """The command that tells of all broken images like this one."""
-        return f"spn4cir-data check --dataset {self.name}"
-
-    def file(self, name: str) -> Path:
-        """A file that a person names: as it stands, or below the dataset's folder."""
-        path = Path(name)
-        return path if self.root is None or path.is_file() else self.root / path
-
-    def notes(self) -> list[str]:
-        """What a person should know about what is read and what is not, a line each."""
-        return []
-
-    def checks(self) -> list[Check]:
-        """What a look at the annotations finds, counts against the published ones included; raises nothing."""
-        return [Check("training triplets", len(self.triplets())), Check("training images", len(self.training_images()))]
-
-    def image_roles(self) -> list[ImageRole]:
-        """All images by what they are for; an image may have several roles."""
-        galleries = [
-            ImageRole(f"{split} gallery", list(self.benchmark(split).gallery), True) for split in self.protocols
-        ]
-        return [ImageRole("of training", self.training_images(), True), *galleries]
-
-    def write_submission(
-        self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]
-    ) -> list[Path]:
-        """Write what an evaluation server takes: by query name, the first images of the gallery and of the subset."""
-        raise InputError(f"{self.name} has no evaluation server: there is no submission to write")
-
-    def check_submission(self, path: Path) -> str:
-        """One line on a submission file that is sound. Raises ``InputError`` that names what is not."""
-        raise InputError(f"{self.name} has no evaluation server: there is no submission to check")
-
-    def choose_protocol(self, split: str, protocol: str | None) -> str:
-        """The id that is meant. Raises ``InputError`` that names the known ones."""
-        if split not in self.protocols:
-            raise InputError(f"{self.name} has no split {split!r}; known: {', '.join(self.protocols)}")
-        known = self.protocols[split]
-        if protocol not in (None, *known):
-            raise InputError(f"{self.name} has no protocol {protocol!r} for split {split}; known: {', '.join(known)}")
-        return protocol or known[0]

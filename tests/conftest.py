@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from spn4cir.config import TrainConfig
+from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Dataset, Query, Triplet
+from spn4cir.types import Benchmark, Query, Triplet
 
 IDS = [f"i{n:02d}" for n in range(47)]
 TWIN = "twin"  # the same pixels as i00, under another id
@@ -56,7 +57,7 @@ class Toy(Dataset):
     def triplets(self) -> list[Triplet]:
         return [
             Triplet(
-                TRAIN[n], TRAIN[(7 * n + 1) % 20], (f"make it {COLOURS[n % 5]}", f"a {COLOURS[n // 8]} one instead")
+                TRAIN[n], (TRAIN[(7 * n + 1) % 20],), (f"make it {COLOURS[n % 5]}", f"a {COLOURS[n // 8]} one instead")
             )
             for n in range(40)
         ]
@@ -65,7 +66,7 @@ class Toy(Dataset):
         chosen = self.choose_protocol(split, protocol)
         ids = (*IDS, TWIN)
         queries = tuple(
-            Query(ids[n], f"in {COLOURS[n % 5]}", (ids[(5 * n + 3) % 48],), f"group {n % 2}", self._subset(ids, n))
+            Query(ids[n], f"in {COLOURS[n % 5]}", (ids[(5 * n + 3) % 48],), (f"group {n % 2}",), self._subset(ids, n))
             for n in range(20)
         )
         return Benchmark(chosen, ids, queries, exclude_reference=True, ks=(1, 5, 10), subset_ks=(1, 2))

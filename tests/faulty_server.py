@@ -20,7 +20,7 @@ class FaultyServer:
     Attributes:
         requests: bodies, in the order of their arrival.
         times: when they came.
-        most: how many were under way at once.
+        most: how many waited for their answers at once.
         keys: the Authorization headers.
     """
 
@@ -62,12 +62,11 @@ class FaultyServer:
             faults = self.faults.get(colour, self.faults.get("*", []))
             fault = faults[self._seen[colour]] if self._seen[colour] < len(faults) else ""
             self._seen[colour] += 1
-        time.sleep(self.slow)
-        try:
-            self._answer(request, fault, colour)
-        finally:
-            with self._lock:
-                self.now -= 1
+        kind, _, detail = fault.partition(":")
+        time.sleep(float(detail) if kind == "slow" else self.slow)
+        with self._lock:
+            self.now -= 1  # before the answer leaves: a client that has it may send its next request at once
+        self._answer(request, fault, colour)
 
     def _answer(self, request: BaseHTTPRequestHandler, fault: str, colour: str) -> None:
         text = self.text.format(colour=colour)
@@ -78,9 +77,6 @@ class FaultyServer:
             code, _, after = detail.partition(":")
             message = {"error": {"message": f"told\nyou so {code}, key {request.headers.get('Authorization')}"}}
             send(request, json.dumps(message).encode(), int(code), after)
-        elif kind == "slow":
-            time.sleep(float(detail))
-            send(request, content)
         elif kind == "half":  # fewer bytes than were promised
             send(request, content[: len(content) // 2], length=len(content))
         elif kind == "torn":  # as many as were promised, but half of the answer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spn4cir.backbones import build_backbone
 from spn4cir.checkpoints import write_tensors
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 
 IDENTITY = torch.tensor([0, 1, 2, 0, 3, 1, 4, 5])  # equal targets within a half and across
 

@@ -7,6 +7,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from spn4cir.backbone import Backbone
 from spn4cir.backbones.blip4cir import BLIP4CIR
 from spn4cir.backbones.clip4cir import CLIP4CIR
+from spn4cir.backbones.shared_weights import READS_WEIGHTS
 from spn4cir.backbones.sprc import SPRC
 from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.errors import InputError
@@ -14,7 +15,7 @@ from spn4cir.errors import InputError
 BACKBONES: dict[str, type[Backbone]] = {"clip4cir": CLIP4CIR, "tgcir": TGCIR, "blip4cir": BLIP4CIR, "sprc": SPRC}
 
 INSIDE = ("load_weights", "separated")
-"""Arguments of a backbone that are not for people to give."""
+"""Arguments of ``build_backbone`` that no recipe sets."""
 
 
 def check_backbone(name: str) -> None:
@@ -23,8 +24,14 @@ def check_backbone(name: str) -> None:
         raise InputError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
 
 
-def build_backbone(name: str, **options: Any) -> Backbone:
-    """A backbone by name, with its own options.
+def build_backbone(name: str, load_weights: bool = True, separated: bool = False, **options: Any) -> Backbone:
+    """Build a backbone by name, with its own options.
+
+    Args:
+        name: one of ``BACKBONES``.
+        load_weights: False builds the architecture alone, for a checkpoint to fill.
+        separated: the text side has copies of what it shared with the image side, as in stage 2.
+        options: arguments of its constructor.
 
     Raises:
         InputError: for an unknown name or option.
@@ -33,11 +40,18 @@ def build_backbone(name: str, **options: Any) -> Backbone:
     known = get_type_hints(BACKBONES[name].__init__)
     for option, value in options.items():
         if option not in known:
-            told = ", ".join(key for key in inspect.signature(BACKBONES[name]).parameters if key not in INSIDE)
+            told = ", ".join(inspect.signature(BACKBONES[name]).parameters)
             raise InputError(f"backbone {name} has no option {option!r}; known: {told}")
         if not _is_a(value, known[option]):
             raise InputError(f"option {option} of backbone {name} cannot be {value!r}")
-    return BACKBONES[name](**options)
+    before = READS_WEIGHTS.set(load_weights)
+    try:
+        backbone = BACKBONES[name](**options)
+    finally:
+        READS_WEIGHTS.reset(before)
+    if separated:
+        backbone.untie_text_side()
+    return backbone
 
 
 def _is_a(value: Any, hint: Any) -> bool:

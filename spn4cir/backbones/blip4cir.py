@@ -4,20 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from spn4cir.backbone import Backbone, Published, l2_normalize
-from spn4cir.blip import (
-    BERT,
-    load_library,
-    load_settings,
-    load_tokenizer,
-    resize_positions,
-    vision_names,
-    vision_settings,
-)
+from spn4cir.backbone import Backbone, l2_normalize
+from spn4cir.backbones.shared_blip import BERT, load_bert_tokenizer, load_library, load_settings
+from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
 from spn4cir.types import Composed, ImageFeatures, Tokens
@@ -25,10 +17,6 @@ from spn4cir.types import Composed, ImageFeatures, Tokens
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "blip"
 MARKS = ("[DEC]", "[ENC]")
 """What BLIP appends to BERT's vocabulary; the second one stands first in each text."""
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SEEN_AT_ONCE = 64
-"""Images in one pass of a frozen vision tower, whose attention takes 16 MB for each."""
-
 VISION: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "patch_size": 16, "image_size": 384, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "attention_dropout": 0.0,
@@ -41,33 +29,28 @@ TEXT: dict[str, Any] = {
     "bos_token_id": None, "sep_token_id": None,  # for writing texts; the defaults lie outside a small vocabulary
     "is_decoder": True,  # transformers' word for having cross-attention; whether it is causal is said in each call
 }  # fmt: skip
+PUBLISHED = {"image_text_hidden_size": 256, "vision_config": VISION, "text_config": TEXT}
 LEFT_OUT = {"layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 """Values that files in transformers' layout have from its defaults, and BLIP's training had not."""
 
 
-def architecture(
-    vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, width: int = 256
-) -> dict[str, Any]:
-    """What ``BlipConfig.from_dict`` takes: BLIP with ViT-B/16 as published, but for what is given.
-
-    Args:
-        vision: entries of the vision tower that differ.
-        text: entries of the text encoder that differ.
-        width: of the embedding.
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``BlipConfig.from_dict`` takes: BLIP with ViT-B/16 as published, but for the entries that are given.
 
     Raises:
-        InputError: for an entry that is none of ``VISION`` or ``TEXT``.
+        InputError: for an unknown entry.
     """
-    for part, known in ((vision or {}, VISION), (text or {}, TEXT)):
-        if unknown := [key for key in part if key not in known and key != "encoder_hidden_size"]:
+    vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    for part, known in ((config, PUBLISHED), (vision, VISION), (text, TEXT)):
+        if unknown := [key for key in part if key not in known and (part is not text or key != "encoder_hidden_size")]:
             raise InputError(f"config of blip4cir has no {unknown[0]!r}; known: {', '.join(known)}")
-    vision = {**VISION, **(vision or {})}
-    text = {**TEXT, **(text or {}), "encoder_hidden_size": vision["hidden_size"]}
-    return {"image_text_hidden_size": width, "vision_config": vision, "text_config": text}
+    vision = {**VISION, **vision}
+    text = {**TEXT, **text, "encoder_hidden_size": vision["hidden_size"]}
+    return {**PUBLISHED, **config, "vision_config": vision, "text_config": text}
 
 
-def _of_folder(model: str | Path) -> dict[str, Any]:
-    """The architecture that a folder or the hub states."""
+def load_config(model: str | Path) -> dict[str, Any]:
+    """Read the config of a folder or of a name on the hub. Raises ``InputError`` if there is none."""
     settings = load_settings(BlipConfig, model)
 
     def stated(part: Any, published: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +58,8 @@ def _of_folder(model: str | Path) -> dict[str, Any]:
         return {key: published[key] if LEFT_OUT.get(key) == value else value for key, value in found.items()}
 
     vision, text = stated(settings.vision_config, VISION), stated(settings.text_config, TEXT)
-    return architecture(vision, text, settings.image_text_hidden_size)
+    width = settings.image_text_hidden_size
+    return complete_config({"image_text_hidden_size": width, "vision_config": vision, "text_config": text})
 
 
 class Blip(BlipForImageTextRetrieval):  # type: ignore[misc]
@@ -99,11 +83,9 @@ class BLIP4CIR(Backbone):
     Args:
         model: ``embedded`` (the small model that ships); a folder or a name on the hub in transformers' layout, such as
             ``Salesforce/blip-itm-base-coco``; or None for ``config`` alone, with random weights.
-        config: the architecture as ``architecture`` makes it, what is left out being as published; None takes that of
-            ``model``.
+        config: the architecture, completed by ``complete_config``; None takes that of ``model``.
         tokenizer: folder or name on the hub of BERT's tokenizer; None takes that of ``model``, or BERT's own.
         train_vision: whether stage 1 trains the vision tower and its projection, which the published one did not.
-        load_weights: False builds the architecture alone, for a checkpoint to fill.
 
     Raises:
         InputError: if there is no such model or tokenizer, or they do not fit together.
@@ -120,62 +102,23 @@ class BLIP4CIR(Backbone):
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         train_vision: bool = False,
-        load_weights: bool = True,
     ):
         super().__init__()
         if model is None and config is None:
             raise InputError("blip4cir needs a model, or the config of one")
         source = EMBEDDED if model == "embedded" else model
-        settings = _of_config(config) if config else _of_folder(str(source))
+        settings = complete_config(config) if config else load_config(str(source))
         self.options = {"model": model, "config": settings, "tokenizer": tokenizer, "train_vision": train_vision}
-        self.blip = load_library(Blip, source or "", settings, load_weights and source is not None)
-        self._tokenizer = load_tokenizer(tokenizer or source or BERT, settings["text_config"]["vocab_size"], MARKS)
+        self.blip = load_library(Blip, source, settings)
+        self._tokenizer = load_bert_tokenizer(tokenizer or source or BERT, settings["text_config"]["vocab_size"], MARKS)
         if self._tokenizer("").input_ids[:1] != [self._tokenizer.cls_token_id]:
             raise InputError("a tokenizer for BLIP puts a mark before each text, as BERT's does, and this one does not")
         self._enc = self._tokenizer.convert_tokens_to_ids(MARKS[1])
-        self.transform = Transform(settings["vision_config"]["image_size"], 1.25, CLIP_MEAN, CLIP_STD)
+        self.transform = Transform(settings["vision_config"]["image_size"])
         if not train_vision:
             for part in (self.blip.vision_model, self.blip.vision_proj):
                 part.requires_grad_(False)
         self.eval()
-
-    @classmethod
-    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
-        """Weights of stage 1 (``BLIP_Retrieval``), of SPN's stage 2 (``state_dict``), or of BLIP itself (``model``).
-
-        Beside the constructor's options, ``image_size`` states to which size the position embedding of BLIP's own file
-        is resized (384 if it is not given).
-
-        Raises:
-            InputError: if it is none of these, or if the shapes do not tell the architecture.
-        """
-        own = "BLIP_Retrieval" not in content and "state_dict" not in content
-        beside = {"config"} & content.keys() if own else set()  # a dictionary of settings
-        kept = {key: value for key, value in content.items() if key not in beside}
-        key, state, ignored = Published.find(kept, "BLIP_Retrieval", "state_dict", "model")
-        ignored |= dict.fromkeys(beside, "settings of its training")
-        prefix = "blip." if key == "state_dict" else ""
-        if not any(name.startswith(f"{prefix}visual_encoder.") for name in state):
-            raise InputError(f"no name in {key} begins with {prefix}visual_encoder., as BLIP's do")
-        for name in list(state):
-            if reason := _reason(name.removeprefix(prefix), state[name], own):
-                ignored[name] = reason
-                del state[name]
-        named = {name.removeprefix(prefix): value for name, value in state.items()}
-        tower = {name: value for name, value in named.items() if name.startswith("visual_encoder.")}
-        vision = vision_names({name.removeprefix("visual_encoder."): value for name, value in tower.items()})
-        container = f"{key}, prefix {prefix}" if prefix else f"{key}, BLIP's names"
-        if own:
-            size = int(options.get("image_size") or VISION["image_size"])
-            vision, told = resize_positions(vision, size)
-            container += told
-        rest = {name: value for name, value in named.items() if name not in tower}
-        model = options.get("model")
-        config = _of_folder(EMBEDDED if model == "embedded" else model) if model else _recognise(vision, rest)
-        ours = {f"blip.vision_model.{name}": value for name, value in vision.items()}
-        ours |= {f"blip.{name}": value for name, value in rest.items()}
-        stated = {"model": model, "config": config, "tokenizer": options.get("tokenizer")}
-        return Published(stated, ours, ignored, container)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``{"ids": (B, T), "mask": (B, T)}``, padded to the longest; an empty one is its marks alone."""
@@ -190,10 +133,10 @@ class BLIP4CIR(Backbone):
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """(B, 3, H, W) → reference (B, L, D) as the vision tower gives it, target (B, 1, E) of unit norm."""
+
         see, project = self.blip.vision_model, self.blip.vision_proj
         trains = any(parameter.requires_grad for parameter in see.parameters())
-        parts = [pixels] if trains else torch.split(pixels, SEEN_AT_ONCE)
-        tokens = torch.cat([see(pixel_values=part).last_hidden_state for part in parts])  # (B, L, D)
+        tokens = encode_images(lambda part: see(pixel_values=part).last_hidden_state, pixels, trains)  # (B, L, D)
         return ImageFeatures(tokens, l2_normalize(project(tokens[:, :1])))
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
@@ -206,51 +149,3 @@ class BLIP4CIR(Backbone):
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """The vision tower and its projection."""
         return [self.blip.vision_model, self.blip.vision_proj]
-
-
-def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The architecture that a dictionary states."""
-    known = ("image_text_hidden_size", "vision_config", "text_config")
-    if unknown := [key for key in config if key not in known]:
-        raise InputError(f"config of blip4cir has no {unknown[0]!r}; known: {', '.join(known)}")
-    return architecture(config.get("vision_config"), config.get("text_config"), config.get(known[0], 256))
-
-
-def _reason(name: str, value: Any, own: bool) -> str:
-    """Why a name of a published file is not needed; empty if it is. ``own`` is BLIP's own file."""
-    if name in ("temp", "tau") and isinstance(value, Tensor) and value.numel() == 1:
-        return f"learned temperature {float(value):.4f}, which is the recipe's to state"
-    if name == "text_encoder.embeddings.position_ids":
-        return "a buffer of old library versions"
-    if not own:
-        return ""
-    first = name.split(".")[0]
-    if first.endswith("_m"):
-        return "momentum copy"
-    if first in ("image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue"):
-        return "queue of its training"
-    return {"text_decoder": "decoder, which writes captions", "itm_head": "head that no score reads"}.get(first, "")
-
-
-def _recognise(vision: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The architecture by its shapes, heads being 64 wide.
-
-    Raises:
-        InputError: naming the tensor that would be needed.
-    """
-    try:
-        vocabulary, width = rest["text_encoder.embeddings.word_embeddings.weight"].shape
-        text = {
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "max_position_embeddings": len(rest["text_encoder.embeddings.position_embeddings.weight"]),
-            "intermediate_size": len(rest["text_encoder.encoder.layer.0.intermediate.dense.weight"]),
-            "num_hidden_layers": len({n.split(".")[3] for n in rest if n.startswith("text_encoder.encoder.layer.")}),
-            "num_attention_heads": max(1, width // 64),
-        }
-        embedding = len(rest["text_proj.weight"])
-    except KeyError as error:
-        raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None
-    except (AttributeError, IndexError, TypeError, ValueError):
-        raise InputError("the architecture cannot be recognised by these shapes; name it with --model") from None
-    return architecture(vision_settings(vision), text, embedding)

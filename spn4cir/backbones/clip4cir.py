@@ -1,21 +1,19 @@
 """CLIP4CIR: the query is the sum of what CLIP makes of the reference image and of the text, or a learned fusion."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import open_clip
 import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from spn4cir.backbone import Backbone, Published, l2_normalize, to_float32
-from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
+from spn4cir.backbone import Backbone, l2_normalize, to_float32
+from spn4cir.backbones.shared_clip import load_clip
+from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 FUSIONS = ("sum", "combiner")
-SEEN_AT_ONCE = 64
-"""Images in one pass of a CLIP that does not train: the Combiner's batches are of thousands."""
 
 
 class Combiner(nn.Module):
@@ -70,7 +68,6 @@ class CLIP4CIR(Backbone):
             brings its own.
         fusion: ``sum``, or ``combiner``.
         train_clip: False freezes CLIP, so that the Combiner alone trains, as in the original's second stage.
-        load_weights: False builds the architecture alone, for a checkpoint to fill.
 
     Raises:
         InputError: if open_clip knows no such model, tag or file, or if nothing would train.
@@ -87,7 +84,6 @@ class CLIP4CIR(Backbone):
         pretrained: str | None = None,
         fusion: str = "sum",
         train_clip: bool = True,
-        load_weights: bool = True,
     ):
         super().__init__()
         if fusion not in FUSIONS:
@@ -95,7 +91,7 @@ class CLIP4CIR(Backbone):
         if fusion == "sum" and not train_clip:
             raise InputError("clip4cir: a sum has no weights of its own, so train_clip: false leaves nothing to train")
         self.options = {"model": model, "pretrained": pretrained, "fusion": fusion, "train_clip": train_clip}
-        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, load_weights, pad_ratio=1.25)
+        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, pad_ratio=1.25)
         self.combiner: Combiner | None = None
         sample = self._tokenizer(["a"])[0]  # begin, word, end, padding
         self._padding = int(sample[-1])
@@ -107,44 +103,13 @@ class CLIP4CIR(Backbone):
             self.clip.requires_grad_(False)
         self.eval()
 
-    @classmethod
-    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
-        """Weights of the original (entry ``CLIP``, OpenAI's names) or of SPN's stage 2 (``state_dict``, ``clip.``).
-
-        Of the original's second stage (entry ``Combiner``) too, whose CLIP is published apart.
-
-        Raises:
-            InputError: if it is none of these, or if no ``model`` is stated and the shapes are not those of one of
-                OpenAI's.
-        """
-        key, state, ignored = Published.find(content, "CLIP", "state_dict", "Combiner")
-        if key == "Combiner":
-            if options.get("model"):
-                raise InputError("it holds the Combiner alone, and its CLIP is that of --base: leave out --model")
-            named = {f"combiner.{name}": value for name, value in state.items()}
-            return Published({"fusion": "combiner"}, named, ignored, "Combiner, the original's names", lacks="CLIP")
-        container = "CLIP, OpenAI's names" if key == "CLIP" else "state_dict, prefix clip."
-        if key == "CLIP":
-            state = {f"clip.{name}": value for name, value in state.items()}
-        elif not any(name.startswith("clip.") for name in state):
-            raise InputError(f"the names in state_dict should begin with clip., not as in {next(iter(state))}")
-        for name in JIT_NUMBERS:
-            if state.pop(f"clip.{name}", None) is not None:
-                ignored[f"clip.{name}"] = "a number beside the weights of OpenAI's archives"
-        named = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
-        model = options.get("model") or recognise(named)
-        if f"{model}-quickgelu" in OPENAI:
-            raise InputError(f"{model} has another activation than OpenAI's weights: the model is {model}-quickgelu")
-        return Published({"model": model, "pretrained": None}, state, ignored, container)
-
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``{"text": (B, context)}``; an empty one, which CIRR's test1 has, is a text without words."""
         return {"text": self._tokenizer(list(texts))}
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """(B, 3, H, W) → reference (B, 1, E) as CLIP gives it, target (B, 1, E) of unit norm."""
-        parts = [pixels] if self.options["train_clip"] else torch.split(pixels, SEEN_AT_ONCE)
-        features = torch.cat([self.clip.encode_image(part) for part in parts])  # (B, E)
+        features = encode_images(self.clip.encode_image, pixels, self.options["train_clip"])  # (B, E)
         return ImageFeatures(features[:, None], l2_normalize(features)[:, None])
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
@@ -173,9 +138,8 @@ class CLIP4CIR(Backbone):
             or not isinstance(clip.text_projection, Tensor)
         ):
             return clip.encode_text(text)  # type: ignore[no-any-return]
-        used = (
-            int((text != self._padding).any(0).nonzero().max()) + 2
-        )  # one more, as some models pad with the end token
+        # one column more than the last that is not padding, as some models pad with the end token
+        used = int((text != self._padding).any(0).nonzero().max()) + 2
         text = text[:, :used]  # (B, T)
         used = text.shape[1]
         x = clip.token_embedding(text) + clip.positional_embedding[:used]

@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2ForImageTextRetrieval, PreTrainedConfig
 
-from spn4cir.backbone import Backbone, Published, gradient_cached, l2_normalize
-from spn4cir.blip import BERT, load_library, load_tokenizer, vision_names, vision_settings
+from spn4cir.backbone import Backbone, l2_normalize
+from spn4cir.backbones.shared_blip import BERT, load_bert_tokenizer, load_library
+from spn4cir.compute import gradient_cached
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "blip2"
 WORDS = 50
 PARTS = ("vision_config", "qformer_config", "num_query_tokens", "image_text_hidden_size")
-GIANT = 1408  # width of ViT-g, whose 16 heads are 88 wide
-TOWER = "visual_encoder."
 VISION = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
     "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range", "qkv_bias",
@@ -32,25 +31,6 @@ QFORMER = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "initializer_range",
     "layer_norm_eps", "pad_token_id", "cross_attention_frequency", "use_qformer_text_input",
 )  # fmt: skip
-RENAMED = (
-    (r"ln_vision\.", "blip2.vision_model.post_layernorm."),
-    (r"vision_proj\.", "blip2.vision_projection."),
-    (r"text_proj\.", "blip2.text_projection."),
-    (r"text_proj_q\.", "twin.text_projection."),
-    (r"query_tokens$", "blip2.query_tokens"),
-    (r"Qformer(_query)?\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
-    (r"Qformer(_query)?\.bert\.embeddings\.", "embeddings."),
-    (r"Qformer(_query)?\.bert\.encoder\.", "qformer.encoder."),
-)
-IGNORED = (
-    (r"Qformer(_query)?\.cls\.", "head of a language model, which nothing here reads"),
-    (r"Qformer(_query)?\.bert\.embeddings\.position_ids$", "buffer of older libraries that counts positions"),
-    (r"itm_head\.", "head of image-text matching, which nothing here reads"),
-    (
-        r"Qformer_query\.bert\.encoder\.layer\.\d+\.(crossattention|intermediate_query|output_query)\.",
-        "only read beside an image, and this copy never is",
-    ),
-)
 
 
 class TextTwin(nn.Module):
@@ -84,8 +64,6 @@ class SPRC(Backbone):
         rtc: weight of the prompt's contrastive term.
         align: weight of the term that pulls fused states to the prompt.
         text_length: tokens after which a text is cut.
-        separated: whether the second pass has copies of its own, as in stage 2.
-        load_weights: False builds the architecture alone, for a checkpoint to fill.
 
     Raises:
         InputError: if there is no such model or tokenizer, or they do not fit each other or ``text_length``.
@@ -104,8 +82,6 @@ class SPRC(Backbone):
         rtc: float = 1.0,
         align: float = 1.0,
         text_length: int = 32,
-        separated: bool = False,
-        load_weights: bool = True,
     ):
         super().__init__()
         if model is None and config is None:
@@ -115,9 +91,7 @@ class SPRC(Backbone):
         if lacking := [key for key in PARTS[:2] if config is not None and key not in config]:
             raise InputError(f"config of sprc lacks {lacking[0]!r}; it states {', '.join(PARTS)}")
         located = str(EMBEDDED) if model == "embedded" else model
-        self.blip2: Any = load_library(
-            Blip2ForImageTextRetrieval, located or "of that config", config, load_weights and located is not None
-        )
+        self.blip2: Any = load_library(Blip2ForImageTextRetrieval, located, config)
         del self.blip2.itm_head  # it would get no gradient
         settings = self.blip2.config
         self.options = {
@@ -127,7 +101,7 @@ class SPRC(Backbone):
         self._check(settings)
         self.blip2.vision_model.post_layernorm.eps = 1e-5  # BLIP-2's own; the library has one eps for all, 1e-6
         source = tokenizer or located or BERT
-        self.tokenizer = load_tokenizer(source, settings.qformer_config.vocab_size, added=("[DEC]",))
+        self.tokenizer = load_bert_tokenizer(source, settings.qformer_config.vocab_size, added=("[DEC]",))
         self.transform = Transform(settings.vision_config.image_size)
         self.count = settings.num_query_tokens
         self.prompt_tokens = nn.Parameter(0.02 * torch.randn(self.blip2.query_tokens.shape))  # (1, K, H)
@@ -136,8 +110,6 @@ class SPRC(Backbone):
         if not train_vision:
             self.blip2.vision_model.embeddings.requires_grad_(False)
             self.blip2.vision_model.encoder.requires_grad_(False)
-        if separated:
-            self.untie_text_side()
         self.eval()
 
     def _check(self, settings: PreTrainedConfig) -> None:
@@ -147,31 +119,6 @@ class SPRC(Backbone):
         length, room = self.options["text_length"], settings.qformer_config.max_position_embeddings
         if not 3 <= length <= room - settings.num_query_tokens:
             raise InputError(f"text_length is {length}: it must be 3 to {room - settings.num_query_tokens}")
-
-    @classmethod
-    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
-        """Weights of the original (``Blip2QformerCirAlignPrompt``) or of SPN's stage 2 (``state_dict``).
-
-        Raises:
-            InputError: if it is neither, or if the shapes that give the architecture are missing.
-        """
-        key, state, ignored = Published.find(content, "Blip2QformerCirAlignPrompt", "state_dict")
-        prefix = "" if key != "state_dict" else "blip_model."
-        if prefix and not any(name.startswith(prefix) for name in state):
-            raise InputError(f"the names in state_dict should begin with {prefix}, not as in {next(iter(state))}")
-        own, strange = {}, {}
-        for name, value in state.items():
-            if not name.startswith(prefix):
-                strange[name] = value
-            elif reason := _reason(name.removeprefix(prefix), value):
-                ignored[name] = reason
-            else:
-                own[name.removeprefix(prefix)] = value
-        stated = {"tokenizer": BERT, **{key: value for key, value in options.items() if key != "model"}}
-        separated = any(name.startswith("Qformer_query.") for name in own)
-        found = {"model": None, "config": _recognise(own), **stated, "separated": separated}
-        container = f"{key}, stage {2 if separated else 1}" + (f", prefix {prefix}" if prefix else "")
-        return Published(found, _renamed(own) | strange, ignored, container)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``text`` and ``mask`` (B, T), T that of the longest; an empty one is a text without words."""
@@ -275,68 +222,3 @@ def _plain(settings: PreTrainedConfig) -> dict[str, Any]:
         "num_query_tokens": settings.num_query_tokens,
         "image_text_hidden_size": settings.image_text_hidden_size,
     }
-
-
-def _reason(name: str, value: Any) -> str | None:
-    """Why a published tensor is not needed, or None if it is."""
-    if name == "temp" and isinstance(value, Tensor) and value.numel() == 1:
-        return f"learned temperature {float(value):.4g}, which is the recipe's to state"
-    return next((reason for pattern, reason in IGNORED if re.match(pattern, name)), None)
-
-
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names without prefix → ours. Names that are unknown stay as they are."""
-    found = {f"blip2.vision_model.{name}": value for name, value in vision_names(_vision(state)).items()}
-    for name, value in state.items():
-        if name.startswith(TOWER):
-            continue
-        pattern, new = next((pair for pair in RENAMED if re.match(pair[0], name)), ("", ""))
-        renamed = re.sub(f"^{pattern}", new, name)
-        if pattern.startswith("Qformer"):
-            renamed = renamed.replace("attention.self.", "attention.attention.")
-            renamed = ("twin." if name.startswith("Qformer_query.") else "blip2.") + renamed
-        if renamed in found:
-            raise InputError(f"{name} is there twice, under another name as well")
-        found[renamed] = value
-    return found
-
-
-def _vision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision tower's part, without its prefix."""
-    return {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
-
-
-def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration that has these shapes, published names without prefix.
-
-    Raises:
-        InputError: naming the tensor that would be needed.
-    """
-    layer = "Qformer.bert.encoder.layer."
-    crossed = {int(name.split(".")[4]) for name in state if name.startswith(layer) and ".crossattention." in name}
-    layers = len({name.split(".")[4] for name in state if name.startswith(layer)})
-    every = min(crossed - {0}, default=max(layers, 1))
-    if crossed != set(range(0, layers, every)):
-        raise InputError(f"cross-attention in layers {sorted(crossed)} of {layers} is no even spacing from layer 0")
-    vision = _vision(state)
-    width = vision["cls_token"].shape[-1] if "cls_token" in vision else 0
-    try:
-        words, hidden = state["Qformer.bert.embeddings.word_embeddings.weight"].shape
-        qformer = {
-            "vocab_size": words,
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": hidden // 64,
-            "intermediate_size": state[f"{layer}0.intermediate.dense.weight"].shape[0],
-            "max_position_embeddings": state["Qformer.bert.embeddings.position_embeddings.weight"].shape[0],
-            "cross_attention_frequency": every,
-            "use_qformer_text_input": True,
-        }
-        return {
-            "vision_config": vision_settings(vision_names(vision), heads=16 if width == GIANT else None),
-            "qformer_config": qformer,
-            "num_query_tokens": state["query_tokens"].shape[1],
-            "image_text_hidden_size": state["vision_proj.weight"].shape[0],
-        }
-    except KeyError as error:
-        raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None

@@ -1,7 +1,7 @@
 """TG-CIR: image and text as twelve tokens each, mixed token by token; a teacher that sees the target helps."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import open_clip
@@ -10,32 +10,23 @@ from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spn4cir.backbone import Backbone, Published, l2_normalize, to_float32
-from spn4cir.clip import JIT_NUMBERS, OPENAI, load_clip, recognise
+from spn4cir.backbone import Backbone, l2_normalize, to_float32
+from spn4cir.backbones.shared_clip import load_clip
+from spn4cir.distributed import gather_with_gradient
 from spn4cir.errors import InputError
-from spn4cir.losses import InBatch, gather
+from spn4cir.in_batch import InBatch
 from spn4cir.search import scores_of
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 GLOBALS, LOCALS = 4, 8
 """Tokens made of the pooled vector, and tokens gathered from all positions: P and Q of the paper."""
 
-PREFIXES = {
-    "backbone.clip.": "clip.", "backbone.fc.": "image_fc.", "backbone.text_fc.": "text_fc.",
-    "s_remain_map.": "gate.", "t_remain_map.": "teacher_remain.", "t_replace_map.": "teacher_replace.",
-}  # fmt: skip
-SINGLE = {
-    "backbone.masks.weight": "masks", "backbone.masks_text.weight": "text_masks", "local_weight": "local_weight",
-}  # fmt: skip
-LEARNERS = {"backbone.tokenlearn.": "learner", "backbone.tokenlearn_text.": "text_learner"}
-ALIAS, ALIASED = "backbone.image_backbone.", "backbone.clip.visual."
-
 
 class TGCIR(Backbone):
     """``q = normalise(mean over tokens of a · reference + (1 - a) · text)``, a one gate per token.
 
     L = 12 tokens of D = E, CLIP's embedding width; K = 1: the target is the normalised mean of its tokens. Image and
-    text share token learner and masks until ``separate``, which stage 2 calls, gives the text its own. All positions
+    text share token learner and masks until ``untie_text_side``, in stage 2, gives the text its own. All positions
     of a text count, padding too. There is no dropout, and the whole model stays in eval mode.
 
     Args:
@@ -45,8 +36,6 @@ class TGCIR(Backbone):
             brings its own.
         ortho, ckd, kl: weights of stage 1's terms.
         kl_temperature: what similarities are divided by in the term ``kl``.
-        separated: the text has a token learner and masks of its own.
-        load_weights: False builds the architecture alone, for a checkpoint to fill.
 
     Raises:
         InputError: if open_clip knows no such model, tag or file, or the model is built in another way.
@@ -67,8 +56,6 @@ class TGCIR(Backbone):
         ckd: float = 10.0,
         kl: float = 0.5,
         kl_temperature: float = 0.1,
-        separated: bool = False,
-        load_weights: bool = True,
     ):
         super().__init__()
         if not kl_temperature > 0 or min(ortho, ckd, kl) < 0:
@@ -76,7 +63,7 @@ class TGCIR(Backbone):
             raise InputError(f"kl_temperature is to be above 0, and ortho, ckd and kl 0 or more; {given}")
         self.options = {"model": model, "pretrained": pretrained, "ortho": ortho, "ckd": ckd, "kl": kl}
         self.options |= {"kl_temperature": kl_temperature, "separated": False}
-        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, load_weights, pad_ratio=None)
+        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, pad_ratio=None)
         _check_layout(self.clip, model)
         width = self.clip.text_projection.shape[1]  # E
         self.image_fc = nn.Linear(self.clip.visual.proj.shape[0], width)
@@ -87,38 +74,7 @@ class TGCIR(Backbone):
         self.register_parameter("text_masks", None)
         self.gate, self.teacher_remain, self.teacher_replace = (_gate(width) for _ in range(3))
         self.local_weight = nn.Parameter(torch.ones(GLOBALS + LOCALS))
-        if separated:
-            self.untie_text_side()
         self.eval()
-
-    @classmethod
-    def from_published(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
-        """Weights of stage 1 or of SPN's stage 2, both under ``state_dict``; the latter has twins for the text.
-
-        Raises:
-            InputError: if it is neither, or if no ``model`` is stated and the shapes are not those of one of OpenAI's.
-        """
-        _, published, ignored = Published.find(content, "state_dict")
-        if not any(name.startswith("backbone.") for name in published):
-            raise InputError(f"the names in state_dict should begin with backbone., not as in {next(iter(published))}")
-        if "loss_T" in published:
-            ignored["loss_T"] = _scale_reason(published.pop("loss_T"))
-        for name in JIT_NUMBERS:
-            if published.pop(f"backbone.clip.{name}", None) is not None:
-                ignored[f"backbone.clip.{name}"] = "a number beside the weights of OpenAI's archives"
-        ignored |= _drop_alias(published)
-        separated = any(name.startswith(("backbone.tokenlearn_text.", "backbone.masks_text.")) for name in published)
-        state: dict[str, Any] = {}
-        for prefix, name in LEARNERS.items():
-            if separated or name == "learner":
-                state |= _learner(published, prefix, name)
-        state |= {_renamed(name): value for name, value in published.items()}
-        named = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
-        model = options.get("model") or recognise(named)
-        if f"{model}-quickgelu" in OPENAI:
-            raise InputError(f"{model} has another activation than OpenAI's weights: the model is {model}-quickgelu")
-        container = f"state_dict, TG-CIR's names, {'stage 2: text with twins' if separated else 'stage 1'}"
-        return Published({"model": model, "pretrained": None, "separated": separated}, state, ignored, container)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``{"text": (B, context)}``; what is longer than the context is cut."""
@@ -180,8 +136,8 @@ class TGCIR(Backbone):
         """KL of query-target scores (B, N) from those of targets (B, 12·E) among themselves; mean over queries."""
         wanted = F.normalize(wanted, dim=-1)
         temperature = self.options["kl_temperature"]
-        teacher = scores_of(wanted, gather(wanted)[:, None]) / temperature  # (B, N)
-        student = scores_of(query, gather(target)) / temperature  # (B, N)
+        teacher = scores_of(wanted, gather_with_gradient(wanted)[:, None]) / temperature  # (B, N)
+        student = scores_of(query, gather_with_gradient(target)) / temperature  # (B, N)
         return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
@@ -254,48 +210,3 @@ def _check_layout(clip: nn.Module, model: str) -> None:
             f"tgcir needs a CLIP with a vision transformer in OpenAI's layout, and the {what} tower of {model!r} is "
             "another: take ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu"
         )
-
-
-def _scale_reason(scale: Any) -> str:
-    number = float(scale) if isinstance(scale, Tensor) and scale.numel() == 1 else float("nan")
-    if not 0 < number < float("inf"):
-        raise InputError("loss_T, the scale of the logits, is no number above 0")
-    return f"learned scale {number:.4g} of the logits: temperature {1 / number:.4g} in the recipe"
-
-
-def _drop_alias(published: dict[str, Any]) -> dict[str, str]:
-    """Take the second set of names of the visual tower out, and say so; they must be the same weights."""
-    ignored = {}
-    for name in [name for name in published if name.startswith(ALIAS)]:
-        twin = ALIASED + name.removeprefix(ALIAS)
-        one, two = published.pop(name), published.get(twin)
-        if not (isinstance(one, Tensor) and isinstance(two, Tensor) and torch.equal(one, two)):
-            raise InputError(f"{name} should be the same tensor as {twin}, and is not")
-        ignored[name] = "a second name of the visual tower's weights"
-    return ignored
-
-
-def _learner(published: dict[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
-    """The convolutions over one position, (1, E, 1) each, as the rows of one linear layer; taken out of their dict."""
-    state = {}
-    for kind in ("weight", "bias"):
-        keys = [f"{prefix}tokenizers.{q}.conv.0.{kind}" for q in range(LOCALS)]
-        rows = [published.pop(key, None) for key in keys]
-        for key, row in zip(keys, rows, strict=True):
-            if not isinstance(row, Tensor):
-                raise InputError(f"{key} is missing" if row is None else f"{key} is {type(row).__name__}, not a tensor")
-            right = (1, *row.shape[1:2], 1) if kind == "weight" else (1,)
-            if row.shape != right or row.shape != rows[0].shape:
-                raise InputError(f"{key} has shape {tuple(row.shape)}, where a convolution over one position belongs")
-        state[f"{name}.{kind}"] = torch.cat(rows).flatten(1) if kind == "weight" else torch.cat(rows)
-    return state
-
-
-def _renamed(name: str) -> str:
-    """A published name in ours. Raises ``InputError`` for one that TG-CIR does not have."""
-    if name in SINGLE:
-        return SINGLE[name]
-    for prefix, own in PREFIXES.items():
-        if name.startswith(prefix):
-            return own + name.removeprefix(prefix)
-    raise InputError(f"{name!r} is no name of TG-CIR's weights")

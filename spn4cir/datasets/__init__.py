@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from spn4cir.dataset import Dataset
 from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
-from spn4cir.datasets.generated import WithImages
-from spn4cir.datasets.skip import Skipping, read_skip_list
+from spn4cir.datasets.generated import with_images
+from spn4cir.datasets.skip import apply_skip_list
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
 
 DATASETS: dict[str, Callable[[str | None], Dataset]] = {
     "emoji": Emoji,
@@ -24,19 +24,20 @@ def load_dataset(name: str, root: str | None = None) -> Dataset:
     """The dataset of that name, without the images of its skip list.
 
     Raises:
-        InputError: for an unknown name, or when its files are not there.
+        InputError: for an unknown name, or if its files are not there.
     """
     if name not in DATASETS:
         raise InputError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
-    dataset = DATASETS[name](root)
-    reasons = read_skip_list(dataset.root)
-    return Skipping(dataset, reasons) if reasons else dataset
+    return apply_skip_list(DATASETS[name](root))
 
 
-def with_pictures(dataset: Dataset, place: str) -> WithImages:
-    """A dataset and the pictures of a folder or a table: further negatives, which no triplet names.
+def open_extra_images(dataset: Dataset, place: str) -> tuple[Dataset, list[str]]:
+    """Add the pictures of a folder or a table to a dataset: further negatives, which no triplet names.
 
     Their ids say that they are extra, and not where they lie, so that a bank is the same wherever that is.
+
+    Returns:
+        The dataset with these images, and their ids.
 
     Raises:
         InputError: if there are none.
@@ -45,7 +46,7 @@ def with_pictures(dataset: Dataset, place: str) -> WithImages:
         raise InputError(f"bank.extra: {place} is missing: give a folder of pictures, or a table of them")
     try:
         pictures = load_dataset(Catalogue.name, place)
-        images = {f"bank.extra:{image_id}": pictures.path(image_id) for image_id in pictures.training_images()}
+        images = {f"bank.extra:{image_id}": pictures.image(image_id) for image_id in pictures.training_images()}
     except InputError as error:
         raise InputError(f"bank.extra: {str(error).replace('--data-root', '--bank.extra')}") from None
-    return WithImages(dataset, images, f"{pictures.check_command('')} --data-root {place}")
+    return with_images(dataset, images, f"{pictures.check_command('')} --data-root {place}"), list(images)

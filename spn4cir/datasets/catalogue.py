@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from spn4cir.dataset import Check, Dataset
 from spn4cir.datasets.pictures import SUFFIXES, safe_name, stray_links, walk
 from spn4cir.datasets.reading import inner_path
 from spn4cir.datasets.tables import SUFFIXES as TABLES
 from spn4cir.datasets.tables import find_table, read_table
 from spn4cir.errors import InputError
 from spn4cir.files import short
-from spn4cir.types import Benchmark, Check, Dataset, Query, Triplet
+from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 ROLES = {
     "image": ("image", "path", "image_path", "file"),
@@ -57,7 +58,7 @@ class Catalogue(Dataset):
     """
 
     name = "catalogue"
-    annotated = False
+    has_triplets = False
 
     def __init__(self, root: str | None = None):
         place = Path(root) if root else Path(os.environ.get("SPN4CIR_DATA") or "data") / self.name
@@ -84,17 +85,17 @@ class Catalogue(Dataset):
             raise InputError(f"{self.name}: {self._table or self.root} holds no pictures ({', '.join(SUFFIXES)}){more}")
         return found
 
-    def path(self, image_id: str) -> Path:
+    def find_image(self, image_id: str) -> ImageRef:
         """The picture of an image; where it should lie, if it is missing. Raises ``InputError`` for an unknown id."""
         if image_id not in self._contents.paths:
             raise InputError(f"{self.name}: unknown image id {short(image_id)}")
-        return self.root / self._contents.paths[image_id]
+        return ImageRef(self.root / self._contents.paths[image_id])
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         """All images: of a folder sorted, of a table in its order."""
         return list(self._contents.paths)
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         """None: nobody annotated any."""
         return []
 
@@ -115,7 +116,7 @@ class Catalogue(Dataset):
         return given or (self._text_beside(image_id) if self._contents.texts else "")
 
     def _text_beside(self, image_id: str) -> str:
-        path = self.path(image_id).with_suffix(".txt")
+        path = (self.root / self._contents.paths[image_id]).with_suffix(".txt")
         if path.is_symlink():  # might lead anywhere
             return ""
         try:
@@ -136,7 +137,7 @@ class Catalogue(Dataset):
         checks = [Check("images", len(found.paths)), Check("images described in a table", len(found.captions))]
         return checks + [Check(note, 1, None, "note") for note in found.notes]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """``catalogue/val``: the queries of ``queries.csv``, ranked over all images without the reference.
 
         Rows that ask the same of the same reference are one query with several targets.
@@ -165,10 +166,12 @@ class Catalogue(Dataset):
         return Benchmark(
             name=chosen,
             gallery=tuple(self._contents.paths),
-            queries=tuple(Query(r, text, tuple(dict.fromkeys(t)), group) for (r, text, group), t in asked.items()),
+            queries=tuple(
+                Query(r, text, tuple(dict.fromkeys(t)), (group,) if group else ())
+                for (r, text, group), t in asked.items()
+            ),
             exclude_reference=True,
-            ks=(1, 5, 10, 50),
-            selection=("R@10", "R@50"),
+            measures=recall_measures(1, 5, 10, 50, primary=(10, 50)),
         )
 
 

@@ -10,11 +10,12 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+from spn4cir.dataset import Check, Dataset, ImageRole, Level
 from spn4cir.datasets.reading import PLAIN, Entry, attempt, find_root, inner_path, read_entries
 from spn4cir.datasets.submission import check_submission, write_submission
 from spn4cir.errors import InputError
 from spn4cir.files import read_json
-from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Level, Query, Triplet
+from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 SPLITS = ("train", "val", "test1")
 ANNOTATIONS = ("cirr/captions", "captions")
@@ -74,7 +75,7 @@ class CIRR(Dataset):
             found |= attempt([], "", False, partial(self._listed, split)) or {}
         return found
 
-    def path(self, image_id: str) -> Path:
+    def find_image(self, image_id: str) -> ImageRef:
         """The picture of an image; where it should lie, if it is missing."""
         if image_id not in self._files:
             raise InputError(f"{self.name}: unknown image id {image_id!r}")
@@ -84,8 +85,8 @@ class CIRR(Dataset):
         places = [self.root / base / inner.parent for base in BASES]
         for place in places:
             if inner.stem in self._pictures(place):
-                return place / self._pictures(place)[inner.stem]
-        return next((place for place in places if place.is_dir()), places[0]) / inner.name
+                return ImageRef(place / self._pictures(place)[inner.stem])
+        return ImageRef(next((place for place in places if place.is_dir()), places[0]) / inner.name)
 
     def _pictures(self, folder: Path) -> dict[str, str]:
         """File name by name without suffix; a folder is listed once, and ``.png`` wins."""
@@ -101,22 +102,22 @@ class CIRR(Dataset):
         path = super().file(name)
         return path if path.is_file() else self._annotations / name
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         """All images of the train split file."""
         return list(self._listed("train"))
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         """Annotated triplets with a caption, in file order."""
         listed = self._listed("train")
         rows = (
             Triplet(
                 entry.image_id("reference", listed, self._split_file("train")),
-                entry.image_id("target_hard", listed, self._split_file("train")),
+                (entry.image_id("target_hard", listed, self._split_file("train")),),
                 (entry.text("caption").strip(),),
             )
             for entry in read_entries(self._captions("train"), SOURCE)
         )
-        return [triplet for triplet in rows if triplet.modifications[0]]
+        return [triplet for triplet in rows if triplet.texts[0]]
 
     def notes(self) -> list[str]:
         """How many training triplets have no caption; nothing where there are no training triplets."""
@@ -124,7 +125,7 @@ class CIRR(Dataset):
         bare = sum(not entry.text("caption").strip() for entry in entries)
         return [f"{self.name}: {bare} training triplets without a caption are left out"] if bare else []
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """``cirr/val``, or ``cirr/test1``, whose targets only the evaluation server knows."""
         chosen = self.choose_protocol(split, protocol)
         listed, place = self._listed(split), self._split_file(split)
@@ -144,33 +145,32 @@ class CIRR(Dataset):
             for image_id in (reference, *targets):
                 if image_id not in members:
                     raise entry.error("img_set", f"its members lack {image_id!r}")
-            queries.append(Query(reference, entry.text("caption"), targets, "", members, name))
+            queries.append(Query(reference, entry.text("caption"), targets, (), members, name))
         return Benchmark(
             name=chosen,
             gallery=tuple(listed),
             queries=tuple(queries),
             exclude_reference=True,
-            ks=(1, 5, 10, 50),
-            subset_ks=(1, 2, 3),
-            selection=("R@5", "Rs@1"),
+            measures=recall_measures(1, 5, 10, 50, primary=(5,))
+            + recall_measures(1, 2, 3, primary=(1,), over="subset"),
         )
 
     def write_submission(
         self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]
     ) -> list[Path]:
         """The two files that the evaluation server takes, checked after they are written."""
-        return write_submission(folder, ranked, within, self.benchmark("test1"))
+        return write_submission(folder, ranked, within, self.read_benchmark("test1"))
 
     def check_submission(self, path: Path) -> str:
         """One line on a sound submission file."""
-        return check_submission(path, self.benchmark("test1"))
+        return check_submission(path, self.read_benchmark("test1"))
 
     def image_roles(self) -> list[ImageRole]:
         """What training triplets name, what val and test1 rank, and the rest; what cannot be read is left out."""
         ignored: list[Check] = []
         listed = {split: list(attempt(ignored, "", False, partial(self._listed, split)) or []) for split in SPLITS}
-        triplets = attempt(ignored, "", False, self.triplets) or []
-        named = dict.fromkeys(i for t in triplets for i in (t.reference, t.target))
+        triplets = attempt(ignored, "", False, self.read_triplets) or []
+        named = dict.fromkeys(i for t in triplets for i in t.image_ids)
         return [
             ImageRole("named by training triplets", list(named), True),
             ImageRole("val gallery", listed["val"], True),

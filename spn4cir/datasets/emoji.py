@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Dataset, Query, Triplet
+from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 FOLDER = Path(__file__).parent.parent / "embedded" / "emoji"
 
@@ -33,25 +34,25 @@ class Emoji(Dataset):
         self._images: dict[str, list[str]] = json.loads((FOLDER / "images.json").read_text())
         self._known = {i for ids in self._images.values() for i in ids}
 
-    def path(self, image_id: str) -> Path:
+    def find_image(self, image_id: str) -> ImageRef:
         """The PNG of an image. Raises ``InputError`` for an unknown id."""
         if image_id not in self._known:
             raise InputError(f"emoji: unknown image id {image_id!r}")
-        return self._pictures / f"{image_id}.png"
+        return ImageRef(self._pictures / f"{image_id}.png")
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         """All images that are no val or test target."""
         return list(self._images["train"])
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         """The 2,000 annotated triplets; the first n are a fair sample of them."""
-        return [Triplet(r["reference"], r["target"], (r["modification"],)) for r in _rows(FOLDER / "train.jsonl")]
+        return [Triplet(r["reference"], (r["target"],), (r["modification"],)) for r in _rows(FOLDER / "train.jsonl")]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """``emoji/val`` or ``emoji/test``: ranked over all images, reference removed, groups are attributes."""
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        """``emoji/val`` or ``emoji/test``: ranked over all images, reference removed, tags are attributes."""
         chosen = self.choose_protocol(split, protocol)
         queries = tuple(
-            Query(r["reference"], r["modification"], (r["target"],), r["attribute"], tuple(r["subset"]))
+            Query(r["reference"], r["modification"], (r["target"],), (r["attribute"],), tuple(r["subset"]))
             for r in _rows(FOLDER / f"{split}.jsonl")
         )
         return Benchmark(
@@ -59,8 +60,7 @@ class Emoji(Dataset):
             gallery=tuple(sorted(self._known)),
             queries=queries,
             exclude_reference=True,
-            ks=(1, 5, 10, 50),
-            subset_ks=(1, 2, 3),
+            measures=recall_measures(1, 5, 10, 50, primary=(1,)) + recall_measures(1, 2, 3, over="subset"),
         )
 
     def label(self, image_id: str) -> str:

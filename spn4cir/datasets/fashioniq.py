@@ -11,9 +11,10 @@ from itertools import product
 from pathlib import Path
 from typing import ClassVar, TypeAlias
 
+from spn4cir.dataset import Check, Dataset, ImageRole, Level
 from spn4cir.datasets.reading import PLAIN, attempt, find_root, read_entries, read_ids
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Check, Dataset, ImageRole, Level, Query, Triplet
+from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 Row: TypeAlias = "tuple[str, str, list[str]]"
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -58,15 +59,15 @@ class FashionIQ(Dataset):
                     found[stem] = (place, folder / item.name)
         return {stem: path for stem, (_, path) in found.items()}
 
-    def path(self, image_id: str) -> Path:
+    def find_image(self, image_id: str) -> ImageRef:
         """The picture of an image; where it should lie, if it is missing."""
         if not PLAIN.fullmatch(image_id):
             raise InputError(f"{self.name}: {image_id!r} is no image id")
         if not self._files:
             raise InputError(f"{self.name}: {self.root} holds no pictures: expected there {EXPECTED}")
-        return self._files.get(image_id, self.root / "images" / f"{image_id}.png")
+        return ImageRef(self._files.get(image_id, self.root / "images" / f"{image_id}.png"))
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         """All images of the train split files and of the training triplets."""
         listed = [i for category in CATEGORIES for i in self._listed(category, "train")]
         return list(dict.fromkeys([*self._named(), *listed]))
@@ -80,15 +81,18 @@ class FashionIQ(Dataset):
         named = {i: c for c in CATEGORIES for row in self._rows(c, "train") for i in row[:2]}
         return named | {i: c for c in CATEGORIES for i in self._listed(c, "train")}
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         """Dress, shirt, toptee in file order; the text is one of both captions in either order, or one alone."""
         rows = [row for category in CATEGORIES for row in self._rows(category, "train")]
-        return [Triplet(reference, target, texts) for reference, target, given in rows if (texts := _variants(given))]
+        return [
+            Triplet(reference, (target,), texts) for reference, target, given in rows if (texts := _variants(given))
+        ]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """One gallery per category; metrics are means over the three."""
         chosen = self.choose_protocol(split, protocol)
-        queries, galleries = [], {}
+        queries: list[Query] = []
+        galleries: list[tuple[str, ...]] = []
         for category in CATEGORIES:
             path, rows = self._captions(category, split), self._rows(category, split)
             gallery = list(dict.fromkeys(i for reference, target, _ in rows for i in (reference, target)))
@@ -100,18 +104,18 @@ class FashionIQ(Dataset):
                 raise InputError(
                     f"{path}, entry {same[0]}, field 'target': is the reference, which {chosen} does not rank"
                 )
-            galleries[category] = tuple(gallery)
+            galleries.append(tuple(gallery))
             # the text is "c0 and c1" even where one of them is empty, as in published evaluations
-            queries += [Query(ref, " and ".join(texts), (target,), category) for ref, target, texts in rows]
+            queries += [
+                Query(ref, " and ".join(texts), (target,), (category,), galleries[-1]) for ref, target, texts in rows
+            ]
         return Benchmark(
             name=chosen,
-            gallery=tuple(dict.fromkeys(i for ids in galleries.values() for i in ids)),
+            gallery=tuple(dict.fromkeys(i for ids in galleries for i in ids)),
             queries=tuple(queries),
             exclude_reference=not chosen.endswith("/original"),
-            ks=(10, 50),
-            selection=("R@10", "R@50"),
-            group_gallery=galleries,
-            mean_over_groups=True,
+            measures=recall_measures(10, 50, primary=(10, 50), over="candidates"),
+            macro=CATEGORIES,
         )
 
     def notes(self) -> list[str]:

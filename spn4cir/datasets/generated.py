@@ -5,52 +5,32 @@ their pictures lie: relative to the folder of the file, or to one above it (the 
 directory), and never outside.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from spn4cir.dataset import Dataset
 from spn4cir.datasets.reading import Entry, inner_path, read_entries
 from spn4cir.errors import InputError
 from spn4cir.files import short
-from spn4cir.types import Benchmark, Dataset, Triplet
+from spn4cir.types import ImageRef, Triplet
 
 OUT_OF_DOMAIN = ("reference_name", "target_name", "captions")  # ids are addresses; reference and target are paths
 SHAPES = (OUT_OF_DOMAIN, ("candidate", "target", "captions"), ("reference", "target_hard", "caption"))
 MAKE = "python data_gen/make_triplets.py"
 
 
-class WithImages(Dataset):
-    """A dataset and images that only generated triplets name, which training may touch as well.
+def with_images(dataset: Dataset, images: Mapping[str, ImageRef], check: str = "") -> Dataset:
+    """A dataset whose training may use further images too.
 
     Args:
-        whole: the dataset; its benchmarks and annotated triplets stay as they are.
-        images: image id → picture.
-        checked_by: command that looks at these images, if any does.
+        dataset: its benchmarks and annotated triplets stay as they are.
+        images: image id → image.
+        check: command that checks these images, if any does.
     """
-
-    def __init__(self, whole: Dataset, images: Mapping[str, Path], checked_by: str = ""):
-        self.whole, self.images, self.checked_by = whole, dict(images), checked_by
-        self.root, self.skipped, self.annotated = whole.root, whole.skipped, whole.annotated
-        self.name, self.protocols = whole.name, whole.protocols  # type: ignore[misc]
-
-    def path(self, image_id: str) -> Path:
-        """The picture of an image."""
-        return self.images[image_id] if image_id in self.images else self.whole.path(image_id)
-
-    def check_command(self, image_id: str) -> str:
-        """What looks at the others, or at those of the dataset."""
-        return self.checked_by if self.checked_by and image_id in self.images else self.whole.check_command(image_id)
-
-    def training_images(self) -> list[str]:
-        """Those of the dataset, then the others."""
-        return [*self.whole.training_images(), *self.images]
-
-    def triplets(self) -> list[Triplet]:
-        """Those of the dataset."""
-        return self.whole.triplets()
-
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """That of the dataset."""
-        return self.whole.benchmark(split, protocol)
+    wider = copy.copy(dataset)
+    wider.extra_images, wider.extra_check = {**dataset.extra_images, **images}, check or dataset.extra_check
+    return wider
 
 
 def open_generated(
@@ -71,8 +51,9 @@ def open_generated(
         InputError: naming the file, the entry and the field.
     """
     others = _Others(path, frozenset(ranked))
-    triplets, notes = _read(path, frozenset(dataset.training_images()), dataset.skipped, others.add)
-    return WithImages(dataset, others.images) if others.images else dataset, triplets, notes
+    triplets, notes = _read(path, frozenset(dataset.training_images()), frozenset(dataset.skip_reasons), others.add)
+    images = {image_id: ImageRef(path) for image_id, path in others.images.items()}
+    return with_images(dataset, images) if images else dataset, triplets, notes
 
 
 def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()) -> tuple[list[Triplet], list[str]]:
@@ -104,11 +85,11 @@ def _read(
     triplets, empty, left_out, same = [], 0, 0, 0
     for entry in read_entries(path):
         triplet = _triplet(entry, known | out if out else known, other)
-        if not triplet.modifications:
+        if not triplet.texts:
             empty += 1
-        elif triplet.reference == triplet.target:
+        elif (triplet.reference,) == triplet.targets:
             same += 1
-        elif {triplet.reference, triplet.target} & out:
+        elif out.intersection(triplet.image_ids):
             left_out += 1
         else:
             triplets.append(triplet)
@@ -119,7 +100,7 @@ def _read(
 
 
 def _triplet(entry: Entry, allowed: frozenset[str], other: Callable[[Entry, str, str], None] | None) -> Triplet:
-    """One entry; without modifications if it has no text that says anything."""
+    """One entry; without texts if it has none that says anything."""
     shape = next((shape for shape in SHAPES if shape[0] in entry or shape[1] in entry), SHAPES[2])
     ids = []
     for key in shape[:2]:
@@ -131,7 +112,7 @@ def _triplet(entry: Entry, allowed: frozenset[str], other: Callable[[Entry, str,
         ids.append(image_id)
     one = isinstance(entry.get(shape[2], object, "a text"), str)
     texts = [entry.text(shape[2])] if one else entry.texts(shape[2])
-    return Triplet(ids[0], ids[1], tuple(text for text in texts if text.strip()), generated=True)
+    return Triplet(ids[0], (ids[1],), tuple(text for text in texts if text.strip()), generated=True)
 
 
 class _Others:
@@ -195,8 +176,9 @@ def picture_places(dataset: Dataset, folder: Path) -> Callable[[str], str]:
     start = next((root for root in _roots(folder) if root in (own, *own.parents)), own)
 
     def place(image_id: str) -> str:
-        path = dataset.path(image_id).absolute()
-        return path.relative_to(start).as_posix() if start in path.parents else image_id
+        path = dataset.image(image_id).path
+        inside = path is not None and start in path.absolute().parents
+        return path.absolute().relative_to(start).as_posix() if path and inside else image_id
 
     return place
 
@@ -206,7 +188,7 @@ def entry_writer(dataset: Dataset, folder: Path) -> Callable[[Triplet, tuple[str
     place = picture_places(dataset, folder) if dataset.name == "catalogue" else None
 
     def entry(triplet: Triplet, captions: tuple[str, str]) -> dict[str, object]:
-        places = (place(triplet.reference), place(triplet.target)) if place else None
+        places = (place(str(triplet.reference)), place(triplet.targets[0])) if place else None
         return published_shape(dataset.name, triplet, captions, places)
 
     return entry
@@ -223,14 +205,14 @@ def published_shape(
         captions: those of reference and target.
         places: paths of their pictures, as ``picture_places`` gives them; by default the ids.
     """
-    texts, described = list(triplet.modifications), {"caption1": captions[0], "caption2": captions[1]}
+    texts, described = list(triplet.texts), {"caption1": captions[0], "caption2": captions[1]}
     if dataset == "catalogue":
-        reference, target = places or (triplet.reference, triplet.target)
+        reference, target = places or (triplet.reference, triplet.targets[0])
         return {
             "reference": reference,
             "target": target,
             "reference_name": triplet.reference,
-            "target_name": triplet.target,
+            "target_name": triplet.targets[0],
             "captions": texts,
             **described,
         }
@@ -238,9 +220,9 @@ def published_shape(
         return {
             "pairid": 0,
             "reference": triplet.reference,
-            "target_hard": triplet.target,
+            "target_hard": triplet.targets[0],
             "caption": texts,
             "img_set": {"members": [""]},
             **described,
         }
-    return {"target": triplet.target, "candidate": triplet.reference, "captions": texts, **described}
+    return {"target": triplet.targets[0], "candidate": triplet.reference, "captions": texts, **described}

@@ -6,9 +6,9 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from spn4cir.dataset import Check
 from spn4cir.errors import InputError
 from spn4cir.files import read_json, short
-from spn4cir.types import Check
 
 T = TypeVar("T")
 PLAIN = re.compile(r"\w[\w.-]*")  # a file name without folders

@@ -107,5 +107,5 @@ def _fault(images: Any, query: Query, metric: str, gallery: set[str]) -> str:
     unknown = [i for i in images if i not in gallery]
     if unknown:
         return f"{short(unknown[0])} is not in the gallery"
-    strangers = [i for i in images if i not in query.subset]
+    strangers = [i for i in images if i not in query.candidates]
     return f"{strangers[0]!r} is no member of its subset" if metric == "recall_subset" and strangers else ""

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from spn4cir import train
+from spn4cir.batches import TripletRows
 from spn4cir.cli import evaluate_command
-from spn4cir.data_gen.files import read_jsonl
 from spn4cir.datasets.emoji import Emoji
-from spn4cir.images import TripletRows
+from spn4cir.files import read_jsonl
 from spn4cir.types import Triplet
 
 ROOT = Path(__file__).parents[2]

@@ -6,21 +6,21 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from tiny_backbones import EMBEDDED
 
 from spn4cir.data_gen.ask import Question, Try
-from spn4cir.data_gen.caption import caption, check_caption
-from spn4cir.data_gen.engines import EMBEDDED, Local
-from spn4cir.data_gen.files import read_jsonl, write_jsonl
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.caption import caption_images, check_caption
+from spn4cir.data_gen.engines import Local
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
+from spn4cir.files import read_jsonl, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 IMAGES = Emoji().training_images()[:1200:60]
@@ -48,31 +48,62 @@ def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+class Server(NamedTuple):
+    """A server, its process, and the file that its messages go to."""
+
+    address: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def wait(self) -> None:
+        """Returns once the server answers; fails with its messages if it ends instead."""
+        deadline = time.monotonic() + 600  # a busy machine needs minutes to start it
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                urllib.request.urlopen(self.address.removesuffix("/v1") + "/health", timeout=5)
+                return
+            except OSError:
+                time.sleep(0.5)
+        pytest.fail(f"the server does not answer: {self.log.read_text()}")
+
+
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real server that runs the embedded captioner; started here, waited for where it is needed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     transformers = Path(sys.executable).parent / "transformers"
-    command = [str(transformers), "serve", str(EMBEDDED), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen(
-        [*command, "--dtype", "float32"], env={**os.environ, **BASE},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    yield f"http://127.0.0.1:{port}/v1"
-    server.terminate()
-    server.wait(30)
+    command = [
+        str(transformers),
+        "serve",
+        str(EMBEDDED / "llava"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as messages:
+        process = subprocess.Popen(
+            [*command, "--dtype", "float32"], env={**os.environ, **BASE}, stdout=messages, stderr=subprocess.STDOUT
+        )
+    yield Server(f"http://127.0.0.1:{port}/v1", process, log)
+    process.terminate()
+    process.wait(60)
 
 
 def here(folder: Path, **settings: Any) -> bytes:
     """captions.jsonl as this process makes it, in batches of four."""
-    caption(GenerateConfig(output=str(folder), caption_batch_size=4, **settings), Emoji())
+    caption_images(GenerateConfig(output=str(folder), caption_batch_size=4, **settings), Emoji())
     return (folder / "captions.jsonl").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def alone(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes]:
+def alone(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes]:
     """captions.jsonl of one process that nothing interrupts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "1")
@@ -94,20 +125,17 @@ def test_one_process(alone: bytes) -> None:
     assert captions(alone) == [(q.key, check_caption(10, q, *engine.answer([q], Try(0, 42)))[0]) for q in asked]
 
 
-def test_a_real_server(tmp_path: Path, alone: bytes, address: str) -> None:
+def test_a_real_server(tmp_path: Path, alone: bytes, server: Server) -> None:
     """The same captions as of the local engine, through HTTP, a data URL and the server's own processor."""
     folder = folder_of(tmp_path / "run")
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(address.removesuffix("/v1") + "/health", timeout=1)
-            break
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    code, _, err = end(run(folder, "--captioner", str(EMBEDDED), "--endpoint", address, "--requests", "3"))
+    server.wait()
+    code, _, err = end(
+        run(folder, "--captioner", str(EMBEDDED / "llava"), "--endpoint", server.address, "--requests", "3")
+    )
     assert code == 0, err
     assert captions((folder / "captions.jsonl").read_bytes()) == captions(alone)
-    with pytest.raises(InputError, match=f"{address}/chat/completions answers 4.*no/such"):
-        here(folder_of(tmp_path / "no"), captioner="no/such", endpoint=address)
+    with pytest.raises(InputError, match=f"{server.address}/chat/completions answers 4.*no/such"):
+        here(folder_of(tmp_path / "no"), captioner="no/such", endpoint=server.address)
 
 
 def test_two_processes(tmp_path: Path, alone: bytes) -> None:

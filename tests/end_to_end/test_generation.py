@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from spn4cir.data_gen import files
+from spn4cir.data_gen import steps
 from spn4cir.data_gen.make_triplets import make_triplets
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
@@ -62,7 +62,7 @@ def killed_at(write: int, output: Path) -> bool:
 
 
 def _run_until(write: int, output: Path) -> None:
-    left, replace, add = iter(range(write)), os.replace, files.Journal.add
+    left, replace, add = iter(range(write)), os.replace, steps.Journal.add
 
     def stop() -> bool:
         return next(left, None) is None
@@ -72,14 +72,14 @@ def _run_until(write: int, output: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*given)
 
-    def dying_add(self: files.Journal, block: int, rows: Any) -> None:
+    def dying_add(self: steps.Journal, block: int, rows: Any) -> None:
         if stop():
             with self.path.open("ab") as file:
                 file.write(b'{"block": 1, "rows": [{"torn')
             os.kill(os.getpid(), signal.SIGKILL)
         add(self, block, rows)
 
-    os.replace, files.Journal.add = dying_replace, dying_add  # type: ignore[method-assign]
+    os.replace, steps.Journal.add = dying_replace, dying_add  # type: ignore[method-assign]
     make_triplets(GenerateConfig(output=str(output), **SETTINGS), Few())
 
 

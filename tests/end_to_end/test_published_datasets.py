@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from spn4cir import train
 from spn4cir.backbones import BACKBONES, build_backbone
+from spn4cir.batches import TripletCollate, TripletRows
 from spn4cir.checkpoints import save_model
 from spn4cir.cli import data_command, evaluate_command
 from spn4cir.datasets.submission import LIMIT
-from spn4cir.images import TripletCollate, TripletRows
 from spn4cir.types import Triplet
 
 ROOT = Path(__file__).parents[2]
@@ -192,7 +192,7 @@ def test_zero_shot_trains_on_generated_triplets_alone(
         assert found["steps"] == 2 and found["protocol"] == found["selected_on"]
         assert stage == 2 or "--max-annotated 0 --generated captions/" in out  # what it says comes next sees no other
     named = {i for t in trained for i in (t.reference, t.target)}
-    banks = {json.loads(path.read_text())["images"] for path in runs.glob("banks/*/bank.json")}
+    banks = {json.loads(path.read_text())["rows"] for path in runs.glob("banks/*/store.json")}
     assert len(named) == 9 and 9 in banks and len(banks) == 2  # the other one is the gallery's
 
 
@@ -526,5 +526,5 @@ def test_triplets_of_cirr_are_made_and_trained_on(
         before, after, (text,) = row["caption1"], row["caption2"], row["caption"]
         assert text in (f"{after} instead of {before}", f"Unlike {before}, I want {after}")
     call(*recipe("cirr", 2, cirr, "--init", model, "--generated", file, generated=True))
-    found = {(t.reference, t.target, t.modifications) for t in trained if t.generated}
+    found = {(t.reference, t.target, t.texts) for t in trained if t.generated}
     assert found == {(row["reference"], row["target_hard"], tuple(row["caption"])) for row in rows}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.bank import Counting, Numbered
 from spn4cir import bank as banks
+from spn4cir import store
 from spn4cir.types import ImageFeatures
 
 IDS = [f"i{n:02d}" for n in range(23)]
@@ -40,5 +41,5 @@ def build(model: Counting, root: Path, batch_size: int = 5, dtype: str = "float3
 
 
 if __name__ == "__main__":
-    banks.SECONDS = 0
+    store.SECONDS = 0
     build(Blockwise(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL)), Path(sys.argv[1]))

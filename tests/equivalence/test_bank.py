@@ -27,14 +27,16 @@ from torch.nn import functional as F
 
 from benchmarks.measure import anonymous
 from spn4cir import bank as banks
+from spn4cir import store
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
 from spn4cir.backbones.clip4cir import CLIP4CIR
-from spn4cir.bank import Bank, StoredRows, fingerprint, load_or_build, stored_parts
+from spn4cir.bank import Bank, fingerprint, load_or_build, stored_parts
 from spn4cir.checkpoints import save_model
 from spn4cir.errors import InputError
 from spn4cir.files import locked
 from spn4cir.images import ImageSource, open_image, pixel_hash
+from spn4cir.store import StoredRows
 from spn4cir.train import train
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
@@ -45,7 +47,7 @@ class Maker:
     def __init__(self, toy, backbone: Backbone, root: Path):  # type: ignore[no-untyped-def]
         self.toy, self.backbone, self.root, self.encoded = toy, backbone, root, 0
         backbone.freeze_image_side()
-        self.images, self.ids = ImageSource(toy.path, backbone.transform), toy.training_images()
+        self.images, self.ids = ImageSource(toy.image, backbone.transform), toy.training_images()
         self.hashes = {i: pixel_hash(open_image(toy.path(i))) for i in self.ids}
         encode = backbone.encode_image
         backbone.encode_image = lambda pixels: (self._count(len(pixels)), encode(pixels))[1]  # type: ignore[method-assign]
@@ -151,7 +153,7 @@ def test_half_the_storage_is_close(make: Maker) -> None:
 
 
 SCRIPT = Path(__file__).parent / "bank_script.py"
-FILES = {"target.npy", "reference.npy", "bank.json"}
+FILES = {"target.npy", "reference.npy", "store.json"}
 
 
 def _load_script() -> ModuleType:
@@ -187,7 +189,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block is put on disk and noted."""
-    monkeypatch.setattr(banks, "SECONDS", -1)
+    monkeypatch.setattr(store, "SECONDS", -1)
 
 
 @pytest.fixture
@@ -204,7 +206,7 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path, whole: dict[str
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     (lock,) = root.glob("*.lock")  # nobody was left to remove it, and nobody holds it
     folder = lock.with_suffix("")
-    assert {path.name for path in folder.iterdir()} == FILES - {"bank.json"} | {"begun.json"}
+    assert {path.name for path in folder.iterdir()} == FILES - {"store.json"} | {"begun.json"}
     model = script.Blockwise()
     bank = script.build(model, root)
     assert model.encoded == N - 3 * BLOCK + 1
@@ -221,8 +223,7 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, noted: None, blocks: int, 
     for batch_size in (BLOCK, 4):
         folder, model = begin(tmp_path / f"in {batch_size}", blocks, dtype), script.Blockwise()
         script.build(model, folder.parent, batch_size, dtype)
-        left = N - blocks * BLOCK if batch_size == BLOCK else N
-        assert model.encoded == left + (blocks > 0)
+        assert model.encoded == (N - blocks * BLOCK + (blocks > 0) if batch_size == BLOCK else N)
         same = [content(folder)[name] == expected[name] for name in sorted(FILES)]
         assert same == ([True] * 3 if batch_size == BLOCK else [False] * 3)
 
@@ -231,7 +232,7 @@ def test_a_build_that_ended_before_its_last_word_encodes_nothing(tmp_path: Path,
     """All rows are there and noted; only the name of the note is not the last one yet."""
     model = script.Blockwise()
     folder = tmp_path / "whole" / script.build(model, tmp_path / "whole").fingerprint
-    (folder / "bank.json").rename(folder / "begun.json")
+    (folder / "store.json").rename(folder / "begun.json")
     script.build(model, folder.parent)
     assert model.encoded == 2 and content(folder) == whole  # it looks at the first image each time
 
@@ -239,11 +240,11 @@ def test_a_build_that_ended_before_its_last_word_encodes_nothing(tmp_path: Path,
 @pytest.mark.parametrize(("seconds", "notes"), [(5.0, 1), (-1, 6)])
 def test_notes_are_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, notes: int) -> None:
     """A build of less than some seconds writes to disk once, whatever the number of blocks."""
-    written, write = [], banks.write_text
-    monkeypatch.setattr(banks, "SECONDS", seconds)
-    monkeypatch.setattr(banks, "write_text", lambda path, text: (written.append(path), write(path, text)))
+    synced: list[int] = []
+    monkeypatch.setattr(store, "SECONDS", seconds)
+    monkeypatch.setattr(os, "fsync", synced.append)
     script.build(script.Blockwise(), tmp_path)
-    assert len(written) == notes
+    assert len(synced) == 2 * notes  # each of two arrays
 
 
 def edit_note(folder: Path, **changes: object) -> None:
@@ -260,12 +261,12 @@ def edit_array(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None
     lambda folder: (folder / "begun.json").write_text(""),
     lambda folder: (folder / "begun.json").write_text((folder / "begun.json").read_text()[:30]),
     lambda folder: (folder / "begun.json").write_text("[15]"),
-    lambda folder: edit_note(folder, rows=12),
-    lambda folder: edit_note(folder, rows=25),
-    lambda folder: edit_note(folder, rows=-5),
-    lambda folder: edit_note(folder, rows="15"),
-    lambda folder: edit_note(folder, images=24),
-    lambda folder: edit_note(folder, parts=stored_parts("float16")),
+    lambda folder: edit_note(folder, done="1110"),
+    lambda folder: edit_note(folder, done="111000"),
+    lambda folder: edit_note(folder, done="11x00"),
+    lambda folder: edit_note(folder, done=11100),
+    lambda folder: edit_note(folder, rows=24),
+    lambda folder: edit_note(folder, arrays=stored_parts("float16")),
     lambda folder: edit_array(folder, lambda a: a[:-1]),
     lambda folder: edit_array(folder, lambda a: a.astype(np.float64)),
     lambda folder: edit_array(folder, lambda a: a[..., :-1]),
@@ -275,7 +276,7 @@ def edit_array(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None
     lambda folder: (folder / "target.npy").write_bytes((folder / "target.npy").read_bytes()[:-1]),
     lambda folder: (folder / "target.npy").write_bytes(b""),
 ], ids=[
-    "no note", "empty", "torn", "list", "in a block", "too many", "negative", "text", "other images", "other parts",
+    "no note", "empty", "torn", "list", "too few", "too many", "no digit", "number", "other images", "other parts",
     "rows", "type", "width", "shape", "other model", "no array", "cut", "nothing in it",
 ])  # fmt: skip
 def test_what_does_not_fit_is_made_anew(
@@ -522,12 +523,12 @@ def test_a_bank_of_another_model_is_made_anew(make: Maker, tmp_path: Path) -> No
         assert make.encoded - encoded == (2 + 40 if part else 1)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"images": 40}', '{"images": 41, "parts": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": 40}', '{"rows": 41, "arrays": {}}'])
 def test_a_note_that_does_not_fit_is_no_note(make: Maker, text: str) -> None:
     """Emptied by a power cut, or of another bank: made anew, where a whole note saves the encoding."""
     make()
     encoded = make.encoded
-    (make.root / make.name() / "bank.json").write_text(text)
+    (make.root / make.name() / "store.json").write_text(text)
     make()
     assert make.encoded == encoded + 40
     make()
@@ -621,7 +622,7 @@ class Forgetful(CLIP4CIR):
     name = "forgetful"
     right = False
 
-    def __init__(self, train_clip: bool = True, load_weights: bool = True):
+    def __init__(self, train_clip: bool = True):
         super().__init__()
         self.options = {"train_clip": train_clip}
         self.layer = torch.nn.Linear(128, 128)

@@ -13,19 +13,20 @@ from tiny_backbones import TINY, tiny_backbone
 from torch import Tensor, nn
 
 from spn4cir import backbone as backbones
-from spn4cir.backbone import checkpoint_blocks, gradient_cached
 from spn4cir.backbones import build_backbone
 from spn4cir.bank import assign_rows
+from spn4cir.batches import TripletBatch, TripletCollate
 from spn4cir.checkpoints import read_tensors, save_model
+from spn4cir.compute import checkpoint_blocks, gradient_cached
 from spn4cir.errors import InputError
-from spn4cir.images import ImageSource, TripletBatch, TripletCollate, open_image, pixel_hash
+from spn4cir.images import ImageSource, open_image, pixel_hash
 from spn4cir.objective import Objective
 from spn4cir.train import train
 from spn4cir.types import Composed, ImageFeatures, Triplet
 
 Found = dict[str, Tensor]
 IDS = [f"i{n:02d}" for n in range(9)]
-BATCH = [(Triplet(IDS[n], IDS[n + 1], ("x",)), f"make it {n} times red and {'so ' * n}round") for n in range(8)]
+BATCH = [(Triplet(IDS[n], (IDS[n + 1],), ("x",)), f"make it {n} times red and {'so ' * n}round") for n in range(8)]
 
 
 class Kept:
@@ -65,7 +66,7 @@ def stage_1(request: pytest.FixtureRequest, toy: Any, tmp_path: Path) -> tuple[O
     """A model in double precision, so that rounding is no matter, and a batch of eight triplets over nine images."""
     backbone = tiny_backbone(request.param, tmp_path)
     identity = assign_rows({i: pixel_hash(open_image(toy.path(i))) for i in IDS})
-    batch = TripletCollate(backbone.tokenize, identity, ImageSource(toy.path, backbone.transform))(BATCH)
+    batch = TripletCollate(backbone.tokenize, identity, ImageSource(toy.image, backbone.transform))(BATCH)
     assert batch.pixels is not None
     batch.pixels = batch.pixels.double()
     return Objective(backbone, 0.1, learn_temperature=True).double(), batch
@@ -85,8 +86,8 @@ def test_chunks_are_exact(stage_1: tuple[Objective, TripletBatch], chunk: int) -
 def test_eight_chunks_keep_a_quarter_at_most(toy: Any) -> None:
     """What the forward pass keeps, with what one chunk does in the backward pass, is below a quarter of the whole."""
     backbone, ids = build_backbone("clip4cir"), toy.training_images()[1:]
-    images = ImageSource(toy.path, backbone.transform)
-    items = [(Triplet(ids[n], ids[n - 1], ("x",)), f"make it {n} times red") for n in range(40)]
+    images = ImageSource(toy.image, backbone.transform)
+    items = [(Triplet(ids[n], (ids[n - 1],), ("x",)), f"make it {n} times red") for n in range(40)]
     batch = TripletCollate(backbone.tokenize, {i: n for n, i in enumerate(ids)}, images)(items)
     objective = Objective(backbone, 0.1)
     plain, whole = step(objective, batch)

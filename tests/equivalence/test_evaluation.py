@@ -22,8 +22,9 @@ from spn4cir.bank import Bank, load_or_build
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.skip import write_skip_list
 from spn4cir.errors import InputError
-from spn4cir.evaluate import combine, embed, evaluate, metrics_of, rank_queries
+from spn4cir.evaluate import encode_benchmark, evaluate, rank_queries
 from spn4cir.images import ImageSource
+from spn4cir.results import combine, compute_metrics
 from spn4cir.types import Benchmark, ImageFeatures, Query
 
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -82,7 +83,7 @@ def vectors(benchmark: Benchmark, seed: int = 0, width: int = 4) -> tuple[list[V
 def fast(benchmark: Benchmark, queries: Sequence[Vector], images: dict[str, Vector]) -> Result:
     """What the library says."""
     target = torch.tensor([images[i] for i in benchmark.gallery]).float()[:, None]
-    return metrics_of(benchmark, *rank_queries(benchmark, torch.tensor(queries).float(), target))
+    return compute_metrics(benchmark, *rank_queries(benchmark, torch.tensor(queries).float(), target))
 
 
 def places(query: Vector, target: str, ranked: Collection[str], images: dict[str, Vector]) -> range:
@@ -190,7 +191,7 @@ def test_cirr_equals_loops_over_names(real_life: Path, seed: int) -> None:
     assert metrics == pytest.approx(slow_cirr(real_life, *given)) and list(groups) == ["all"]
     kept = fast(replace(benchmark, exclude_reference=False), *given)[0]
     assert kept["R@50"] != pytest.approx(metrics["R@50"]) and kept["Rs@1"] != pytest.approx(metrics["Rs@1"])
-    whole = replace(benchmark, queries=tuple(replace(q, subset=benchmark.gallery) for q in benchmark.queries))
+    whole = replace(benchmark, queries=tuple(replace(q, candidates=benchmark.gallery) for q in benchmark.queries))
     assert fast(whole, *given)[0]["Rs@1"] == pytest.approx(metrics["R@1"])  # a subset of all is no subset
     assert metrics["Rs@1"] > metrics["R@1"]
 
@@ -240,7 +241,7 @@ def test_only_results_of_one_protocol_on_the_same_data_are_combined(fashioniq: P
     def result(protocol: str = "fashioniq/original") -> dict[str, Any]:
         dataset = load_dataset("fashioniq", str(fashioniq))
         benchmark = dataset.benchmark("val", protocol)
-        return evaluate(backbone, benchmark, ImageSource(dataset.path, backbone.transform))
+        return evaluate(backbone, benchmark, ImageSource(dataset.image, backbone.transform))
 
     whole = result()
     captions = fashioniq / "captions" / "cap.shirt.val.json"
@@ -322,7 +323,7 @@ def one_by_one(backbone: Any, benchmark: Benchmark, images: ImageSource) -> dict
     found: dict[str, list[torch.Tensor]] = {mode: [] for mode in MODES}
     for query in benchmark.queries:
         reference, target = kept[query.reference]
-        tokens = backbone.tokenize([query.modification])
+        tokens = backbone.tokenize([query.text])
         found["composed"].append(backbone.compose(reference, tokens).query[0])
         found["text only"].append(backbone.compose(reference * 0, tokens).query[0])
         mean = sum(target[0, k] for k in range(target.shape[1])) / target.shape[1]
@@ -341,7 +342,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("stored", [False, True], ids=["encoded", "bank"])
 def test_vectors_equal_those_made_one_by_one(toy: Any, model: Any, tmp_path: Path, stored: bool) -> None:
     """Targets and queries of all modes, for blocks of one, ragged ones and one of all; no block outlives its turn."""
-    benchmark, images = asked_often(toy), ImageSource(toy.path, model.transform, keep=True)
+    benchmark, images = asked_often(toy), ImageSource(toy.image, model.transform, keep=True)
     slow, bank = one_by_one(model, benchmark, images), None
     asked = len({query.reference for query in benchmark.queries})
     if stored:
@@ -351,7 +352,7 @@ def test_vectors_equal_those_made_one_by_one(toy: Any, model: Any, tmp_path: Pat
         watched = Watched(model)
         if bank:
             bank.held = Held()
-        found = embed(watched, benchmark, images, bank, batch_size, MODES)  # type: ignore[arg-type]
+        found = encode_benchmark(watched, benchmark, images, bank, batch_size, MODES)  # type: ignore[arg-type]
         vectors = {**found.queries, "target": found.target}
         for name, value in slow.items():
             torch.testing.assert_close(vectors[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -15,7 +15,7 @@ from spn4cir.backbones.sprc import SPRC
 from spn4cir.checkpoints import load_model
 from spn4cir.errors import InputError
 from spn4cir.importers import import_published
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 from spn4cir.search import scores_of
 
 WORDS = [

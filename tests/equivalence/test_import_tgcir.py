@@ -12,11 +12,11 @@ from torch import Tensor
 
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
-from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.checkpoints import load_model
 from spn4cir.cli import import_command
 from spn4cir.errors import InputError
 from spn4cir.importers import import_published
+from spn4cir.importers.tgcir_weights import convert_tgcir_weights
 
 TEXTS = ["is red", "has longer sleeves and a flower on the left", "", "blue"]
 
@@ -79,7 +79,7 @@ def test_the_scale_is_told_as_a_temperature(folder: str) -> None:
     content = contained(WrittenOut())
     for scale in (torch.tensor([12.5]), torch.tensor(12.5)):
         content["state_dict"]["loss_T"] = scale
-        reason = TGCIR.from_published(content, {"model": folder}).ignored["loss_T"]
+        reason = convert_tgcir_weights(content, {"model": folder}).ignored["loss_T"]
         assert "scale 12.5" in reason and "temperature 0.08" in reason
 
 
@@ -95,7 +95,7 @@ def test_one_changed_tensor_differs(folder: str, name: str) -> None:
     content["state_dict"][name] += torch.linspace(0.5, 1.5, content["state_dict"][name].numel()).view(
         content["state_dict"][name].shape
     )
-    published = TGCIR.from_published(content, {"model": folder})
+    published = convert_tgcir_weights(content, {"model": folder})
     backbone = build_backbone("tgcir", **published.options, load_weights=False)
     backbone.load_state_dict(published.state)
     assert max(distances(backbone, model)) > 1e-4

@@ -19,11 +19,11 @@ import spn4cir.train as loop
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.bank import Bank
+from spn4cir.batches import TripletBatch
 from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
 from spn4cir.datasets import with_pictures
 from spn4cir.errors import InputError
-from spn4cir.images import TripletBatch
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 from spn4cir.objective import Objective
 from spn4cir.types import Composed, ImageFeatures, Tokens
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from spn4cir import search
 from spn4cir.backbone import Backbone
-from spn4cir.evaluate import evaluate, metrics_of, rank_queries
+from spn4cir.evaluate import evaluate, rank_queries
 from spn4cir.images import ImageSource, Transform
 from spn4cir.measures import recall_at
-from spn4cir.search import rank_of_target, top_k
+from spn4cir.results import compute_metrics
+from spn4cir.search import rank_targets, top_k
 from spn4cir.types import Benchmark, Composed, ImageFeatures, Query, Tokens
 
 G = 30
@@ -62,15 +63,15 @@ def test_ranks_equal_the_loop(vectors: int, several: int) -> None:
         slow_rank(q, gallery.tolist(), t, x)
         for q, t, x in zip(query.tolist(), targets.tolist(), excluded.tolist(), strict=True)
     ]
-    assert rank_of_target(query, gallery, targets, excluded).tolist() == slow
-    assert rank_of_target(query, gallery, targets).tolist() != slow  # negative control: exclusion matters
+    assert rank_targets(query, gallery, targets, excluded).tolist() == slow
+    assert rank_targets(query, gallery, targets).tolist() != slow  # negative control: exclusion matters
 
 
 def test_ties_and_other_targets_matter() -> None:
     """Negative control: strict comparison, or letting other targets stand in the way, gives other ranks."""
     query, gallery = integers(50, 4), integers(G, 1, 4, seed=1)
     targets = rows(3, 50)
-    ranks = rank_of_target(query, gallery, targets)
+    ranks = rank_targets(query, gallery, targets)
     scores = query @ gallery[:, 0].T
     best = scores.gather(1, targets.clamp(min=0)).masked_fill(targets < 0, -torch.inf).amax(1, keepdim=True)
     assert not torch.equal(ranks[:, 1], (scores > best).sum(1) + 1)
@@ -80,8 +81,8 @@ def test_ties_and_other_targets_matter() -> None:
 def test_an_excluded_target_is_no_answer() -> None:
     """A target that the ranking leaves out cannot lend its score to the others."""
     query, gallery = torch.tensor([[1.0]]), torch.tensor([[[9.0]], [[5.0]], [[1.0]]])
-    assert rank_of_target(query, gallery, torch.tensor([[0, 2]]), torch.tensor([[0]])).tolist() == [[2, 2]]
-    assert rank_of_target(query, gallery, torch.tensor([[0, 2]])).tolist() == [[1, 1]]
+    assert rank_targets(query, gallery, torch.tensor([[0, 2]]), torch.tensor([[0]])).tolist() == [[2, 2]]
+    assert rank_targets(query, gallery, torch.tensor([[0, 2]])).tolist() == [[1, 1]]
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
@@ -103,15 +104,15 @@ def test_the_rank_is_the_place_in_the_sorted_list() -> None:
     query, gallery = torch.randn(40, 8), torch.randn(G, 2, 8)
     targets = torch.randint(0, G, (40, 1))
     places = (top_k(query, gallery, G)[1] == targets).int().argmax(1) + 1
-    assert torch.equal(torch.stack([places, places], 1), rank_of_target(query, gallery, targets))
+    assert torch.equal(torch.stack([places, places], 1), rank_targets(query, gallery, targets))
 
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many small chunks give what one gives."""
     query, gallery, targets = integers(20, 4), integers(G, 1, 4, seed=1), rows(2, 20)
-    whole = rank_of_target(query, gallery, targets), top_k(query, gallery, 5)[1]
+    whole = rank_targets(query, gallery, targets), top_k(query, gallery, 5)[1]
     monkeypatch.setattr(search, "CHUNK", 3)
-    assert torch.equal(whole[0], rank_of_target(query, gallery, targets))
+    assert torch.equal(whole[0], rank_targets(query, gallery, targets))
     assert torch.equal(whole[1], top_k(query, gallery, 5)[1])
 
 
@@ -168,7 +169,7 @@ def test_blocks_of_the_gallery_equal_a_full_sort(
     excluded, members = left_out(which, count, targets)
     scores = every_score(query, gallery, excluded, members)
     gallery = gallery.to(stored)
-    assert torch.equal(rank_of_target(query, gallery, targets, excluded, members), counted_rank(scores, targets))
+    assert torch.equal(rank_targets(query, gallery, targets, excluded, members), counted_rank(scores, targets))
     for k in (1, 4, 7, 20, G + 5):
         values, order = sorted_top_k(scores, k)
         found = top_k(query, gallery, k, excluded, members)
@@ -185,7 +186,7 @@ def test_a_gallery_of_one_vector_is_ranked_by_row(vectors: int, monkeypatch: pyt
     for k in (1, 6, 7, 8, G):
         assert top_k(query, gallery, k)[1].tolist() == [list(range(k))] * 5
         assert top_k(query, gallery, k, torch.full((5, 1), 2))[1][:, :6].tolist() == [[0, 1, 3, 4, 5, 6][:k]] * 5
-    assert rank_of_target(query, gallery, torch.tensor([[0], [3], [9], [28], [29]])).tolist() == [[1, G]] * 5
+    assert rank_targets(query, gallery, torch.tensor([[0], [3], [9], [28], [29]])).tolist() == [[1, G]] * 5
 
 
 @pytest.mark.parametrize("several", [1, 3])
@@ -203,10 +204,10 @@ def test_a_target_is_scored_in_its_block(several: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(search, "scores_of", shifted)
     monkeypatch.setattr(search, "BLOCK", 6)
     wanted = counted_rank(every_score(query, gallery, None, None), targets)
-    assert torch.equal(rank_of_target(query, gallery, targets), wanted)
+    assert torch.equal(rank_targets(query, gallery, targets), wanted)
     assert set(shapes) == {(search.CHUNK, 6), (11, 6)} and len(shapes) < 2 * 2 * 5  # most blocks are scored once
     monkeypatch.setattr(search, "BLOCK", 7)  # negative control: the last block is ragged, and a shift no shift of all
-    assert not torch.equal(rank_of_target(query, gallery, targets), wanted)
+    assert not torch.equal(rank_targets(query, gallery, targets), wanted)
 
 
 def test_no_product_grows_with_the_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +223,7 @@ def test_no_product_grows_with_the_gallery(monkeypatch: pytest.MonkeyPatch) -> N
     for size in (10, 100, 1000):
         query, gallery = torch.ones(3, 4), integers(size, 2, 4)
         largest.append(0)
-        rank_of_target(query, gallery, torch.zeros(3, 1).long())
+        rank_targets(query, gallery, torch.zeros(3, 1).long())
         top_k(query, gallery, 2)
     assert largest == [10 * 2 * 4, 20 * 2 * 4, 20 * 2 * 4]
 
@@ -233,7 +234,7 @@ def toy_benchmark(exclude: bool = True) -> Benchmark:
     queries = []
     for n in range(25):
         reference, *others = draw.sample(ids, 6)
-        queries.append(Query(reference, "x", (others[0],), f"group {n % 3}", (reference, *others)))
+        queries.append(Query(reference, "x", (others[0],), (f"group {n % 3}",), (reference, *others)))
     return Benchmark("loop/val", ids, tuple(queries), exclude, (1, 5, 10), (1, 2, 3))
 
 
@@ -249,7 +250,7 @@ def test_benchmark_ranks_and_metrics_equal_loops(exclude: bool) -> None:
         few.append(slow_rank(vector, vectors, goal, skip + [j for i, j in row.items() if i not in q.subset]))
     fast, fast_few = rank_queries(benchmark, query, gallery)
     assert fast.tolist() == ranks and fast_few is not None and fast_few.tolist() == few
-    metrics, groups = metrics_of(benchmark, fast, fast_few)
+    metrics, groups = compute_metrics(benchmark, fast, fast_few)
     assert metrics["R@5"] == pytest.approx(slow_recall(ranks, 5))
     assert metrics["Rs@2"] == pytest.approx(slow_recall(few, 2))
     parts = [[r for r, q in zip(ranks, benchmark.queries, strict=True) if q.group == name] for name in groups]
@@ -284,7 +285,7 @@ class Constant(Backbone):
 
 def test_a_constant_model_scores_chance(toy) -> None:  # type: ignore[no-untyped-def]
     """Ties never favour the target: where all scores are equal, recall is k / ranked images."""
-    result = evaluate(Constant(), toy.benchmark("val"), ImageSource(toy.path, Transform(8)))
+    result = evaluate(Constant(), toy.benchmark("val"), ImageSource(toy.image, Transform(8)))
     ranked, within = 47, 5  # without the reference
     chance = {f"R@{k}": 100 * k / ranked for k in (1, 5, 10)} | {f"Rs@{k}": 100 * k / within for k in (1, 2)}
     chance |= {f"macro R@{k}": 100 * k / ranked for k in (1, 5, 10)}
@@ -296,7 +297,7 @@ def test_a_random_model_scores_chance() -> None:
     torch.manual_seed(0)
     count, size = 3000, 101
     picks = torch.stack([torch.randperm(size)[:2] for _ in range(count)])
-    ranks = rank_of_target(torch.randn(count, 64), torch.randn(size, 1, 64), picks[:, :1], picks[:, 1:]).numpy()
+    ranks = rank_targets(torch.randn(count, 64), torch.randn(size, 1, 64), picks[:, :1], picks[:, 1:]).numpy()
     for k in (1, 10, 50):
         chance = k / (size - 1)
         error = 100 * np.sqrt(chance * (1 - chance) / count)

@@ -13,16 +13,19 @@ from torch import Tensor
 
 from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
+from spn4cir.batches import TripletCollate
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
-from spn4cir.images import ImageSource, TripletCollate, open_image, pixel_hash
+from spn4cir.images import ImageSource, open_image, pixel_hash
 from spn4cir.objective import Objective
 from spn4cir.train import train
 from spn4cir.types import Triplet
 
 Found = dict[str, Tensor]
 ITEMS = [f"i{n:02d}" for n in range(1, 7)]  # six images: each once a reference, once a target
-BATCH = [(Triplet(ITEMS[n], ITEMS[(n + 1) % len(ITEMS)], ("x",)), f"make it {n} times red") for n in range(len(ITEMS))]
+BATCH = [
+    (Triplet(ITEMS[n], (ITEMS[(n + 1) % len(ITEMS)],), ("x",)), f"make it {n} times red") for n in range(len(ITEMS))
+]
 
 
 def loss_and_gradients(objective: Objective, batch: Any) -> Found:
@@ -146,7 +149,7 @@ def test_stage_2_leaves_encode_image_bit_identical(  # type: ignore[no-untyped-d
     folder = init(name)
     run = train(configure(init=str(folder), **options), number)
     before = load_model(folder)
-    pixels = ImageSource(toy.path, before.transform).stack(toy.training_images())
+    pixels = ImageSource(toy.image, before.transform).stack(toy.training_images())
     assert moved(before, load_model(run), pixels) == expected
 
 
@@ -193,7 +196,7 @@ def test_a_wrong_name_is_said_before_a_bank_is_made(configure, init, runs: Path)
 
 def test_a_bank_needs_a_frozen_image_side(toy, backbone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """What still trains is refused, by the bank and by the objective."""
-    images = ImageSource(toy.path, backbone.transform)
+    images = ImageSource(toy.image, backbone.transform)
     with pytest.raises(ValueError, match="freeze_image_side"):
         banks.load_or_build(backbone, images, {"i00": "x"}, tmp_path)
     bank = banks.Bank(None, torch.zeros(1, 1, 4), {"i00": 0}, "x")

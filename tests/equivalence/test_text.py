@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spn4cir.backbones.clip4cir import CLIP4CIR
-from spn4cir.clip import EMBEDDED
+from spn4cir.backbones.shared_clip import EMBEDDED
 
 TEXTS = ["red", "make it a big blue flag", "the same person, but taking a bath in yellow"]
 LONG = [*TEXTS, "and " * 60]  # cut at the context: nothing is trimmed

@@ -15,9 +15,10 @@ from tgcir_script import losses_and_gradients
 from tgcir_written_out import WrittenOut, in_our_names
 from torch import Tensor
 
+from spn4cir.backbones import build_backbone
 from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.checkpoints import read_tensors
-from spn4cir.losses import InBatch
+from spn4cir.in_batch import InBatch
 from spn4cir.types import ImageFeatures
 
 TEXTS = ["is red", "has longer sleeves and a flower on the left", "", "blue"]
@@ -34,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def ours(folder: str, model: WrittenOut, twins: bool = False) -> TGCIR:
     options = {name: WEIGHTS[name] for name in ("ortho", "ckd", "kl")}
-    backbone = TGCIR(folder, separated=twins, kl_temperature=0.3, load_weights=False, **options)
+    backbone = build_backbone("tgcir", model=folder, separated=twins, kl_temperature=0.3, load_weights=False, **options)
+    assert isinstance(backbone, TGCIR)
     backbone.load_state_dict(in_our_names(model.state_dict()))
     return backbone
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 import spn4cir.train as loop
 from spn4cir import bank as banks
+from spn4cir.batches import KnownTargets, TripletCollate
 from spn4cir.checkpoints import load_model, write_tensors
 from spn4cir.config import ComputeConfig, NegativesConfig
 from spn4cir.datasets import DATASETS
-from spn4cir.images import ImageSource, KnownTargets, TripletCollate, open_image, pixel_hash
+from spn4cir.images import ImageSource, open_image, pixel_hash
 from spn4cir.objective import Objective
 
 # TRAIN[:20] are the targets of triplets 0 to 19 and again of 20 to 39: with four rows a process, equal targets meet
@@ -53,7 +54,7 @@ def first_step(
     accelerator = Accelerator()
     backbone, triplets = load_model(init), toy.triplets()
     hashes = {i: pixel_hash(open_image(toy.path(i))) for i in toy.training_images()}
-    images, bank = ImageSource(toy.path, backbone.transform), None
+    images, bank = ImageSource(toy.image, backbone.transform), None
     if stage == 2:
         backbone.freeze_image_side()
         with accelerator.main_process_first():
@@ -63,7 +64,7 @@ def first_step(
     identity = banks.assign_rows({i: hashes[i] for i in toy.training_images()})
     share = len(rows) // accelerator.num_processes
     own = rows[accelerator.process_index * share :][:share]
-    items = [(triplets[n], triplets[n].modifications[n % 2]) for n in own]
+    items = [(triplets[n], triplets[n].texts[n % 2]) for n in own]
     references, answers = bank and bank.references, KnownTargets(triplets, identity)
     batch = TripletCollate(backbone.tokenize, identity, images, bank and bank.rows, references, answers)(items)
     if bank is not None:

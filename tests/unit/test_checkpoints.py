@@ -25,7 +25,7 @@ from spn4cir.checkpoints import (
 )
 from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
-from spn4cir.train import load_backbone
+from spn4cir.stages import load_backbone
 
 
 def test_tensors_come_back(tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ class Headed(CLIP4CIR):
 
     name = "headed"
 
-    def __init__(self, head: int = 0, weight: float = 1.0, load_weights: bool = True):
-        super().__init__(load_weights=load_weights)
+    def __init__(self, head: int = 0, weight: float = 1.0):
+        super().__init__()
         self.options = {"head": head, "weight": weight}
         if head:
             self.head = nn.Linear(2, head)

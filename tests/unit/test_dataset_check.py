@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from spn4cir.dataset import Check
 from spn4cir.dataset_check import Report, examine, skip_list, table
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.skip import write_skip_list
 from spn4cir.errors import InputError
 from spn4cir.identity import PUBLISHED_CLASSES
-from spn4cir.types import Check
 
 
 def edit(path: Path, change: Callable[[Any], object]) -> None:

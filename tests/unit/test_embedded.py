@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, Blip2ForImageTextRetrieval, BlipForImage
 
 import spn4cir
 from spn4cir.backbones import build_backbone
-from spn4cir.blip import load_library, load_tokenizer
+from spn4cir.backbones.shared_blip import load_bert_tokenizer, load_library
 from spn4cir.data_gen.ask import Question, Try
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 
@@ -73,7 +73,7 @@ def test_folders_are_small(folder: Path) -> None:
 def test_fusion_models_are_whole(name: str, tmp_path: Path) -> None:
     """The library's class reads what was written: half-precision weights, none missing, none left over, none empty."""
     kind, _ = FUSION[name]
-    loaded = load_library(kind, EMBEDDED / name, None, load_weights=True)
+    loaded = load_library(kind, EMBEDDED / name, None)
     weights = load_file(EMBEDDED / name / "model.safetensors")
     state = loaded.state_dict()
     assert weights.keys() == state.keys()
@@ -86,7 +86,7 @@ def test_fusion_models_are_whole(name: str, tmp_path: Path) -> None:
     )["parameters"] + sum(weights[key].numel() for key in empty)
     shutil.copy(EMBEDDED / name / "config.json", tmp_path)
     with pytest.raises(InputError, match="cannot load"):
-        load_library(kind, tmp_path, None, load_weights=True)
+        load_library(kind, tmp_path, None)
 
 
 @pytest.mark.parametrize("name", FUSION)
@@ -95,7 +95,7 @@ def test_tokenizers_of_fusion_models_round_trip(name: str) -> None:
     kind, added = FUSION[name]
     config = kind.config_class.from_pretrained(EMBEDDED / name)
     size = (config.text_config if name == "blip" else config.qformer_config).vocab_size
-    tokenizer = load_tokenizer(EMBEDDED / name, size, added)
+    tokenizer = load_bert_tokenizer(EMBEDDED / name, size, added)
     assert len(AutoTokenizer.from_pretrained(EMBEDDED / name)) == size  # nothing had to be appended
     assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
     assert tokenizer.convert_tokens_to_ids(list(added)) == list(range(size - len(added), size))

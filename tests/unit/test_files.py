@@ -1,12 +1,13 @@
 """Files written whole or not at all."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
 from spn4cir.errors import InputError
-from spn4cir.files import write_text
+from spn4cir.files import hash_files, locked, write_text
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -40,3 +41,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> 
     with pytest.raises(InputError, match=f"{place} cannot be written: [A-Z]"):
         write_text(tmp_path / place, "text")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_a_lock_that_nobody_waits_for(tmp_path: Path) -> None:
+    """The caller's error while another one holds it; free again afterwards, and also for those who wait."""
+    path = tmp_path / "lock"
+    with locked(path, "another run works here"):
+        with pytest.raises(InputError, match="another run works here"), locked(path, "another run works here"):
+            pytest.fail("two hold it")
+        assert path.is_file()
+    assert not path.exists()
+    with locked(path, "busy"):
+        pass
+
+
+def test_digest_of_files(tmp_path: Path) -> None:
+    """That of their contents together, and nothing of their names."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"a" * (1 << 22) + b"b")
+    two.write_bytes(b"c")
+    assert hash_files(one) == hashlib.sha256(one.read_bytes()).hexdigest()
+    assert hash_files(one, two) == hashlib.sha256(one.read_bytes() + b"c").hexdigest() != hash_files(two, one)

@@ -13,20 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from spn4cir.batches import TripletCollate, TripletRows, TripletSampler, prefetch
 from spn4cir.errors import InputError
-from spn4cir.images import (
-    MEAN,
-    STD,
-    ImageSource,
-    Transform,
-    TripletCollate,
-    TripletRows,
-    TripletSampler,
-    open_image,
-    pixel_hash,
-    prefetch,
-    target_pad,
-)
+from spn4cir.images import MEAN, STD, ImageSource, Transform, open_image, pixel_hash, target_pad
 from spn4cir.types import Triplet
 
 
@@ -337,7 +326,7 @@ def test_a_share_that_rounds_to_the_whole_batch_says_so() -> None:
         sampler(share=0.99)
 
 
-TRIPLETS = [Triplet(f"r{n}", f"t{n}", tuple(f"{n}{letter}" for letter in "abcd")) for n in range(20)]
+TRIPLETS = [Triplet(f"r{n}", (f"t{n}",), tuple(f"{n}{letter}" for letter in "abcd")) for n in range(20)]
 
 
 def test_text_does_not_depend_on_the_order_of_access() -> None:
@@ -347,20 +336,20 @@ def test_text_does_not_depend_on_the_order_of_access() -> None:
     forwards = {key: rows[key] for key in keys}
     assert {key: again[key] for key in reversed(keys)} == forwards
     assert {key: rows[key] for key in keys} == forwards
-    assert all(text in TRIPLETS[item].modifications for (_, item), (_, text) in forwards.items())
+    assert all(text in TRIPLETS[item].texts for (_, item), (_, text) in forwards.items())
 
 
 def test_text_depends_on_seed_epoch_and_item() -> None:
     """All phrasings come up over time, and another seed draws others."""
     rows, other = TripletRows(TRIPLETS, 5), TripletRows(TRIPLETS, 6)
-    assert {rows[epoch, 0][1] for epoch in range(40)} == set(TRIPLETS[0].modifications)
+    assert {rows[epoch, 0][1] for epoch in range(40)} == set(TRIPLETS[0].texts)
     assert [rows[0, n][1][-1] for n in range(20)] != [rows[1, n][1][-1] for n in range(20)]
     assert [rows[0, n][1] for n in range(20)] != [other[0, n][1] for n in range(20)]
 
 
 def collate_items() -> list[tuple[Triplet, str]]:
-    triplets = [Triplet("a", "b", ("x",)), Triplet("b", "c", ("y",)), Triplet("a", "d", ("z",))]
-    return [(t, t.modifications[0]) for t in triplets]
+    triplets = [Triplet("a", ("b",), ("x",)), Triplet("b", ("c",), ("y",)), Triplet("a", ("d",), ("z",))]
+    return [(t, t.texts[0]) for t in triplets]
 
 
 def lengths(texts: object) -> dict[str, torch.Tensor]:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from spn4cir import importers
+from spn4cir.backbones import BACKBONES
 from spn4cir.backbones.clip4cir import CLIP4CIR
 from spn4cir.checkpoints import load_model
 from spn4cir.cli import import_command
-from spn4cir.clip import OPENAI
 from spn4cir.errors import InputError
 from spn4cir.importers import import_published
+from spn4cir.importers.clip_weights import convert_clip_weights
+from spn4cir.importers.openai_clip import OPENAI
 
 Refuses = Callable[..., str]
 
@@ -281,14 +283,12 @@ def test_a_failure_while_writing_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["published.pt"]
 
 
-def test_a_backbone_without_importer_says_so() -> None:
-    """What the contract gives to a backbone that does not bring one."""
-
-    class Plain(CLIP4CIR):
-        name = "plain"
-
-    with pytest.raises(InputError, match="backbone plain has no importer"):
-        super(CLIP4CIR, Plain).from_published({}, {})
+def test_a_backbone_without_importer_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone of which no weights were published; and every importer is that of a backbone."""
+    assert importers.IMPORTERS.keys() <= BACKBONES.keys()
+    monkeypatch.setitem(BACKBONES, "plain", CLIP4CIR)
+    with pytest.raises(InputError, match="backbone plain has no importer of published weights; known: clip4cir, "):
+        import_published(tmp_path / "published.pt", tmp_path / "out", "plain", {})
 
 
 # --- which architecture ----------------------------------------------------------------------------------------------
@@ -300,12 +300,12 @@ def test_models_of_openai_are_recognised(name: str) -> None:
     with torch.device("meta"):
         model: nn.Module = open_clip.model.CLIP(**open_clip.get_model_config(name))
     state = model.state_dict()
-    published = CLIP4CIR.from_published({"CLIP": state}, {})
+    published = convert_clip_weights({"CLIP": state}, {})
     assert published.options == {"model": name, "pretrained": None}
     if name.startswith("RN50x4"):
         assert sum(p.numel() for p in model.parameters()) == 178_300_601
     prefixed = {f"clip.{key}": value for key, value in state.items()}
-    assert CLIP4CIR.from_published({"state_dict": prefixed, "epoch": 1}, {}).options["model"] == name
+    assert convert_clip_weights({"state_dict": prefixed, "epoch": 1}, {}).options["model"] == name
 
 
 def test_other_dimensions_are_told(refuses: Refuses, weights: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir import search
-from spn4cir.search import CHUNK, rank_of_target, scores_of, top_k
+from spn4cir.search import CHUNK, rank_targets, scores_of, top_k
 
 
 def l2_normalize(*shape: int, seed: int = 0) -> Tensor:
@@ -53,25 +53,25 @@ def test_rank_against_a_naive_loop() -> None:
         naive_rank(s, [t for t in ts if t >= 0], [x for x in xs if x >= 0])
         for s, ts, xs in zip(scores, targets.tolist(), excluded.tolist(), strict=True)
     ]
-    assert rank_of_target(query, gallery, targets, excluded).tolist() == [[r, r] for r in expected]
-    assert rank_of_target(query, gallery, targets).tolist() != [[r, r] for r in expected]  # the exclusions do matter
+    assert rank_targets(query, gallery, targets, excluded).tolist() == [[r, r] for r in expected]
+    assert rank_targets(query, gallery, targets).tolist() != [[r, r] for r in expected]  # the exclusions do matter
 
 
 def test_ties_never_favour_the_target() -> None:
     """A model that gives everything one score puts the target anywhere, not first."""
     query, gallery = gallery_of([[0.5, 0.5, 0.5, 0.5]])
     for row in range(4):
-        assert rank_of_target(query, gallery, torch.tensor([[row]])).tolist() == [[1, 4]]
+        assert rank_targets(query, gallery, torch.tensor([[row]])).tolist() == [[1, 4]]
 
 
 def test_members_alone_are_ranked() -> None:
     """Within three of five images; padding is no image; a target outside has no rank."""
     query, gallery = gallery_of([[0.9, 0.8, 0.7, 0.7, 0.1]])
     members = torch.tensor([[1, 2, 3, -1]])
-    assert rank_of_target(query, gallery, torch.tensor([[2]]), members=members).tolist() == [[2, 3]]
-    assert rank_of_target(query, gallery, torch.tensor([[2]]), torch.tensor([[1]]), members).tolist() == [[1, 2]]
+    assert rank_targets(query, gallery, torch.tensor([[2]]), members=members).tolist() == [[2, 3]]
+    assert rank_targets(query, gallery, torch.tensor([[2]]), torch.tensor([[1]]), members).tolist() == [[1, 2]]
     with pytest.raises(ValueError, match="no rank"):
-        rank_of_target(query, gallery, torch.tensor([[0]]), members=members)
+        rank_targets(query, gallery, torch.tensor([[0]]), members=members)
     scores, rows = top_k(query, gallery, 4, torch.tensor([[1]]), members)
     assert rows[0, :2].tolist() == [2, 3] and scores[0, 2:].isneginf().all()
 
@@ -79,24 +79,24 @@ def test_members_alone_are_ranked() -> None:
 def test_other_targets_do_not_stand_in_the_way() -> None:
     """The best of several targets counts, and an equal second target is not ahead of it."""
     query, gallery = gallery_of([[0.9, 0.8, 0.8, 0.1]])
-    assert rank_of_target(query, gallery, torch.tensor([[1, 2]])).tolist() == [[2, 2]]
-    assert rank_of_target(query, gallery, torch.tensor([[3, 2]])).tolist() == [[2, 3]]
+    assert rank_targets(query, gallery, torch.tensor([[1, 2]])).tolist() == [[2, 2]]
+    assert rank_targets(query, gallery, torch.tensor([[3, 2]])).tolist() == [[2, 3]]
 
 
 def test_excluding_the_reference() -> None:
     """A reference that scores best costs a place only where the protocol keeps it."""
     query, gallery = gallery_of([[0.9, 0.8]])
     target = torch.tensor([[1]])
-    assert rank_of_target(query, gallery, target).tolist() == [[2, 2]]
-    assert rank_of_target(query, gallery, target, torch.tensor([[0]])).tolist() == [[1, 1]]
+    assert rank_targets(query, gallery, target).tolist() == [[2, 2]]
+    assert rank_targets(query, gallery, target, torch.tensor([[0]])).tolist() == [[1, 1]]
 
 
 def test_an_excluded_target_has_no_rank() -> None:
     """A query whose only target is left out of the ranking is refused, not counted."""
     gallery, query = torch.eye(3)[:, None], torch.eye(3)[:1]
     with pytest.raises(ValueError, match="no rank"):
-        rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[0]]))
-    assert rank_of_target(query, gallery, torch.tensor([[0]]), torch.tensor([[1]])).tolist() == [[1, 1]]
+        rank_targets(query, gallery, torch.tensor([[0]]), torch.tensor([[0]]))
+    assert rank_targets(query, gallery, torch.tensor([[0]]), torch.tensor([[1]])).tolist() == [[1, 1]]
 
 
 def test_ranks_over_several_chunks() -> None:
@@ -105,8 +105,8 @@ def test_ranks_over_several_chunks() -> None:
     query, gallery = l2_normalize(count, 4).double(), l2_normalize(11, 1, 4, seed=1).double()
     targets = torch.arange(count)[:, None] % 11
     excluded = (targets + 1) % 11
-    singly = [rank_of_target(query[n : n + 1], gallery, targets[n : n + 1], excluded[n : n + 1]) for n in range(count)]
-    assert torch.equal(rank_of_target(query, gallery, targets, excluded), torch.cat(singly))
+    singly = [rank_targets(query[n : n + 1], gallery, targets[n : n + 1], excluded[n : n + 1]) for n in range(count)]
+    assert torch.equal(rank_targets(query, gallery, targets, excluded), torch.cat(singly))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -115,7 +115,7 @@ def test_scores_that_are_not_finite_have_no_rank(value: float) -> None:
     query, gallery = l2_normalize(2, 4), l2_normalize(3, 1, 4)
     gallery[1, 0, 2] = value
     with pytest.raises(ValueError, match="finite"):
-        rank_of_target(query, gallery, torch.tensor([[0], [1]]))
+        rank_targets(query, gallery, torch.tensor([[0], [1]]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -130,13 +130,13 @@ def test_scores_that_are_not_finite_have_no_first_k(value: float) -> None:
 def test_a_query_without_target_has_no_rank() -> None:
     """All padding is a ValueError."""
     with pytest.raises(ValueError, match="without a target"):
-        rank_of_target(l2_normalize(2, 4), l2_normalize(3, 1, 4), torch.tensor([[0, -1], [-1, -1]]))
+        rank_targets(l2_normalize(2, 4), l2_normalize(3, 1, 4), torch.tensor([[0, -1], [-1, -1]]))
 
 
 def test_no_queries_give_no_answers() -> None:
     """Zero queries are zero ranks and zero rows, not an error of concatenation."""
     gallery = l2_normalize(3, 1, 4)
-    assert rank_of_target(l2_normalize(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long)).shape == (0, 2)
+    assert rank_targets(l2_normalize(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long)).shape == (0, 2)
     scores, rows = top_k(l2_normalize(0, 4), gallery, 2)
     assert scores.shape == rows.shape == (0, 2)
 

@@ -14,12 +14,13 @@ from tiny_backbones import TINY, tiny_backbone
 
 from spn4cir import bank as banks
 from spn4cir.backbones import BACKBONES
+from spn4cir.batches import TripletBatch
 from spn4cir.checkpoints import read_tensors, save_model
 from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
-from spn4cir.images import TripletBatch
 from spn4cir.objective import Objective
-from spn4cir.train import load_backbone, parameter_groups, start, train
+from spn4cir.stages import load_backbone
+from spn4cir.train import parameter_groups, start, train
 
 TEXTS = ["make it red", "a blue one instead", "in green", "less of it"]
 

@@ -12,12 +12,12 @@ def benchmark(gallery: tuple[str, ...], *queries: Query) -> Benchmark:
 
 def test_a_benchmark_whose_images_are_all_in_the_gallery() -> None:
     """What is whole is accepted."""
-    query = Query("a", "red", ("b",), subset=("a", "b"))
+    query = Query("a", "red", ("b",), candidates=("a", "b"))
     assert benchmark(("a", "b"), query).queries == (query,)
 
 
 @pytest.mark.parametrize("query", [
-    Query("z", "red", ("b",)), Query("a", "red", ("b", "z")), Query("a", "red", ("b",), subset=("a", "b", "z")),
+    Query("z", "red", ("b",)), Query("a", "red", ("b", "z")), Query("a", "red", ("b",), candidates=("a", "b", "z")),
 ])  # fmt: skip
 def test_images_outside_the_gallery_are_named(query: Query) -> None:
     """Reference, targets and subset must be in the gallery; the message names protocol, query and image."""

@@ -12,12 +12,14 @@ from published_blip import WORDS
 from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from spn4cir.backbones import blip4cir, build_backbone
-from spn4cir.backbones.blip4cir import BLIP4CIR, architecture
-from spn4cir.blip import BERT, load_tokenizer, resize_positions, vision_names
+from spn4cir.backbones import blip4cir, build_backbone, shared_vision
+from spn4cir.backbones.blip4cir import BLIP4CIR, complete_config
+from spn4cir.backbones.shared_blip import BERT, load_bert_tokenizer
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
-from spn4cir.losses import InBatch, info_nce
+from spn4cir.importers.vision_tower import rename_vision_tower, resize_positions
+from spn4cir.in_batch import InBatch
+from spn4cir.losses import info_nce
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"patch_size": 16, "image_size": 32}
@@ -92,7 +94,7 @@ def test_a_tokenizer_survives_saving(makes: Makes, tmp_path: Path) -> None:
     for name in ("once", "twice"):
         backbone.save_assets(tmp_path / name)
         folder = tmp_path / name / "tokenizer"
-        read = load_tokenizer(folder, len(WORDS) + 2, blip4cir.MARKS)
+        read = load_bert_tokenizer(folder, len(WORDS) + 2, blip4cir.MARKS)
         assert read.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [13, 14] and len(read) == 15
         backbone = makes(tokenizer=str(folder))
         found = backbone.tokenize(TEXTS)
@@ -121,7 +123,7 @@ def test_tokenizers_that_do_not_fit(makes: Makes, tmp_path: Path, words: Path) -
         makes(tokenizer=str(tmp_path / "absent"))
     with pytest.raises(InputError, match=BERT):  # not there without a network, and another vocabulary with one
         makes(tokenizer=None)
-    load_tokenizer(words, 15, blip4cir.MARKS).save_pretrained(tmp_path / "plain")
+    load_bert_tokenizer(words, 15, blip4cir.MARKS).save_pretrained(tmp_path / "plain")
     content = json.loads((tmp_path / "plain" / "tokenizer.json").read_text()) | {"post_processor": None}
     (tmp_path / "plain" / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "plain" / "tokenizer_config.json").write_text(
@@ -136,7 +138,7 @@ def test_tokenizers_that_do_not_fit(makes: Makes, tmp_path: Path, words: Path) -
 
 def test_the_published_architecture() -> None:
     """Parameters of the tower, of the text encoder and of both projections, counted without memory; and the traps."""
-    config = architecture()
+    config = complete_config({})
     with torch.device("meta"):
         model = blip4cir.Blip(BlipConfig.from_dict(config))
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -190,20 +192,21 @@ def test_folders_that_hold_none(library_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot load BlipConfig .*where there is no network"):
         BLIP4CIR(model=str(tmp_path / "absent"))
     with pytest.raises(InputError, match=r"holds no config\.json"):
-        BLIP4CIR(model=str(tmp_path), load_weights=False)
+        build_backbone("blip4cir", model=str(tmp_path), load_weights=False)
     with pytest.raises(InputError, match=r"mismatched keys|size mismatch|cannot load"):
         BLIP4CIR(model=str(library_folder), config={**CONFIG, "image_text_hidden_size": 12})
     (library_folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot load Blip"):
         BLIP4CIR(model=str(library_folder))
-    BLIP4CIR(model=str(library_folder), load_weights=False)
+    build_backbone("blip4cir", model=str(library_folder), load_weights=False)
 
 
 def test_positions_that_are_no_grid() -> None:
     """A tower whose positions fill no square cannot be resized, and a size that patches do not fill is none."""
-    tower = vision_names({
-        "patch_embed.proj.weight": torch.ones(64, 3, 16, 16), "blocks.0.mlp.fc1.weight": torch.ones(96, 64),
-        "pos_embed": torch.ones(1, 7, 64),
+    tower = rename_vision_tower({
+        "visual_encoder.patch_embed.proj.weight": torch.ones(64, 3, 16, 16),
+        "visual_encoder.blocks.0.mlp.fc1.weight": torch.ones(96, 64),
+        "visual_encoder.pos_embed": torch.ones(1, 7, 64),
     })  # fmt: skip
     with pytest.raises(InputError, match="6 positions are no square grid"):
         resize_positions(tower, 64)
@@ -222,7 +225,7 @@ def test_many_images_are_seen_in_parts(makes: Makes, monkeypatch: pytest.MonkeyP
     backbone.blip.vision_model.register_forward_pre_hook(
         lambda _, __, given: seen.append(len(given["pixel_values"])), with_kwargs=True
     )
-    monkeypatch.setattr(blip4cir, "SEEN_AT_ONCE", 3)
+    monkeypatch.setattr(shared_vision, "IMAGES_IN_ONE_PASS", 3)
     parts = backbone.encode_image(pixels().double())
     assert seen == [3, 1]
     for a, b in zip(parts, whole, strict=True):

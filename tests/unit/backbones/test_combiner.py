@@ -12,10 +12,10 @@ from torch import Tensor
 
 from spn4cir.backbones import build_backbone
 from spn4cir.backbones.clip4cir import CLIP4CIR, Combiner
+from spn4cir.batches import TripletBatch
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.cli import import_command
 from spn4cir.errors import InputError
-from spn4cir.images import TripletBatch
 from spn4cir.importers import import_published
 from spn4cir.objective import Objective
 
@@ -172,7 +172,7 @@ def test_what_trains_gets_a_gradient(stage: int, train_clip: bool) -> None:
 
 def test_a_clip_that_is_frozen_sees_few_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a batch give what the batch gives; one that trains sees it whole."""
-    monkeypatch.setattr("spn4cir.backbones.clip4cir.SEEN_AT_ONCE", 3)
+    monkeypatch.setattr("spn4cir.backbones.shared_vision.IMAGES_IN_ONE_PASS", 3)
     frozen, free = model(train_clip=False), model()
     pixels, _ = inputs(frozen)
     seen: list[int] = []

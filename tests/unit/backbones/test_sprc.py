@@ -12,11 +12,13 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForImageTextRetrieval, PreTrainedTokenizerFast
 
+from spn4cir.backbones import build_backbone
 from spn4cir.backbones.sprc import EMBEDDED, SPRC
+from spn4cir.batches import TripletBatch
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
-from spn4cir.images import TripletBatch
-from spn4cir.losses import InBatch, info_nce
+from spn4cir.in_batch import InBatch
+from spn4cir.losses import info_nce
 from spn4cir.objective import Objective
 
 TEXTS = ["make it red", "", "the same with two more, please", "blue"]
@@ -40,7 +42,8 @@ def build() -> Callable[..., SPRC]:
 
     def built(**options: Any) -> SPRC:
         torch.manual_seed(0)
-        backbone = SPRC(**{"model": None, "config": config(), "tokenizer": str(EMBEDDED), **options})
+        backbone = build_backbone("sprc", **{"model": None, "config": config(), "tokenizer": str(EMBEDDED), **options})
+        assert isinstance(backbone, SPRC)
         torch.nn.init.normal_(backbone.blip2.query_tokens)
         return backbone
 
@@ -259,7 +262,7 @@ def test_options_are_small_and_whole(build: Callable[..., SPRC]) -> None:
     backbone = build(separated=True, text_length=20)
     told = json.dumps(backbone.options)
     assert len(told) < 1500 and "opt" not in told.lower().replace("option", "")
-    again = SPRC(**json.loads(told), load_weights=False)
+    again = build_backbone("sprc", load_weights=False, **json.loads(told))
     assert {n: v.shape for n, v in again.state_dict().items()} == {n: v.shape for n, v in backbone.state_dict().items()}
     assert backbone.tokenize(["red " * 40])["text"].shape == (1, 20)
 

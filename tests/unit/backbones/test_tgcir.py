@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spn4cir.backbones import build_backbone
 from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
-from spn4cir.losses import InBatch, info_nce
+from spn4cir.in_batch import InBatch
+from spn4cir.losses import info_nce
 
 TEXTS = ["is red", "a cat with a hat", "", "blue", "less of it"]
 TEACHER = ("teacher_remain.", "teacher_replace.", "local_weight")
@@ -269,7 +271,7 @@ def test_another_layout_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_temperature_of_kl_is_positive() -> None:
     """Zero or less is an error in words."""
     with pytest.raises(InputError, match="kl_temperature"):
-        TGCIR(kl_temperature=0.0, load_weights=False)
+        TGCIR(kl_temperature=0.0)
 
 
 def test_counts_of_the_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +285,7 @@ def test_counts_of_the_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(open_clip, "create_model", without_weights)
     with torch.device("meta"):
-        model = TGCIR("ViT-B-16-quickgelu", load_weights=False)
+        model = build_backbone("tgcir", model="ViT-B-16-quickgelu", load_weights=False)
     model.freeze_image_side()
     width, layers = 512, 12
     block = 4 * width * width + 4 * width + 8 * width * width + 5 * width + 4 * width  # attention, MLP, two norms

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spn4cir.data_gen.ask import FIRST, LATER, Answer, Question, Reply, Try, ask
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.errors import InputError
 
 QUESTIONS = [Question(f"q{n}", f"prompt {n}") for n in range(11)]

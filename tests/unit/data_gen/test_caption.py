@@ -14,12 +14,12 @@ from PIL import Image
 
 from spn4cir.data_gen import caption as steps
 from spn4cir.data_gen.ask import Answer, Question, Try
-from spn4cir.data_gen.caption import caption, check_caption, repeats, tidy
-from spn4cir.data_gen.files import Journal, read_jsonl, write_jsonl
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.caption import caption_images, check_caption, repeats, tidy
+from spn4cir.data_gen.steps import GenerateConfig, Journal
+from spn4cir.dataset import Dataset
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
+from spn4cir.files import read_jsonl, write_jsonl
 
 IDS = [f"i{n}" for n in range(11)]
 SORRY = "I'm sorry, but I cannot see the image."
@@ -102,7 +102,7 @@ def rows_of(config: GenerateConfig, name: str = "captions.jsonl") -> dict[str, d
 def test_a_row_for_each_image(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) -> None:
     """In the dataset's order, on one line, with the model and a short name of the prompt; nothing else is left."""
     config = config_of(tmp_path)
-    caption(config, dataset)
+    caption_images(config, dataset)
     rows = read_jsonl(config.file("captions.jsonl"))
     assert [row["image_id"] for row in rows] == IDS and rows[3]["caption"] == "eine Kappe ä i3"
     assert {(row["model"], row["prompt"]) for row in rows} == {("embedded", "12aa91d3")}
@@ -114,7 +114,7 @@ def test_a_row_for_each_image(tmp_path: Path, dataset: Dataset, fakes: list[Fake
 def test_only_what_is_paired(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) -> None:
     """Images of pairs, each once, in the dataset's order and not in that of the pairs."""
     config = config_of(tmp_path, [("i7", "i2"), ("i2", "i5"), ("i7", "i5")])
-    caption(config, dataset)
+    caption_images(config, dataset)
     assert fakes[-1].images == ["i2", "i5", "i7"] == list(rows_of(config))
 
 
@@ -125,25 +125,25 @@ def test_pairs_that_are_missing_or_old(tmp_path: Path, dataset: Dataset, fakes: 
     with pytest.raises(
         InputError, match=r"pairs\.jsonl is missing: run match_pairs\.py before, or .* --caption-images all"
     ):
-        caption(config, dataset)
+        caption_images(config, dataset)
     with pytest.raises(InputError, match=r'names "i99".* run match_pairs\.py again'):
-        caption(config_of(tmp_path, [("i1", "i99")]), dataset)
+        caption_images(config_of(tmp_path, [("i1", "i99")]), dataset)
     with pytest.raises(InputError, match="no image to caption"):
-        caption(config_of(tmp_path, []), dataset)
+        caption_images(config_of(tmp_path, []), dataset)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 def test_killed_and_resumed(tmp_path: Path, dataset: Dataset, fakes: list[Fake], at: int) -> None:
     """Only what is missing is asked and the files are byte-equal."""
     whole = config_of(tmp_path / "whole")
-    caption(whole, dataset)
+    caption_images(whole, dataset)
     config = config_of(tmp_path / "killed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spn4cir.data_gen.caption.engine_of", lambda *_, **__: _dying(at))
         with pytest.raises(KeyboardInterrupt):
-            caption(config, dataset)
+            caption_images(config, dataset)
     assert not config.file("captions.jsonl").exists()
-    caption(config, dataset)
+    caption_images(config, dataset)
     assert fakes[-1].images == IDS[3 * at :]
     for name in ("captions.jsonl", "captions.failed.jsonl", "captions.done.json"):
         assert config.file(name).read_bytes() == whole.file(name).read_bytes()
@@ -161,13 +161,13 @@ def test_killed_while_the_end_is_written(tmp_path: Path, dataset: Dataset, fakes
     """After new pairs, some captions being kept and some failing: nothing is asked twice, nothing is lost."""
 
     def prepare(folder: Path) -> GenerateConfig:
-        caption(config_of(folder, [("i1", "i2"), ("i3", "i4")]), dataset)
+        caption_images(config_of(folder, [("i1", "i2"), ("i3", "i4")]), dataset)
         return config_of(folder, [("i1", "i5"), ("i6", "i8")])
 
     fakes.append(Fake("embedded", 40))
     fakes[0].says = lambda key, number: Answer(SORRY if key in ("i2", "i6") else f"Kappe {key}")
     whole = prepare(tmp_path / "whole")
-    caption(whole, dataset)
+    caption_images(whole, dataset)
     config = prepare(tmp_path / "killed")
     calls: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -175,8 +175,8 @@ def test_killed_while_the_end_is_written(tmp_path: Path, dataset: Dataset, fakes
         for owner, name in ends:
             patch.setattr(owner, name, _interrupting(getattr(owner, name), calls, moment))
         with pytest.raises(KeyboardInterrupt):
-            caption(config, dataset)
-    caption(config, dataset)
+            caption_images(config, dataset)
+    caption_images(config, dataset)
     assert fakes[-1].images == []
     for name in ("captions.jsonl", "captions.failed.jsonl", "captions.kept.jsonl", "captions.done.json"):
         assert config.file(name).read_bytes() == whole.file(name).read_bytes(), name
@@ -199,35 +199,35 @@ def _interrupting(real: Callable[..., Any], calls: list[str], moment: int) -> Ca
 
 def test_done_is_not_done_again(tmp_path: Path, dataset: Dataset, fakes: list[Fake], capsys: Any) -> None:
     """The same settings: no model is even looked at. Another word count: all is asked anew."""
-    caption(config_of(tmp_path), dataset)
-    caption(config_of(tmp_path), dataset)
+    caption_images(config_of(tmp_path), dataset)
+    caption_images(config_of(tmp_path), dataset)
     assert not fakes[-1].looked and "is done" in capsys.readouterr().out
-    caption(config_of(tmp_path, words=4), dataset)
+    caption_images(config_of(tmp_path, words=4), dataset)
     assert fakes[-1].images == IDS and fakes[-1].prompts == {"please briefly describe the image in 4 words"}
 
 
 def test_captions_are_kept_for_other_pairs(tmp_path: Path, dataset: Dataset, fakes: list[Fake], capsys: Any) -> None:
     """By the same model, prompt and pixels only; what no pair needs now is put by, and found again."""
-    caption(config_of(tmp_path, [("i1", "i2"), ("i3", "i4")]), dataset)
+    caption_images(config_of(tmp_path, [("i1", "i2"), ("i3", "i4")]), dataset)
     before = rows_of(config_of(tmp_path, []))
     config = config_of(tmp_path, [("i1", "i5"), ("i4", "i0")])
-    caption(config, dataset)
+    caption_images(config, dataset)
     assert fakes[-1].images == ["i0", "i5"] and "2 captions are kept, 2 images are left" in capsys.readouterr().out
     assert list(rows_of(config)) == ["i0", "i1", "i4", "i5"]
     assert rows_of(config, "captions.kept.jsonl") == {i: before[i] for i in ("i2", "i3")}
     alone = config_of(tmp_path / "alone", [("i1", "i5"), ("i4", "i0")])
-    caption(alone, dataset)  # what was made before does not show in the file
+    caption_images(alone, dataset)  # what was made before does not show in the file
     assert alone.file("captions.jsonl").read_bytes() == config.file("captions.jsonl").read_bytes()
-    caption(config_of(tmp_path, [("i1", "i2"), ("i3", "i4")]), dataset)
+    caption_images(config_of(tmp_path, [("i1", "i2"), ("i3", "i4")]), dataset)
     assert fakes[-1].images == [] and rows_of(config) == before
-    caption(config_of(tmp_path, [("i1", "i5"), ("i4", "i0")]), dataset)
+    caption_images(config_of(tmp_path, [("i1", "i5"), ("i4", "i0")]), dataset)
     rows = read_jsonl(config.file("images.jsonl"))
     write_jsonl(config.file("images.jsonl"), [{**r, "pixels": "new"} if r["image_id"] == "i1" else r for r in rows])
-    caption(config, dataset)
+    caption_images(config, dataset)
     assert fakes[-1].images == ["i1"]
-    caption(config_of(tmp_path, [("i1", "i5")], captioner="other"), dataset)
+    caption_images(config_of(tmp_path, [("i1", "i5")], captioner="other"), dataset)
     assert fakes[-1].images == ["i1", "i5"] and list(rows_of(config)) == ["i1", "i5"]
-    caption(config_of(tmp_path, [("i0", "i5")]), dataset)
+    caption_images(config_of(tmp_path, [("i0", "i5")]), dataset)
     assert fakes[-1].images == []  # of the first model
 
 
@@ -235,12 +235,12 @@ def test_more_retries_ask_only_what_failed(tmp_path: Path, dataset: Dataset, fak
     """What is good stays; the same command again asks nothing."""
     fakes.append(Fake("embedded", 40))
     fakes[0].says = lambda key, number: Answer(SORRY if key == "i4" and number < 3 else f"Kappe {key}")
-    caption(config_of(tmp_path, retries=1), dataset)
+    caption_images(config_of(tmp_path, retries=1), dataset)
     assert set(IDS) - set(rows_of(config_of(tmp_path))) == {"i4"}
-    caption(config_of(tmp_path, retries=1), dataset)
+    caption_images(config_of(tmp_path, retries=1), dataset)
     assert fakes[-1].images == []
     config = config_of(tmp_path, retries=4)
-    caption(config, dataset)
+    caption_images(config, dataset)
     assert (
         fakes[-1].images == ["i4"] and list(rows_of(config)) == IDS and rows_of(config, "captions.failed.jsonl") == {}
     )
@@ -253,7 +253,7 @@ def test_failures_are_listed_and_counted(tmp_path: Path, dataset: Dataset, fakes
            "i5": Answer("a cap", cut=True), "i6": Answer(SORRY)}  # fmt: skip
     fakes[0].says = lambda key, number: bad.get(key, Answer("a cap"))
     config = config_of(tmp_path)
-    caption(config, dataset)
+    caption_images(config, dataset)
     failed = rows_of(config, "captions.failed.jsonl")
     assert {i: row["reason"] for i, row in failed.items()} == {
         "i1": "empty", "i2": "refusal", "i3": "repetition", "i4": "server: 500", "i5": "too long", "i6": "refusal",
@@ -269,7 +269,7 @@ def test_no_caption_at_all(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) 
     fakes[0].says = lambda key, number: Answer(SORRY)
     config = config_of(tmp_path)
     with pytest.raises(InputError, match=r"none of 11 captions passed the checks \(11 refusal\): see .*failed\.jsonl"):
-        caption(config, dataset)
+        caption_images(config, dataset)
     assert len(rows_of(config, "captions.failed.jsonl")) == 11 and not config.file("captions.done.json").exists()
 
 
@@ -282,7 +282,7 @@ def test_given_captions_of_a_file(tmp_path: Path, dataset: Dataset, fakes: list[
     found = []
     for name in ("given.json", "given.jsonl"):
         config = config_of(tmp_path / name.replace(".", "-"), captions=str(tmp_path / name))
-        caption(config, dataset)
+        caption_images(config, dataset)
         assert not fakes[-1].asked and not fakes[-1].looked
         found.append(rows_of(config))
         assert f"11 captions are from {tmp_path / name}" in capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_given_captions_of_a_file(tmp_path: Path, dataset: Dataset, fakes: list[
     entries[3]["caption"] = "a correction"
     (tmp_path / "given.json").write_text(json.dumps(entries))
     config = config_of(tmp_path / "given-json", captions=str(tmp_path / "given.json"))
-    caption(config, dataset)
+    caption_images(config, dataset)
     assert rows_of(config)["i3"]["caption"] == "a correction"
 
 
@@ -304,7 +304,7 @@ def test_given_captions_of_a_duplicate(tmp_path: Path, dataset: Dataset, fakes: 
     config = config_of(tmp_path, [("i0", "i1")], captions=str(tmp_path / "given.jsonl"))
     rows = [{"image_id": i, "pixels": c, "canonical": c} for i, c in (("i0", "i0"), ("i1", "i1"), ("copy", "i0"))]
     write_jsonl(config.file("images.jsonl"), [*rows, {"image_id": "copy2", "pixels": "i1", "canonical": "i1"}])
-    caption(config, dataset)
+    caption_images(config, dataset)
     assert {i: row["caption"] for i, row in rows_of(config).items()} == {"i0": "a cap", "i1": "b"}
 
 
@@ -323,7 +323,7 @@ def test_given_captions_that_cannot_be_meant(
     (tmp_path / "given.json").write_text(content)
     for name in ("given.json", "none.json", "none.jsonl"):
         with pytest.raises(InputError, match=told if name == "given.json" else "is missing") as error:
-            caption(config_of(tmp_path, captions=str(tmp_path / name)), dataset)
+            caption_images(config_of(tmp_path, captions=str(tmp_path / name)), dataset)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert not any(fake.asked for fake in fakes)
 
@@ -332,7 +332,7 @@ def test_captions_that_came_with_the_dataset(tmp_path: Path, fakes: list[Fake], 
     """They are used, and only the other images are asked about, which is said."""
     came = {**dict.fromkeys(IDS, ""), "i1": " a\nred cap ", "i4": "a blue cap"}
     config = config_of(tmp_path, [("i1", "i2"), ("i4", "i5")])
-    caption(config, dataset_of(tmp_path, came))
+    caption_images(config, dataset_of(tmp_path, came))
     assert fakes[-1].images == ["i2", "i5"]
     assert "2 captions are from the dataset, 2 images are left" in capsys.readouterr().out
     assert [(r["caption"], r["model"]) for r in rows_of(config).values()] == [
@@ -344,10 +344,10 @@ def test_captions_that_came_with_the_dataset(tmp_path: Path, fakes: list[Fake], 
 def test_prompts(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) -> None:
     """Words and category are filled in, other braces are the prompt's own; a file says it instead."""
     pairs = [("i1", "i2")]
-    caption(config_of(tmp_path, pairs, prompt="as {json} in {words} words, a {category} {"), dataset)
+    caption_images(config_of(tmp_path, pairs, prompt="as {json} in {words} words, a {category} {"), dataset)
     assert fakes[-1].prompts == {"as {json} in 10 words, a hat {"}
     (tmp_path / "prompt.txt").write_text("the {category}, {words} words\n", encoding="utf-8")
-    caption(config_of(tmp_path, pairs, prompt_file=str(tmp_path / "prompt.txt"), words=5), dataset)
+    caption_images(config_of(tmp_path, pairs, prompt_file=str(tmp_path / "prompt.txt"), words=5), dataset)
     assert fakes[-1].prompts == {"the hat, 5 words"}
 
 
@@ -363,32 +363,32 @@ def test_prompt_files_that_cannot_be_meant(
     if text is not None:
         (tmp_path / "prompt.txt").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(InputError, match=told) as error:
-        caption(config_of(tmp_path, prompt_file=str(tmp_path / "prompt.txt")), dataset)
+        caption_images(config_of(tmp_path, prompt_file=str(tmp_path / "prompt.txt")), dataset)
     assert "\n" not in str(error.value) and not any(fake.looked for fake in fakes)
 
 
 def test_a_prompt_of_a_category_that_is_missing(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) -> None:
     """The image is named; one that is not captioned may lack it."""
     with pytest.raises(InputError, match=r'but 1 images have none, the first being "i9"'):
-        caption(config_of(tmp_path, prompt="a {category} in {words} words"), dataset)
-    caption(config_of(tmp_path, [("i1", "i2")], prompt="a {category} in {words} words"), dataset)
+        caption_images(config_of(tmp_path, prompt="a {category} in {words} words"), dataset)
+    caption_images(config_of(tmp_path, [("i1", "i2")], prompt="a {category} in {words} words"), dataset)
 
 
 def test_a_full_disk(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) -> None:
     """One line; what was written stays; with room again the run goes on and its file is that of any other."""
     whole = config_of(tmp_path / "whole")
-    caption(whole, dataset)
+    caption_images(whole, dataset)
     config, before = config_of(tmp_path / "full"), resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
     try:
         with pytest.raises(InputError, match=r"partial\.jsonl cannot be written: File too large") as error:
-            caption(config, dataset)
+            caption_images(config, dataset)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert "\n" not in str(error.value)
-    caption(config, dataset)
+    caption_images(config, dataset)
     assert 0 < len(fakes[-1].images) < len(IDS)
     assert config.file("captions.jsonl").read_bytes() == whole.file("captions.jsonl").read_bytes()
 
@@ -399,7 +399,7 @@ def test_a_broken_image_is_named(tmp_path: Path, dataset: Dataset) -> None:
         Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
     os.truncate(tmp_path / "i4.png", 30)
     with pytest.raises(InputError, match=r"image .*i4\.png does not decode"):
-        caption(config_of(tmp_path), dataset)
+        caption_images(config_of(tmp_path), dataset)
 
 
 @pytest.mark.parametrize(("text", "expected"), [

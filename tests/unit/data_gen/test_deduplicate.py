@@ -12,12 +12,13 @@ from PIL import EpsImagePlugin, Image
 
 from spn4cir import identity as inspection
 from spn4cir.data_gen.deduplicate import canonical_images, deduplicate, reference_images
-from spn4cir.data_gen.files import read_jsonl
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.dataset import Dataset
 from spn4cir.datasets import load_dataset
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset, Triplet
+from spn4cir.files import read_jsonl
+from spn4cir.types import Triplet
 
 COLORS = {"c": "blue", "a": "red", "b": "green"}  # the dataset's order is not that of the alphabet
 
@@ -201,7 +202,7 @@ def test_postscript_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def annotated(folder: Path, *pairs: tuple[str, str]) -> Dataset:
     found = dataset(folder, ["c", "a2", "a", "b", "wide"])
-    found.triplets = lambda: [Triplet(r, t, ("x",)) for r, t in pairs]  # type: ignore[method-assign]
+    found.triplets = lambda: [Triplet(r, (t,), ("x",)) for r, t in pairs]  # type: ignore[method-assign]
     return found
 
 
@@ -235,7 +236,7 @@ def test_what_was_decoded_is_not_decoded_again(folder: Path, monkeypatch: pytest
     """Interrupted at any image, the next run goes on behind it."""
     config, looked = GenerateConfig(output=str(folder / "out")), []
     monkeypatch.setattr(inspection, "BLOCK", 1)
-    monkeypatch.setattr(inspection, "_cores", lambda: 1)
+    monkeypatch.setattr(inspection, "cpu_count", lambda: 1)
 
     def slow(path: Path) -> Image.Image:
         looked.append(path.stem)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_backbones import EMBEDDED
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spn4cir.data_gen.ask import Question, Try
-from spn4cir.data_gen.engines import EMBEDDED, Local, _seed, engine_of
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.engines import Local, _seed, engine_of
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
 
@@ -36,7 +37,7 @@ def embedded() -> Local:
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a language model of random weights that reads text alone."""
     folder = tmp_path_factory.mktemp("reader")
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "llava")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}assistant:"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -159,7 +160,7 @@ def test_an_unknown_model(tmp_path: Path, name: str, images: bool) -> None:
 
 def broken(folder: Path, what: str) -> None:
     """A copy of the embedded model that lacks something."""
-    shutil.copytree(EMBEDDED, folder)
+    shutil.copytree(EMBEDDED / "llava", folder)
     if what == "chat template":
         (folder / "chat_template.jinja").unlink()
     elif what == "weights":
@@ -197,7 +198,7 @@ def test_what_identifies_answers(tmp_path: Path, reader: Path) -> None:
     def about(model: str, tokens: int = 5) -> dict[str, Any]:
         return Local(model, images=True, batch_size=3, max_new_tokens=tokens).about
 
-    shutil.copytree(EMBEDDED, tmp_path / "llava")
+    shutil.copytree(EMBEDDED / "llava", tmp_path / "llava")
     assert about("embedded") == about(str(tmp_path / "llava")) == about("embedded")
     assert about("embedded") != about("embedded", 6)
     (tmp_path / "llava" / "chat_template.jinja").write_text("{{ messages }}")

@@ -3,15 +3,17 @@
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from spn4cir.data_gen.files import Journal, cut_torn, digest, is_done, mark_done, read_jsonl, write_jsonl
-from spn4cir.data_gen.processes import Processes
+from spn4cir.data_gen.steps import Journal, cut_torn, digest, is_done, mark_done
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
+from spn4cir.files import read_jsonl, write_jsonl
 
 ROWS = [{"a": 1}, {"b": "ä\u2028"}, {"c": [None, 1.5]}]
 
@@ -218,13 +220,38 @@ def test_digest_depends_on_settings_and_contents(tmp_path: Path) -> None:
 def test_done_is_of_these_settings(path: Path) -> None:
     """A step is done if its file and its note are there and the note is of the same making."""
     assert not is_done(path, "x")
+    write_jsonl(path, [{"a": 2}])
     mark_done(path, "x", rows=3)
-    assert not is_done(path, "x")  # no file
     write_jsonl(path, ROWS)
     assert not is_done(path, "x")  # the note was of what stood there before
     mark_done(path, "x", rows=3)
     assert is_done(path, "x") and not is_done(path, "y")
-    path.with_suffix(".done.json").write_text("{torn")
+    path.rename(path.with_name("away"))
+    assert not is_done(path, "x")  # no file
+    path.with_name("away").rename(path)
+    note = path.with_suffix(".done.json")
+    for old in ("{torn", "[]", '{"made_by": "x"}', '{"made_by": "x", "files": {}}', '{"made_by": "x", "files": 1}'):
+        note.write_text(old)  # damaged, or of a version that did not look at the file
+        assert not is_done(path, "x")
+    note.unlink()
     assert not is_done(path, "x")
-    path.with_suffix(".done.json").unlink()
+
+
+@pytest.mark.parametrize("harm", [lambda b: b[:9], lambda b: b + b"{}\n", lambda b: b.replace(b"1", b"2"), None])
+@pytest.mark.parametrize("which", [0, 1])
+def test_done_is_of_these_bytes(
+    path: Path, which: int, harm: Callable[[bytes], bytes] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that was cut at a line, lengthened, changed or lost since is made again, and a line says so."""
+    beside = path.with_name("beside.png")
+    write_jsonl(path, ROWS)
+    beside.write_bytes(b"1234567890")
+    mark_done(path, "x", beside)
+    assert is_done(path, "x") and capsys.readouterr().out == ""
+    harmed = (path, beside)[which]
+    if harm is None:
+        harmed.unlink()
+    else:
+        harmed.write_bytes(harm(harmed.read_bytes()))
     assert not is_done(path, "x")
+    assert capsys.readouterr().out == f"{harmed} is not the file that was finished: it is made again\n"

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 from tiny_backbones import EMBEDDED, tiny_backbone
 
-from spn4cir.data_gen.length import TokenCounter
+from spn4cir.data_gen.texts import TokenCounter
 from spn4cir.errors import InputError
 
 WORDS = ["red", "apple", "cat's", "3", "firefighter", "medium-light", "Größe", "日本", "“quoted”", "a&b", "&amp;", "🙂"]

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from spn4cir.data_gen import match_pairs as step
-from spn4cir.data_gen.files import read_jsonl, write_jsonl
 from spn4cir.data_gen.match_pairs import ranks_of
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset, Triplet
+from spn4cir.files import read_jsonl, write_jsonl
+from spn4cir.types import Triplet
 
 IDS = [f"i{n}" for n in range(23)]
 VECTORS = np.random.default_rng(0).integers(-3, 4, (23, 5)).astype("float32")
@@ -23,7 +24,7 @@ CATEGORY = {i: "odd" if n % 2 else "even" for n, i in enumerate(IDS)}
 
 
 def dataset(annotated: list[tuple[str, str]] = ANNOTATED) -> Dataset:
-    triplets = [Triplet(r, t, ("x",)) for r, t in annotated]
+    triplets = [Triplet(r, (t,), ("x",)) for r, t in annotated]
     return cast(Dataset, SimpleNamespace(name="x", triplets=lambda: triplets, category=lambda i: CATEGORY.get(i, "")))
 
 

@@ -81,9 +81,9 @@ def test_embedded_is_what_it_was(toy: Toy) -> None:
     backbone = build_backbone("clip4cir", model="embedded", pretrained=None).eval()
     ids = toy.training_images()
     with torch.inference_mode():
-        expected = backbone.encode_target(ImageSource(toy.path, backbone.transform).stack(ids))[:, 0]
+        expected = backbone.encode_target(ImageSource(toy.image, backbone.transform).stack(ids))[:, 0]
     matcher = load_matcher("embedded")
-    found = matcher.encode(ImageSource(toy.path, matcher.transform).stack(ids))
+    found = matcher.encode(ImageSource(toy.image, matcher.transform).stack(ids))
     assert torch.equal(found, expected)
     assert not torch.equal(found[:1], expected[2:3])  # the second is a twin of the first
 

@@ -8,16 +8,17 @@ from typing import Any, cast
 
 import pytest
 import yaml
+from tiny_backbones import EMBEDDED
 
+from spn4cir.config import recipes_folder
 from spn4cir.data_gen.ask import Answer, Question, Try
-from spn4cir.data_gen.files import read_jsonl, write_jsonl
-from spn4cir.data_gen.length import EMBEDDED, TokenCounter
-from spn4cir.data_gen.rewrite import Prompt, check_rewriting, read_prompt, sentence
-from spn4cir.data_gen.settings import PRESETS, GenerateConfig
-from spn4cir.data_gen.write_text import write_text
+from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.data_gen.texts import Prompt, TokenCounter, check_rewriting, load_prompt, sentence
+from spn4cir.data_gen.write_text import write_triplets
+from spn4cir.dataset import Dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset
+from spn4cir.files import read_jsonl, write_jsonl
 
 NOBODY = cast(Dataset, SimpleNamespace(name="x", path=Path))
 PROMPT = Prompt(Path("p.yaml"), "rewrite", (("a red cat", "make the cat red"), ("two dogs", "show two dogs")))
@@ -63,8 +64,8 @@ def run(
     rows = [{"reference": r, "target": t, "rank": 1, "similarity": 0.5} for r, t in PAIRS]
     write_jsonl(config.file("pairs.jsonl"), rows)
     fake = Fake(say)
-    monkeypatch.setattr("spn4cir.data_gen.rewrite.engine_of", lambda *_, **__: fake)
-    write_text(config, NOBODY)
+    monkeypatch.setattr("spn4cir.data_gen.texts.engine_of", lambda *_, **__: fake)
+    write_triplets(config, NOBODY)
     return config, fake
 
 
@@ -82,7 +83,7 @@ def test_rewritten_texts_take_the_place_of_the_template_s(tmp_path: Path, monkey
     entries = json.loads(config.file("triplets.json").read_text())
     assert entries[0]["captions"] == ["I want green apple"] and entries[0]["llm_caption"] == "I want green apple"
     triplets, _ = read_generated(config.file("triplets.json"), "abcd")
-    assert triplets[3].modifications == ("I want two dogs",)
+    assert triplets[3].texts == ("I want two dogs",)
     import pandas
 
     table = pandas.read_parquet(config.file("triplets.parquet"))
@@ -130,7 +131,7 @@ def test_the_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fake = run(tmp_path, monkeypatch, lambda source, _: f"the {source}")
     chat = fake.chats[0]
     assert [message["role"] for message in chat] == ["system", *["user", "assistant"] * 5, "user"]
-    assert chat[-1]["content"] in CAPTIONS.values() and chat[0]["content"] == read_prompt(GenerateConfig()).instruction
+    assert chat[-1]["content"] in CAPTIONS.values() and chat[0]["content"] == load_prompt(GenerateConfig()).instruction
 
 
 @pytest.mark.parametrize(("answer", "expected"), [
@@ -172,10 +173,10 @@ def test_checks(source: str, answer: str, cut: bool, problem: str | None) -> Non
     )
 
 
-@pytest.mark.parametrize("path", sorted(PRESETS.glob("rewrite*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((recipes_folder() / "prompts").glob("*.yaml")), ids=lambda p: p.stem)
 def test_prompts_that_ship(path: Path) -> None:
     """Each has an instruction and five examples whose targets pass the checks."""
-    prompt = read_prompt(GenerateConfig(rewriter_prompt=str(path)))
+    prompt = load_prompt(GenerateConfig(rewriter_prompt=str(path)))
     assert len(prompt.examples) == 5 and "only" in prompt.instruction
     for source, target in prompt.examples:
         question = Question(source, prompt.chat(source))
@@ -184,7 +185,7 @@ def test_prompts_that_ship(path: Path) -> None:
 
 def test_the_prompt_of_a_dataset(tmp_path: Path) -> None:
     """A dataset may have its own; the general one is there for others; a file that is named is taken."""
-    names = {n: read_prompt(GenerateConfig(dataset=n)).path.name for n in ("fashioniq", "cirr", "emoji", "../x")}
+    names = {n: load_prompt(GenerateConfig(dataset=n)).path.name for n in ("fashioniq", "cirr", "emoji", "../x")}
     general = "rewrite.yaml"
     assert names == {
         "fashioniq": "rewrite_fashioniq.yaml",
@@ -214,10 +215,10 @@ def test_prompt_files_that_cannot_be_meant(tmp_path: Path, content: Any, told: s
     path = tmp_path / "mine.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     with pytest.raises(InputError, match=told) as caught:
-        read_prompt(GenerateConfig(rewriter_prompt=str(path)))
+        load_prompt(GenerateConfig(rewriter_prompt=str(path)))
     assert "mine.yaml" in str(caught.value) and "\n" not in str(caught.value)
     path.write_text(yaml.safe_dump(GOOD))
-    assert read_prompt(GenerateConfig(rewriter_prompt=str(path))).instruction == "say it"
+    assert load_prompt(GenerateConfig(rewriter_prompt=str(path))).instruction == "say it"
 
 
 def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
         )
         write_jsonl(config.file("pairs.jsonl"), [{"reference": "a", "target": "b"}])
         with pytest.raises(InputError, match=told):
-            write_text(config, NOBODY)
+            write_triplets(config, NOBODY)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("llama")
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED.parent / "llava")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "llava")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
@@ -265,7 +266,7 @@ def test_a_llama(tmp_path: Path, llama: Path) -> None:
         config = GenerateConfig(output=str(tmp_path / name), **settings)
         write_jsonl(config.file("captions.jsonl"), [{"image_id": i, "caption": c} for i, c in CAPTIONS.items()])
         write_jsonl(config.file("pairs.jsonl"), [{"reference": r, "target": t} for r, t in PAIRS])
-        write_text(config, NOBODY)
+        write_triplets(config, NOBODY)
         names = ("triplets.jsonl", "triplets.parquet", "rewrites.jsonl", "rewrites.failed.jsonl")
         found.append([config.file(n).read_bytes() for n in names])
         counts = json.loads(config.file("summary.json").read_text())["counts"]

@@ -11,13 +11,21 @@ import pytest
 from conftest import draw_picture
 from PIL import Image
 
-from spn4cir.data_gen.draw import font, known_letters, wrap
-from spn4cir.data_gen.files import write_jsonl
-from spn4cir.data_gen.settings import GenerateConfig
-from spn4cir.data_gen.sheet import sample, write_sheet
-from spn4cir.data_gen.window_report import draw_chart, histogram, sample_pairs, write_window
-from spn4cir.data_gen.write_text import write_text
-from spn4cir.types import Dataset
+from spn4cir.data_gen.sheet import (
+    compute_shares,
+    draw_chart,
+    font,
+    has_letters,
+    sample_pairs,
+    sample_triplets,
+    wrap,
+    write_sheet,
+    write_window,
+)
+from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.data_gen.write_text import write_triplets
+from spn4cir.dataset import Dataset
+from spn4cir.files import write_jsonl
 
 
 @pytest.fixture
@@ -40,7 +48,7 @@ def written(
     named = [{"reference": f"i{n % 30}", "target": f"i{(n + 7) % 30}"} for n in range(pairs)]
     shown = [{**row, "rank": 1 + n % 20, "similarity": round(0.9 - 0.02 * (n % 20), 4)} for n, row in enumerate(named)]
     write_jsonl(config.file("pairs.jsonl"), shown)
-    write_text(config, pictures)
+    write_triplets(config, pictures)
     return config
 
 
@@ -51,7 +59,7 @@ def test_sheet(tmp_path: Path, pictures: Dataset, capsys: pytest.CaptureFixture[
         write_sheet(config, pictures)
     page, other = (config.file("sheet.html").read_text() for config in configs)
     assert page == other and configs[0].file("sheet.png").read_bytes() == configs[1].file("sheet.png").read_bytes()
-    rows = sample(configs[0], 40)
+    rows = sample_triplets(configs[0], 40)
     assert len(rows) == 20 == page.count('class="card"') and page.count("<img") == 40
     assert all(f'title="{row["reference"]}"' in page and html.escape(row["captions"][0]) in page for row in rows)
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "20 of 40 triplets" in page
@@ -61,7 +69,7 @@ def test_sheet(tmp_path: Path, pictures: Dataset, capsys: pytest.CaptureFixture[
     before = configs[0].file("sheet.html").stat().st_mtime_ns
     write_sheet(configs[0], pictures)
     assert configs[0].file("sheet.html").stat().st_mtime_ns == before
-    drawn = sample(GenerateConfig(output=configs[0].output, seed=7), 40)
+    drawn = sample_triplets(GenerateConfig(output=configs[0].output, seed=7), 40)
     assert drawn != rows and "cannot be shown" not in capsys.readouterr().out
 
 
@@ -101,7 +109,7 @@ def test_wrap() -> None:
 @pytest.mark.parametrize(("text", "known"), [("Größe – “x”…", True), ("日本", False), ("🙂", False)])
 def test_letters_of_the_font(text: str, known: bool) -> None:
     """Only what the font lacks is drawn as boxes."""
-    assert known_letters(text) == known
+    assert has_letters(text) == known
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 7, 40])
@@ -151,13 +159,13 @@ def test_histogram(tmp_path: Path, pictures: Dataset) -> None:
     import numpy as np
 
     config, similarities = written(tmp_path / "a", pictures), np.array([0.1, 0.1, 0.9])
-    alone = histogram(config, similarities)
+    alone = compute_shares(config, similarities)
     assert set(alone) == {"edges", "window"} and sum(alone["window"]) == pytest.approx(1)
     known = {"edges": [-1, 0, 1], "all": [30, 10], "window": [0, 3]}
     config.file("window.json").write_text(
         json.dumps({"histogram": known, "images": 30, "ranks": {"": [1, 21]}, "window": [1, 21]})
     )
-    shares = histogram(config, similarities)
+    shares = compute_shares(config, similarities)
     assert shares == {"edges": [-1, 0, 1], "all": [0.75, 0.25], "window": [0.0, 1.0]}
     assert draw_chart(shares).tobytes() != draw_chart({**shares, "all": [0.25, 0.75]}).tobytes()
     write_window(config, pictures)

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spn4cir.backbones import build_backbone
-from spn4cir.data_gen import files, vectors
-from spn4cir.data_gen.files import write_jsonl
+from spn4cir.data_gen import steps, vectors
 from spn4cir.data_gen.matchers import Matcher, identify, load_matcher
-from spn4cir.data_gen.processes import Processes, own_device
-from spn4cir.data_gen.settings import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.vectors import encode_all, stored_vectors, vectors_made_by
+from spn4cir.distributed import Processes, own_device
 from spn4cir.errors import InputError
+from spn4cir.files import write_jsonl
 from spn4cir.images import ImageSource
 
 WIDTH, AT_ONCE = 5, 3
@@ -71,7 +71,7 @@ def encoded(folder: Path, toy: Toy, matcher: Matcher | None = None, processes: P
 def by_hand(toy: Toy) -> Tensor:
     """All images in blocks of three, without any of the machinery."""
     matcher, ids = Counting().matcher, toy.training_images()
-    images = ImageSource(toy.path, matcher.transform)
+    images = ImageSource(toy.image, matcher.transform)
     return torch.cat([matcher.encode(images.stack(ids[n : n + AT_ONCE])) for n in range(0, len(ids), AT_ONCE)])
 
 
@@ -113,7 +113,7 @@ def test_the_embedded_matcher(tmp_path: Path, toy: Toy) -> None:
     found = encode_all(config, toy, ids, load_matcher("embedded"), Processes(), made_by)
     backbone = build_backbone("clip4cir", model="embedded", pretrained=None).eval()
     with torch.inference_mode():
-        expected = backbone.encode_target(ImageSource(toy.path, backbone.transform).stack(ids))[:, 0]
+        expected = backbone.encode_target(ImageSource(toy.image, backbone.transform).stack(ids))[:, 0]
     assert torch.equal(torch.from_numpy(found), expected)
     stored = stored_vectors(config, len(ids), made_by)
     assert stored is not None and np.array_equal(stored, found)
@@ -170,7 +170,7 @@ def kill_at(place: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return wrapped
 
-    for owner, name in ((vectors._Rows, "write"), (files.Journal, "add"), (files.Journal, "remove"),
+    for owner, name in ((vectors._Rows, "write"), (steps.Journal, "add"), (steps.Journal, "remove"),
                         (os, "replace"), (vectors, "mark_done"), (os, "fsync")):  # fmt: skip
         monkeypatch.setattr(owner, name, around(name, getattr(owner, name)))
     return passed

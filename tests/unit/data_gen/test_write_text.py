@@ -3,19 +3,22 @@
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from spn4cir.data_gen.files import read_jsonl, write_jsonl
-from spn4cir.data_gen.report import summarise
-from spn4cir.data_gen.settings import GenerateConfig
-from spn4cir.data_gen.write_text import FILES, caption_similarity, compose_text, difference, write_text
+from spn4cir.data_gen.make_triplets import print_summary
+from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.data_gen.texts import caption_similarity, compose_text, difference
+from spn4cir.data_gen.write_text import write_triplets
+from spn4cir.dataset import Dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
-from spn4cir.types import Dataset, Triplet
+from spn4cir.files import read_jsonl, write_jsonl
+from spn4cir.types import Triplet
 
 NOBODY = cast(Dataset, SimpleNamespace(name="x", path=lambda image_id: Path("pictures") / f"{image_id}.png"))
 
@@ -96,7 +99,7 @@ def made(
     write_jsonl(config.file("captions.jsonl"), rows)
     rows = [{"reference": r, "target": t, "rank": 1, "similarity": 0.5} for r, t in pairs]
     write_jsonl(config.file("pairs.jsonl"), rows)
-    write_text(config, NOBODY)
+    write_triplets(config, NOBODY)
     return config
 
 
@@ -107,7 +110,7 @@ def test_the_published_file(tmp_path: Path) -> None:
     assert not notes
     rows = read_jsonl(config.file("triplets.jsonl"))
     assert [(t.reference, t.target) for t in triplets] == [("a", "b"), ("b", "e")]
-    assert triplets == [Triplet(r["reference"], r["target"], (r["modification"],), generated=True) for r in rows]
+    assert triplets == [Triplet(r["reference"], (r["target"],), (r["modification"],), generated=True) for r in rows]
     assert rows[0]["captions"] == ["red apple", "green apple"]
     note = json.loads(config.file("triplets.done.json").read_text())
     assert note["triplets"] == 2 and sum(note["dropped"].values()) == 3
@@ -131,21 +134,26 @@ def test_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """The same step again changes nothing; with another seed it runs."""
     config = made(tmp_path, [("a", "b")])
     before = config.file("triplets.json").stat().st_mtime_ns
-    write_text(config, NOBODY)
+    write_triplets(config, NOBODY)
     assert "is done" in capsys.readouterr().out
     assert config.file("triplets.json").stat().st_mtime_ns == before
-    write_text(GenerateConfig(output=str(tmp_path), seed=7), NOBODY)
+    write_triplets(GenerateConfig(output=str(tmp_path), seed=7), NOBODY)
     assert "is done" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_lost_file_is_written_again(tmp_path: Path, name: str) -> None:
-    """The step writes four files: it is not done while one of them is missing."""
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+@pytest.mark.parametrize("name", ["triplets.json", "triplets.jsonl", "triplets.parquet", "summary.json"])
+def test_a_lost_or_cut_file_is_written_again(
+    tmp_path: Path, name: str, harm: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step writes four files: it is not done while one of them is missing or is not what was written."""
     config = made(tmp_path, [("a", "b")])
     before = config.file(name).read_bytes()
-    config.file(name).unlink()
-    write_text(config, NOBODY)
+    harm(config.file(name))
+    capsys.readouterr()
+    write_triplets(config, NOBODY)
     assert config.file(name).read_bytes() == before
+    assert f"{config.file(name)} is not the file that was finished: it is made again" in capsys.readouterr().out
 
 
 def test_texts_stay_what_they_were(tmp_path: Path) -> None:
@@ -190,7 +198,7 @@ def test_pairs_without_ranks(tmp_path: Path) -> None:
     """Uniform draws have neither rank nor similarity, and the Parquet file says so."""
     config = made(tmp_path, [("a", "b")])
     write_jsonl(config.file("pairs.jsonl"), [{"reference": "a", "target": "b", "rank": None, "similarity": None}])
-    write_text(config, NOBODY)
+    write_triplets(config, NOBODY)
     import pandas
 
     [record] = pandas.read_parquet(config.file("triplets.parquet")).to_dict("records")
@@ -202,7 +210,7 @@ def test_the_json_is_what_the_library_would_write_at_once(tmp_path: Path, datase
     """Written entry by entry, the published file has the bytes of one list."""
     config = made(tmp_path, [("a", "b"), ("b", "e")])
     config.file("triplets.done.json").unlink()
-    write_text(config, cast(Dataset, SimpleNamespace(name=dataset, path=NOBODY.path)))
+    write_triplets(config, cast(Dataset, SimpleNamespace(name=dataset, path=NOBODY.path)))
     text = config.file("triplets.json").read_text()
     entries = json.loads(text)
     assert text == json.dumps(entries, ensure_ascii=False, indent=0) + "\n"
@@ -279,7 +287,7 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     before = config.file("triplets.parquet").read_bytes()
     write_jsonl(config.file("pairs.jsonl"), [{"reference": "a", "target": "c", "rank": 1, "similarity": 1.0}])
     with pytest.raises(InputError, match="no triplet: 1 since the two captions are equal"):
-        write_text(config, NOBODY)
+        write_triplets(config, NOBODY)
     assert config.file("triplets.parquet").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -290,7 +298,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spn4cir.data_gen.outputs.os.replace", full)
+    monkeypatch.setattr("spn4cir.data_gen.write_text.os.replace", full)
     with pytest.raises(InputError, match="cannot be written: No space left"):
         made(tmp_path, [("a", "b")])
     assert not list(tmp_path.glob("triplets*"))
@@ -315,6 +323,6 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary["templates"] == {"target": 3} and summary["settings"]["templates"] == ["target"]
     assert str(tmp_path) not in text
     capsys.readouterr()
-    summarise(config, NOBODY)
+    print_summary(config, NOBODY)
     told = capsys.readouterr().out
     assert "triplets 3" in told and "dropped: none" in told and "red apple  +  «two dogs»  →  two dogs" in told

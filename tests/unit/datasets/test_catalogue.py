@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from spn4cir.config import TrainConfig
+from spn4cir.data import load_triplets
 from spn4cir.dataset_check import examine
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.skip import write_skip_list
 from spn4cir.errors import InputError
-from spn4cir.train import load_triplets
 
 
 def picture(path: Path, color: str = "red") -> Path:
@@ -249,7 +249,7 @@ def test_queries_of_ones_own(folder: Path) -> None:
     (folder / "queries.csv").write_text(QUERIES, encoding="utf-8")
     benchmark = Catalogue(str(folder)).benchmark("val")
     (query,) = benchmark.queries
-    assert query.targets == ("shoes/b.png", "hats/ü h.webp") and query.group == "a" and query.modification == "in blue"
+    assert query.targets == ("shoes/b.png", "hats/ü h.webp") and query.group == "a" and query.text == "in blue"
     assert benchmark.name == "catalogue/val" and benchmark.gallery == tuple(IDS) and benchmark.exclude_reference
 
 

@@ -47,7 +47,7 @@ def read_of(dataset: CIRR, split: str) -> Callable[[], object]:
 def test_triplets_in_file_order(cirr: Path) -> None:
     """One caption each; reference and target are not confused."""
     rows = json.loads((cirr / CAPTIONS.format("train")).read_text())
-    assert CIRR(str(cirr)).triplets() == [Triplet(r["reference"], r["target_hard"], (r["caption"],)) for r in rows]
+    assert CIRR(str(cirr)).triplets() == [Triplet(r["reference"], (r["target_hard"],), (r["caption"],)) for r in rows]
     assert len(rows) == 18 and rows[0]["reference"] != rows[0]["target_hard"]
 
 
@@ -56,7 +56,7 @@ def test_empty_captions(cirr: Path) -> None:
     set_first(cirr / CAPTIONS.format("train"), caption=" ")
     set_first(cirr / CAPTIONS.format("val"), caption="")
     dataset = CIRR(str(cirr))
-    assert len(dataset.triplets()) == 17 and all(t.modifications[0] for t in dataset.triplets())
+    assert len(dataset.triplets()) == 17 and all(t.texts[0] for t in dataset.triplets())
     assert dataset.notes() == ["cirr: 1 training triplets without a caption are left out"]
     assert len(dataset.benchmark("val").queries) == 12
     found = {c.what: c for c in dataset.checks()}
@@ -76,10 +76,10 @@ def test_val(cirr: Path) -> None:
     rows = json.loads((cirr / CAPTIONS.format("val")).read_text())
     assert benchmark == CIRR(str(cirr)).benchmark("val", "cirr/val") and benchmark.name == "cirr/val"
     assert list(benchmark.gallery) == list(json.loads((cirr / SPLIT.format("val")).read_text()))
-    assert benchmark.exclude_reference and benchmark.answered and not benchmark.group_gallery
+    assert benchmark.exclude_reference and benchmark.has_known_targets and not benchmark.group_gallery
     assert (benchmark.ks, benchmark.subset_ks) == ((1, 5, 10, 50), (1, 2, 3))
     assert benchmark.selection == ("R@5", "Rs@1") and not benchmark.mean_over_groups
-    assert [(q.reference, q.targets, q.modification, q.name) for q in benchmark.queries] == [
+    assert [(q.reference, q.targets, q.text, q.name) for q in benchmark.queries] == [
         (r["reference"], (r["target_hard"],), r["caption"], str(r["pairid"])) for r in rows
     ]
     assert [list(q.subset) for q in benchmark.queries] == [r["img_set"]["members"] for r in rows]
@@ -89,7 +89,7 @@ def test_test1(cirr: Path) -> None:
     """Its targets are not known, and are not read even if a file has some."""
     set_first(cirr / CAPTIONS.format("test1"), target_hard="test1-1-0-img1")
     benchmark = CIRR(str(cirr)).benchmark("test1")
-    assert benchmark.name == "cirr/test1" and not benchmark.answered and len(benchmark.queries) == 18
+    assert benchmark.name == "cirr/test1" and not benchmark.has_known_targets and len(benchmark.queries) == 18
     assert not [q for q in benchmark.queries if q.targets] and len({q.name for q in benchmark.queries}) == 18
 
 
@@ -322,7 +322,7 @@ def test_roles_of_images(cirr: Path) -> None:
 def test_generated_triplets_in_the_published_shape(cirr: Path, tmp_path: Path) -> None:
     """What is written for CIRR has its fields and is read back over its images."""
     dataset = CIRR(str(cirr))
-    triplet = Triplet("train-0-0-img0", "train-1-0-img1", ("a dog", "a dog instead of a cat"), generated=True)
+    triplet = Triplet("train-0-0-img0", ("train-1-0-img1",), ("a dog", "a dog instead of a cat"), generated=True)
     entry = published_shape("cirr", triplet, ("a cat", "a dog"))
     assert entry == {
         "pairid": 0, "reference": "train-0-0-img0", "target_hard": "train-1-0-img1",

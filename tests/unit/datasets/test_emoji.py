@@ -103,7 +103,7 @@ def test_triplets_change_exactly_one_attribute(attributes: dict[str, make_emoji.
 def test_no_query_twice(split: str) -> None:
     """The same question is not counted twice, and each has one target."""
     queries = BENCHMARKS[split].queries
-    assert len({(q.reference, q.modification, q.targets) for q in queries}) == len(queries)
+    assert len({(q.reference, q.text, q.targets) for q in queries}) == len(queries)
     assert {len(q.targets) for q in queries} == {1}
 
 
@@ -125,14 +125,14 @@ def test_no_copy_of_a_held_out_target(hashes: dict[str, str]) -> None:
 
 def test_no_empty_text() -> None:
     """Every modification says something, without stray blanks or gaps of a template."""
-    texts = [text for t in DATA.triplets() for text in t.modifications]
-    texts += [query.modification for split in SPLITS for query in BENCHMARKS[split].queries]
+    texts = [text for t in DATA.triplets() for text in t.texts]
+    texts += [query.text for split in SPLITS for query in BENCHMARKS[split].queries]
     assert not [text for text in texts if not text.strip() or text != " ".join(text.split()) or "{" in text]
 
 
 def test_texts_do_not_name_the_whole_target() -> None:
     """A text never holds the target's full name: the reference is needed."""
-    compared = [(q.modification, DATA.label(q.targets[0])) for s in SPLITS for q in BENCHMARKS[s].queries]
+    compared = [(q.text, DATA.label(q.targets[0])) for s in SPLITS for q in BENCHMARKS[s].queries]
     assert sum(name.lower() in text.lower() for text, name in compared) <= 0.02 * len(compared)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from spn4cir.batches import TripletRows
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import published_shape, read_generated
 from spn4cir.errors import InputError
-from spn4cir.images import TripletRows
 from spn4cir.types import Triplet
 
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -61,7 +61,7 @@ def test_texts_of_training(fashioniq: Path) -> None:
     """Both captions in either order, or one alone, stripped of dots, question marks, commas and blanks."""
     set_first(fashioniq / "captions/cap.dress.train.json", captions=["?. is Red, and short., ", " has 1.5 dots?"])
     first = FashionIQ(str(fashioniq)).triplets()[0]
-    assert first.modifications == (
+    assert first.texts == (
         "is Red, and short and has 1.5 dots", "has 1.5 dots and is Red, and short", "is Red, and short", "has 1.5 dots",
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_each_text_is_drawn_equally_often(fashioniq: Path) -> None:
         triplet, text = rows[(epoch, 5)]
         assert triplet == triplets[5]
         counts[text] += 1
-    assert counts.keys() == set(triplets[5].modifications)
+    assert counts.keys() == set(triplets[5].texts)
     assert all(200 < count < 300 for count in counts.values())  # 250 ± 14
 
 
@@ -87,11 +87,11 @@ def test_empty_captions(fashioniq: Path, captions: list[str], expected: tuple[st
     dataset = FashionIQ(str(fashioniq))
     triplets, notes = dataset.triplets(), dataset.notes()
     if expected:
-        assert triplets[12].modifications == expected and len(triplets) == 36 and not notes
+        assert triplets[12].texts == expected and len(triplets) == 36 and not notes
     else:
         assert len(triplets) == 35 and triplets[12].reference == "BSTR00001"
         assert notes == ["fashioniq: 1 training triplets without any caption are left out"]
-    assert all(text for t in triplets for text in t.modifications)
+    assert all(text for t in triplets for text in t.texts)
     listed = next(c for c in dataset.checks() if c.what == "triplets with an empty caption")
     assert listed.examples == ("train shirt, entry 0",) and listed.level == "note"
 
@@ -103,7 +103,7 @@ def test_empty_captions(fashioniq: Path, captions: list[str], expected: tuple[st
 def test_texts_of_val(fashioniq: Path, captions: list[str], expected: str) -> None:
     """Always the first and the second, even where one is empty (three times in val): published numbers are so made."""
     set_first(fashioniq / "captions/cap.dress.val.json", captions=captions)
-    assert FashionIQ(str(fashioniq)).benchmark("val").queries[0].modification == expected
+    assert FashionIQ(str(fashioniq)).benchmark("val").queries[0].text == expected
 
 
 @pytest.mark.parametrize("protocol", [None, *PROTOCOLS])
@@ -113,7 +113,7 @@ def test_protocols(fashioniq: Path, protocol: str | None) -> None:
     assert benchmark.name == (protocol or "fashioniq/original")
     assert benchmark.exclude_reference is (protocol in PROTOCOLS[1:])
     assert (benchmark.ks, benchmark.subset_ks) == ((10, 50), ())
-    assert benchmark.selection == ("R@10", "R@50") and benchmark.mean_over_groups and benchmark.answered
+    assert benchmark.selection == ("R@10", "R@50") and benchmark.mean_over_groups and benchmark.has_known_targets
     for category in CATEGORIES:
         ids = ids_of(category, "val")
         if protocol == "fashioniq/val-union":  # references are the first 5, targets the next 8
@@ -322,7 +322,7 @@ def test_ids_that_no_split_lists(fashioniq: Path, split: str) -> None:
 def test_generated_triplets_in_the_published_shape(fashioniq: Path, tmp_path: Path) -> None:
     """What is written for FashionIQ has its fields and is read back over its images; others' fields are ignored."""
     dataset = FashionIQ(str(fashioniq))
-    triplet = Triplet("BDTR00000", "BSTR00001", ("a red shirt",), generated=True)
+    triplet = Triplet("BDTR00000", ("BSTR00001",), ("a red shirt",), generated=True)
     entry = published_shape("fashioniq", triplet, ("a dress", "a red shirt"))
     assert entry == {
         "target": "BSTR00001", "candidate": "BDTR00000", "captions": ["a red shirt"],

@@ -34,13 +34,13 @@ def written(tmp_path: Path, *entries: Any) -> Path:
 @pytest.mark.parametrize("entry", [FASHIONIQ, CIRR], ids=["fashioniq", "cirr"])
 def test_published_shapes(tmp_path: Path, entry: dict[str, Any]) -> None:
     """Both shapes give the same triplet, marked as generated; what is not needed is ignored."""
-    expected = [Triplet("a", "b", ("red", "in red"), generated=True)]
+    expected = [Triplet("a", ("b",), ("red", "in red"), generated=True)]
     assert read_generated(written(tmp_path, entry)) == expected
 
 
 def test_one_text_may_stand_alone(tmp_path: Path) -> None:
     """A text in the place of a list of one."""
-    assert read_generated(written(tmp_path, {**CIRR, "caption": "red"}))[0].modifications == ("red",)
+    assert read_generated(written(tmp_path, {**CIRR, "caption": "red"}))[0].texts == ("red",)
 
 
 def test_shapes_may_be_mixed_and_order_stays(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_an_empty_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dataset", ["emoji", "fashioniq", "cirr"])
 def test_what_is_written_is_read_back(tmp_path: Path, dataset: str) -> None:
     """published_shape and read_generated are inverse, and CIRR's shape has CIRR's fields."""
-    triplet = Triplet("a", "b", ("red ä",), generated=True)
+    triplet = Triplet("a", ("b",), ("red ä",), generated=True)
     entry = published_shape(dataset, triplet, ("one", "two"))
     assert (entry["caption1"], entry["caption2"]) == ("one", "two")
     assert entry.keys() - {"caption1", "caption2"} == (CIRR if dataset == "cirr" else FASHIONIQ).keys() - {
@@ -75,14 +75,14 @@ def test_out_of_domain_files_name_images_by_address(tmp_path: Path) -> None:
         "target_name": "b",
         "captions": ["red"],
     }
-    assert read_generated(written(tmp_path, entry)) == [Triplet("a", "b", ("red",), generated=True)]
+    assert read_generated(written(tmp_path, entry)) == [Triplet("a", ("b",), ("red",), generated=True)]
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     """Empty texts, triplets without any, and triplets of skipped images."""
     entries = [{**FASHIONIQ, "captions": c} for c in (["red", " "], [], [""], "")] + [{**FASHIONIQ, "target": "gone"}]
     triplets, notes = read(written(tmp_path, *entries), ("a", "b"), ("gone",))
-    assert triplets == [Triplet("a", "b", ("red",), generated=True)]
+    assert triplets == [Triplet("a", ("b",), ("red",), generated=True)]
     assert [note.split(": ")[1] for note in notes] == [
         "3 triplets without any text are left out", "1 triplets of skipped images are left out",
     ]  # fmt: skip
@@ -166,7 +166,7 @@ def test_other_images_have_places(cirr: Path, other: Path, where: str) -> None:
     whole = Cirr(str(cirr))
     mixed = {**CIRR, "reference": "train-0-0-img0", "target_hard": "train-1-0-img1"}
     dataset, triplets, notes = open_generated(at(other / where, OTHER, mixed), whole)
-    assert triplets[0] == Triplet("http://x/1", "http://x/2", ("red",), generated=True) and not notes
+    assert triplets[0] == Triplet("http://x/1", ("http://x/2",), ("red",), generated=True) and not notes
     assert dataset.path("http://x/2") == other / "images/2.png"
     assert dataset.path("train-0-0-img0") == whole.path("train-0-0-img0")
     assert dataset.training_images() == [*whole.training_images(), "http://x/1", "http://x/2"]
@@ -217,7 +217,7 @@ def test_places_are_found_again(
     monkeypatch.chdir(tmp_path)
     catalogue, folder = Catalogue(str(other)), tmp_path / out / "deep"
     place = picture_places(catalogue, folder)
-    triplet = Triplet("images/1.png", "images/2.png", ("red",), generated=True)
+    triplet = Triplet("images/1.png", ("images/2.png",), ("red",), generated=True)
     entry = published_shape("catalogue", triplet, ("one", "two"), (place("images/1.png"), place("images/2.png")))
     assert entry.keys() == {*OTHER, "caption1", "caption2"} and not str(entry["reference"]).startswith(("/", ".."))
     path = at(folder, entry)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from spn4cir.dataset import Check
 from spn4cir.datasets.cirr import CIRR, _faults
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.reading import Entry, read_entries
-from spn4cir.types import Check, Triplet
+from spn4cir.types import Triplet
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -113,8 +114,8 @@ def test_fashioniq_captions_of_train(triplets: list[Triplet], fashion_checks: di
     words = [len(text.split()) for text in texts]
     assert (len(texts), round(sum(words) / len(words), 1), max(words)) == (36000, 5.3, 18)
     assert (sum(not text for text in texts), sum(not text.strip(".?, ") for text in texts)) == (12, 13)
-    assert Counter(len(t.modifications) for t in triplets) == {4: 18000 - 13, 1: 13}
-    assert all(text == text.strip(".?, ") != "" for t in triplets for text in t.modifications)
+    assert Counter(len(t.texts) for t in triplets) == {4: 18000 - 13, 1: 13}
+    assert all(text == text.strip(".?, ") != "" for t in triplets for text in t.texts)
     empty = fashion_checks["triplets with an empty caption"].examples
     assert Counter(where.split()[0] for where in empty)["train"] == 13
 
@@ -126,7 +127,7 @@ def test_fashioniq_texts_of_train(triplets: list[Triplet]) -> None:
         (first, second)
         for triplet, (first, second) in zip(triplets, given, strict=True)
         if first and second
-        and triplet.modifications != (f"{first} and {second}", f"{second} and {first}", first, second)
+        and triplet.texts != (f"{first} and {second}", f"{second} and {first}", first, second)
     ]  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def test_fashioniq_val(fashion: FashionIQ, category: str, expected: tuple[int, .
     assert list(benchmark.group_gallery[category]) == split_of(category, "val")
     assert set(union.group_gallery[category]) == references | targets
     assert [q for q in union.queries if q.group == category] == asked
-    assert [q.modification for q in asked] == [
+    assert [q.text for q in asked] == [
         " and ".join(text.strip(".?, ") for text in row["captions"]) for row in rows(category, "val")
     ]
 
@@ -206,7 +207,7 @@ def test_cirr_queries(
 ) -> None:
     """Queries, gallery, references, words, and subsets of six that hold reference and target."""
     benchmark = photos.benchmark(split)
-    words = [len(q.modification.split()) for q in benchmark.queries]
+    words = [len(q.text.split()) for q in benchmark.queries]
     assert (len(benchmark.queries), len(benchmark.gallery)) == (queries, gallery)
     assert len({q.reference for q in benchmark.queries}) == references
     assert (round(sum(words) / len(words), 1), max(words)) == (mean, longest)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from spn4cir.dataset import Check
 from spn4cir.datasets.reading import Entry, attempt, find_root, inner_path, read_entries, read_ids
 from spn4cir.errors import InputError
 from spn4cir.files import read_json
-from spn4cir.types import Check
 
 INSIDE = (("captions", "notes/captions"), ("images", "pictures"))
 

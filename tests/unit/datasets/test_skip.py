@@ -7,13 +7,14 @@ from typing import ClassVar
 import pytest
 
 from spn4cir.config import TrainConfig
+from spn4cir.data import hash_pixels, load_triplets, training_images
+from spn4cir.dataset import Dataset
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.skip import NAME, Skipping, read_skip_list, write_skip_list
 from spn4cir.errors import InputError
-from spn4cir.train import hash_pixels, load_triplets, training_images
-from spn4cir.types import Benchmark, Dataset, Query, Triplet
+from spn4cir.types import Benchmark, Query, Triplet
 
 
 class Known(Dataset):
@@ -29,13 +30,13 @@ class Known(Dataset):
         return ["a", "b", "c"]
 
     def triplets(self) -> list[Triplet]:
-        return [Triplet("a", "b", ("x",)), Triplet("b", "c", ("x",)), Triplet("c", "a", ("x",))]
+        return [Triplet("a", ("b",), ("x",)), Triplet("b", ("c",), ("x",)), Triplet("c", ("a",), ("x",))]
 
     def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         queries = (
-            Query("d", "x", ("e", "f"), "g", ("d", "e", "f")),
-            Query("e", "x", ("f",), "g", ("d", "e", "f")),
-            Query("f", "x", ("d",), "h", ("d", "f")),
+            Query("d", "x", ("e", "f"), ("g",), ("d", "e", "f")),
+            Query("e", "x", ("f",), ("g",), ("d", "e", "f")),
+            Query("f", "x", ("d",), ("h",), ("d", "f")),
         )
         galleries = {"g": ("d", "e", "f"), "h": ("d", "f")}
         return Benchmark(
@@ -50,7 +51,7 @@ def without(*skipped: str) -> Skipping:
 def test_training_without_skipped_images() -> None:
     """Triplets that name one go, and the image itself."""
     dataset = without("b")
-    assert dataset.triplets() == [Triplet("c", "a", ("x",))]
+    assert dataset.triplets() == [Triplet("c", ("a",), ("x",))]
     assert dataset.training_images() == ["a", "c"]
     assert dataset.skipped == {"b"} and dataset.name == "known" and dataset.label("a") == "a"
     assert dataset.path("b") == Path("b")
@@ -61,7 +62,7 @@ def test_a_benchmark_without_skipped_images() -> None:
     benchmark = without("f").benchmark("val")
     assert benchmark.name == "known/val+skip" and benchmark.gallery == ("d", "e")
     assert benchmark.group_gallery == {"g": ("d", "e"), "h": ("d",)}
-    assert benchmark.queries == (Query("d", "x", ("e",), "g", ("d", "e")),)
+    assert benchmark.queries == (Query("d", "x", ("e",), ("g",), ("d", "e")),)
     assert (benchmark.ks, benchmark.exclude_reference) == ((1,), True)
 
 

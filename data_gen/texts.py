@@ -1,23 +1,23 @@
-"""The optional part of step 4: a language model rewrites each text in the manner of people, shown by a few examples."""
+"""Modification texts: made by templates, rewritten by a language model, and how long they are for a tokenizer."""
 
+import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from spn4cir.config import recipes_folder
 from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
 from spn4cir.data_gen.caption import fault, tidy
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.files import Row, digest, is_done, mark_done, stream_jsonl, write_jsonl
-from spn4cir.data_gen.length import TokenCounter
-from spn4cir.data_gen.processes import Processes
-from spn4cir.data_gen.settings import PRESETS, GenerateConfig
+from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest, is_done, mark_done
+from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import short
+from spn4cir.files import Row, short, stream_jsonl, write_jsonl
 
 NAMES = r"(?:target|output|answer|result|rewritten|rewrite|rewriting|revised|sentence|modification|text|caption)"
 LABEL = re.compile(
@@ -25,6 +25,122 @@ LABEL = re.compile(
 )
 SOURCE = re.compile(r"\W*(?:source|input|original|instruction)\b[^:]{0,30}:", re.IGNORECASE)
 NEW_TOKENS = 50
+FORMS = {"instead": "{1} instead of {0}", "unlike": "Unlike {0}, I want {1}", "target": "{1}"}
+"""The paper's templates 0, 1 and 2."""
+ARTICLES = {"a", "an", "the"}  # two captions that share nothing else have nothing in common
+
+
+def difference(reference: str, target: str, draw: random.Random) -> str:
+    """What changes: the words that only the target's caption has, or, if it has none, what is gone.
+
+    Captions without a common word have no difference worth naming: the text would be the whole target caption, and a
+    model could learn from it to ignore the reference.
+
+    Args:
+        reference: caption of the reference image.
+        target: caption of the target image.
+        draw: picks among several phrasings.
+
+    Returns:
+        The text; empty if the captions hold the same words, or no word in common, articles aside.
+    """
+    before, after = (_words(text) for text in (reference, target))
+    low_before, low_after = ({word.lower() for word in words} for words in (before, after))
+    if not (low_before & low_after) - ARTICLES:
+        return ""
+    if not (low_before ^ low_after) - ARTICLES:
+        return ""
+    new = " ".join(word for word in after if word.lower() not in low_before)
+    gone = " ".join(word for word in before if word.lower() not in low_after)
+    if new and gone:
+        return draw.choice([new, f"but {new}", f"make it {new}", f"{new} instead of {gone}"])
+    if new:
+        return draw.choice([new, f"but {new}", f"make it {new}", f"with {new}"])
+    return f"without {gone}" if gone else ""
+
+
+def compose_text(template: str, reference: str, target: str, draw: random.Random) -> str:
+    """A modification text by template: the paper's ``instead`` (0), ``unlike`` (1), ``target`` (2), or ``difference``.
+
+    Returns:
+        The text; empty if the template has nothing to say.
+    """
+    if template == "difference":
+        return difference(reference, target, draw)
+    return FORMS[template].format(reference, target)
+
+
+def caption_similarity(one: str, other: str) -> float:
+    """How many of the words of two captions they share, from 0 to 1; case and punctuation aside (Jaccard)."""
+    a, b = ({word.lower() for word in _words(text)} for text in (one, other))
+    return len(a & b) / len(a | b) if a or b else 1.0
+
+
+def _words(text: str) -> list[str]:
+    """Words of a text without the punctuation around them; what is inside, as in 3.5 or St. Bernard's, stays."""
+    return [word for part in text.split() if (word := part.strip(",.;:!?"))]
+
+
+class TokenCounter:
+    """Counts tokens as a backbone's ``tokenize`` would make them before it cuts.
+
+    Marks count. A backbone that leaves punctuation out of its texts reads fewer tokens than are counted here, never
+    more: what fits here is not cut there.
+
+    Args:
+        tokenizer: ``clip``, that of OpenAI's CLIP; ``embedded``, that of the embedded CLIP; or one of transformers by
+            name or folder, which may hold ``vocab.txt`` alone.
+
+    Raises:
+        InputError: if there is no such tokenizer.
+    """
+
+    def __init__(self, tokenizer: str):
+        self._clean: Any = None
+        if tokenizer not in ("clip", "embedded"):
+            self._library = _load_tokenizer(tokenizer)
+            return
+        own = _of_clip(tokenizer)
+        self._clean, self._library = own.clean_fn, getattr(own, "tokenizer", None)
+        self._tokens_of_word = lru_cache(1 << 20)(lambda word: len(own.encode(word)))
+
+    def __call__(self, texts: Sequence[str]) -> list[int]:
+        """Texts → their numbers of tokens."""
+        if self._clean:
+            texts = [" ".join(text.split()) if _is_plain(text) else self._clean(text) for text in texts]
+        if self._library is None:  # no token of CLIP's reaches over a space
+            return [2 + sum(self._tokens_of_word(word) for word in text.lower().split()) for text in texts]
+        if not texts:
+            return []
+        found = self._library(list(texts), truncation=False, padding=False, verbose=False)
+        return [len(ids) for ids in found["input_ids"]]
+
+
+@lru_cache(2)
+def _of_clip(tokenizer: str) -> Any:
+    """open_clip's; the large one takes a second to read."""
+    import open_clip
+
+    return open_clip.get_tokenizer("ViT-L-14" if tokenizer == "clip" else f"local-dir:{EMBEDDED / 'clip'}")
+
+
+def _is_plain(text: str) -> bool:
+    """Whether nothing in it can be a broken encoding or an HTML entity, the search for which takes most of the time."""
+    return text.isascii() and text.isprintable() and "&" not in text
+
+
+def _load_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer, BertTokenizer
+
+    folder = Path(source)
+    bare = (folder / "vocab.txt").is_file() and not any(folder.glob("tokenizer*.json"))  # nothing says whose
+    try:
+        return (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"tokenizer {source!r} cannot be loaded; give clip, embedded, or a folder of a tokenizer: {said}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -56,14 +172,15 @@ class Prompt:
         return [*said, {"role": "user", "content": source}]
 
 
-def read_prompt(config: GenerateConfig) -> Prompt:
-    """The file that is named; or that of the dataset, recipes/rewrite_<dataset>.yaml; or recipes/rewrite.yaml.
+def load_prompt(config: GenerateConfig) -> Prompt:
+    """Read the file that is named; or that of the dataset, recipes/prompts/rewrite_<dataset>.yaml; or rewrite.yaml.
 
     Raises:
         InputError: naming the file and the key that is missing or wrong.
     """
-    own = PRESETS / f"rewrite_{Path(config.dataset).name}.yaml"
-    path = Path(config.rewriter_prompt or (own if own.is_file() else PRESETS / "rewrite.yaml"))
+    prompts = recipes_folder() / "prompts"
+    own = prompts / f"rewrite_{Path(config.dataset).name}.yaml"
+    path = Path(config.rewriter_prompt or (own if own.is_file() else prompts / "rewrite.yaml"))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -107,7 +224,7 @@ class Rewriter:
     def __init__(self, config: GenerateConfig):
         if not config.rewriter:
             raise InputError("rewriter_endpoint needs rewriter, the model's name on that server")
-        self.config, self.prompt, self.out = config, read_prompt(config), config.file("rewrites.jsonl")
+        self.config, self.prompt, self.out = config, load_prompt(config), config.file("rewrites.jsonl")
         self.engine: Engine = engine_of(
             config.rewriter,
             config.rewriter_endpoint,

@@ -1,4 +1,4 @@
-"""Settings of the four steps."""
+"""Settings of the four steps, and one run at a time."""
 
 import itertools
 import os
@@ -10,27 +10,45 @@ from typing import Any
 import pytest
 
 from spn4cir.backbones import BACKBONES
-from spn4cir.config import parse
-from spn4cir.data_gen.settings import PRESETS, GenerateConfig, choose_preset
+from spn4cir.config import parse, recipes_folder
+from spn4cir.data_gen.steps import GenerateConfig, find_preset
 from spn4cir.errors import InputError
 
+PRESETS = sorted((recipes_folder() / "triplets").glob("*.yaml"))
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.glob("triplets_*.yaml")), ids=lambda p: p.stem)
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_presets_parse(preset: Path) -> None:
     """Each preset is valid, and is of the dataset and the backbone that its name says."""
     config = parse(GenerateConfig, preset, [])
-    dataset, _, backbone = preset.stem.removeprefix("triplets_").partition("_")
+    dataset, _, backbone = preset.stem.partition("_")
     assert config.dataset == {"outofdomain": "catalogue"}.get(dataset, dataset)
     assert config.backbone == (backbone if backbone in BACKBONES else "clip4cir")
 
 
-def test_presets_are_chosen_by_dataset_and_backbone() -> None:
-    """All that are named so are found; a backbone without one of its own takes the dataset's, or the embedded one's."""
-    assert choose_preset("fashioniq").name == "triplets_fashioniq_clip4cir.yaml"
+def test_presets_are_chosen_by_dataset_and_backbone(capsys: pytest.CaptureFixture[str]) -> None:
+    """All that are named so are found, and printed; a backbone without one of its own takes the dataset's."""
+
+    def found(*argv: str) -> str:
+        return find_preset(argv).name
+
+    assert found("--dataset", "fashioniq") == "fashioniq_clip4cir.yaml"
     for dataset, backbone in itertools.product(("fashioniq", "cirr"), BACKBONES):
-        assert choose_preset(dataset, backbone).name == f"triplets_{dataset}_{backbone}.yaml"
-    assert choose_preset("catalogue", "sprc").name == "triplets_catalogue.yaml"
-    assert choose_preset("emoji").name == choose_preset("unheard").name == "triplets_emoji.yaml"
+        assert found(f"--dataset={dataset}", "--backbone", backbone) == f"{dataset}_{backbone}.yaml"
+    assert found("--dataset", "catalogue", "--backbone", "sprc") == "catalogue.yaml"
+    capsys.readouterr()
+    assert found() == found("--words", "3") == "emoji.yaml"
+    assert capsys.readouterr().out.splitlines() == ["preset: recipes/triplets/emoji.yaml"] * 2
+
+
+@pytest.mark.parametrize("argv", [["--dataset", "unheard"], ["--dataset", "cirr", "--backbone", "unheard"]])
+def test_a_pair_without_a_preset(argv: list[str]) -> None:
+    """Another dataset's is never taken: those that exist are listed. A file that is given needs none."""
+    told = "there is no preset for dataset .* 'unheard'.*; available: catalogue, cirr_blip4cir"
+    with pytest.raises(InputError, match=told if "cirr" in argv else told.replace(" .* ", " ")) as error:
+        find_preset(argv)
+    assert all(preset.stem in str(error.value) for preset in PRESETS) and "\n" not in str(error.value)
+    find_preset([*argv, "--config", "mine.yaml"])
 
 
 # what the paper's table says of each set: window, images that act as reference, pairs, words, templates
@@ -52,7 +70,7 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_presets_are_those_of_the_paper(name: str) -> None:
-    config = parse(GenerateConfig, PRESETS / f"triplets_{name}.yaml", [])
+    config = parse(GenerateConfig, recipes_folder() / "triplets" / f"{name}.yaml", [])
     found = config.window, config.references, config.pairs, config.words, list(config.templates)
     assert found == TABLE[name] and config.pairs_per_image == 1 and config.seed == 42
     assert config.captioner == "llava-hf/llava-1.5-7b-hf" and config.pool == "all"
@@ -100,7 +118,7 @@ def test_fractions_and_ranks(window: list[float] | None, fractions: bool) -> Non
 COMMAND = """
 import sys, time
 from pathlib import Path
-from spn4cir.data_gen.settings import command
+from spn4cir.data_gen.steps import run_step
 
 def step(config, dataset):
     print("in", flush=True)
@@ -109,7 +127,7 @@ def step(config, dataset):
         time.sleep(0.01)
 
 sys.argv = ["x", *sys.argv[1:]]
-command(step, "Wait.")
+run_step(step, "Wait.")
 """
 
 
@@ -119,9 +137,14 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     words = [sys.executable, str(tmp_path / "c.py"), "--dataset", "emoji", "--output", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE) as first:
-        assert first.stdout is not None and first.stdout.readline() == b"in\n"
+        assert first.stdout is not None
+        assert [first.stdout.readline() for _ in range(2)] == [b"preset: recipes/triplets/emoji.yaml\n", b"in\n"]
         second = subprocess.run(words, env=environment, capture_output=True, text=True)
-        assert second.returncode == 2 and "error: another run works in" in second.stderr and second.stdout == ""
+        assert (
+            second.returncode == 2
+            and "error: another run works in" in second.stderr
+            and "in" not in second.stdout.split()
+        )
         first.kill()
     (tmp_path / "out" / "stop").touch()
     assert subprocess.run(words, env=environment, capture_output=True).returncode == 0
@@ -130,4 +153,4 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 def test_options_are_not_abbreviated() -> None:
     """Half a name would be taken by the parser, and not by what chooses the preset."""
     with pytest.raises(InputError, match="--datase"):
-        parse(GenerateConfig, PRESETS / "triplets_emoji.yaml", ["--datase", "fashioniq"])
+        parse(GenerateConfig, recipes_folder() / "triplets" / "emoji.yaml", ["--datase", "fashioniq"])

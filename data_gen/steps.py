@@ -1,0 +1,335 @@
+"""What all steps share: their settings and command line, notes of finished files, and journals of unfinished ones."""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from spn4cir import embedded
+from spn4cir.config import parse, recipes_folder
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import Processes
+from spn4cir.errors import InputError, run_command
+from spn4cir.files import Row, hash_files, locked, write_text
+
+EMBEDDED = Path(embedded.__file__).parent
+"""Folder of the weights that are part of the package."""
+POSITIVE = (
+    "words", "max_new_tokens", "caption_batch_size", "match_batch_size", "pairs_per_image", "requests", "timeout",
+)  # fmt: skip
+
+
+@dataclass
+class GenerateConfig:
+    """Everything that decides the generated triplets. ``null`` in YAML means "not set".
+
+    Args:
+        dataset: name of a dataset.
+        backbone: whose triplets these are: the preset is recipes/triplets/<dataset>_<backbone>.yaml if there is one,
+            else recipes/triplets/<dataset>.yaml.
+        data_root: where the dataset's files lie; of catalogue, a folder of images or a table of them.
+        output: folder for all files; null makes data/<dataset>/generated.
+        candidates: images that may occur: "all" of training, or only those "named" by an annotated triplet.
+        references: candidates that are paired: "all", or only those that are the reference of an annotated triplet.
+        matcher: image encoder that ranks: "embedded"; "unicom:ViT-L/14" (or a file of its weights behind the colon);
+            "open_clip:MODEL:TAG"; "timm:MODEL"; "transformers:NAME"; "run:FOLDER" for a checkpoint of ours.
+        match_batch_size: images encoded at once.
+        window: ranks [lo, hi) from which partners are drawn, 1 being the most similar other image; fractions of the
+            others where both are at most 1, such as [0.4, 0.8]; null draws uniformly, without any encoder.
+        pool: partners come from "all" candidates, or from those of the same "category".
+        pairs_per_image: partners of each reference.
+        pairs: keep so many pairs of all, drawn by seed; null keeps all.
+        captions: file of existing captions, instead of a captioner: JSON or JSONL of image_id and caption.
+        caption_images: "paired" captions what occurs in a pair, "all" every candidate.
+        captioner: "embedded", or a multimodal LLM of transformers by name or folder, or the model's name on endpoint.
+        endpoint: address of an OpenAI-compatible server, such as http://host:8000/v1, that runs the captioner.
+        prompt: what the captioner is asked; {words} stands for the number of words, {category} for the category.
+        prompt_file: a file that holds the prompt instead.
+        words: how long a caption should be.
+        max_new_tokens: bound of one answer.
+        caption_batch_size: images captioned at once.
+        templates: how the text is made, one drawn for each pair: "difference", "instead", "unlike" or "target".
+        rewriter: an LLM that rewrites the text: of transformers by name or folder, or on rewriter_endpoint; null: none.
+        rewriter_endpoint: address of an OpenAI-compatible server that runs it.
+        rewriter_prompt: a YAML file with instruction and examples; null takes the dataset's or the general one.
+        requests: requests under way at an endpoint at any time.
+        requests_per_minute: bound on them; null for none.
+        timeout: seconds to wait for an answer.
+        retries: how often a failed request, or an answer that fails the checks, is asked again.
+        tokenizer: counts a text's tokens: "clip", "embedded", or a tokenizer of transformers by name or folder.
+        max_tokens: a text of more falls back to the target's caption, and is dropped if that is too long as well.
+        max_image_similarity: drop pairs above it.
+        max_caption_similarity: drop pairs whose captions share more than this part of their words.
+        max_caption_count: drop pairs of an image whose caption occurs more often.
+        recipe: of recipes/, that trains on these triplets, for the last line; null takes the dataset's and backbone's.
+        seed: of all draws.
+    """
+
+    dataset: str = "emoji"
+    backbone: str = "clip4cir"
+    data_root: str | None = None
+    output: str | None = None
+    candidates: Literal["all", "named"] = "all"
+    references: Literal["all", "annotated"] = "all"
+    matcher: str = "embedded"
+    match_batch_size: int = 256
+    window: list[float] | None = field(default_factory=lambda: [1.0, 20.0])
+    pool: Literal["all", "category"] = "all"
+    pairs_per_image: int = 4
+    pairs: int | None = None
+    captions: str | None = None
+    caption_images: Literal["paired", "all"] = "paired"
+    captioner: str = "embedded"
+    endpoint: str | None = None
+    prompt: str = "please briefly describe the image in {words} words"
+    prompt_file: str | None = None
+    words: int = 10
+    max_new_tokens: int = 40
+    caption_batch_size: int = 64
+    templates: list[Literal["difference", "instead", "unlike", "target"]] = field(
+        default_factory=lambda: ["difference"]
+    )
+    rewriter: str | None = None
+    rewriter_endpoint: str | None = None
+    rewriter_prompt: str | None = None
+    requests: int = 16
+    requests_per_minute: float | None = None
+    timeout: float = 120.0
+    retries: int = 3
+    tokenizer: str = "clip"
+    max_tokens: int = 77
+    max_image_similarity: float | None = None
+    max_caption_similarity: float | None = None
+    max_caption_count: int | None = None
+    recipe: str | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("pairs", "max_caption_count", "requests_per_minute", "max_tokens"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.prompt_file is None and "{words}" not in self.prompt:
+            raise InputError(f"prompt must hold {{words}}, where the number of words goes, got {self.prompt!r}")
+        if self.retries < 0:
+            raise InputError(f"retries must be 0 or more, got {self.retries}")
+        if self.window is not None:
+            self._check_window(self.window)
+            self.window = self.window if self.fractions else [int(rank) for rank in self.window]
+        if not self.templates:
+            raise InputError("templates must name at least one of difference, instead, unlike, target")
+
+    @property
+    def fractions(self) -> bool:
+        """Whether the window is given as fractions of the other images."""
+        window = self.window or [1.0, 1.0]
+        return max(window) <= 1 and (min(window) < 1 or any(rank % 1 for rank in window))
+
+    def _check_window(self, window: list[float]) -> None:
+        ordered = len(window) == 2 and window[0] < window[1]
+        ranks = ordered and window[0] >= 1 and not any(x % 1 for x in window)
+        if not ordered or not (ranks or (self.fractions and window[0] >= 0)):
+            raise InputError(
+                f"window must be two ranks lo < hi with lo at least 1, or two fractions from 0 to 1, got {window}"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Where all files of a dataset go."""
+        return Path(self.output or f"data/{self.dataset}/generated")
+
+    def file(self, name: str) -> Path:
+        """A file of that folder."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output {self.folder} cannot be made: {error.strerror}") from None
+        return self.folder / name
+
+
+def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
+    """Return a short name for settings and the content of input files."""
+    for path in inputs:
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run the step before this one")
+    return hash_files(*inputs, prefix=json.dumps(settings, sort_keys=True).encode())[:16]
+
+
+def is_done(path: Path, made_by: str) -> bool:
+    """Whether exactly these settings and inputs made ``path``, and its files are as they were then.
+
+    Prints a line if a file has changed since, and is therefore made again.
+    """
+    try:
+        note = json.loads(path.with_suffix(".done.json").read_text(encoding="utf-8"))
+        files = {path.with_name(name): (stamp["bytes"], stamp["sha256"]) for name, stamp in note["files"].items()}
+        if note["made_by"] != made_by or path not in files:
+            return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # there is no note, or it is damaged or of an older version
+    for file, (size, content) in files.items():
+        if not file.is_file() or file.stat().st_size != size or hash_files(file) != content:
+            Processes().say(f"{file} is not the file that was finished: it is made again")
+            return False
+    return True
+
+
+def mark_done(path: Path, made_by: str, *others: Path, **about: Any) -> None:
+    """Note that ``path``, and the other files of its folder, are finished: their sizes and contents count."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_files(file)} for file in (path, *others)}
+    note = {"made_by": made_by, "files": files, **about}
+    write_text(path.with_suffix(".done.json"), json.dumps(note, indent=1) + "\n")
+
+
+class Journal:
+    """Blocks of rows as they get ready, in files that survive a kill: a block is whole, or it is done again.
+
+    Each process appends to a file of its own, one line a block, and knows the blocks of all files that are there. Only
+    places in files are held in memory, not rows.
+
+    Args:
+        out: the file that the blocks will make up; the journal lies beside it.
+        made_by: digest of settings and inputs; journals of another one are not touched.
+        processes: who writes.
+
+    Raises:
+        InputError: where a file cannot be written; what was written before stays.
+    """
+
+    def __init__(self, out: Path, made_by: str, processes: Processes):
+        self._pattern = f"{out.stem}.{made_by}.*.partial.jsonl"
+        self._folder, self._places = out.parent, dict[int, tuple[Path, int]]()
+        own = out.with_name(self._pattern.replace("*", str(processes.index)))
+        cut_torn(own)
+        processes.wait()  # nobody reads what another one still cuts
+        for path in sorted(out.parent.glob(self._pattern)):
+            self._scan(path)
+        self.path = own
+        try:
+            self._file = own.open("ab", buffering=0)
+        except OSError as error:
+            raise InputError(f"{own} cannot be written: {error.strerror}") from None
+        processes.wait()  # nobody writes what another one still scans
+
+    def _scan(self, path: Path) -> None:
+        place = 0
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    block = json.loads(line)["block"] if line.endswith(b"\n") else None
+                except (ValueError, KeyError, TypeError):
+                    block = None
+                if isinstance(block, int):
+                    self._places[block] = (path, place)
+                place += len(line)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._places
+
+    def add(self, block: int, rows: Sequence[Row]) -> None:
+        """Append a block; it is on its way to the disk when this returns."""
+        place = self._file.seek(0, os.SEEK_END)
+        line = json.dumps({"block": block, "rows": list(rows)}, ensure_ascii=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError as error:
+            self._file.truncate(place)
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror}; what is in it stays, and the same command goes on "
+                "from there"
+            ) from None
+        self._places[block] = (self.path, place)
+
+    def close(self) -> None:
+        """Close this process's file."""
+        self._file.close()
+
+    def rows(self) -> Iterator[Row]:
+        """All rows by block, of other processes too if the journal was opened after they closed theirs."""
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in self._places.values()}}
+            for block in sorted(self._places):
+                path, place = self._places[block]
+                files[path].seek(place)
+                yield from json.loads(files[path].readline())["rows"]
+
+    def remove(self) -> None:
+        """Remove all files of this journal: their rows are elsewhere now."""
+        self.close()
+        for path in self._folder.glob(self._pattern):
+            path.unlink(missing_ok=True)
+
+
+def cut_torn(path: Path) -> None:
+    """Cut off what follows the last newline of a file, if it is there."""
+    if path.is_file():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+
+def run_step(step: Callable[[GenerateConfig, Dataset], None], text: str | None) -> None:
+    """Run one step, or all, from the command line, with the preset of the dataset and the backbone.
+
+    Args:
+        step: what to run.
+        text: for ``--help``: a sentence, a blank line, examples.
+    """
+
+    def main() -> None:
+        argv = sys.argv[1:]
+        config = parse(GenerateConfig, find_preset(argv), argv, text or "")
+        from spn4cir.datasets import load_dataset
+
+        dataset, processes = load_dataset(config.dataset, config.data_root), Processes()
+        for note in dataset.notes():
+            processes.say(note)
+        busy = f"another run works in {config.folder}: wait for it, or give --output"
+        with locked(config.file(".lock"), busy) if processes.first else nullcontext():
+            step(config, dataset)
+
+    run_command(main)
+
+
+def find_preset(argv: Sequence[str]) -> Path:
+    """Return the preset of the dataset and the backbone that a command line names, and print which one it is.
+
+    It is recipes/triplets/<dataset>_<backbone>.yaml, or else recipes/triplets/<dataset>.yaml. A command line with
+    ``--config`` or ``--help`` needs none.
+
+    Raises:
+        InputError: if there is no preset; lists those that exist.
+    """
+    folder = recipes_folder() / "triplets"
+    dataset = read_option(argv, "dataset") or GenerateConfig.dataset
+    backbone = read_option(argv, "backbone") or GenerateConfig.backbone
+    files = [folder / f"{Path(name).name}.yaml" for name in (f"{dataset}_{backbone}", dataset)]
+    found = next((file for file in files if file.is_file()), None)
+    if read_option(argv, "config") or {"-h", "--help"} & {*argv}:
+        return found or folder / f"{GenerateConfig.dataset}.yaml"
+    if found is None:
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise InputError(
+            f"recipes/triplets: there is no preset for dataset {dataset!r} with backbone {backbone!r}; "
+            f"available: {known}; or give --config FILE"
+        )
+    Processes().say(f"preset: recipes/triplets/{found.name}")
+    return found
+
+
+def read_option(argv: Sequence[str], option: str) -> str | None:
+    """Return the value that a command line gives for an option, the last of several."""
+    named = [b for a, b in itertools.pairwise(argv) if a == f"--{option}"]
+    named += [a.partition("=")[2] for a in argv if a.startswith(f"--{option}=")]
+    return named[-1] if named else None

@@ -1,0 +1,81 @@
+"""CLIP from open_clip, for the backbones that stand on one."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from torch import Tensor
+
+from spn4cir.backbones.shared_weights import READS_WEIGHTS
+from spn4cir.errors import InputError
+from spn4cir.images import Transform
+
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "clip"
+
+
+def load_clip(
+    model: str, pretrained: str | None, pad_ratio: float | None
+) -> tuple[Any, Callable[..., Tensor], Transform]:
+    """Load a model of open_clip, its tokenizer (B texts → (B, context)), and its transform.
+
+    The model's scale gets no gradient. Where ``READS_WEIGHTS`` is false the model has random weights.
+
+    Args:
+        model: ``embedded``, or whatever open_clip's ``create_model`` takes.
+        pretrained: a tag of open_clip or a weights file; None for random weights, unless ``model`` brings its own.
+        pad_ratio: of the transform.
+
+    Raises:
+        InputError: if open_clip knows no such model, tag or file.
+    """
+    load_weights = READS_WEIGHTS.get()
+    located = f"local-dir:{EMBEDDED}" if model == "embedded" else model
+    try:
+        with _missing_weights() as missing:
+            clip = open_clip.create_model(
+                located,
+                pretrained=pretrained if load_weights else None,
+                load_weights=load_weights,
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(located)
+    except (RuntimeError, ValueError, OSError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"cannot load CLIP {model!r}, pretrained {pretrained!r} (where there is no network, give a file of weights "
+            f"as pretrained, or --init FOLDER of spn4cir-import): {said}"
+        ) from None
+    if load_weights and missing and located.startswith("local-dir:"):
+        raise InputError(f"{located.removeprefix('local-dir:')} holds a config but no weights")
+    for scalar in ("logit_scale", "logit_bias"):  # the loss has its own temperature
+        if getattr(clip, scalar, None) is not None:
+            getattr(clip, scalar).requires_grad_(False)
+    size = clip.visual.image_size
+    mean, std = tuple(clip.visual.image_mean), tuple(clip.visual.image_std)
+    return clip, tokenizer, Transform(size[0] if isinstance(size, tuple) else size, pad_ratio, mean, std)
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """Collect open_clip's warnings that there are no weights: no news while a checkpoint is loaded, else an error.
+
+    What it logs about a failed download is dropped: it raises the same.
+    """
+    texts: list[str] = []
+
+    def pass_on(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "no CLIP weights" in text or text.startswith("No pretrained weights"):
+            texts.append(text)
+            return False
+        return not text.startswith("Failed to download")
+
+    root = logging.getLogger()
+    root.addFilter(pass_on)
+    try:
+        yield texts
+    finally:
+        root.removeFilter(pass_on)

@@ -1,0 +1,326 @@
+"""The batches that training sees: which triplets, which text of each, which pixels, tokens and features."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from spn4cir.bank import Bank
+from spn4cir.errors import InputError
+from spn4cir.images import ImageSource
+from spn4cir.types import ImageFeatures, Tokens, Triplet
+
+T = TypeVar("T")
+PADDING = -1
+
+
+@dataclass
+class TripletBatch:
+    """One part of a training step: B queries, their positive targets, and what is no negative of them.
+
+    T is the number of candidates that a triplet brings: its targets, which are positives, and then its hard negatives.
+    Integers are padded with -1.
+
+    Attributes:
+        tokens: of the texts; of the empty text where there is none.
+        reference: (B,) rows of ``pixels``, or of ``features``.
+        target: (B, T) rows of ``pixels`` in stage 1, of the bank in stage 2.
+        positives: number of columns of ``target`` that are positives; the others are hard negatives.
+        identity: (B, T), equal for equal target pixels.
+        others: (B, A) identities of further images that are targets of the same query.
+        query_identity: (B, 2), equal for equal pixels of references, and for equal texts.
+        pixels: (U, 3, H, W) of the unique images of the batch, or None where features are given.
+        features: stored features of the references, or None; their ``target`` is empty unless a text is missing.
+        has_reference: (B,) booleans; None if every query has a reference.
+        has_text: (B,) booleans; None if every query has a text.
+        label: (B,) classes, or None without classes.
+        step: of the run.
+        triplets: one line per triplet, for messages.
+    """
+
+    tokens: Tokens
+    reference: Tensor
+    target: Tensor
+    identity: Tensor
+    positives: int = 1
+    others: Tensor | None = None
+    query_identity: Tensor | None = None
+    pixels: Tensor | None = None
+    features: ImageFeatures | None = None
+    has_reference: Tensor | None = None
+    has_text: Tensor | None = None
+    label: Tensor | None = None
+    step: int = 0
+    triplets: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.reference)
+
+    def to(self, device: torch.device) -> "TripletBatch":
+        """The same batch on another device."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: Any = {name: value.to(device) for name, value in parts.items() if isinstance(value, Tensor)}
+        features = self.features and ImageFeatures(*(part.to(device) for part in self.features))
+        tokens = {name: value.to(device) for name, value in self.tokens.items()}
+        return replace(self, tokens=tokens, features=features, **moved)
+
+
+class TripletRows(TorchDataset[tuple[Triplet, str | None]]):
+    """Triplets with the text that this epoch draws for each: the same whatever the workers, processes or resumes."""
+
+    def __init__(self, triplets: Sequence[Triplet], seed: int):
+        self.triplets, self.seed = triplets, seed
+
+    def __len__(self) -> int:
+        return len(self.triplets)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Triplet, str | None]:
+        epoch, item = key
+        triplet = self.triplets[item]
+        if not triplet.texts:
+            return triplet, None
+        return triplet, random.Random(f"{self.seed}/{epoch}/{item}").choice(triplet.texts)
+
+
+class KnownTargets:
+    """All targets of each query of the triplets: of equal reference pixels and equal text.
+
+    Args:
+        triplets: of training.
+        identity: image id → number, equal for equal pixels.
+
+    Attributes:
+        positives: the largest number of targets of a triplet.
+        negatives: the largest number of hard negatives of a triplet.
+        width: the largest number of further targets of a query.
+        is_partial: whether some triplets lack their reference or their text.
+    """
+
+    def __init__(self, triplets: Iterable[Triplet] = (), identity: Mapping[str, int] | None = None):
+        found: dict[tuple[int, str], dict[int, None]] = {}
+        self.positives, self.negatives, self.is_partial = 1, 0, False
+        for triplet in triplets:
+            assert identity is not None
+            self.positives = max(self.positives, len(triplet.targets))
+            self.negatives = max(self.negatives, len(triplet.negatives))
+            self.is_partial |= triplet.reference is None or not triplet.texts
+            for text in triplet.texts or ("",):
+                targets = found.setdefault((reference_number(triplet, identity), text), {})
+                targets.update(dict.fromkeys(identity[target] for target in triplet.targets))
+        self._targets = {query: list(targets) for query, targets in found.items() if len(targets) > 1}
+        self.width = max(map(len, self._targets.values()), default=1) - 1
+
+    def others(self, reference: int, text: str, targets: Sequence[int]) -> list[int]:
+        """The query's other targets, padded to ``width``."""
+        found = [other for other in self._targets.get((reference, text), ()) if other not in targets]
+        return _pad(found, self.width)
+
+
+def reference_number(triplet: Triplet, identity: Mapping[str, int]) -> int:
+    """A number that is equal for equal pixels of the reference, -1 where there is none."""
+    return PADDING if triplet.reference is None else identity[triplet.reference]
+
+
+class TripletCollate:
+    """Triplets with their drawn texts → a ``TripletBatch``.
+
+    Args:
+        tokenize: B texts → tokens.
+        identity: image id → number, equal for equal pixels; knows all images of the triplets.
+        images: pixels by image id.
+        bank: frozen features, for stage 2; its rows must be the numbers of ``identity``. None for stage 1.
+        known: all targets of each query.
+        classes: class name → number, where queries are scored against classes; None without.
+    """
+
+    def __init__(
+        self,
+        tokenize: Callable[[Sequence[str]], Tokens],
+        identity: Mapping[str, int],
+        images: ImageSource,
+        bank: Bank | None = None,
+        known: KnownTargets | None = None,
+        classes: Mapping[str, int] | None = None,
+    ):
+        self.tokenize, self.identity, self.images, self.bank = tokenize, identity, images, bank
+        self.known, self.classes = known or KnownTargets(), classes
+
+    def __call__(self, items: list[tuple[Triplet, str | None]]) -> TripletBatch:
+        """B triplets with the text drawn for each, None for an image alone → one batch."""
+        triplets, texts = [triplet for triplet, _ in items], [text or "" for _, text in items]
+        is_stored = self.bank is not None and self.bank.reference is not None
+        named = [t.reference for t in triplets if t.reference is not None]
+        shown = named if self.bank or self.classes else [i for t in triplets for i in t.image_ids]
+        unique = {image_id: n for n, image_id in enumerate(dict.fromkeys(shown))}
+        row = [0 if t.reference is None else n if is_stored else unique[t.reference] for n, t in enumerate(triplets)]
+        queries = [(reference_number(t, self.identity), text) for t, text in zip(triplets, texts, strict=True)]
+        others = [
+            self.known.others(*query, [self.identity[i] for i in triplet.targets])
+            for query, triplet in zip(queries, triplets, strict=True)
+        ]
+        is_partial = self.known.is_partial
+        return TripletBatch(
+            tokens=self.tokenize(texts),
+            reference=torch.tensor(row),
+            target=self._padded(triplets, self.bank.rows if self.bank else unique),
+            identity=self._padded(triplets, self.identity),
+            positives=self.known.positives,
+            others=torch.tensor(others, dtype=torch.long).view(len(items), self.known.width),
+            query_identity=torch.tensor([[reference, text_number(text)] for reference, text in queries]),
+            pixels=None if is_stored or not unique else self.images.stack(list(unique)),
+            features=self._stored(items) if is_stored and named else None,
+            has_reference=torch.tensor([t.reference is not None for t in triplets]) if is_partial else None,
+            has_text=torch.tensor([text is not None for _, text in items]) if is_partial else None,
+            label=torch.tensor([self.classes[t.label or ""] for t in triplets]) if self.classes else None,
+            triplets=tuple(f"{t.reference} + {text!r} → {', '.join(t.targets) or t.label}" for t, text in items),
+        )
+
+    def _padded(self, triplets: Sequence[Triplet], number: Mapping[str, int]) -> Tensor:
+        """(B, T) numbers of targets and hard negatives."""
+        widths = self.known.positives, self.known.negatives
+        rows = []
+        for triplet in triplets:
+            parts = ([number.get(i, PADDING) for i in ids] for ids in (triplet.targets, triplet.negatives))
+            rows.append([n for part, width in zip(parts, widths, strict=True) for n in _pad(part, width)])
+        return torch.tensor(rows)
+
+    def _stored(self, items: Sequence[tuple[Triplet, str | None]]) -> ImageFeatures:
+        """Features of the references, in the type they are stored in; zeros where there is none."""
+        assert self.bank is not None
+        named = [(n, triplet.reference) for n, (triplet, _) in enumerate(items) if triplet.reference is not None]
+        ids = [image_id for _, image_id in named]
+        reference = self.bank.references(ids)  # (n, L, D)
+        lacks_text = self.known.is_partial and any(text is None for _, text in items)
+        target = self.bank.target[[self.bank.rows[i] for i in ids]] if lacks_text else reference[:, :0]
+        if len(named) == len(items):
+            return ImageFeatures(reference, target)
+        places = [n for n, _ in named]
+        whole = [part.new_zeros(len(items), *part.shape[1:]) for part in (reference, target)]
+        for part, found in zip(whole, (reference, target), strict=True):
+            part[places] = found
+        return ImageFeatures(*whole)
+
+
+def _pad(numbers: list[int], width: int) -> list[int]:
+    return numbers + [PADDING] * (width - len(numbers))
+
+
+def text_number(text: str) -> int:
+    """A number that is the same for equal texts, on all processes."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def prefetch(batches: Iterable[T]) -> Iterator[T]:
+    """The same batches; a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        iterator = iter(batches)
+        waiting = pool.submit(next, iterator, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, iterator, None)
+            yield batch
+
+
+class TripletSampler(Sampler[list[tuple[int, int]]]):
+    """This process's share of each batch of one epoch, a pure function of (seed, epoch).
+
+    An epoch is one pass over the annotated triplets if ``generated_share`` is set, that share of each batch being
+    generated; without it the two lists are concatenated. The last incomplete batch is dropped.
+
+    Args:
+        annotated, generated: item numbers.
+        batch_size: triplets of one optimiser step, over all processes.
+        generated_share: in [0, 1), or None.
+        seed: of the run.
+        process: its rank, and how many there are.
+        parts: of a batch, each of them a list of its own.
+    """
+
+    def __init__(
+        self,
+        annotated: Sequence[int],
+        generated: Sequence[int],
+        batch_size: int,
+        generated_share: float | None,
+        seed: int,
+        process: tuple[int, int] = (0, 1),
+        parts: int = 1,
+    ):
+        mixed = generated_share is not None and annotated and generated
+        self.main = list(annotated) if mixed else [*annotated, *generated]
+        self.side = list(generated) if mixed else []
+        self.from_side = round(batch_size * generated_share) if mixed and generated_share else 0
+        self.from_main = batch_size - self.from_side
+        self.batch_size, self.seed, (self.rank, self.world_size) = batch_size, seed, process
+        self.epoch, self.skip, self.parts = 0, 0, parts
+        if batch_size % (self.world_size * parts):
+            over = f"{self.world_size} processes" + (f" times {parts} parts" if parts > 1 else "")
+            raise InputError(f"batch_size {batch_size} does not divide over {over}")
+        if mixed and generated_share and not self.from_side:
+            raise InputError(f"generated_share {generated_share} of a batch of {batch_size} is less than one triplet")
+        if self.from_main == 0:
+            raise InputError(
+                f"generated_share {generated_share} of a batch of {batch_size} leaves no annotated triplet"
+            )
+        if len(self) == 0:
+            raise InputError(f"{len(self.main)} triplets do not fill one batch of {batch_size}: lower batch_size")
+
+    def __len__(self) -> int:
+        return len(self.main) // self.from_main
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """All batches of one epoch, over all processes."""
+        main = random.Random(f"{self.seed}/{epoch}/order").sample(self.main, len(self.main))
+        needed = len(self) * self.from_side
+        side: list[int] = []
+        for turn in range(-(-needed // len(self.side)) if self.side else 0):
+            side += random.Random(f"{self.seed}/{epoch}/generated/{turn}").sample(self.side, len(self.side))
+        return [
+            main[n * self.from_main : (n + 1) * self.from_main] + side[n * self.from_side : (n + 1) * self.from_side]
+            for n in range(len(self))
+        ]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // (self.world_size * self.parts)
+        for batch in self.batches(self.epoch)[self.skip :]:
+            for part in range(self.parts):
+                items = batch[part :: self.parts]  # of annotated and of generated ones as large a share as in the batch
+                yield [(self.epoch, item) for item in items[self.rank * share : (self.rank + 1) * share]]
+
+
+class TripletLoader:
+    """The batches of a training, from any step on.
+
+    Args:
+        triplets: of training; annotated ones first.
+        collate: triplets with their texts → batch.
+        sampler: which triplets are in which batch.
+        workers: data-loading processes; 0 loads in a thread of this one.
+    """
+
+    def __init__(self, triplets: Sequence[Triplet], collate: TripletCollate, sampler: TripletSampler, workers: int = 0):
+        self.sampler = sampler
+        rows = TripletRows(triplets, sampler.seed)
+        self._loader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+
+    def __len__(self) -> int:
+        """Optimiser steps of one epoch."""
+        return len(self.sampler)
+
+    @property
+    def parts(self) -> int:
+        """Batches of one optimiser step."""
+        return self.sampler.parts
+
+    def from_step(self, step: int) -> Iterator[TripletBatch]:
+        """The batches from an optimiser step of the run to the end of its epoch, each with its step."""
+        self.sampler.epoch, self.sampler.skip = divmod(step, len(self))
+        for number, batch in enumerate(prefetch(self._loader)):
+            batch.step = step + number // self.parts
+            yield batch

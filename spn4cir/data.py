@@ -1,0 +1,182 @@
+"""The data of a training: triplets, the benchmark that selects, images by their pixels."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spn4cir import checkpoints
+from spn4cir.config import TrainConfig
+from spn4cir.dataset import Dataset
+from spn4cir.datasets import load_dataset, open_extra_images
+from spn4cir.datasets.generated import open_generated
+from spn4cir.datasets.skip import skip_notes
+from spn4cir.errors import InputError
+from spn4cir.identity import PUBLISHED_CLASSES, inspect_images, read_optimized
+from spn4cir.results import metric_names, primary_names
+from spn4cir.types import Benchmark, Query, Triplet, recall_measures
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class TrainingData:
+    """What a run trains on and is selected on.
+
+    Args:
+        dataset: with all images that training may use.
+        triplets: annotated ones, then generated ones.
+        selection: the benchmark that selects the best state.
+        reported: the benchmark whose metrics the run reports; the same unless a hold-out split selects.
+        extra: images that no triplet names.
+    """
+
+    dataset: Dataset
+    triplets: Sequence[Triplet]
+    selection: Benchmark
+    reported: Benchmark
+    extra: Sequence[str] = ()
+
+    def candidate_images(self, config: TrainConfig) -> list[str]:
+        """Images of the bank, in a fixed order: those that triplets name, the rest of training, and extra ones."""
+        named = dict.fromkeys(i for triplet in self.triplets for i in triplet.image_ids)
+        rest = self.dataset.training_images() if config.bank.images == "all" else []
+        return list(dict.fromkeys([*named, *rest, *self.extra]))
+
+    def split_rows(self) -> tuple[list[int], list[int]]:
+        """Row numbers of annotated and of generated triplets."""
+        return (
+            [n for n, t in enumerate(self.triplets) if not t.generated],
+            [n for n, t in enumerate(self.triplets) if t.generated],
+        )
+
+
+def load_data(config: TrainConfig, say: Say) -> TrainingData:
+    """Load what a configuration names.
+
+    Args:
+        config: of the run; metrics of ``select_by`` that the selecting benchmark lacks are taken out of it.
+        say: prints a line.
+
+    Raises:
+        InputError: if files are missing or damaged, or there is no triplet to train on.
+    """
+    dataset = load_dataset(config.dataset, config.data_root)
+    has_benchmark = bool(dataset.protocols) or config.selection == "val"  # a catalogue may come without any query
+    benchmark = dataset.benchmark("val", config.protocol) if has_benchmark else None
+    dataset, triplets, selection = load_triplets(config, dataset, benchmark, say)
+    extra: list[str] = []
+    if config.bank.extra:
+        dataset, extra = open_extra_images(dataset, config.bank.extra)
+    return TrainingData(dataset, triplets, selection, benchmark or selection, extra)
+
+
+def load_triplets(
+    config: TrainConfig, dataset: Dataset, benchmark: Benchmark | None, say: Say
+) -> tuple[Dataset, list[Triplet], Benchmark]:
+    """The dataset, with images that only generated triplets name; the triplets; and the benchmark that selects.
+
+    Triplets are the annotated ones, up to the limit, then the generated ones. Annotated triplets are held out where
+    there are any.
+
+    Raises:
+        InputError: if there are no triplets, or the benchmark lacks a metric to select by.
+    """
+    for note in (*dataset.notes(), *skip_notes(dataset)):
+        say(note)
+    for name in config.select_by or ():
+        if benchmark and name not in metric_names(benchmark):
+            known = ", ".join(metric_names(benchmark))
+            raise InputError(f"select_by: {benchmark.name} has no metric {name!r}; known: {known}")
+    triplets, generated = list(dataset.triplets()[: config.max_annotated]), list[Triplet]()
+    if config.generated:
+        folders = [Path("data") / dataset.name / name for name in (f"generated_{config.backbone}", "generated")]
+        default = next((folder for folder in folders if folder.is_dir()), folders[-1]) / "triplets.json"
+        path = default if config.generated == "auto" else dataset.file(config.generated)
+        dataset, generated, notes = open_generated(path, dataset, benchmark.gallery if benchmark else ())
+        for note in notes:
+            say(note)
+    if not triplets and not generated:
+        more = "raise max_annotated, or " * dataset.has_triplets
+        raise InputError(f"no triplets to train on: {more}give generated ones")
+    if config.selection == "val":
+        assert benchmark is not None
+        return dataset, triplets + generated, benchmark
+    if triplets:
+        triplets, selection = split_holdout(config, triplets)
+    else:
+        generated, selection = split_holdout(config, generated)
+    lacking = [name for name in config.select_by or () if name not in metric_names(selection)]
+    if lacking:
+        config.select_by = [name for name in config.select_by or () if name not in lacking] or None
+        names = ", ".join(config.select_by or primary_names(selection))
+        say(f"{selection.name} has no {', '.join(lacking)}: selected by {names}")
+    return dataset, triplets + generated, selection
+
+
+def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Triplet], Benchmark]:
+    """Split off a fraction of the triplets as a benchmark; returns the rest and the benchmark.
+
+    A triplet's own words decide on which side it falls, so the split is the same for all seeds, for both stages, and
+    whatever other triplets there are. Of generated triplets many share a target, so the target decides, and no image is
+    both trained on and evaluated; they are ranked over all images that any of them names. Annotated ones are ranked
+    over the images of the held-out triplets.
+    """
+    made = triplets[0].generated
+    drawn = {
+        n: random.Random(f"holdout/{t.targets[0] if made else _words(t)}").random()
+        for n, t in enumerate(triplets)
+        if (t.reference,) != t.targets  # which would not be ranked
+    }
+    least = min(drawn.values(), default=0.0)
+    held = {n for n, value in drawn.items() if value < config.holdout or value == least}
+    if not 0 < len(held) < len(triplets):
+        raise InputError(
+            f"selection: holdout holds out {len(held)} of {len(triplets)} {'generated' if made else 'annotated'} "
+            f"triplets: nothing is left to select on, or to train on; holdout is {config.holdout}"
+        )
+    own = [triplets[n] for n in sorted(held)]
+    benchmark = Benchmark(
+        name=f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}",
+        gallery=tuple(dict.fromkeys(i for t in (triplets if made else own) for i in _query_images(t))),
+        queries=tuple(Query(t.reference, t.texts[0] if t.texts else None, t.targets) for t in own),
+        exclude_reference=True,
+        measures=recall_measures(1, 5, 10, 50, primary=(10, 50)),
+        is_holdout=True,
+    )
+    return [t for n, t in enumerate(triplets) if n not in held], benchmark
+
+
+def _query_images(triplet: Triplet) -> tuple[str, ...]:
+    """The reference and the targets of a triplet."""
+    return (*((triplet.reference,) if triplet.reference is not None else ()), *triplet.targets)
+
+
+def _words(triplet: Triplet) -> str:
+    """Reference, targets and texts: what an annotated triplet is known by."""
+    return f"{triplet.reference}/{'/'.join(triplet.targets)}/{triplet.texts}"
+
+
+def hash_pixels(dataset: Dataset, image_ids: Iterable[str], say: Say, show: bool = True) -> dict[str, str]:
+    """Image id → hash of its pixels, equal for equal ones; or for those that ``optimized_images.json`` says are equal.
+
+    Each image is decoded, unless it was before and has not changed since: a broken one is found before training.
+
+    Raises:
+        InputError: naming the first image that is missing or broken, and how to leave such images out.
+    """
+    images = {image_id: dataset.image(image_id) for image_id in image_ids}
+    found = inspect_images(images, checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl", show=show)
+    broken = [image_id for image_id, image in found.items() if image.problem]
+    if broken:
+        first = found[broken[0]]
+        more = f" (and {len(broken) - 1} more: see {dataset.check_command(broken[0])})" if broken[1:] else ""
+        what = "is missing" if first.problem == "missing" else f"does not decode: {first.detail}"
+        raise InputError(f"image {images[broken[0]]} {what}{more}")
+    published = dataset.root and dataset.root / PUBLISHED_CLASSES
+    if not published or not published.is_file():
+        return {image_id: image.pixels for image_id, image in found.items()}
+    canonical: Mapping[str, str] = read_optimized(published)
+    say(f"{dataset.name}: {published} says which images are equal")
+    first_of = {image_id: canonical.get(image_id, image_id) for image_id in found}
+    return {i: found[first].pixels if first in found else f"as {first}" for i, first in first_of.items()}

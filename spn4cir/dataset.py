@@ -1,0 +1,193 @@
+"""What a dataset is: four methods to write, and the report on its files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
+
+from spn4cir.errors import InputError
+from spn4cir.types import Benchmark, ImageRef, Triplet
+
+Level: TypeAlias = Literal["fact", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a report on a dataset's files: what was looked at, how many were found, how many are published."""
+
+    what: str
+    found: int
+    expected: int | None = None
+    level: Level = "fact"
+    """``problem`` stands in the way of training; ``note`` is worth knowing."""
+    examples: tuple[str, ...] = ()
+
+    @classmethod
+    def counted(cls, what: str, found: int, published: int) -> Check:
+        """A count beside the published one."""
+        return cls(what, found, published, "fact" if found == published else "note")
+
+    @classmethod
+    def listed(cls, what: str, examples: Iterable[str], level: Level = "note", expected: int | None = 0) -> Check:
+        """Things that were found; of that level if there are any."""
+        found = tuple(examples)
+        return cls(what, len(found), expected, level if found else "fact", found)
+
+
+class ImageRole(NamedTuple):
+    """Images by what they are for, and whether training cannot do without them."""
+
+    name: str
+    image_ids: list[str]
+    needed: bool
+
+
+class Dataset(ABC):
+    """Raw files turned into triplets and benchmarks; no tensors, and no word of any file format outside.
+
+    A subclass sets ``name`` and ``protocols`` and writes ``find_image``, ``list_training_images``, ``read_triplets``
+    and ``read_benchmark``. The methods that everyone else calls, ``image``, ``training_images``, ``triplets`` and
+    ``benchmark``, add the images of ``extra_images`` and leave out those of ``skip_reasons``.
+
+    Attributes:
+        protocols: ids of each split, the default first.
+        root: folder of the files, if they have one.
+        has_triplets: whether training triplets come with the files.
+        skip_reasons: image ids that the skip list leaves out, each with the reason.
+        extra_images: further images that training may use, by id.
+        extra_check: command that checks the extra images, if there is one.
+    """
+
+    name: ClassVar[str]
+    protocols: ClassVar[Mapping[str, tuple[str, ...]]]
+    root: Path | None = None
+    has_triplets: bool = True
+    skip_reasons: Mapping[str, str] = {}
+    extra_images: Mapping[str, ImageRef] = {}
+    extra_check: str = ""
+
+    @abstractmethod
+    def find_image(self, image_id: str) -> ImageRef:
+        """The image, or the place where its file should be. Raises ``InputError`` for an unknown id."""
+
+    @abstractmethod
+    def list_training_images(self) -> list[str]:
+        """All images that training may use."""
+
+    @abstractmethod
+    def read_triplets(self) -> Sequence[Triplet]:
+        """Annotated training triplets, in file order."""
+
+    @abstractmethod
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        """A protocol of a split, its default if none is named. Raises ``InputError`` for an unknown one."""
+
+    def image(self, image_id: str) -> ImageRef:
+        """The image of an id. Raises ``InputError`` for an unknown id."""
+        return self.extra_images[image_id] if image_id in self.extra_images else self.find_image(image_id)
+
+    def training_images(self) -> list[str]:
+        """All images that training may use, without skipped ones, extra ones last."""
+        return [i for i in (*self.list_training_images(), *self.extra_images) if i not in self.skip_reasons]
+
+    def triplets(self) -> Sequence[Triplet]:
+        """Annotated training triplets without those that name a skipped image, in file order."""
+        triplets = self.read_triplets()
+        return [t for t in triplets if not self.skip_reasons.keys() & t.image_ids] if self.skip_reasons else triplets
+
+    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        """A protocol of a split without skipped images; its id ends in ``+skip`` if there are any.
+
+        Raises:
+            InputError: for an unknown split or protocol.
+        """
+        return without_images(
+            self.read_benchmark(split, protocol and protocol.removesuffix("+skip")), self.skip_reasons
+        )
+
+    def label(self, image_id: str) -> str:
+        """What to show a person for an image."""
+        return image_id
+
+    def category(self, image_id: str) -> str:
+        """The category of an image, where the files have one; else empty."""
+        return ""
+
+    def caption(self, image_id: str) -> str:
+        """The caption that came with an image; else empty."""
+        return ""
+
+    def check_command(self, image_id: str) -> str:
+        """The command that lists all broken images like this one."""
+        return self.extra_check if image_id in self.extra_images else f"spn4cir-data check --dataset {self.name}"
+
+    def file(self, name: str) -> Path:
+        """A file that a person names: as it stands, or below the dataset's folder."""
+        path = Path(name)
+        return path if self.root is None or path.is_file() else self.root / path
+
+    def notes(self) -> list[str]:
+        """What a person should know about what is read and what is left out, a line each."""
+        return []
+
+    def checks(self) -> list[Check]:
+        """Counts of the annotations beside the published ones, and their faults; raises nothing."""
+        return [
+            Check("training triplets", len(self.read_triplets())),
+            Check("training images", len(self.list_training_images())),
+        ]
+
+    def image_roles(self) -> list[ImageRole]:
+        """All images by what they are for, skipped ones included; an image may have several roles."""
+        galleries = [
+            ImageRole(f"{split} gallery", list(self.read_benchmark(split).image_ids), True) for split in self.protocols
+        ]
+        return [ImageRole("of training", self.list_training_images(), True), *galleries]
+
+    def write_submission(
+        self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]
+    ) -> list[Path]:
+        """Write what an evaluation server takes: by query name, the first images of the gallery and of the subset."""
+        raise InputError(f"{self.name} has no evaluation server: there is no submission to write")
+
+    def check_submission(self, path: Path) -> str:
+        """One line on a submission file that is sound. Raises ``InputError`` that names what is not."""
+        raise InputError(f"{self.name} has no evaluation server: there is no submission to check")
+
+    def choose_protocol(self, split: str, protocol: str | None) -> str:
+        """The id that is meant. Raises ``InputError`` that names the known ones."""
+        if split not in self.protocols:
+            raise InputError(f"{self.name} has no split {split!r}; known: {', '.join(self.protocols)}")
+        known = self.protocols[split]
+        if protocol not in (None, *known):
+            raise InputError(f"{self.name} has no protocol {protocol!r} for split {split}; known: {', '.join(known)}")
+        return protocol or known[0]
+
+
+def without_images(benchmark: Benchmark, skipped: Collection[str]) -> Benchmark:
+    """A benchmark without some images; queries whose reference or all of whose targets are skipped go too."""
+    lost = [i for i in benchmark.image_ids if i in skipped]
+    if not lost:
+        return benchmark
+    kept_candidates: dict[int, tuple[str, ...]] = {}
+
+    def keep(ids: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(i for i in ids if i not in skipped)
+
+    queries = []
+    for query in benchmark.queries:
+        targets = keep(query.targets)
+        if query.reference not in skipped and (targets or not query.targets):
+            if id(query.candidates) not in kept_candidates:  # one tuple may serve thousands of queries
+                kept_candidates[id(query.candidates)] = keep(query.candidates)
+            queries.append(replace(query, targets=targets, candidates=kept_candidates[id(query.candidates)]))
+    return replace(
+        benchmark,
+        name=f"{benchmark.name}+skip",
+        gallery=keep(benchmark.gallery),
+        queries=tuple(queries),
+        skipped=len(lost),
+    )

@@ -1,0 +1,130 @@
+"""Several processes that share the work: which one this is, how many there are, its device, and what they exchange.
+
+torch is imported where it is needed, so that commands that print their options start at once.
+"""
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PATIENCE = timedelta(days=30)  # a process that is done early may wait for hours; without it, ten minutes end the run
+
+
+class Processes:
+    """The processes of ``torchrun`` or ``accelerate launch``; one, without either.
+
+    Attributes:
+        index: of this process, from 0.
+        count: of all.
+    """
+
+    def __init__(self) -> None:
+        self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.count > 1:
+            import torch
+            from accelerate import PartialState
+
+            state = PartialState(cpu=on_cpu(), timeout=PATIENCE)  # it does not read ACCELERATE_USE_CPU itself
+            assert state.num_processes == self.count, f"{state.num_processes} processes found, {self.count} expected"
+            if on_cpu():  # accelerate would wait on a GPU where there is one
+                torch.distributed.barrier()
+            else:
+                state.wait_for_everyone()
+
+    def say(self, text: str) -> None:
+        """Print a line once."""
+        if self.first:
+            print(text, flush=True)
+
+
+def on_cpu() -> bool:
+    """Whether models run on the CPU: there is no CUDA device, or ACCELERATE_USE_CPU wants none."""
+    import torch
+
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+
+
+def own_device() -> str:
+    """The device of this process: one of CUDA for each of a machine's processes; or the CPU."""
+    import torch
+
+    if on_cpu():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def cpu_count() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 before torch.distributed is initialised."""
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Index of this process among those that train together, from 0."""
+    from torch import distributed
+
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def all_gather_rows(local: "Tensor") -> "Tensor":
+    """(B, …) of each process → (world size · B, …) in rank order, without a gradient; ``local`` if alone."""
+    import torch
+
+    if world_size() == 1:
+        return local
+    local = local.detach().contiguous()
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, local)
+    return torch.cat(parts)
+
+
+def gather_with_gradient(local: "Tensor") -> "Tensor":
+    """As ``all_gather_rows``; each process gets back the gradient of its own rows, summed over all processes."""
+    import torch
+
+    if world_size() == 1:
+        return local
+    rows, first = all_gather_rows(local), process_rank() * len(local)
+    gathered: Any = torch.cat([rows[:first], local, rows[first + len(local) :]])  # Any, as its hooks have no types
+    if gathered.requires_grad:
+        gathered.register_hook(all_reduce_sum)
+    return gathered  # type: ignore[no-any-return]
+
+
+def all_reduce_sum(local: "Tensor") -> "Tensor":
+    """The sum over all processes, without a gradient; ``local`` if alone."""
+    import torch
+
+    if world_size() == 1:
+        return local
+    total = local.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def all_reduce_max(local: "Tensor") -> "Tensor":
+    """The maximum over all processes, without a gradient; ``local`` if alone."""
+    import torch
+
+    if world_size() == 1:
+        return local
+    largest = local.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return largest

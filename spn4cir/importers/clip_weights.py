@@ -1,0 +1,33 @@
+"""Weights of CLIP4CIR: of the original's two stages, or of SPN's stage 2."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from spn4cir.errors import InputError
+from spn4cir.importers.openai_clip import drop_jit_numbers, name_clip_model
+from spn4cir.importers.published import Published, find_state_dict
+
+
+def convert_clip_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
+    """Convert weights of the original or of SPN's stage 2.
+
+    The original has an entry ``CLIP`` with OpenAI's names, or an entry ``Combiner`` whose CLIP is another file; SPN's
+    has an entry ``state_dict`` with names that begin with ``clip.``.
+
+    Raises:
+        InputError: if it is none of these, or if no ``model`` is stated and no model of OpenAI has these shapes.
+    """
+    key, state, ignored = find_state_dict(content, "CLIP", "state_dict", "Combiner")
+    if key == "Combiner":
+        if options.get("model"):
+            raise InputError("it holds the Combiner alone, and its CLIP is that of --base: leave out --model")
+        named = {f"combiner.{name}": value for name, value in state.items()}
+        return Published({"fusion": "combiner"}, named, ignored, "Combiner, the original's names", lacks="CLIP")
+    container = "CLIP, OpenAI's names" if key == "CLIP" else "state_dict, prefix clip."
+    if key == "CLIP":
+        state = {f"clip.{name}": value for name, value in state.items()}
+    elif not any(name.startswith("clip.") for name in state):
+        raise InputError(f"the names in state_dict should begin with clip., not as in {next(iter(state))}")
+    ignored |= drop_jit_numbers(state, "clip.")
+    model = name_clip_model(options.get("model"), state)
+    return Published({"model": model, "pretrained": None}, state, ignored, container)

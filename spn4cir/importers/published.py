@@ -1,0 +1,61 @@
+"""A published checkpoint in the names of a backbone here, and what every importer needs to read one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from spn4cir.errors import InputError
+
+PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
+"""Beginnings of the names of entries that only resuming a training needs."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint in the names of a backbone.
+
+    Args:
+        options: what rebuilds the backbone.
+        state: weights under the names of its ``state_dict``.
+        ignored: why each other name of the file is not needed.
+        container: what kind of file it is, in a few words.
+        lacks: the part that another file holds; empty for a whole model.
+    """
+
+    options: dict[str, Any]
+    state: dict[str, Tensor]
+    ignored: dict[str, str]
+    container: str
+    lacks: str = ""
+
+
+def find_state_dict(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """The first of these entries that a file has, its state dict, and what beside it is ignored, with the reason.
+
+    Raises:
+        InputError: if it has none of them or no state dict there, or if anything beside it is more than the progress
+            of a training.
+    """
+    key = next((key for key in keys if key in content), None)
+    if key is None:
+        found = ", ".join(map(repr, list(content)[:5])) or "nothing"
+        names = f"neither {' nor '.join(keys)} is" if len(keys) > 1 else f"{keys[0]} is not"
+        raise InputError(f"{names} an entry of it; found {found}")
+    beside = [name for name in content if name != key]
+    for name in beside:
+        if not str(name).startswith(PROGRESS):
+            raise InputError(f"beside {key} there is {name!r}, which is unknown here")
+    state = content[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+        what = type(state).__name__ if state else "empty"
+        raise InputError(f"{key} is {what}, not a dictionary of named tensors")
+    return key, dict(state), dict.fromkeys(beside, "progress of its training")
+
+
+Importer = Callable[[Mapping[str, Any], Mapping[str, Any]], Published]
+"""Content of a published file, and the options that the user states → the checkpoint in our names.
+
+Options that are not stated are recognised. Raises ``InputError`` for a file of another format.
+"""

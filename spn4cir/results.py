@@ -1,0 +1,213 @@
+"""What an evaluation found, as data: command line, JSON and reports read only this."""
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spn4cir.errors import InputError
+from spn4cir.files import write_text
+from spn4cir.measures import MEASURES, Ranks, macro_mean, measure_name
+from spn4cir.types import Benchmark, Query
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One ranking of every query: the whole gallery's, that of its own candidates, or that of its subset.
+
+    Args:
+        ranks: (Q, P, 2) first and last rank of each target, 0 where there is none; None where targets are not public.
+        top: ids of the first k items of each query, best first; empty unless they were asked for.
+        scores: their scores.
+    """
+
+    ranks: Ranks | None = None
+    top: Sequence[Sequence[str]] = ()
+    scores: Sequence[Sequence[float]] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """An evaluation.
+
+    Args:
+        protocol: id of the benchmark.
+        metrics: name to percentage, from 0 to 100; empty where targets are not public.
+        tags: the same by tag, each with its number of ``queries``.
+        ablation: the same for queries of the image alone and of the text alone, if they were asked for.
+        count: number of queries.
+        data: fingerprint of the benchmark; results of different data are never combined.
+        is_holdout: whether the queries are training triplets that were held out.
+        skipped: number of images that the skip list left out.
+        queries: the queries, in the order of the rankings.
+        rankings: by what is ranked: ``gallery``, ``candidates``, ``subset``.
+    """
+
+    protocol: str
+    metrics: Mapping[str, float]
+    tags: Mapping[str, Mapping[str, float]]
+    ablation: Mapping[str, Mapping[str, float]]
+    count: int
+    data: str
+    is_holdout: bool = False
+    skipped: int = 0
+    queries: Sequence[Query] = field(default=(), repr=False)
+    rankings: Mapping[str, Ranking] = field(default_factory=dict, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but what concerns single queries."""
+        names = ("protocol", "metrics", "tags", "ablation", "count", "data", "is_holdout", "skipped")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Result":
+        """What ``as_json`` returned, among other entries."""
+        names = ("protocol", "metrics", "tags", "ablation", "count", "data", "is_holdout", "skipped")
+        return cls(**{name: values[name] for name in names})
+
+    def rows(self, *columns: str) -> Iterator[dict[str, Any]]:
+        """One dictionary per query: what was asked, and of each ranking the named parts.
+
+        Args:
+            columns: ``ranks``, and ``top`` with its scores.
+        """
+        for number, query in enumerate(self.queries):
+            row: dict[str, Any] = {"query": number, "name": query.name, "reference": query.reference}
+            row |= {"text": query.text, "targets": list(query.targets), "tags": list(query.tags)}
+            for over, ranking in self.rankings.items():
+                suffix = "" if over == "gallery" else f"_{over}"
+                if "ranks" in columns and ranking.ranks is not None:
+                    row[f"ranks{suffix}"] = ranking.ranks[number, : len(query.targets)].tolist()
+                if "top" in columns:
+                    row[f"top{suffix}"] = list(ranking.top[number])
+                    row[f"scores{suffix}"] = list(ranking.scores[number])
+            yield row
+
+    def write_rows(self, path: Path, *columns: str) -> None:
+        """Write ``rows`` as Parquet or JSONL, by the suffix, the whole file or none of it.
+
+        Raises:
+            InputError: for another suffix.
+        """
+        if path.suffix == ".jsonl":
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows(*columns)))
+        elif path.suffix == ".parquet":
+            import pyarrow
+            from pyarrow import parquet
+
+            beside = path.with_name(path.name + ".tmp")
+            parquet.write_table(pyarrow.Table.from_pylist(list(self.rows(*columns))), beside)
+            beside.replace(path)
+        else:
+            raise InputError(f"{path}: one row per query is written as .parquet or .jsonl")
+
+
+def compute_metrics(
+    benchmark: Benchmark, rankings: Mapping[str, Ranks]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Metrics of a benchmark in percent, and the same by tag.
+
+    Args:
+        benchmark: its measures, tags and whether means are over tags.
+        rankings: (Q, P, 2) ranks by what is ranked.
+    """
+    values = {measure_name(m): MEASURES[m.kind].values(rankings[m.over], m.k) for m in benchmark.measures}  # (Q,) each
+    primary = [measure_name(measure) for measure in benchmark.measures if measure.primary]
+
+    def mean(rows: NDArray[np.bool_] | slice) -> dict[str, float]:
+        found = {name: float(100.0 * np.mean(value[rows])) for name, value in values.items()}
+        if len(primary) > 1:
+            found["Rmean"] = float(np.mean([found[name] for name in primary]))
+        return found
+
+    tags: dict[str, dict[str, float]] = {}
+    for tag in sorted({tag for query in benchmark.queries for tag in query.tags}):
+        rows = np.array([tag in query.tags for query in benchmark.queries])
+        tags[tag] = {**mean(rows), "queries": int(rows.sum())}
+    metrics = mean(slice(None))
+    if benchmark.macro:
+        metrics = macro_mean({tag: tags[tag] for tag in benchmark.macro}, list(metrics))
+    elif len(tags) > 1:
+        over_gallery = [measure_name(measure) for measure in benchmark.measures if measure.over != "subset"]
+        metrics |= {f"macro {name}": value for name, value in macro_mean(tags, over_gallery).items()}
+    return metrics, tags
+
+
+def metric_names(benchmark: Benchmark) -> list[str]:
+    """Names of the metrics that a checkpoint can be selected by."""
+    known = [measure_name(measure) for measure in benchmark.measures]
+    if len({tag for query in benchmark.queries for tag in query.tags}) > 1 and not benchmark.macro:
+        known += [f"macro {measure_name(measure)}" for measure in benchmark.measures if measure.over != "subset"]
+    return known
+
+
+def primary_names(benchmark: Benchmark) -> list[str]:
+    """Names of the metrics whose mean selects the best checkpoint: the primary ones, or the first one."""
+    return [measure_name(m) for m in benchmark.measures if m.primary] or [measure_name(benchmark.measures[0])]
+
+
+def selection_score(metrics: Mapping[str, float], names: Sequence[str]) -> float:
+    """The number that selects the best checkpoint: the mean of the named metrics."""
+    return float(np.mean([metrics[name] for name in names]))
+
+
+def combine(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each metric over results of one protocol on the same data.
+
+    Args:
+        results: JSON forms of results, such as those of several seeds.
+
+    Raises:
+        InputError: if there are none, or two of them differ in protocol, data or metrics.
+    """
+    if not results:
+        raise InputError("there are no results to combine")
+    for key in ("protocol", "data"):
+        found = list(dict.fromkeys(str(result[key]) for result in results))
+        if len(found) > 1:
+            raise InputError(f"results of different {key} are never combined: {', '.join(found)}")
+    for result in results:
+        if result["metrics"].keys() != results[0]["metrics"].keys():
+            raise InputError("results of different metrics are never combined")
+    values = {name: [result["metrics"][name] for result in results] for name in results[0]["metrics"]}
+    spread = 1 if len(results) > 1 else 0
+    return {name: (float(np.mean(v)), float(np.std(v, ddof=spread))) for name, v in values.items()}
+
+
+def git_commit() -> str | None:
+    """The commit of the source that runs, marked if there are changes on top, or None outside a checkout."""
+    where = Path(__file__).parent
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=where, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
+
+
+def metrics_table(result: Result) -> str:
+    """A result as text for the terminal, protocol id first."""
+    names = [name for name in result.metrics if not name.startswith("macro")]
+    macro = {name: result.metrics[f"macro {name}"] for name in names if f"macro {name}" in result.metrics}
+    several = len(result.tags) > 1
+    over_queries = macro or not several
+    rows: list[tuple[str, Mapping[str, float]]] = [
+        (f"all ({result.count} queries)" if over_queries else "mean over tags", result.metrics)
+    ]
+    if macro:
+        rows.append(("mean over tags", macro))
+    rows += [(f"  {name} ({values['queries']})", values) for name, values in result.tags.items() if several]
+    rows += list(result.ablation.items())
+    width = max(len(label) for label, _ in rows)
+    lines = [f"protocol {result.protocol}", " " * width + "".join(f"{name:>8}" for name in names)]
+    for label, values in rows:
+        cells = "".join(f"{values[name]:8.2f}" if name in values else " " * 8 for name in names)
+        lines.append(f"{label:<{width}}{cells}")
+    return "\n".join(lines)

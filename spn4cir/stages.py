@@ -1,0 +1,188 @@
+"""What prepares each kind of training: model, candidates and batches. A further objective is a further preparation.
+
+``STAGES`` names them: a new one is a function here, or elsewhere, one line in the dictionary and one test.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spn4cir import bank as banks
+from spn4cir import checkpoints
+from spn4cir.backbone import Backbone
+from spn4cir.backbones import INSIDE, build_backbone, check_backbone
+from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader, TripletSampler
+from spn4cir.compute import checkpoint_blocks, compile_blocks
+from spn4cir.config import ComputeConfig, TrainConfig
+from spn4cir.data import Say, TrainingData, hash_pixels
+from spn4cir.errors import InputError
+from spn4cir.evaluate import evaluate
+from spn4cir.images import ImageSource
+from spn4cir.objective import BankCandidates, Objective
+from spn4cir.results import Result
+from spn4cir.run import Run, options_of
+
+SOURCES = {"model", "pretrained", "config", "tokenizer"}
+"""Options of a backbone that say where weights and vocabulary come from."""
+
+
+@dataclass
+class Training:
+    """A training that is ready to run.
+
+    Args:
+        objective: the module whose ``forward(batch)`` is the loss.
+        loader: its batches.
+        evaluate: evaluates the model on the selecting benchmark; all processes call it.
+        check: raises ``InputError`` if something that must not move has moved; called after each epoch.
+        bank: fingerprint of the bank in use, or None.
+    """
+
+    objective: Objective
+    loader: TripletLoader
+    evaluate: Callable[[], Result]
+    check: Callable[[], None] = lambda: None
+    bank: str | None = None
+
+
+def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
+    """Both sides train; candidates are the targets of the batch."""
+    for name in ("limit", "extra"):
+        if getattr(config.bank, name) is not None:
+            raise InputError(f"bank.{name} is for stage 2: the candidates of stage 1 are the targets of the batch")
+    if config.batch_size // config.compute.accumulate < 2:
+        raise InputError(
+            f"batch_size {config.batch_size} in {config.compute.accumulate} parts leaves one triplet, without any "
+            "negative: raise batch_size, or lower compute.accumulate"
+        )
+    images, pixels = _open_images(config, run, data, backbone)
+    identity = banks.assign_rows({image_id: pixels[image_id] for image_id in data.candidate_images(config)})
+    known = KnownTargets(data.triplets, identity)
+    collate = TripletCollate(backbone.tokenize, identity, images, known=known)
+    loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
+    prepare_compute(backbone, config.compute)
+    objective = Objective(
+        backbone, config.temperature, config.learn_temperature, None, config.negatives.types,
+        config.negatives.max_similarity,
+    )  # fmt: skip
+    _check_whole(objective, known)
+
+    def select() -> Result:
+        return evaluate(backbone, data.selection, images, batch_size=config.eval_batch_size)
+
+    return Training(objective, loader, select)
+
+
+def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
+    """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
+    if config.negatives.types != ["target"]:
+        raise InputError(f"negatives.types {config.negatives.types} is for stage 1: a bank holds targets alone")
+    images, pixels = _open_images(config, run, data, backbone)
+    ids = data.candidate_images(config)
+    backbone.freeze_image_side()
+    prepare_compute(backbone, config.compute)
+    with run.accelerator.main_process_first():
+        bank = frozen_features(config, backbone, images, {image_id: pixels[image_id] for image_id in ids})
+        gallery = None  # a bank of the images that are ranked, so that each evaluation need not encode them again
+        if bank.reference is not None and not data.selection.texts:
+            shown = {image_id: pixels[image_id] for image_id in data.selection.image_ids}
+            is_held = bank.rows.keys() >= shown.keys()  # as with held-out triplets
+            gallery = bank if is_held else frozen_features(config, backbone, images, shown)
+    frozen = banks.FrozenCheck(backbone, images(ids[0]))
+    known = KnownTargets(data.triplets, bank.rows)
+    collate = TripletCollate(backbone.tokenize, bank.rows, images, bank, known)
+    loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
+    local = bank.shard(run.accelerator.process_index, run.accelerator.num_processes).to(run.accelerator.device)
+    if not local.resident:
+        run.say("the bank does not fit on the device: it is read ahead from disk, at each step")
+    objective = Objective(
+        backbone, config.temperature, config.learn_temperature, BankCandidates(local, config.bank.limit, config.seed),
+        max_similarity=config.negatives.max_similarity,
+    )  # fmt: skip
+    _check_whole(objective, known)
+
+    def select() -> Result:
+        return evaluate(backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
+
+    return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint)
+
+
+STAGES: Mapping[int, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
+    1: prepare_stage1,
+    2: prepare_stage2,
+}
+
+
+def _open_images(
+    config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone
+) -> tuple[ImageSource, dict[str, str]]:
+    """Pixels by image id, and the hash of each image's pixels, benchmarks included."""
+    images = ImageSource(data.dataset.image, backbone.transform, config.keep_pixels)
+    ids = [*data.candidate_images(config), *data.selection.image_ids, *data.reported.image_ids]
+    with run.accelerator.main_process_first():  # the others find in the cache what the first has decoded
+        return images, hash_pixels(data.dataset, ids, run.say, show=run.main)
+
+
+def _sampler(config: TrainConfig, run: Run, data: TrainingData) -> TripletSampler:
+    process = (run.accelerator.process_index, run.accelerator.num_processes)
+    annotated, generated = data.split_rows()
+    return TripletSampler(
+        annotated, generated, config.batch_size, config.generated_share, config.seed, process,
+        config.compute.accumulate,
+    )  # fmt: skip
+
+
+def _check_whole(objective: Objective, known: KnownTargets) -> None:
+    """Raises ``InputError`` if the objective needs whole triplets and the data has others."""
+    if objective.candidates is not None or not objective.needs_whole_triplets:
+        return
+    if known.is_partial or known.positives > 1 or known.negatives:
+        raise InputError(
+            f"stage 1 of {objective.backbone.name} with negatives.types {list(objective.types)} needs a reference, "
+            "a text and one target in each triplet: some triplets have fewer, or more"
+        )
+
+
+def prepare_compute(backbone: Backbone, compute: ComputeConfig) -> None:
+    """Let the backbone compute as the settings say. Raises ``InputError`` if it has no blocks for that."""
+    backbone.chunk = compute.chunk
+    for name, prepare in (("checkpoint", checkpoint_blocks), ("compile", compile_blocks)):
+        if getattr(compute, name) and not prepare(backbone):
+            raise InputError(f"compute.{name}: {backbone.name} has no blocks that follow each other")
+
+
+def frozen_features(config: TrainConfig, backbone: Backbone, images: ImageSource, hashes: dict[str, str]) -> banks.Bank:
+    """The bank of these images with the parts and the type that the settings name."""
+    parts = banks.stored_parts(config.bank.dtype, config.bank.references == "stored")
+    root = checkpoints.runs_root() / "banks"
+    return banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, parts)
+
+
+def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone:
+    """The model to start from: ``init``, else for stage 2 the newest stage 1, else a new one from its options.
+
+    Options that differ from those of ``init`` hold, and what only they bring is initialised anew; but options that say
+    where weights come from do not, and that is printed.
+    """
+    if inside := config.backbone_options.keys() & set(INSIDE):
+        raise InputError(f"backbone {config.backbone}: {inside.pop()} is not for a recipe to set")
+    if stage != 2 and not config.init:
+        return build_backbone(config.backbone, **config.backbone_options)
+    if not config.init:
+        run = checkpoints.newest_run(config.dataset, config.backbone, stage=1)
+        if run is None:
+            where = checkpoints.runs_root() / config.dataset / config.backbone
+            raise InputError(
+                f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
+                f"run accelerate launch recipes/stage1.py{options_of(config)} first, or give --init FOLDER"
+            )
+        config.init = str(run)
+    name, options = checkpoints.read_model(Path(config.init))
+    check_backbone(name)
+    if name != config.backbone:
+        raise InputError(f"{config.init} holds a {name}, and the backbone is {config.backbone}: give --backbone {name}")
+    changes = {key: value for key, value in config.backbone_options.items() if options.get(key) != value}
+    for key in sorted(SOURCES & changes.keys()):
+        say(f"{config.init} is the start: its own {key} holds, and {changes.pop(key)!r} of backbone_options does not")
+    return checkpoints.load_model(Path(config.init), changes)
