@@ -13,7 +13,7 @@ from PIL import Image
 from spn4cir.config import TrainConfig
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Query, Triplet
+from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 IDS = [f"i{n:02d}" for n in range(47)]
 TWIN = "twin"  # the same pixels as i00, under another id
@@ -46,15 +46,15 @@ class Toy(Dataset):
             blocks.save(folder / f"{image_id}.png")
         return cls(str(folder))
 
-    def path(self, image_id: str) -> Path:
+    def find_image(self, image_id: str) -> ImageRef:
         if image_id not in (*IDS, TWIN):
             raise InputError(f"toy: unknown image id {image_id!r}")
-        return self.folder / f"{image_id}.png"
+        return ImageRef(self.folder / f"{image_id}.png")
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         return list(TRAIN)
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         return [
             Triplet(
                 TRAIN[n], (TRAIN[(7 * n + 1) % 20],), (f"make it {COLOURS[n % 5]}", f"a {COLOURS[n // 8]} one instead")
@@ -62,14 +62,15 @@ class Toy(Dataset):
             for n in range(40)
         ]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         chosen = self.choose_protocol(split, protocol)
         ids = (*IDS, TWIN)
         queries = tuple(
             Query(ids[n], f"in {COLOURS[n % 5]}", (ids[(5 * n + 3) % 48],), (f"group {n % 2}",), self._subset(ids, n))
             for n in range(20)
         )
-        return Benchmark(chosen, ids, queries, exclude_reference=True, ks=(1, 5, 10), subset_ks=(1, 2))
+        measures = recall_measures(1, 5, 10, primary=(1,)) + recall_measures(1, 2, over="subset")
+        return Benchmark(chosen, ids, queries, exclude_reference=True, measures=measures)
 
     @staticmethod
     def _subset(ids: tuple[str, ...], n: int) -> tuple[str, ...]:
