@@ -64,7 +64,7 @@ class Steps:
         rows = torch.arange(batch) * (count // batch)
         references = torch.randn(batch, 1, width)
         features = ImageFeatures(references, references[:, :0])
-        self.batch = TripletBatch(tokens, rows, rows[:, None], rows[:, None], features=features)
+        self.batch = TripletBatch(tokens, torch.arange(batch), rows[:, None], rows[:, None], features=features)
         self.objective = Objective(self.backbone, TEMPERATURE, candidates=BankCandidates(self.bank))
         self.fixed = torch.randn(batch, width)
         self.trained = [value for value in self.backbone.parameters() if value.requires_grad]
