@@ -3,7 +3,7 @@
 ``STAGES`` names them: a new one is a function here, or elsewhere, one line in the dictionary and one test.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Training:
         loader: its batches.
         evaluate: evaluates the model on the selecting benchmark; all processes call it.
         check: raises ``InputError`` if something that must not move has moved; called after each epoch.
-        bank: fingerprint of the bank in use, or None.
+        bank: fingerprint of the bank in use, or None without a bank.
     """
 
     objective: Objective
@@ -108,7 +108,7 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint)
 
 
-STAGES: Mapping[int, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
+STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
     1: prepare_stage1,
     2: prepare_stage2,
 }

@@ -82,7 +82,9 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     run.start(config, objective)
     state = run.resume(objective, optimizer, training.bank)
-    log = StepLog(config, accelerator, tqdm(total=steps, initial=state["step"], desc=run.title, disable=not run.main))
+    log = StepLog(
+        config, accelerator, tqdm(total=steps, initial=state["step"], desc=run.title, unit="step", disable=not run.main)
+    )
     while state["step"] < steps:
         objective.train(config.dropout)
         for part, batch in enumerate(loader.from_step(state["step"])):
