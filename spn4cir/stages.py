@@ -46,8 +46,8 @@ class Training:
     bank: str | None = None
 
 
-def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
-    """Both sides train; candidates are the targets of the batch."""
+def check_stage1(config: TrainConfig) -> None:
+    """Raises ``InputError`` for settings of stage 2, and for batches without a negative."""
     for name in ("limit", "extra"):
         if getattr(config.bank, name) is not None:
             raise InputError(f"bank.{name} is for stage 2: the candidates of stage 1 are the targets of the batch")
@@ -56,6 +56,10 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
             f"batch_size {config.batch_size} in {config.compute.accumulate} parts leaves one triplet, without any "
             "negative: raise batch_size, or lower compute.accumulate"
         )
+
+
+def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
+    """Both sides train; candidates are the targets of the batch."""
     images, pixels = _open_images(config, run, data, backbone)
     identity = banks.assign_rows({image_id: pixels[image_id] for image_id in data.candidate_images(config)})
     known = KnownTargets(data.triplets, identity)
@@ -74,10 +78,14 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     return Training(objective, loader, select)
 
 
-def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
-    """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
+def check_stage2(config: TrainConfig) -> None:
+    """Raises ``InputError`` for settings of stage 1."""
     if config.negatives.types != ["target"]:
         raise InputError(f"negatives.types {config.negatives.types} is for stage 1: a bank holds targets alone")
+
+
+def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
+    """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
     images, pixels = _open_images(config, run, data, backbone)
     ids = data.candidate_images(config)
     backbone.freeze_image_side()
@@ -112,6 +120,8 @@ STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]
     1: prepare_stage1,
     2: prepare_stage2,
 }
+CHECKS: dict[Any, Callable[[TrainConfig], None]] = {1: check_stage1, 2: check_stage2}
+"""Raises ``InputError`` for settings that a stage would ignore, before anything is read; not all stages have one."""
 
 
 def _open_images(

@@ -27,7 +27,7 @@ from spn4cir.objective import Objective
 from spn4cir.results import primary_names, selection_score
 from spn4cir.run import Run
 from spn4cir.schedules import SCHEDULES
-from spn4cir.stages import STAGES, Training, load_backbone
+from spn4cir.stages import CHECKS, STAGES, Training, load_backbone
 
 
 def train(config: TrainConfig, stage: Any) -> Path:
@@ -47,6 +47,8 @@ def train(config: TrainConfig, stage: Any) -> Path:
     check_backbone(config.backbone)
     if stage not in STAGES:
         raise InputError(f"unknown stage {stage!r}; known: {', '.join(map(str, STAGES))}")
+    if stage in CHECKS:
+        CHECKS[stage](config)
     run = Run.open(config, stage, start(config))
     data = load_data(config, run.say)
     backbone = load_backbone(config, stage, run.say).to(run.accelerator.device)
