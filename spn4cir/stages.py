@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from spn4cir import bank as banks
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
@@ -90,6 +92,7 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     ids = data.candidate_images(config)
     backbone.freeze_image_side()
     prepare_compute(backbone, config.compute)
+    parameter_groups(Objective(backbone, config.temperature, config.learn_temperature), config)  # raises before hours
     with run.accelerator.main_process_first():
         bank = frozen_features(config, backbone, images, {image_id: pixels[image_id] for image_id in ids})
         gallery = None  # a bank of the images that are ranked, so that each evaluation need not encode them again
@@ -152,6 +155,28 @@ def _check_whole(objective: Objective, known: KnownTargets) -> None:
             f"stage 1 of {objective.backbone.name} with negatives.types {list(objective.types)} needs a reference, "
             "a text and one target in each triplet: some triplets have fewer, or more"
         )
+
+
+def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by decay, which only matrices have, and by the factor of their learning rate.
+
+    Raises:
+        InputError: if a text in ``lr_scale`` is in no trainable parameter's name.
+    """
+    trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    for text in config.lr_scale:
+        if not any(text in name for name in trainable):
+            raise InputError(f"lr_scale: no parameter that trains has {text!r} in its name, as {next(iter(trainable))}")
+    scale = {n: next((f for text, f in config.lr_scale.items() if text in n), 1.0) for n in trainable}
+    return [
+        {
+            "params": [p for n, p in trainable.items() if (p.ndim > 1) == matrices and scale[n] == factor],
+            "weight_decay": config.weight_decay if matrices else 0.0,
+            "scale": factor,
+        }
+        for factor in dict.fromkeys(scale.values())
+        for matrices in (True, False)
+    ]
 
 
 def prepare_compute(backbone: Backbone, compute: ComputeConfig) -> None:
