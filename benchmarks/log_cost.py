@@ -21,6 +21,7 @@ from spn4cir import train as loop
 from spn4cir.backbones import build_backbone
 from spn4cir.checkpoints import save_model
 from spn4cir.config import TrainConfig, parse, recipes_folder
+from spn4cir.objective import Objective
 from spn4cir.run import Run
 
 STEPS = 60
@@ -59,7 +60,7 @@ def suite() -> dict[str, Any]:
             patch.object(owner, name, timed(getattr(owner, name), what, seconds))
             for what, (owner, name) in LOGGING.items()
         ]
-        patches.append(patch.object(loop.Objective, "after_step", stamp))
+        patches.append(patch.object(Objective, "after_step", stamp))
         for one in patches:
             one.start()
         try:
