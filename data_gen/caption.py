@@ -23,8 +23,7 @@ from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, r
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl
-from spn4cir.files import write_text as write_file
+from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl, write_text
 
 GIVEN = "given"  # the model of a caption that nobody had to make
 REFUSAL = re.compile(
@@ -211,7 +210,7 @@ class _Job:
         path = out.with_name(f"{out.stem}.{made_by}.plan.json")
         if processes.first and not path.is_file():
             kept = self.kept(out)
-            write_file(path, json.dumps([i for i in self.ids if i not in kept]))
+            write_text(path, json.dumps([i for i in self.ids if i not in kept]))
         processes.wait()
         asked: list[str] = read_json(path)
         return asked, path
