@@ -52,7 +52,7 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
     engine = engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens)
     job = _Job(config, dataset, engine, [i for i in ids if i not in given])
     made_by = job.made_by(given)
-    if is_done(out, made_by) and failed.is_file() and not _unread(failed):
+    if is_done(out, made_by) and not _unread(failed):
         processes.say(f"caption: {out} is done")
         return
     if job.ids:
@@ -238,7 +238,7 @@ class _Job:
         _put_by(out, {row["made_by"] for row in rows.values()})
         write_jsonl(out, (rows[i] for i in canonical_images(self.config) if i in rows))
         about = {**self.engine.about, "prompt": self.template, "words": self.config.words}
-        mark_done(out, made_by, **about, captions=len(rows), given=len(given), failed=dict(reasons))
+        mark_done(out, made_by, failed_file, **about, captions=len(rows), given=len(given), failed=dict(reasons))
         lost = f"; {len(failed)} failed ({told}), listed in {failed_file}" if failed else ""
         again = "; the same command asks again about those without a readable answer" if _unread(failed_file) else ""
         print(f"caption: {len(rows)} captions{lost}{again} → {out}")
