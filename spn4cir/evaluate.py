@@ -162,7 +162,8 @@ def padded_rows(lists: Sequence[Sequence[str]], row: dict[str, int]) -> Tensor:
     """Lists of ids → (Q, longest) rows, padded with -1; ids without a row are left out."""
     rows = [[row[i] for i in ids if i in row] for ids in lists]
     width = max(map(len, rows), default=0)
-    return torch.tensor([ids + [-1] * (width - len(ids)) for ids in rows]).view(len(lists), width)
+    padded = [ids + [-1] * (width - len(ids)) for ids in rows]
+    return torch.tensor(padded, dtype=torch.long).view(len(lists), width)
 
 
 @dataclass

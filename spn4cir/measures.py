@@ -31,7 +31,8 @@ def best_ranks(ranks: Ranks) -> Ranks:
     if not len(ranks):
         raise ValueError("a measure over no queries is undefined")
     first, last = np.where(ranks > 0, ranks, np.iinfo(np.int64).max).min(1).T
-    if first.min(initial=1) < 1 or (ranks.max((1, 2)) < 1).any() or (ranks[..., 1] < ranks[..., 0]).any():
+    is_whole = (ranks > 0).all(2) | (ranks == 0).all(2)
+    if not is_whole.all() or (ranks.max((1, 2)) < 1).any() or (ranks[..., 1] < ranks[..., 0]).any():
         raise ValueError("every query needs a target with a first rank of 1 or more and no last rank before it")
     return np.stack([first, last], 1)
 

@@ -116,7 +116,11 @@ def compute_metrics(
         benchmark: its measures, tags and whether means are over tags.
         rankings: (Q, P, 2) ranks by what is ranked.
     """
-    values = {measure_name(m): MEASURES[m.kind].values(rankings[m.over], m.k) for m in benchmark.measures}  # (Q,) each
+    names = [measure_name(measure) for measure in benchmark.measures]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{benchmark.name}: two measures are called {twice[0]}: over gallery and over candidates")
+    kinds = [(MEASURES[measure.kind].values, measure) for measure in benchmark.measures]
+    values = {name: of(rankings[m.over], m.k) for name, (of, m) in zip(names, kinds, strict=True)}  # (Q,) each
     primary = [measure_name(measure) for measure in benchmark.measures if measure.primary]
 
     def mean(rows: NDArray[np.bool_] | slice) -> dict[str, float]:

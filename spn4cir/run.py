@@ -57,7 +57,7 @@ class Run:
             run = cls(Path(config.resume), stage, accelerator)
             run._check(config)
         else:
-            name = f"stage{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+            name = f"{stage_name(stage)}-{time.strftime('%Y%m%d-%H%M%S')}"
             default = checkpoints.runs_root() / config.dataset / config.backbone / name
             run = cls(Path(config.output or default), stage, accelerator)
             run._check_unused()
@@ -121,11 +121,11 @@ class Run:
         if (self.folder / "result.json").is_file():
             raise InputError(f"{self.folder} is complete: there is nothing to resume")
         text, last = path.read_text(encoding="utf-8"), self.folder / "last.safetensors"
-        noted = re.match(r"# stage (\d)\n", text)
-        stage = int(noted[1]) if noted else self.stage
+        noted = re.match(r"# stage (\w+)\n", text)
+        stage = noted[1] if noted else self.stage
         if last.is_file():
             stage = checkpoints.read_note(last)["progress"]["stage"]
-        if stage != self.stage:
+        if str(stage) != str(self.stage):
             raise InputError(f"{self.folder} is a stage {stage} run: resume it with recipes/stage{stage}.py")
         for name, then, now in changes(yaml.safe_load(text), config):
             if name not in FREE_ON_RESUME:
@@ -227,6 +227,11 @@ class Run:
         same = {name: getattr(self.config, name) for name in ("max_annotated", "generated", "generated_share")}
         data = "".join(f" --{name.replace('_', '-')} {value}" for name, value in same.items() if value is not None)
         return f"accelerate launch recipes/stage2.py{options_of(self.config)}{aside} --init {self.folder}{data}"
+
+
+def stage_name(stage: Any) -> str:
+    """What the folders of a stage's runs begin with: ``stage1``, or the name of a stage that has one."""
+    return f"stage{stage}" if isinstance(stage, int) else str(stage)
 
 
 def options_of(config: TrainConfig) -> str:

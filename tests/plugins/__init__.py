@@ -1,0 +1,1 @@
+"""Toy plug-ins: each in one file, known by one dictionary line."""
