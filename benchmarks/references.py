@@ -40,7 +40,7 @@ from spn4cir.datasets import DATASETS
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 from spn4cir.results import git_commit
-from spn4cir.types import Benchmark, Composed, ImageFeatures, Query, Tokens, Triplet
+from spn4cir.types import Benchmark, Composed, ImageFeatures, ImageRef, Query, Tokens, Triplet, recall_measures
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"577 × 768, targets 1 × 256": (577, 768, 1, 128), "257 × 1408, targets 32 × 256": (257, 1408, 32, 32)}
@@ -71,25 +71,25 @@ class Tiles(Dataset):
             Image.frombytes("RGB", (8, 8), random.Random(n).randbytes(192)).save(root / f"{n}.png")
         (root / "ids.txt").write_text("\n".join(map(str, range(count))))
 
-    def path(self, image_id: str) -> Path:
+    def find_image(self, image_id: str) -> ImageRef:
         """Where a picture lies."""
         assert self.root is not None
-        return self.root / f"{image_id}.png"
+        return ImageRef(self.root / f"{image_id}.png")
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         """The first nine tenths."""
         return self.ids[: self.cut]
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         """Each training image to another one."""
-        chance, ids = random.Random(0), self.training_images()
+        chance, ids = random.Random(0), self.list_training_images()
         return [Triplet(i, (chance.choice(ids),), (chance.choice(WORDS),)) for i in ids]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """The last tenth, each image once a reference."""
         ids = tuple(self.ids[self.cut :])
         queries = tuple(Query(i, WORDS[n % len(WORDS)], (ids[n - 1],)) for n, i in enumerate(ids))
-        return Benchmark(self.choose_protocol(split, protocol), ids, queries, True, (1, 10))
+        return Benchmark(self.choose_protocol(split, protocol), ids, queries, True, recall_measures(1, 10))
 
 
 class Wide(Backbone):

@@ -102,7 +102,7 @@ def test_two_processes_make_the_same_triplets(tmp_path: Path) -> None:
     pictures, few = tmp_path / "pictures", Few()
     pictures.mkdir()
     for image_id in few.training_images()[:40]:
-        (pictures / f"{image_id}.png").write_bytes(few.path(image_id).read_bytes())
+        (pictures / f"{image_id}.png").write_bytes(Path(str(few.image(image_id))).read_bytes())
     options = ["--dataset", "catalogue", "--data-root", str(pictures), "--matcher", "embedded", "--window", "[1,6]"]
     options += ["--captioner", "embedded", "--match-batch-size", "8", "--caption-batch-size", "8"]
     script = str(Path(__file__).parents[2] / "data_gen" / "make_triplets.py")

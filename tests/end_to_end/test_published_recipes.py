@@ -54,8 +54,8 @@ STAGE_1: dict[str, dict[str, Any]] = {
     },
     "tgcir": {  # the scale of the logits, 10, is learned as temperature 0.1: d(1/t) = -dt / t², hence its own pace
         "batch_size": 64, "epochs": 30, "lr": 1e-4, "lr_scale": {"clip": 0.1, "temperature": 0.01},
-        "adamw": AdamWConfig(eps=1e-8),
         "schedule": "multistep", "schedule_options": {"epochs": [4, 9], "factor": 0.1},  # before epochs 5 and 10
+        "adamw": AdamWConfig(eps=1e-8),
         "temperature": 0.1, "learn_temperature": True,
     },
     "blip4cir": {  # the epsilon is that of torch's AdamW
