@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spn4cir.config import BankConfig, TrainConfig, find_config, parse, recipes_folder, write_yaml
+from spn4cir.config import AdamWConfig, BankConfig, TrainConfig, find_config, parse, recipes_folder, write_yaml
 from spn4cir.errors import InputError
 
 
@@ -129,7 +129,7 @@ def test_resolved_file_parses_back_equal(tmp_path: Path) -> None:
     """What write_yaml wrote gives the same settings, of every kind of value."""
     config = TrainConfig(
         data_root="somewhere/ä b", backbone_options={"model": "RN50", "pretrained": None}, max_annotated=0,
-        generated="auto", generated_share=0.25, lr=1e-7, eps=1e-12, temperature=1 / 3, learn_temperature=True,
+        generated="auto", generated_share=0.25, lr=1e-7, adamw=AdamWConfig(eps=1e-12), temperature=1 / 3, learn_temperature=True,
         max_steps=5,
         trackers=["tensorboard"], output="123", schedule="cosine",
     )  # fmt: skip
