@@ -129,8 +129,8 @@ def test_resolved_file_parses_back_equal(tmp_path: Path) -> None:
     """What write_yaml wrote gives the same settings, of every kind of value."""
     config = TrainConfig(
         data_root="somewhere/ä b", backbone_options={"model": "RN50", "pretrained": None}, max_annotated=0,
-        generated="auto", generated_share=0.25, lr=1e-7, adamw=AdamWConfig(eps=1e-12), temperature=1 / 3, learn_temperature=True,
-        max_steps=5,
+        generated="auto", generated_share=0.25, lr=1e-7, adamw=AdamWConfig(eps=1e-12), temperature=1 / 3,
+        learn_temperature=True, max_steps=5,
         trackers=["tensorboard"], output="123", schedule="cosine",
     )  # fmt: skip
     path = tmp_path / "config.yaml"
