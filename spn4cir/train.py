@@ -60,7 +60,8 @@ def train(config: TrainConfig, stage: Any) -> Path:
             best = checkpoints.load_model(run.folder).to(run.accelerator.device)
             images = ImageSource(data.dataset.image, best.transform)
             result = evaluate(best, data.reported, images, batch_size=config.eval_batch_size)
-            state["best"]["result"] = result.as_json()
+            if run.main:
+                state["best"]["result"] = result.as_json()
         run.finish(state, data.selection.name)
     return run.folder
 
