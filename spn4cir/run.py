@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
-from spn4cir.config import GROUPS, TrainConfig, write_yaml
+from spn4cir.config import GROUPS, TrainConfig, training_command, write_yaml
 from spn4cir.errors import InputError
 from spn4cir.files import locked, write_text
 from spn4cir.results import Result, git_commit, metrics_table
@@ -126,7 +126,7 @@ class Run:
         if last.is_file():
             stage = checkpoints.read_note(last)["progress"]["stage"]
         if str(stage) != str(self.stage):
-            raise InputError(f"{self.folder} is a stage {stage} run: resume it with recipes/stage{stage}.py")
+            raise InputError(f"{self.folder} is a stage {stage} run: resume it as stage {stage}")
         for name, then, now in changes(yaml.safe_load(text), config):
             if name not in FREE_ON_RESUME:
                 raise InputError(f"--resume {self.folder} continues the same run, but {name} was {then!r}, now {now!r}")
@@ -226,7 +226,7 @@ class Run:
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
         same = {name: getattr(self.config, name) for name in ("max_annotated", "generated", "generated_share")}
         data = "".join(f" --{name.replace('_', '-')} {value}" for name, value in same.items() if value is not None)
-        return f"accelerate launch recipes/stage2.py{options_of(self.config)}{aside} --init {self.folder}{data}"
+        return f"{training_command(2)}{options_of(self.config)}{aside} --init {self.folder}{data}"
 
 
 def stage_name(stage: Any) -> str:

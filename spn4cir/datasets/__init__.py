@@ -9,6 +9,7 @@ from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import with_images
+from spn4cir.datasets.pairs import Pairs
 from spn4cir.datasets.skip import apply_skip_list
 from spn4cir.errors import InputError
 
@@ -17,6 +18,7 @@ DATASETS: dict[str, Callable[[str | None], Dataset]] = {
     "fashioniq": FashionIQ,
     "cirr": CIRR,
     "catalogue": Catalogue,
+    "pairs": Pairs,
 }
 
 
