@@ -60,7 +60,8 @@ class Run:
             name = f"{stage_name(stage)}-{time.strftime('%Y%m%d-%H%M%S')}"
             default = checkpoints.runs_root() / config.dataset / config.backbone / name
             run = cls(Path(config.output or default), stage, accelerator)
-            run._check_unused()
+            if config.output:  # else another folder is made where this one is taken
+                run._check_unused()
         there = next(p for p in [run.folder, *run.folder.absolute().parents] if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise InputError(f"the run folder {run.folder} cannot be made: {there} is no folder, or not writable")
