@@ -40,6 +40,7 @@ SLOW = {
     "kills": "minutes",
     "claims": "half an hour",
     "negatives": "half an hour",
+    "triplet_table": "minutes, and 3 GB of disk",
     "unchanged": "minutes",
     "log_cost": "a minute",
     "triplet_table": "minutes",
