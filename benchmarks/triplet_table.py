@@ -132,9 +132,8 @@ def measure(folder: Path, is_table: bool) -> dict[str, Any]:
     images = meter.run("images that are named", lambda: list(named_images(triplets)))
     identity = {image_id: n for n, image_id in enumerate(sorted(images))}
     known = meter.run("known targets", lambda: KnownTargets(triplets, identity))
-    sampler = meter.run(
-        "sampler", lambda: TripletSampler(*split(triplets), batch_size=BATCH, generated_share=None, seed=0)
-    )
+    annotated, generated = split(triplets)
+    sampler = meter.run("sampler", lambda: TripletSampler(annotated, generated, BATCH, None, 0))
     rows, collate = TripletRows(triplets, 0), TripletCollate(lambda texts: {}, identity, NoPixels(), known=known)
     drawn = iter(sampler)
     meter.run("epoch", lambda: next(drawn))
