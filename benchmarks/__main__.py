@@ -42,6 +42,7 @@ SLOW = {
     "negatives": "half an hour",
     "triplet_table": "minutes, and 3 GB of disk",
     "unchanged": "minutes",
+    "log_cost": "a minute",
     "backbones": "an hour",
 }
 """Apart from the suite, by their own commands; and how long they take on two cores."""

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import anonymous
-from spn4cir import store
+from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import BankConfig, TrainConfig
@@ -40,6 +41,7 @@ from spn4cir.datasets import DATASETS
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 from spn4cir.results import git_commit
+from spn4cir.store import StoredRows
 from spn4cir.types import Benchmark, Composed, ImageFeatures, ImageRef, Query, Tokens, Triplet, recall_measures
 
 ROOT = Path(__file__).parents[1]
@@ -130,20 +132,26 @@ class Wide(Backbone):
         return [self.image, self.project, self.places]
 
 
-class InMemory(store.StoredRows):
-    """The straightforward way: everything is read once, as float32."""
+class InMemory(StoredRows):
+    """Rows that are read once, as float32."""
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._read = super().whole().float()
+        self._read = self.whole().float()
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """A copy of these rows."""
         return self._read[list(rows)]
 
-    def whole(self) -> Tensor:
-        """All rows."""
-        return self._read
+
+def read_whole(*args: Any) -> banks.Bank:
+    """The straightforward way: a bank that is in memory."""
+    bank = LOAD(*args)
+    assert bank.reference is not None
+    return replace(bank, target=bank.target.float(), reference=InMemory(bank.reference.path))
+
+
+LOAD = banks.load_or_build
 
 
 def child(way: str, shape: str, folder: Path) -> None:
@@ -153,7 +161,7 @@ def child(way: str, shape: str, folder: Path) -> None:
 
     DATASETS[Tiles.name], BACKBONES[Wide.name] = Tiles, Wide
     if way == "in memory":
-        store.StoredRows = InMemory  # type: ignore[misc]
+        banks.load_or_build = read_whole  # type: ignore[assignment]
     init = folder / "init"
     if not init.is_dir():
         torch.manual_seed(0)

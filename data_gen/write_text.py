@@ -29,11 +29,10 @@ GROUP = 1 << 15  # rows of Parquet held in memory
 KINDS = ("jsonl", "json", "parquet")
 OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
 """Settings that say where and how fast a run was made."""
-COLUMNS = (
+COLUMNS = (  # of the Parquet file
     "reference", "target", "reference_path", "target_path", "modifications", "reference_caption", "target_caption",
     "rank", "similarity", "template", "model", "rewriter", "made_by",
 )  # fmt: skip
-"""Of the Parquet file."""
 CHUNK = 4096  # texts counted at once
 
 
@@ -152,8 +151,7 @@ class Texts:
 def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -> Iterator["TripletWriter"]:
     """Open the three files beside their places, which they take at the end, unless an error occurs.
 
-    Raises:
-        InputError: if one cannot be written.
+    Raises ``InputError`` where one cannot be written.
     """
     places = [config.file(f"triplets.{kind}") for kind in KINDS]
     beside = [path.with_name(path.name + ".tmp") for path in places]
@@ -174,7 +172,7 @@ def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -
 
 
 class TripletWriter:
-    """Writes triplets as they come, and counts what they are like.
+    """Writes triplets as they come, and counts them.
 
     Args:
         paths: of JSONL, JSON and Parquet.
@@ -183,8 +181,7 @@ class TripletWriter:
 
     Attributes:
         count: triplets so far.
-        words: of their texts together.
-        tokens: likewise.
+        words, tokens: of their texts together.
         distinct: hashes of their texts.
         templates: how many of them each template made.
         rewritten: how many hold a text that a model wrote anew.
@@ -248,7 +245,7 @@ class TripletWriter:
         self.close()
 
     def close(self) -> None:
-        """Close the files, whatever became of them."""
+        """Close the files."""
         self._rows.close()
         self._entries.close()
         self._parquet.close()

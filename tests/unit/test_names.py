@@ -8,7 +8,6 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(p for top in ("spn4cir", "data_gen") for p in (ROOT / top).rglob("*.py") if p.stem != "__init__")
 KNOWN = {
     "main": {"data_gen/make_triplets.py", "spn4cir/__main__.py"},  # entry points, which nobody imports by that name
-    "fingerprint": {"spn4cir/bank.py", "spn4cir/evaluate.py"},
 }
 """Names that still have several meanings, and the files that define them: to be emptied."""
 
