@@ -86,7 +86,8 @@ class Numbered(ImageSource):
 def annotated(data: Path) -> tuple[Pairs, str]:
     """Reference and target of each annotated triplet, or as many made up; and which of the two."""
     try:
-        return [(t.reference, t.target) for t in FashionIQ(str(data)).triplets()], "FashionIQ's annotations"
+        triplets = FashionIQ(str(data)).triplets()
+        return [(t.reference, t.targets[0]) for t in triplets if t.reference], "FashionIQ's annotations"
     except InputError as error:
         print(f"made-up triplets of the same counts, since {error}")
     ids = [f"image {n:05d}" for n in range(IMAGES)]

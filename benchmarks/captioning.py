@@ -60,7 +60,7 @@ def measure(captioner: str, images: int, batch: int, rounds: int) -> dict[str, A
 
     emoji = Emoji()
     ids = emoji.training_images()
-    asked = [Question(i, PROMPT, emoji.path(i)) for i in ids[:: max(1, len(ids) // images)][:images]]
+    asked = [Question(i, PROMPT, emoji.image(i)) for i in ids[:: max(1, len(ids) // images)][:images]]
     engine = Local(captioner, images=True, batch_size=batch, max_new_tokens=40)
     ways = {"batched": batch, "one at a time": 1}
 

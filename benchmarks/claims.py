@@ -97,7 +97,7 @@ def measure(run: Path | None, backbone: str = "clip4cir") -> dict[str, Any]:
     found = {}
     for split in ("val", "test"):
         result = evaluate(model, dataset.benchmark(split), images, ablate=split == "val")
-        found[split] = {"metrics": result["metrics"], "ablation": result["ablation"]}
+        found[split] = {"metrics": result.metrics, "ablation": result.ablation}
     if kept:
         write_text(kept, json.dumps(found))
     return found
@@ -135,7 +135,7 @@ def summarise(
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The table that the README shows."""
+    """The table of docs/results.md."""
     lines = []
     for setting, rows in summary.items():
         lines += [f"**{setting} annotated triplets**", ""]

@@ -33,6 +33,7 @@ from spn4cir.files import write_text
 from spn4cir.identity import canonical_ids, inspect_images
 from spn4cir.images import open_image, pixel_hash
 from spn4cir.results import git_commit
+from spn4cir.types import ImageRef
 
 SIZES = ((256, 256), (256, 192), (192, 256), (256, 171), (171, 256), (256, 144), (208, 256), (256, 224))
 EVERY = 5  # each fifth picture is a copy
@@ -132,7 +133,7 @@ def straightforward(paths: dict[str, Path]) -> dict[str, Any]:
 def ours(paths: dict[str, Path], workers: int) -> dict[str, Any]:
     """One parallel pass over hashes."""
     start = time.perf_counter()
-    found = inspect_images(paths, workers=workers, show=False)
+    found = inspect_images({i: ImageRef(path) for i, path in paths.items()}, workers=workers, show=False)
     canonical = canonical_ids({i: one.pixels for i, one in found.items()})
     return {"canonical": canonical, "seconds": time.perf_counter() - start}
 

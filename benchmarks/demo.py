@@ -105,7 +105,8 @@ def draw(path: Path, models: list[tuple[str, Path]], seed: int) -> None:
         axis.set_axis_off()
     for line, (number, why) in zip(axes, queries, strict=True):
         query = benchmark.queries[number]
-        line[0].imshow(open_image(dataset.path(query.reference)))
+        assert query.reference is not None
+        line[0].imshow(open_image(dataset.image(query.reference)))
         line[0].set_title(why, fontsize=8, color="grey", loc="left")
         text = textwrap.fill(f"+ “{query.text}”", 18)
         line[1].text(0, 0.5, text, transform=line[1].transAxes, va="center", fontsize=9)
@@ -113,7 +114,7 @@ def draw(path: Path, models: list[tuple[str, Path]], seed: int) -> None:
             for place, row in enumerate(rows[number][:TOP].tolist()):
                 image_id = benchmark.gallery[row]
                 axis = line[2 + side * (TOP + 1) + place]
-                axis.imshow(open_image(dataset.path(image_id)))
+                axis.imshow(open_image(dataset.image(image_id)))
                 if image_id in query.targets:
                     axis.set_axis_on()
                     axis.set(xticks=[], yticks=[])
@@ -138,7 +139,7 @@ def first_results(run: Path) -> "Tensor":
     benchmark = dataset.benchmark("val")
     found = encode_benchmark(backbone, benchmark, ImageSource(dataset.image, backbone.transform))
     row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
-    references = padded_rows([[query.reference] for query in benchmark.queries], row)
+    references = padded_rows([[query.reference or ""] for query in benchmark.queries], row)
     return top_k(found.queries["composed"], found.target, TOP, references)[1]
 
 

@@ -27,7 +27,8 @@ from spn4cir.backbones import build_backbone
 from spn4cir.batches import TripletBatch
 from spn4cir.errors import InputError, run_command
 from spn4cir.losses import info_nce
-from spn4cir.objective import Objective
+from spn4cir.objective import BankCandidates, Objective
+from spn4cir.types import ImageFeatures
 
 BATCH, ROUNDS, NEAR = 256, 5, 1e-3
 COUNTS = (20_000, 25_136, 100_000, 1_000_000, 10_000_000)
@@ -107,7 +108,8 @@ class Steps:
         tokens = self.backbone.tokenize([TEXTS[n % len(TEXTS)] for n in range(batch)])
         reference = torch.randn(batch, *model.reference)
         rows = torch.arange(batch)
-        self.batch = TripletBatch(tokens, rows, rows, rows, features=reference).to(self.device)
+        features = ImageFeatures(reference, reference[:, :0])
+        self.batch = TripletBatch(tokens, rows, rows[:, None], rows[:, None], features=features).to(self.device)
         self.fixed = torch.randn(batch, model.target[1], device=self.device)
         self.query = F.normalize(torch.randn(batch, model.target[1], device=self.device), dim=-1).requires_grad_()
         trained = [value for value in self.backbone.parameters() if value.requires_grad]
@@ -118,7 +120,8 @@ class Steps:
     def hold(self, count: int, target: tuple[int, int]) -> None:
         """From here on so many candidates count."""
         bank = bank_of(count, *target, device=str(self.device), dtype=torch.float16)
-        self.bank, self.objective = bank.target, Objective(self.backbone, TEMPERATURE, bank=bank)
+        self.bank = bank.target
+        self.objective = Objective(self.backbone, TEMPERATURE, candidates=BankCandidates(bank))
 
     def drop(self) -> None:
         """Give the candidates' memory back."""
@@ -132,7 +135,8 @@ class Steps:
     def alone(self) -> None:
         """A step of the model without candidates."""
         assert self.batch.features is not None
-        self._step((self.backbone.compose(self.batch.features, self.batch.tokens).query * self.fixed).sum())
+        query = self.backbone.compose(self.batch.features.reference, self.batch.tokens).query
+        self._step((query * self.fixed).sum())
 
     def _step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -147,7 +151,7 @@ class Steps:
     def dense(self) -> tuple[Tensor, Tensor]:
         """The same from all scores at once."""
         scores = (self.query @ self.bank.flatten(0, 1).float().T).view(len(self.query), *self.bank.shape[:2]).amax(2)
-        value = F.cross_entropy(scores / TEMPERATURE, self.batch.target)
+        value = F.cross_entropy(scores / TEMPERATURE, self.batch.target[:, 0])
         return value.detach(), torch.autograd.grad(value, self.query)[0]
 
 

@@ -30,8 +30,9 @@ from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError, run_command
 from spn4cir.evaluate import rank_queries
 from spn4cir.files import write_text
-from spn4cir.results import compute_metrics, git_commit
-from spn4cir.types import Benchmark, Query
+from spn4cir.measures import measure_name
+from spn4cir.results import compute_metrics, git_commit, primary_names
+from spn4cir.types import Benchmark, Query, recall_measures
 
 WIDTH = 640  # E of CLIP4CIR; K = 1
 LEAN = 3.5  # how much of a query is its target, so that recalls lie between nothing and everything
@@ -56,22 +57,21 @@ def load(name: str, root: str | None) -> tuple[Benchmark, str]:
 
 def made_fashioniq() -> Benchmark:
     """As many images, queries, references and targets in each category as were published."""
-    galleries, queries, start = {}, [], 0
+    galleries: list[tuple[str, ...]] = []
+    queries, start = list[Query](), 0
     for category, (listed, asked, references, named) in FASHIONIQ.items():
         ids = tuple(f"B{n:09}" for n in range(start, start + listed))
         first = named - references  # references follow each other from here on, the first of them targets as well
-        queries += [Query(ids[first + n % references], "", (ids[n],), (category,)) for n in range(asked)]
-        galleries[category] = ids
+        queries += [Query(ids[first + n % references], "", (ids[n],), (category,), ids) for n in range(asked)]
+        galleries.append(ids)
         start += listed - (SHARED if category == "shirt" else 0)
     return Benchmark(
         name="fashioniq/original",
-        gallery=tuple(dict.fromkeys(i for ids in galleries.values() for i in ids)),
+        gallery=tuple(dict.fromkeys(i for ids in galleries for i in ids)),
         queries=tuple(queries),
         exclude_reference=False,
-        ks=(10, 50),
-        selection=("R@10", "R@50"),
-        group_gallery=galleries,
-        mean_over_groups=True,
+        measures=recall_measures(10, 50, primary=(10, 50), over="candidates"),
+        macro=tuple(FASHIONIQ),
     )
 
 
@@ -90,10 +90,17 @@ def made_cirr() -> Benchmark:
         gallery=tuple(ids),
         queries=tuple(queries),
         exclude_reference=True,
-        ks=(1, 5, 10, 50),
-        subset_ks=(1, 2, 3),
-        selection=("R@5", "Rs@1"),
+        measures=(
+            *recall_measures(1, 5, 10, 50, primary=(5,)),
+            *recall_measures(1, 2, 3, primary=(1,), over="subset"),
+        ),
     )
+
+
+def galleries(benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
+    """What is ranked, by tag; where the metrics are no means over tags, the whole gallery."""
+    own = {tag: query.candidates for query in reversed(benchmark.queries) for tag in query.tags}
+    return {tag: own[tag] for tag in benchmark.macro} or {"": benchmark.gallery}
 
 
 def features(benchmark: Benchmark) -> tuple[Tensor, Tensor]:
@@ -108,28 +115,28 @@ def features(benchmark: Benchmark) -> tuple[Tensor, Tensor]:
 
 def ours(benchmark: Benchmark, query: Tensor, target: Tensor) -> Metrics:
     """Ranks by counting, in chunks of queries."""
-    return compute_metrics(benchmark, *rank_queries(benchmark, query, target))[0]
+    return compute_metrics(benchmark, rank_queries(benchmark, query, target))[0]
 
 
 def straightforward(benchmark: Benchmark, query: Tensor, target: Tensor) -> Metrics:
     """All scores, sorted, as names; everything else is a comparison of names."""
     row = {image_id: n for n, image_id in enumerate(benchmark.gallery)}
     found: list[Metrics] = []
-    for group, ids in (benchmark.group_gallery or {"": benchmark.gallery}).items():
-        asked = [n for n, one in enumerate(benchmark.queries) if one.group == group]
+    for tag, ids in galleries(benchmark).items():
+        asked = [n for n, one in enumerate(benchmark.queries) if not tag or tag in one.tags]
         scores = query[asked] @ target[[row[i] for i in ids], 0].T  # (q, g)
         ranked = np.array(ids)[scores.argsort(dim=1, descending=True).numpy()]  # (q, g) names
         if benchmark.exclude_reference:
             references = np.array([benchmark.queries[n].reference for n in asked])
             ranked = ranked[ranked != references[:, None]].reshape(len(asked), -1)  # (q, g - 1)
         hit = ranked == np.array([benchmark.queries[n].targets[0] for n in asked])[:, None]
-        metrics = {f"R@{k}": float(100 * hit[:, :k].any(1).mean()) for k in benchmark.ks}
-        if benchmark.subset_ks:
-            members = np.array([benchmark.queries[n].subset for n in asked])  # (q, 6)
+        hits = {"gallery": hit, "candidates": hit}
+        if any(measure.over == "subset" for measure in benchmark.measures):
+            members = np.array([benchmark.queries[n].candidates for n in asked])  # (q, 6)
             inside = (ranked[:, :, None] == members[:, None]).any(2)  # (q, g - 1) from (q, g - 1, 6)
-            within = hit[inside].reshape(len(asked), -1)  # (q, 5)
-            metrics |= {f"Rs@{k}": float(100 * within[:, :k].any(1).mean()) for k in benchmark.subset_ks}
-        found.append({**metrics, "Rmean": float(np.mean([metrics[name] for name in benchmark.selection]))})
+            hits["subset"] = hit[inside].reshape(len(asked), -1)  # (q, 5)
+        metrics = {measure_name(m): float(100 * hits[m.over][:, : m.k].any(1).mean()) for m in benchmark.measures}
+        found.append({**metrics, "Rmean": float(np.mean([metrics[name] for name in primary_names(benchmark)]))})
     return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
 
 
@@ -222,7 +229,7 @@ def report(root: str | None, rounds: int) -> dict[str, Any]:
                 "from": source,
                 "protocol": benchmark.name,
                 "queries": len(benchmark.queries),
-                "images": [len(ids) for ids in (benchmark.group_gallery or {"": benchmark.gallery}).values()],
+                "images": [len(ids) for ids in galleries(benchmark).values()],
             }
             for name, (benchmark, source) in loaded.items()
         },

@@ -46,9 +46,10 @@ class Step:
         side = self.backbone.clip.visual.image_size
         side = side[0] if isinstance(side, tuple) else side
         rows = torch.arange(batch)
+        target = batch + rows[:, None]
         tokens = self.backbone.tokenize([f"{TEXTS[n % len(TEXTS)]} {n}" for n in range(batch)])
         pixels = torch.randn(2 * batch, 3, side, side)
-        self.batch = TripletBatch(tokens, rows, batch + rows, batch + rows, pixels)
+        self.batch = TripletBatch(tokens, rows, target, target, pixels=pixels)
         self.objective = Objective(self.backbone, TEMPERATURE, learn_temperature=True)
 
     def __call__(self) -> None:

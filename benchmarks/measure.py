@@ -180,7 +180,7 @@ def report(benchmark: str, what: str, rows: list[Row], **more: Any) -> dict[str,
     """What a benchmark prints: its rows, and what they were measured on."""
     import torch
 
-    from spn4cir.evaluate import git_commit  # loads much, which processes that are measured need not
+    from spn4cir.results import git_commit  # loads much, which processes that are measured need not
 
     return {
         "benchmark": benchmark,

@@ -60,7 +60,7 @@ def plans(seed: int, steps: Sequence[int], folder: Path) -> dict[str, tuple[int,
 
 
 def measure(run: Path) -> dict[str, Any]:
-    """What a complete run finds, by split, as ``evaluate`` gives it."""
+    """What a complete run finds, by split, as its result says."""
     from spn4cir import checkpoints
     from spn4cir.datasets import load_dataset
     from spn4cir.evaluate import evaluate
@@ -70,7 +70,7 @@ def measure(run: Path) -> dict[str, Any]:
     if not kept.is_file():
         model, dataset = checkpoints.load_model(run), load_dataset(TrainConfig.dataset)
         found = evaluate(model, dataset.benchmark("test"), ImageSource(dataset.image, model.transform, keep=True))
-        write_text(kept, json.dumps(found))
+        write_text(kept, json.dumps(found.as_json()))
     return {"val": json.loads((run / "result.json").read_text()), "test": json.loads(kept.read_text())}
 
 
@@ -109,13 +109,13 @@ def summarise(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def bank_sizes() -> dict[str, int]:
     """How many candidates a query has in each bank, its positive included: images of equal pixels are one."""
-    from spn4cir.data import hash_pixels, training_images
-    from spn4cir.datasets import load_dataset
+    from spn4cir.data import hash_pixels, load_data
 
-    dataset, whole = load_dataset(TrainConfig.dataset), dict[str, int]()
+    whole = dict[str, int]()
     for name in ("named", "all"):
-        image_ids = training_images(TrainConfig(bank=BANKS[name]), dataset, dataset.triplets())
-        whole[name] = len(set(hash_pixels(dataset, image_ids, print).values()))
+        config = TrainConfig(bank=BANKS[name])
+        data = load_data(config, print)
+        whole[name] = len(set(hash_pixels(data.dataset, data.candidate_images(config), print).values()))
     return {name: min(whole[bank.images], (bank.limit or whole["all"]) + 1) for name, bank in BANKS.items()}
 
 

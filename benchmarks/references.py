@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import anonymous
-from spn4cir import store
+from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import BankConfig, TrainConfig
@@ -40,7 +41,8 @@ from spn4cir.datasets import DATASETS
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 from spn4cir.results import git_commit
-from spn4cir.types import Benchmark, Composed, ImageFeatures, Query, Tokens, Triplet
+from spn4cir.store import StoredRows
+from spn4cir.types import Benchmark, Composed, ImageFeatures, ImageRef, Query, Tokens, Triplet, recall_measures
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"577 × 768, targets 1 × 256": (577, 768, 1, 128), "257 × 1408, targets 32 × 256": (257, 1408, 32, 32)}
@@ -71,25 +73,25 @@ class Tiles(Dataset):
             Image.frombytes("RGB", (8, 8), random.Random(n).randbytes(192)).save(root / f"{n}.png")
         (root / "ids.txt").write_text("\n".join(map(str, range(count))))
 
-    def path(self, image_id: str) -> Path:
+    def find_image(self, image_id: str) -> ImageRef:
         """Where a picture lies."""
         assert self.root is not None
-        return self.root / f"{image_id}.png"
+        return ImageRef(self.root / f"{image_id}.png")
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         """The first nine tenths."""
         return self.ids[: self.cut]
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         """Each training image to another one."""
-        chance, ids = random.Random(0), self.training_images()
+        chance, ids = random.Random(0), self.list_training_images()
         return [Triplet(i, (chance.choice(ids),), (chance.choice(WORDS),)) for i in ids]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """The last tenth, each image once a reference."""
         ids = tuple(self.ids[self.cut :])
         queries = tuple(Query(i, WORDS[n % len(WORDS)], (ids[n - 1],)) for n, i in enumerate(ids))
-        return Benchmark(self.choose_protocol(split, protocol), ids, queries, True, (1, 10))
+        return Benchmark(self.choose_protocol(split, protocol), ids, queries, True, recall_measures(1, 10))
 
 
 class Wide(Backbone):
@@ -130,20 +132,26 @@ class Wide(Backbone):
         return [self.image, self.project, self.places]
 
 
-class InMemory(store.StoredRows):
-    """The straightforward way: everything is read once, as float32."""
+class InMemory(StoredRows):
+    """Rows that are read once, as float32."""
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._read = super().whole().float()
+        self._read = self.whole().float()
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """A copy of these rows."""
         return self._read[list(rows)]
 
-    def whole(self) -> Tensor:
-        """All rows."""
-        return self._read
+
+def read_whole(*args: Any) -> banks.Bank:
+    """The straightforward way: a bank that is in memory."""
+    bank = LOAD(*args)
+    assert bank.reference is not None
+    return replace(bank, target=bank.target.float(), reference=InMemory(bank.reference.path))
+
+
+LOAD = banks.load_or_build
 
 
 def child(way: str, shape: str, folder: Path) -> None:
@@ -153,7 +161,7 @@ def child(way: str, shape: str, folder: Path) -> None:
 
     DATASETS[Tiles.name], BACKBONES[Wide.name] = Tiles, Wide
     if way == "in memory":
-        store.StoredRows = InMemory  # type: ignore[misc]
+        banks.load_or_build = read_whole  # type: ignore[assignment]
     init = folder / "init"
     if not init.is_dir():
         torch.manual_seed(0)

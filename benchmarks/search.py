@@ -60,7 +60,7 @@ def make_vectors(count: int, device: str = "cpu", stored: torch.dtype = torch.fl
 
 def ranks(vectors: Vectors) -> Found:
     """By counting, block by block."""
-    return {"ranks": rank_targets(vectors["query"], vectors["gallery"], vectors["targets"])}
+    return {"ranks": rank_targets(vectors["query"], vectors["gallery"], vectors["targets"])[0][:, 0]}
 
 
 def first(vectors: Vectors) -> Found:
@@ -192,7 +192,7 @@ def _settled_memory(peak: bool = False) -> int:
 
 def run(device: bool = False) -> dict[str, Any]:
     """All measurements; those on a GPU instead where ``device`` says so."""
-    from spn4cir.evaluate import git_commit  # loads much, which the processes that are measured need not
+    from spn4cir.results import git_commit  # loads much, which the processes that are measured need not
 
     parts: dict[str, Any]
     if device and not torch.cuda.is_available():

@@ -21,7 +21,8 @@ from spn4cir.backbones.clip4cir import CLIP4CIR
 from spn4cir.bank import Bank
 from spn4cir.batches import TripletBatch
 from spn4cir.errors import run_command
-from spn4cir.objective import Objective
+from spn4cir.objective import BankCandidates, Objective
+from spn4cir.types import ImageFeatures
 
 MODEL, CANDIDATES, BATCH, ROUNDS = "RN50x4-quickgelu", 25_136, 32, 5
 TEMPERATURE, NEAR = 0.02, 1e-4
@@ -62,8 +63,10 @@ class Steps:
         self.bank = bank_of(count, 1, width)
         rows = torch.arange(batch) * (count // batch)
         references = torch.randn(batch, 1, width)
-        self.batch = TripletBatch(tokens, rows, rows, rows, features=references)
-        self.objective, self.fixed = Objective(self.backbone, TEMPERATURE, bank=self.bank), torch.randn(batch, width)
+        features = ImageFeatures(references, references[:, :0])
+        self.batch = TripletBatch(tokens, torch.arange(batch), rows[:, None], rows[:, None], features=features)
+        self.objective = Objective(self.backbone, TEMPERATURE, candidates=BankCandidates(self.bank))
+        self.fixed = torch.randn(batch, width)
         self.trained = [value for value in self.backbone.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
 
@@ -87,8 +90,8 @@ class Steps:
     def dense(self) -> Tensor:
         """The loss of the batch by all scores at once."""
         assert self.batch.features is not None
-        query = F.normalize(self.batch.features[:, 0] + self.text(self.batch.tokens["text"]), dim=-1)
-        return F.cross_entropy(query @ self.bank.target[:, 0].T / TEMPERATURE, self.batch.target)
+        query = F.normalize(self.batch.features.reference[:, 0] + self.text(self.batch.tokens["text"]), dim=-1)
+        return F.cross_entropy(query @ self.bank.target[:, 0].T / TEMPERATURE, self.batch.target[:, 0])
 
     def check(self) -> float:
         """The largest relative distance, by norm, of loss and gradients from the dense ones; asserts it is small."""

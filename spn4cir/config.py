@@ -27,8 +27,7 @@ class BankConfig:
         extra: a folder or table of further pictures that no triplet names: more negatives.
         limit: candidates drawn anew for each step, at random, beside the targets of its triplets; null for all.
         dtype: how features are stored.
-        references: "stored" keeps what the model reads of reference images too, in a memory-mapped file; "recompute"
-            encodes them anew at each step, which needs no disk.
+        references: "stored" keeps features of references too, memory-mapped; "recompute" encodes them at each step.
     """
 
     images: Literal["all", "named"] = "all"
@@ -94,16 +93,20 @@ class AdamWConfig:
     Args:
         beta2: decay of the second moment.
         eps: added to the denominator.
+        max_grad_norm: scale the gradient down to this norm where it is larger; null never does.
     """
 
     beta2: float = 0.999
     eps: float = 1e-7
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta2 < 1:
             raise InputError(f"adamw.beta2 must be in [0, 1), got {self.beta2}")
         if not 0 < self.eps < math.inf:
             raise InputError(f"adamw.eps must be above 0, got {self.eps}")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise InputError(f"adamw.max_grad_norm must be above 0, or null for no bound, got {self.max_grad_norm}")
 
 
 RENAMED = {
@@ -132,8 +135,7 @@ class TrainConfig:
         backbone_options: its own options, such as {model: RN50x4-quickgelu, pretrained: openai}.
         init: a run or checkpoint folder to start from; stage 2 takes the newest stage 1 run if not set.
         max_annotated: use only the first n annotated triplets; null uses all.
-        generated: file of generated triplets to add, as it stands or below the dataset's root; "auto" is where
-            data_gen/make_triplets.py writes for this backbone, or for all.
+        generated: file of triplets to add, as it stands or below the dataset's root; "auto": of spn4cir-triplets.
         generated_share: share of each batch that is generated; null concatenates both lists.
         bank: stage 2's candidates.
         negatives: what counts as a negative.
@@ -143,12 +145,10 @@ class TrainConfig:
         lr: peak learning rate of AdamW.
         lr_scale: factors of it for parameters whose name contains a text, such as {clip: 0.1}.
         schedule: "constant"; "cosine" down to zero; "multistep", by a factor at certain epochs; or "onecycle".
-        schedule_options: its own options: cosine {epochs: 10}, multistep {epochs: [5, 10], factor: 0.1}, onecycle
-            {epochs: 80, warmup: 0.02, start: 0.04}; spn4cir/schedules.py explains them.
+        schedule_options: its own options, such as {epochs: [5, 10], factor: 0.1}; spn4cir/schedules.py explains them.
         warmup_steps: linear warm-up before it.
         weight_decay: for matrices; vectors, biases and the temperature are exempt.
         adamw: the optimiser's further settings.
-        max_grad_norm: scale the gradient down to this norm where it is larger; null never does.
         temperature: what scores are divided by.
         learn_temperature: train it, from that value on, clamped to [0.005, 0.5].
         dropout: switch the model's dropout on while it trains; frozen parts never have it.
@@ -190,7 +190,6 @@ class TrainConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.01
     adamw: AdamWConfig = dataclasses.field(default_factory=AdamWConfig)
-    max_grad_norm: float | None = None
     temperature: float = 0.02
     learn_temperature: bool = False
     dropout: bool = False
@@ -229,8 +228,6 @@ class TrainConfig:
         for part, factor in self.lr_scale.items():
             if not 0 < factor < math.inf:
                 raise InputError(f"lr_scale: the factor of {part} must be above 0, got {factor}")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
-            raise InputError(f"max_grad_norm must be above 0, or null for no bound, got {self.max_grad_norm}")
         if self.batch_size % self.compute.accumulate:
             raise InputError(f"batch_size {self.batch_size} does not divide into {self.compute.accumulate} parts")
         if self.max_annotated is not None and self.max_annotated < 0:
@@ -240,6 +237,12 @@ class TrainConfig:
 def recipes_folder() -> Path:
     """Return the folder of the recipes in the installed package."""
     return Path(__file__).parent / "recipes"
+
+
+def training_command(stage: int) -> str:
+    """Return the command that trains a stage: the script of a checkout in the working folder, or the package's own."""
+    script = f"recipes/stage{stage}.py"
+    return f"accelerate launch {script}" if Path(script).is_file() else f"spn4cir-train --stage {stage}"
 
 
 def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:
@@ -265,7 +268,7 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
         formatter_class=_Help,
         epilog=text.partition("\n\n")[2],
     )
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file, or a packaged recipe (default: {default})")
+    parser.add_argument("--config", metavar="FILE", default=short_name(default), help="YAML file, or a packaged recipe")
     parser.add_class_arguments(kind)
     values = read_settings(path, kind)
     try:
@@ -312,6 +315,12 @@ def find_config(name: str) -> Path:
     """The file of that name; else, as outside a checkout, the packaged recipe that is called recipes/…"""
     packaged = recipes_folder().parent / name
     return packaged if packaged.is_file() and not Path(name).is_file() else Path(name)
+
+
+def short_name(path: Path) -> str:
+    """The path of a packaged recipe as ``find_config`` takes it, recipes/…; any other path as it stands."""
+    inside = path.is_relative_to(recipes_folder())
+    return str(path.relative_to(recipes_folder().parent) if inside else path)
 
 
 def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:

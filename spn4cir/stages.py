@@ -16,7 +16,7 @@ from spn4cir.backbone import Backbone
 from spn4cir.backbones import INSIDE, build_backbone, check_backbone
 from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader, TripletSampler
 from spn4cir.compute import checkpoint_blocks, compile_blocks
-from spn4cir.config import ComputeConfig, TrainConfig
+from spn4cir.config import ComputeConfig, TrainConfig, training_command
 from spn4cir.data import Say, TrainingData, hash_pixels
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
@@ -39,6 +39,7 @@ class Training:
         evaluate: evaluates the model on the selecting benchmark; all processes call it.
         check: raises ``InputError`` if something that must not move has moved; called after each epoch.
         bank: fingerprint of the bank in use, or None without a bank.
+        is_rounded: whether ``evaluate`` reads features of lower precision than the model's.
     """
 
     objective: Objective
@@ -46,6 +47,7 @@ class Training:
     evaluate: Callable[[], Result]
     check: Callable[[], None] = lambda: None
     bank: str | None = None
+    is_rounded: bool = False
 
 
 def check_stage1(config: TrainConfig) -> None:
@@ -116,7 +118,8 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     def select() -> Result:
         return evaluate(backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
 
-    return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint)
+    is_rounded = gallery is not None and config.bank.dtype != "float32"
+    return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint, is_rounded)
 
 
 STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
@@ -210,7 +213,7 @@ def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone
             where = checkpoints.runs_root() / config.dataset / config.backbone
             raise InputError(
                 f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
-                f"run accelerate launch recipes/stage1.py{options_of(config)} first, or give --init FOLDER"
+                f"run {training_command(1)}{options_of(config)} first, or give --init FOLDER"
             )
         config.init = str(run)
     name, options = checkpoints.read_model(Path(config.init))

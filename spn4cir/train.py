@@ -55,12 +55,13 @@ def train(config: TrainConfig, stage: Any) -> Path:
     training = STAGES[stage](config, run, data, backbone)
     with run:
         state = fit(training, config, run, config.select_by or primary_names(data.selection))
-        if data.selection is not data.reported or (stage == 2 and config.bank.dtype != "float32"):
+        if data.selection is not data.reported or training.is_rounded:
             # selected on a hold-out split, or on rounded features; the protocol is reported in full, once
             best = checkpoints.load_model(run.folder).to(run.accelerator.device)
             images = ImageSource(data.dataset.image, best.transform)
             result = evaluate(best, data.reported, images, batch_size=config.eval_batch_size)
-            state["best"]["result"] = result.as_json()
+            if run.main:
+                state["best"]["result"] = result.as_json()
         run.finish(state, data.selection.name)
     return run.folder
 
@@ -80,6 +81,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
     accelerator, objective, loader = run.accelerator, training.objective, training.loader
     optimizer = build_optimizer(objective, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = config.adamw.max_grad_norm
     steps = min(len(loader) * config.epochs, config.max_steps or sys.maxsize)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     run.start(config, objective)
@@ -98,7 +100,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
                 loss = prepared(batch.to(accelerator.device))
                 accelerator.backward(loss)
                 is_whole = accelerator.sync_gradients
-                norm = limit_gradient(accelerator, optimizer, parameters, config.max_grad_norm) if is_whole else None
+                norm = limit_gradient(accelerator, optimizer, parameters, limit) if is_whole else None
                 check_finite(loss, norm, batch, run)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -189,7 +191,7 @@ def check_finite(loss: Tensor, norm: Tensor | None, batch: TripletBatch, run: Ru
     shown = ", ".join(f"{number.item():.4g}" for number in numbers)
     raise InputError(
         f"step {batch.step + 1}: loss{' and gradient norm' * (len(numbers) > 1)} {shown}: not finite; lower lr, now "
-        f"{run.config.lr}, or set max_grad_norm; {kept}; triplets of the batch: {named}"
+        f"{run.config.lr}, or set adamw.max_grad_norm; {kept}; triplets of the batch: {named}"
     )
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from spn4cir.data_gen import windows
-from spn4cir.data_gen.windows import Partner, Window, bracket, draw_uniformly
+from spn4cir.data_gen.match_pairs import draw_uniformly
+from spn4cir.data_gen.windows import Partner, Window, bracket
 
 N, E = 300, 64
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spn4cir.config import BankConfig, TrainConfig, find_config, parse, recipes_folder, write_yaml
+from spn4cir.config import AdamWConfig, BankConfig, TrainConfig, find_config, parse, recipes_folder, write_yaml
 from spn4cir.errors import InputError
 
 
@@ -46,6 +46,8 @@ def test_unknown_key_without_a_near_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("yaml", "told"), [
     ("annotated: 300", "'annotated' is now called 'max_annotated'"),
     ("negatives: {above: 0.9}", "'negatives.above' is now called 'negatives.max_similarity'"),
+    ("beta2: 0.98", "'beta2' is now called 'adamw.beta2'"),
+    ("eps: 1.0e-8", "'eps' is now called 'adamw.eps'"),
     ("schedule: drops", "'schedule: drops' is now called 'schedule: multistep'"),
 ])  # fmt: skip
 def test_a_renamed_setting(tmp_path: Path, yaml: str, told: str) -> None:
@@ -129,9 +131,8 @@ def test_resolved_file_parses_back_equal(tmp_path: Path) -> None:
     """What write_yaml wrote gives the same settings, of every kind of value."""
     config = TrainConfig(
         data_root="somewhere/ä b", backbone_options={"model": "RN50", "pretrained": None}, max_annotated=0,
-        generated="auto", generated_share=0.25, lr=1e-7, eps=1e-12, temperature=1 / 3, learn_temperature=True,
-        max_steps=5,
-        trackers=["tensorboard"], output="123", schedule="cosine",
+        generated="auto", generated_share=0.25, lr=1e-7, adamw=AdamWConfig(eps=1e-12), temperature=1 / 3,
+        learn_temperature=True, max_steps=5, trackers=["tensorboard"], output="123", schedule="cosine",
     )  # fmt: skip
     path = tmp_path / "config.yaml"
     write_yaml(config, path)

@@ -14,14 +14,19 @@ from spn4cir import identity
 from spn4cir.errors import InputError
 from spn4cir.identity import Inspected, canonical_ids, inspect_images, read_optimized, write_optimized
 from spn4cir.images import open_image, pixel_hash
+from spn4cir.types import ImageRef
 
 
 def noise(seed: int = 0, width: int = 24, height: int = 24) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def refs(paths: dict[str, Path]) -> dict[str, ImageRef]:
+    return {image_id: ImageRef(path) for image_id, path in paths.items()}
+
+
 def look(paths: dict[str, Path], **options: object) -> dict[str, Inspected]:
-    return inspect_images(paths, show=False, **options)  # type: ignore[arg-type]
+    return inspect_images(refs(paths), show=False, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -73,9 +78,9 @@ def test_what_is_under_way_is_bounded(pictures: dict[str, Path], monkeypatch: py
     """However many images there are, few are handed out before their results are taken."""
     monkeypatch.setattr(identity, "BLOCK", 1)
     monkeypatch.setattr(identity, "AHEAD", 2)
-    taken: list[Path] = []
-    monkeypatch.setattr(identity, "_look", lambda path, known: taken.append(path))
-    blocks = identity._blocks(list(pictures.values()), {}, workers=2)
+    taken: list[ImageRef] = []
+    monkeypatch.setattr(identity, "_look", lambda image, known: taken.append(image))
+    blocks = identity._blocks(list(refs(pictures).values()), {}, workers=2)
     for number, _ in enumerate(blocks, 1):
         assert len(taken) <= number + 3
     assert number == len(taken) == 37
@@ -186,6 +191,28 @@ def test_missing(tmp_path: Path) -> None:
         assert look({"a": tmp_path / name})["a"].problem == "missing"
 
 
+# --- images that are not files
+
+
+def test_bytes_and_boxes(pictures: dict[str, Path], tmp_path: Path, decoded: list[Path]) -> None:
+    """An image of bytes hashes as its file does, and is in no cache; a part of a file is another image."""
+    path, cache = pictures["i1"], tmp_path / "cache.jsonl"
+    images = {
+        "file": ImageRef(path),
+        "bytes": ImageRef(path.read_bytes, name="row 1"),
+        "part": ImageRef(path, (2, 3, 10, 12)),
+        "cut": ImageRef(lambda: path.read_bytes()[:200], name="row 2"),
+        "none": ImageRef(lambda: b"", name="row 3"),
+    }
+    first = inspect_images(images, cache, show=False)
+    assert first["file"] == first["bytes"] and not first["file"].problem
+    assert first["part"].pixels == pixel_hash(open_image(path).crop((2, 3, 10, 12))) != first["file"].pixels
+    assert (first["cut"].problem, first["none"].problem) == ("truncated", "unreadable")
+    assert len(cache.read_text().splitlines()) == 2 and len(decoded) == 5
+    again = inspect_images(images, cache, show=False)
+    assert [one[:2] for one in again.values()] == [one[:2] for one in first.values()] and len(decoded) == 8
+
+
 # --- the cache
 
 
@@ -244,7 +271,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept(tmp_path: Path, monkeypatch: 
     path, cache = tmp_path / "a.png", tmp_path / "cache.jsonl"
     noise().save(path)
     decode = identity.decode
-    monkeypatch.setattr(identity, "decode", lambda p: (decode(p), os.utime(p, ns=(5, 5)))[0])
+    monkeypatch.setattr(identity, "decode", lambda p: (decode(p), os.utime(p.path, ns=(5, 5)))[0])
     assert look({"a": path}, cache=cache)["a"].pixels and cache.read_text() == ""
 
 
@@ -298,9 +325,10 @@ def test_two_processes_add_to_one_cache(pictures: dict[str, Path], tmp_path: Pat
     cache, names = tmp_path / "cache.jsonl", list(pictures)
     with identity._Cache(cache, []) as one, identity._Cache(cache, []) as two:
         for n, name in enumerate(names):
-            stamp = identity._stamp(pictures[name])
+            image = ImageRef(pictures[name])
+            stamp = identity._stamp(image)
             assert stamp is not None
-            (one if n % 2 else two).add(pictures[name], stamp, pixel_hash(open_image(pictures[name])))
+            (one if n % 2 else two).add(image, stamp, pixel_hash(open_image(image)))
     assert look(pictures, cache=cache) == look(pictures) and len(decoded) == 37
 
 
@@ -341,7 +369,7 @@ def test_first_of_each_class() -> None:
 # --- the published file
 
 CANONICAL = {"c": "c", "a ä\n": "a ä\n", "b": "c", "d": "a ä\n", "e": "e"}
-PATHS = {name: Path("images") / f"{name}.png" for name in CANONICAL}
+PATHS = refs({name: Path("images") / f"{name}.png" for name in CANONICAL})
 
 
 def test_published_shape_and_back(tmp_path: Path) -> None:
@@ -361,7 +389,7 @@ def test_published_shape_and_back(tmp_path: Path) -> None:
 
 def test_a_canonical_image_may_come_later(tmp_path: Path) -> None:
     """In a published file, too, the canonical name need not be the first of its class."""
-    write_optimized(tmp_path / "o.json", {"b": "a", "c": "c", "a": "a"}, PATHS | {"a": Path("a")})
+    write_optimized(tmp_path / "o.json", {"b": "a", "c": "c", "a": "a"}, PATHS | refs({"a": Path("a")}))
     assert read_optimized(tmp_path / "o.json") == {"b": "a", "c": "c", "a": "a"}
     assert json.loads((tmp_path / "o.json").read_text())[0] == ["a", "c"]
 

@@ -4,18 +4,21 @@ import io
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from spn4cir.bank import Bank
 from spn4cir.batches import TripletCollate, TripletRows, TripletSampler, prefetch
 from spn4cir.errors import InputError
 from spn4cir.images import MEAN, STD, ImageSource, Transform, open_image, pixel_hash, target_pad
+from spn4cir.store import StoredRows
 from spn4cir.types import Triplet
 
 
@@ -356,6 +359,15 @@ def lengths(texts: object) -> dict[str, torch.Tensor]:
     return {"text": torch.tensor([[ord(text)] for text in texts])}  # type: ignore[attr-defined]
 
 
+ROWS = {"a": 2, "b": 0, "c": 1, "d": 0}
+
+
+def bank_of(stored: bool) -> Bank:
+    """Three images, whose reference is ten times the row."""
+    reference = cast(StoredRows, torch.arange(3.0)[:, None, None] * 10)  # (3, 1, 1)
+    return Bank(reference if stored else None, torch.zeros(3, 1, 1), ROWS, "x")
+
+
 def test_collate_opens_each_image_of_a_batch_once() -> None:
     """Stage 1: unique images in order of appearance, rows point into them."""
     opened = []
@@ -365,26 +377,22 @@ def test_collate_opens_each_image_of_a_batch_once() -> None:
             opened.extend(ids)
             return torch.stack([torch.full((3, 2, 2), float(ord(i))) for i in ids])
 
-    batch = TripletCollate(lengths, {"a": 2, "b": 0, "c": 1, "d": 0}, images=Source())(collate_items())  # type: ignore[arg-type]
+    batch = TripletCollate(lengths, ROWS, images=Source())(collate_items())  # type: ignore[arg-type]
     assert opened == ["a", "b", "c", "d"]
     assert batch.pixels is not None
     assert [chr(int(v)) for v in batch.pixels[batch.reference, 0, 0, 0]] == ["a", "b", "a"]
-    assert [chr(int(v)) for v in batch.pixels[batch.target, 0, 0, 0]] == ["b", "c", "d"]
-    assert batch.identity.tolist() == [0, 1, 0]
+    assert [chr(int(v)) for v in batch.pixels[batch.target[:, 0], 0, 0, 0]] == ["b", "c", "d"]
+    assert batch.identity.tolist() == [[0], [1], [0]] and batch.positives == 1
     assert batch.tokens["text"].tolist() == [[ord("x")], [ord("y")], [ord("z")]]
 
 
 def test_collate_with_bank_rows_opens_nothing() -> None:
     """Stage 2 with stored references: their features, rows of the bank, no pixels."""
-    rows = {"a": 9, "b": 4, "c": 2, "d": 4}
-
-    def stored(ids: Sequence[str]) -> torch.Tensor:
-        return torch.tensor([[[float(rows[i])]] for i in ids])
-
-    collate = TripletCollate(lengths, {"a": 2, "b": 0, "c": 1, "d": 0}, None, rows, stored)  # type: ignore[arg-type]
+    collate = TripletCollate(lengths, ROWS, None, bank_of(stored=True))  # type: ignore[arg-type]
     batch = collate(collate_items())
     assert batch.pixels is None and batch.features is not None
-    assert batch.features.flatten().tolist() == [9, 4, 9] and batch.target.tolist() == [4, 2, 4]
+    references = batch.features.reference[batch.reference]
+    assert references.flatten().tolist() == [20, 0, 20] and batch.target.tolist() == [[0], [1], [0]]
 
 
 def test_collate_without_stored_references_opens_those_alone() -> None:
@@ -396,10 +404,10 @@ def test_collate_without_stored_references_opens_those_alone() -> None:
             opened.extend(ids)
             return torch.zeros(len(ids), 3, 2, 2)
 
-    rows = {"a": 9, "b": 4, "c": 2, "d": 4}
-    batch = TripletCollate(lengths, {"a": 2, "b": 0, "c": 1, "d": 0}, Source(), rows)(collate_items())  # type: ignore[arg-type]
+    collate = TripletCollate(lengths, ROWS, Source(), bank_of(stored=False))  # type: ignore[arg-type]
+    batch = collate(collate_items())
     assert opened == ["a", "b"] and batch.features is None
-    assert (batch.reference.tolist(), batch.target.tolist()) == ([0, 1, 0], [4, 2, 4])
+    assert (batch.reference.tolist(), batch.target.tolist()) == ([0, 1, 0], [[0], [1], [0]])
 
 
 @pytest.mark.parametrize("processes", [1, 2])

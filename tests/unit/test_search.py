@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir import search
+from spn4cir.measures import best_ranks
 from spn4cir.search import CHUNK, rank_targets, scores_of, top_k
 
 
@@ -17,6 +18,11 @@ def gallery_of(scores: list[list[float]]) -> tuple[Tensor, Tensor]:
     """Queries and a gallery whose scores are exactly these, (Q, G)."""
     table = torch.tensor(scores)  # (Q, G)
     return torch.eye(len(table)), table.T[:, None].contiguous()  # (Q, Q), (G, 1, Q)
+
+
+def ranks(query: Tensor, gallery: Tensor, *rows: Tensor) -> list[list[int]]:
+    """First and last rank of each query's best target."""
+    return best_ranks(rank_targets(query, gallery, *rows)[0].numpy()).tolist()  # type: ignore[no-any-return]
 
 
 def naive_rank(scores: Tensor, targets: list[int], excluded: list[int]) -> int:
@@ -53,42 +59,56 @@ def test_rank_against_a_naive_loop() -> None:
         naive_rank(s, [t for t in ts if t >= 0], [x for x in xs if x >= 0])
         for s, ts, xs in zip(scores, targets.tolist(), excluded.tolist(), strict=True)
     ]
-    assert rank_targets(query, gallery, targets, excluded).tolist() == [[r, r] for r in expected]
-    assert rank_targets(query, gallery, targets).tolist() != [[r, r] for r in expected]  # the exclusions do matter
+    assert ranks(query, gallery, targets, excluded) == [[r, r] for r in expected]
+    assert ranks(query, gallery, targets) != [[r, r] for r in expected]  # the exclusions do matter
 
 
 def test_ties_never_favour_the_target() -> None:
     """A model that gives everything one score puts the target anywhere, not first."""
     query, gallery = gallery_of([[0.5, 0.5, 0.5, 0.5]])
     for row in range(4):
-        assert rank_targets(query, gallery, torch.tensor([[row]])).tolist() == [[1, 4]]
+        assert ranks(query, gallery, torch.tensor([[row]])) == [[1, 4]]
 
 
-def test_members_alone_are_ranked() -> None:
+def test_a_subset_is_a_second_ranking() -> None:
     """Within three of five images; padding is no image; a target outside has no rank."""
     query, gallery = gallery_of([[0.9, 0.8, 0.7, 0.7, 0.1]])
-    members = torch.tensor([[1, 2, 3, -1]])
-    assert rank_targets(query, gallery, torch.tensor([[2]]), members=members).tolist() == [[2, 3]]
-    assert rank_targets(query, gallery, torch.tensor([[2]]), torch.tensor([[1]]), members).tolist() == [[1, 2]]
+    subset, none = torch.tensor([[1, 2, 3, -1]]), torch.tensor([[-1]])
+
+    def both(target: int, excluded: Tensor) -> list[list[int]]:
+        found = rank_targets(query, gallery, torch.tensor([[target]]), excluded, subset)
+        return [ranked[0, 0].tolist() for ranked in found if ranked is not None]
+
+    assert both(2, none) == [[3, 4], [2, 3]]
+    assert both(2, torch.tensor([[1]])) == [[2, 3], [1, 2]]
     with pytest.raises(ValueError, match="no rank"):
-        rank_targets(query, gallery, torch.tensor([[0]]), members=members)
-    scores, rows = top_k(query, gallery, 4, torch.tensor([[1]]), members)
+        both(0, none)
+    scores, rows = top_k(query, gallery, 4, torch.tensor([[1]]), subset)
     assert rows[0, :2].tolist() == [2, 3] and scores[0, 2:].isneginf().all()
+
+
+def test_every_target_has_its_ranks() -> None:
+    """Each among the non-targets alone; padding and what is left out have none."""
+    query, gallery = gallery_of([[0.9, 0.8, 0.7, 0.7, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]])
+    targets, excluded = torch.tensor([[2, 0, 4], [1, -1, 3]]), torch.tensor([[-1], [3]])
+    found, within = rank_targets(query, gallery, targets, excluded, torch.tensor([[2, 3, 4], [0, 1, 2]]))
+    assert found.tolist() == [[[2, 3], [1, 1], [3, 3]], [[3, 3], [0, 0], [0, 0]]]
+    assert within is not None and within.tolist() == [[[1, 2], [0, 0], [2, 2]], [[2, 2], [0, 0], [0, 0]]]
 
 
 def test_other_targets_do_not_stand_in_the_way() -> None:
     """The best of several targets counts, and an equal second target is not ahead of it."""
     query, gallery = gallery_of([[0.9, 0.8, 0.8, 0.1]])
-    assert rank_targets(query, gallery, torch.tensor([[1, 2]])).tolist() == [[2, 2]]
-    assert rank_targets(query, gallery, torch.tensor([[3, 2]])).tolist() == [[2, 3]]
+    assert ranks(query, gallery, torch.tensor([[1, 2]])) == [[2, 2]]
+    assert ranks(query, gallery, torch.tensor([[3, 2]])) == [[2, 3]]
 
 
 def test_excluding_the_reference() -> None:
     """A reference that scores best costs a place only where the protocol keeps it."""
     query, gallery = gallery_of([[0.9, 0.8]])
     target = torch.tensor([[1]])
-    assert rank_targets(query, gallery, target).tolist() == [[2, 2]]
-    assert rank_targets(query, gallery, target, torch.tensor([[0]])).tolist() == [[1, 1]]
+    assert ranks(query, gallery, target) == [[2, 2]]
+    assert ranks(query, gallery, target, torch.tensor([[0]])) == [[1, 1]]
 
 
 def test_an_excluded_target_has_no_rank() -> None:
@@ -96,7 +116,7 @@ def test_an_excluded_target_has_no_rank() -> None:
     gallery, query = torch.eye(3)[:, None], torch.eye(3)[:1]
     with pytest.raises(ValueError, match="no rank"):
         rank_targets(query, gallery, torch.tensor([[0]]), torch.tensor([[0]]))
-    assert rank_targets(query, gallery, torch.tensor([[0]]), torch.tensor([[1]])).tolist() == [[1, 1]]
+    assert ranks(query, gallery, torch.tensor([[0]]), torch.tensor([[1]])) == [[1, 1]]
 
 
 def test_ranks_over_several_chunks() -> None:
@@ -105,8 +125,8 @@ def test_ranks_over_several_chunks() -> None:
     query, gallery = l2_normalize(count, 4).double(), l2_normalize(11, 1, 4, seed=1).double()
     targets = torch.arange(count)[:, None] % 11
     excluded = (targets + 1) % 11
-    singly = [rank_targets(query[n : n + 1], gallery, targets[n : n + 1], excluded[n : n + 1]) for n in range(count)]
-    assert torch.equal(rank_targets(query, gallery, targets, excluded), torch.cat(singly))
+    singly = [rank_targets(query[n : n + 1], gallery, targets[n : n + 1], excluded[n : n + 1])[0] for n in range(count)]
+    assert torch.equal(rank_targets(query, gallery, targets, excluded)[0], torch.cat(singly))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -136,7 +156,7 @@ def test_a_query_without_target_has_no_rank() -> None:
 def test_no_queries_give_no_answers() -> None:
     """Zero queries are zero ranks and zero rows, not an error of concatenation."""
     gallery = l2_normalize(3, 1, 4)
-    assert rank_targets(l2_normalize(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long)).shape == (0, 2)
+    assert rank_targets(l2_normalize(0, 4), gallery, torch.zeros(0, 1, dtype=torch.long))[0].shape == (0, 1, 2)
     scores, rows = top_k(l2_normalize(0, 4), gallery, 2)
     assert scores.shape == rows.shape == (0, 2)
 

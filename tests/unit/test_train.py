@@ -16,9 +16,9 @@ from spn4cir import bank as banks
 from spn4cir.backbones import BACKBONES
 from spn4cir.batches import TripletBatch
 from spn4cir.checkpoints import read_tensors, save_model
-from spn4cir.config import TrainConfig
+from spn4cir.config import AdamWConfig, TrainConfig
 from spn4cir.errors import InputError
-from spn4cir.objective import Objective
+from spn4cir.objective import BankCandidates, Objective
 from spn4cir.stages import load_backbone
 from spn4cir.train import parameter_groups, start, train
 
@@ -32,8 +32,8 @@ def objective(name: str, folder: Path, stage: int = 1) -> Objective:
         backbone.freeze_image_side()
         with torch.no_grad():
             target = backbone.encode_image(pixels()).target
-        bank = banks.Bank(None, target, {str(n): n for n in range(6)}, "x")
-    return Objective(backbone, 0.1, learn_temperature=True, bank=bank)
+        bank = BankCandidates(banks.Bank(None, target, {str(n): n for n in range(6)}, "x"))
+    return Objective(backbone, 0.1, learn_temperature=True, candidates=bank)
 
 
 def pixels() -> torch.Tensor:
@@ -42,7 +42,7 @@ def pixels() -> torch.Tensor:
 
 def batch(whole: Objective) -> TripletBatch:
     rows = torch.arange(4)
-    return TripletBatch(whole.backbone.tokenize(TEXTS), rows, rows + 2, rows, pixels())
+    return TripletBatch(whole.backbone.tokenize(TEXTS), rows, rows[:, None] + 2, rows[:, None], pixels=pixels())
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_a_parameter_moves_at_its_rate(configure: Callable[..., TrainConfig], tm
     for name, scale in {"plain": {}, "scaled": {"visual": 0.01, "clip": 0.1}}.items():
         config = configure(
             init=str(tmp_path / "init"), backbone="tgcir", output=str(tmp_path / name), max_steps=1, lr=1e-2,
-            warmup_steps=0, weight_decay=0.0, eps=1e-12, lr_scale=scale,
+            warmup_steps=0, weight_decay=0.0, adamw=AdamWConfig(eps=1e-12), lr_scale=scale,
         )  # fmt: skip
         after = read_tensors(train(config, 1) / "model.safetensors")[0]
         steps[name] = {key: float((after[key] - start[key]).abs().median()) for key in start}
@@ -169,7 +169,7 @@ def test_the_loop_switches_dropout_on_where_it_is_told(  # type: ignore[no-untyp
 
 
 START = """
-from spn4cir.config import TrainConfig
+from spn4cir.config import AdamWConfig, TrainConfig
 from spn4cir.train import start
 
 accelerator = start(TrainConfig())
@@ -207,13 +207,13 @@ def test_a_learned_temperature_is_held_within_its_bounds(tmp_path: Path) -> None
     whole = objective("clip4cir", tmp_path)
     for value, held in ((0.001, 0.005), (0.9, 0.5), (0.07, 0.07)):
         whole.temperature.data.fill_(value)
-        whole.hold_temperature()
+        whole.after_step()
         assert whole.temperature.item() == pytest.approx(held)
         whole.zero_grad()
         whole(batch(whole)).backward()
         assert whole.temperature.grad is not None and whole.temperature.grad.abs() > 0
     fixed = Objective(whole.backbone, 0.9)
-    fixed.hold_temperature()
+    fixed.after_step()
     assert fixed.temperature.item() == pytest.approx(0.9)
 
 

@@ -1,13 +1,15 @@
 """The words of the project."""
 
+from dataclasses import replace
+
 import pytest
 
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Query
+from spn4cir.types import Benchmark, Measure, Query, recall_measures
 
 
 def benchmark(gallery: tuple[str, ...], *queries: Query) -> Benchmark:
-    return Benchmark("x/val", gallery, queries, exclude_reference=True, ks=(1,))
+    return Benchmark("x/val", gallery, queries, exclude_reference=True, measures=recall_measures(1))
 
 
 def test_a_benchmark_whose_images_are_all_in_the_gallery() -> None:
@@ -17,10 +19,10 @@ def test_a_benchmark_whose_images_are_all_in_the_gallery() -> None:
 
 
 @pytest.mark.parametrize("query", [
-    Query("z", "red", ("b",)), Query("a", "red", ("b", "z")), Query("a", "red", ("b",), candidates=("a", "b", "z")),
+    Query("a", "red", ("b", "z")), Query("a", "red", ("b",), candidates=("a", "b", "z")),
 ])  # fmt: skip
 def test_images_outside_the_gallery_are_named(query: Query) -> None:
-    """Reference, targets and subset must be in the gallery; the message names protocol, query and image."""
+    """Targets and candidates must be in the gallery; the message names protocol, query and image."""
     with pytest.raises(InputError, match="x/val: query 1 names 'z'"):
         benchmark(("a", "b"), Query("a", "red", ("b",)), query)
 
@@ -34,3 +36,44 @@ def test_a_gallery_that_names_an_image_twice() -> None:
 def test_queries_whose_targets_are_hidden() -> None:
     """A test split may not tell its targets: such a benchmark can still be composed and searched."""
     assert benchmark(("a", "b"), Query("a", "red", ())).queries[0].targets == ()
+
+
+def test_a_reference_outside_the_gallery() -> None:
+    """It is encoded beside the gallery, once, and never ranked."""
+    found = benchmark(("a", "b"), Query("z", "red", ("b",)), Query("z", "blue", ("a",)), Query(None, "red", ("a",)))
+    assert found.outside_references == ("z",) and found.image_ids == ("a", "b", "z")
+
+
+@pytest.mark.parametrize(("query", "told"), [
+    (Query(None, None, ("b",)), "neither a reference nor a text"),
+    (Query("a", "red", ("b",), candidates=("a",)), "the target 'b', which its candidates lack"),
+    (Query("b", "red", ("b",)), "no target but its reference 'b'"),
+])  # fmt: skip
+def test_queries_that_cannot_be_answered(query: Query, told: str) -> None:
+    """The message names protocol, query and what is wrong."""
+    with pytest.raises(InputError, match=f"x/val: query 0 .*{told}"):
+        benchmark(("a", "b"), query)
+
+
+def test_texts_and_measures_of_a_benchmark() -> None:
+    """A text that is no item, no measure, one measure twice: refused; texts are no images."""
+    whole = benchmark(("a", "b"), Query("a", "red", ("b",)))
+    with pytest.raises(InputError, match="the text 'c' is not in the gallery"):
+        replace(whole, texts={"c": "a cat"})
+    for measures in ((), recall_measures(1, 1)):
+        with pytest.raises(InputError, match="needs measures, and each once"):
+            replace(whole, measures=measures)
+    assert replace(whole, texts={"b": "a boat"}).image_ids == ("a",)
+
+
+def test_tags_that_no_query_has() -> None:
+    """A mean over them does not exist."""
+    whole = benchmark(("a", "b"), Query("a", "red", ("b",), ("colour",)))
+    assert replace(whole, macro=("colour", "shape")).missing_tags == ["shape"] and not whole.missing_tags
+
+
+def test_primary_measures() -> None:
+    """Those that are named, over what is named."""
+    assert recall_measures(1, 5, primary=(5,), over="subset") == (
+        Measure("recall", 1, "subset"), Measure("recall", 5, "subset", primary=True),
+    )  # fmt: skip

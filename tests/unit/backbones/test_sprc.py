@@ -66,8 +66,9 @@ def trainable(backbone: SPRC) -> set[str]:
 
 def first_step(backbone: SPRC) -> None:
     batch = TripletBatch(
-        backbone.tokenize(TEXTS), torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 2, 3]), torch.arange(4), pixels(5)
-    )
+        backbone.tokenize(TEXTS), torch.tensor([1, 2, 3, 4]), torch.arange(4)[:, None], torch.arange(4)[:, None],
+        pixels=pixels(5),
+    )  # fmt: skip
     Objective(backbone.train(), 0.1, learn_temperature=True)(batch).backward()
 
 

@@ -163,7 +163,7 @@ def test_submissions_are_those_of_the_whole(cirr: Path) -> None:
     dataset, whole = load_dataset("cirr", str(cirr)), CIRR(str(cirr))
     benchmark = whole.benchmark("test1")
     ranked = {q.name: [i for i in benchmark.gallery if i != q.reference] for q in benchmark.queries}
-    within = {q.name: [i for i in q.subset if i != q.reference] for q in benchmark.queries}
+    within = {q.name: [i for i in q.candidates if i != q.reference] for q in benchmark.queries}
     paths = dataset.write_submission(cirr / "out", ranked, within)
     assert [dataset.check_submission(p) for p in paths] == [whole.check_submission(p) for p in paths]
 
