@@ -113,8 +113,8 @@ def masked_share(
         inside = (own[1] >= start) & (own[1] < start + 4096)
         hidden[own[0, inside], own[1, inside] - start] = False
         masked += int(hidden.sum())
-    masked, others = all_reduce_sum(torch.tensor([masked, others], device=positives.device)).tolist()
-    return masked / max(others, 1)
+    counts = all_reduce_sum(torch.tensor([masked, others], device=positives.device))
+    return int(counts[0]) / max(int(counts[1]), 1)
 
 
 @dataclass(frozen=True)
