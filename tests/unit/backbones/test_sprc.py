@@ -65,9 +65,8 @@ def trainable(backbone: SPRC) -> set[str]:
 
 
 def first_step(backbone: SPRC) -> None:
-    batch = TripletBatch(
-        backbone.tokenize(TEXTS), torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 2, 3]), torch.arange(4), pixels(5)
-    )
+    rows = torch.arange(4)
+    batch = TripletBatch(backbone.tokenize(TEXTS), rows + 1, rows[:, None], rows[:, None], pixels=pixels(5))
     Objective(backbone.train(), 0.1, learn_temperature=True)(batch).backward()
 
 

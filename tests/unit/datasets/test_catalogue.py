@@ -41,12 +41,12 @@ IDS = ["hats/ü h.webp", "shoes/b.png", "shoes/old/a.JPG", "top.gif"]
 def test_a_folder(folder: Path) -> None:
     """Sorted ids are paths below the root; the first folder is the category; hidden names are passed over."""
     dataset = load_dataset("catalogue", str(folder))
-    assert dataset.training_images() == IDS and dataset.triplets() == [] and not dataset.annotated
+    assert dataset.training_images() == IDS and dataset.triplets() == [] and not dataset.has_triplets
     assert [dataset.category(i) for i in IDS] == ["hats", "shoes", "shoes", ""]
-    assert all(dataset.path(i).is_file() and dataset.label(i) == i for i in IDS)
+    assert all(dataset.image(i).path.is_file() and dataset.label(i) == i for i in IDS)
     assert dataset.notes() == [] and dataset.caption(IDS[0]) == ""
     with pytest.raises(InputError, match="unknown image id"):
-        dataset.path("shoes/.x.png")
+        dataset.image("shoes/.x.png")
 
 
 def test_where_it_lies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_tables(folder: Path, suffix: str) -> None:
     """All formats say the same; a missing file stays an image, whose path is missing."""
     dataset = Catalogue(str(write_table(folder / f"mine{suffix}", ROWS)))
     assert dataset.training_images() == ["1", "http://x/2", "3"] and dataset.root == folder
-    assert [dataset.path(i) for i in dataset.training_images()] == [
+    assert [dataset.image(i).path for i in dataset.training_images()] == [
         folder / "shoes/b.png", folder / "top.gif", folder / "gone.png",
     ]  # fmt: skip
     assert [dataset.caption(i) for i in dataset.training_images()] == ["a shoe", "", ""]
@@ -249,7 +249,7 @@ def test_queries_of_ones_own(folder: Path) -> None:
     (folder / "queries.csv").write_text(QUERIES, encoding="utf-8")
     benchmark = Catalogue(str(folder)).benchmark("val")
     (query,) = benchmark.queries
-    assert query.targets == ("shoes/b.png", "hats/ü h.webp") and query.group == "a" and query.text == "in blue"
+    assert query.targets == ("shoes/b.png", "hats/ü h.webp") and query.tags == ("a",) and query.text == "in blue"
     assert benchmark.name == "catalogue/val" and benchmark.gallery == tuple(IDS) and benchmark.exclude_reference
 
 
@@ -272,7 +272,7 @@ def test_the_doctor_and_the_skip_list(folder: Path) -> None:
     assert not examine(load_dataset("catalogue", str(folder))).can_train
     write_skip_list(folder, {"shoes/b.png": "unreadable"})
     skipping = load_dataset("catalogue", str(folder))
-    assert not skipping.annotated and "shoes/b.png" not in skipping.training_images() and examine(skipping).can_train
+    assert not skipping.has_triplets and "shoes/b.png" not in skipping.training_images() and examine(skipping).can_train
 
 
 # --- what selects where nobody has annotated anything ---
@@ -296,7 +296,7 @@ def test_targets_are_put_aside(tmp_path: Path) -> None:
     _, triplets, judge = load(tmp_path, pairs, holdout=0.3)
     asked = {q.targets[0] for q in judge.queries}
     assert judge.name == "catalogue/holdout-generated-0.3" and set(judge.gallery) == set(ids)
-    assert asked and not asked & {t.target for t in triplets} and len(triplets) + len(judge.queries) == len(pairs)
+    assert asked and not asked & {t.targets[0] for t in triplets} and len(triplets) + len(judge.queries) == len(pairs)
     assert asked & {t.reference for t in triplets}  # as a reference it may be seen
     _, again, other = load(tmp_path, pairs[::-1], holdout=0.3, seed=7)
     assert {q.targets[0] for q in other.queries} == asked and set(again) == set(triplets)
@@ -308,7 +308,7 @@ def test_targets_are_put_aside(tmp_path: Path) -> None:
 
 def test_nothing_is_left_to_put_aside(folder: Path) -> None:
     """One target, or no triplets at all: one line."""
-    with pytest.raises(InputError, match="puts 2 of 2 generated triplets aside"):
+    with pytest.raises(InputError, match="holds out 2 of 2 generated triplets"):
         load(folder, [("top.gif", "shoes/b.png"), ("hats/ü h.webp", "shoes/b.png")])
     with pytest.raises(InputError, match="no triplets to train on: give generated ones"):
         load(folder, [])
