@@ -87,7 +87,7 @@ def annotated(data: Path) -> tuple[Pairs, str]:
     """Reference and target of each annotated triplet, or as many made up; and which of the two."""
     try:
         triplets = FashionIQ(str(data)).triplets()
-        return [(t.reference or "", t.targets[0]) for t in triplets], "FashionIQ's annotations"
+        return [(t.reference, t.targets[0]) for t in triplets if t.reference], "FashionIQ's annotations"
     except InputError as error:
         print(f"made-up triplets of the same counts, since {error}")
     ids = [f"image {n:05d}" for n in range(IMAGES)]

@@ -23,8 +23,7 @@ from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, r
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl
-from spn4cir.files import write_text as write_file
+from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl, write_text
 
 GIVEN = "given"  # the model of a caption that nobody had to make
 REFUSAL = re.compile(
@@ -53,7 +52,7 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
     engine = engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens)
     job = _Job(config, dataset, engine, [i for i in ids if i not in given])
     made_by = job.made_by(given)
-    if is_done(out, made_by) and failed.is_file() and not _unread(failed):
+    if is_done(out, made_by) and not _unread(failed):
         processes.say(f"caption: {out} is done")
         return
     if job.ids:
@@ -211,7 +210,7 @@ class _Job:
         path = out.with_name(f"{out.stem}.{made_by}.plan.json")
         if processes.first and not path.is_file():
             kept = self.kept(out)
-            write_file(path, json.dumps([i for i in self.ids if i not in kept]))
+            write_text(path, json.dumps([i for i in self.ids if i not in kept]))
         processes.wait()
         asked: list[str] = read_json(path)
         return asked, path
@@ -239,7 +238,7 @@ class _Job:
         _put_by(out, {row["made_by"] for row in rows.values()})
         write_jsonl(out, (rows[i] for i in canonical_images(self.config) if i in rows))
         about = {**self.engine.about, "prompt": self.template, "words": self.config.words}
-        mark_done(out, made_by, **about, captions=len(rows), given=len(given), failed=dict(reasons))
+        mark_done(out, made_by, failed_file, **about, captions=len(rows), given=len(given), failed=dict(reasons))
         lost = f"; {len(failed)} failed ({told}), listed in {failed_file}" if failed else ""
         again = "; the same command asks again about those without a readable answer" if _unread(failed_file) else ""
         print(f"caption: {len(rows)} captions{lost}{again} → {out}")

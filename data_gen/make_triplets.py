@@ -11,23 +11,48 @@ examples:
   torchrun --nproc_per_node 4 data_gen/make_triplets.py --dataset cirr
 """
 
+import html
+import random
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
 
 from spn4cir.config import recipes_folder
 from spn4cir.data_gen.caption import caption_images, check_captioner
 from spn4cir.data_gen.deduplicate import deduplicate
+from spn4cir.data_gen.draw import (
+    GREY,
+    LINE,
+    Shown,
+    Thumbnails,
+    font,
+    has_letters,
+    html_page,
+    html_table,
+    image_tag,
+    line_height,
+    paste_centred,
+    save_png,
+    wrap,
+    write_lines,
+    write_window,
+)
 from spn4cir.data_gen.match_pairs import match_pairs
-from spn4cir.data_gen.sheet import list_facts, write_sheet, write_window
-from spn4cir.data_gen.steps import GenerateConfig, run_step
+from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter
-from spn4cir.data_gen.write_text import describe_drops, read_summary, write_triplets
+from spn4cir.data_gen.write_text import describe_drops, write_triplets
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import Row, stream_jsonl
+from spn4cir.files import Row, read_json, stream_jsonl, write_text
 
 MANY = 0.75  # of the pairs
+COUNT, SIDE, MIDDLE, GAP, PAD = 20, 160, 250, 14, 10  # of the sheet
+TEXT, SMALL = 18, 13  # sizes of its font
+CELL = 2 * (SIDE + GAP + PAD) + MIDDLE  # width of a triplet
 FEW = 256  # triplets that do not fill two of the usual batches
 
 
@@ -41,6 +66,102 @@ def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
         print(f"\nnext: {suggest_training(config, dataset)}")
 
 
+def write_sheet(config: GenerateConfig, dataset: Dataset) -> None:
+    """Write sheet.png and sheet.html: triplets drawn by seed from all. Names pictures that cannot be shown."""
+    processes, out, picture = Processes(), config.file("sheet.html"), config.file("sheet.png")
+    made_by = digest({"step": "sheet", "seed": config.seed}, config.file("triplets.done.json"))
+    done = is_done(out, made_by)
+    processes.wait()
+    if processes.first and not done:
+        summary, pictures = read_summary(config), Thumbnails(dataset, SIDE)
+        total = summary["counts"]["triplets"]
+        rows = sample_triplets(config, total)
+        shown = [pictures.show(row) for row in rows]
+        title = f"{len(rows)} of {total:,} triplets of {dataset.name}"
+        save_png(picture, draw_sheet(title, shown))
+        write_text(out, html_page(title, _summary(summary) + _cards(shown)))
+        mark_done(out, made_by, picture, triplets=[[row["reference"], row["target"]] for row in rows])
+        pictures.report_problems("sheet")
+    processes.wait()
+
+
+def sample_triplets(config: GenerateConfig, total: int) -> list[Row]:
+    """Return triplets drawn by seed, in file order."""
+    chosen = set(random.Random(f"{config.seed}/sheet").sample(range(total), min(COUNT, total)))
+    rows = stream_jsonl(config.file("triplets.jsonl"))
+    return [row for number, row in enumerate(rows) if number in chosen]
+
+
+def describe_origin(row: Row) -> str:
+    """Say where a triplet's text and partner come from, in a few words."""
+    told = [row["template"] + (f" instead of {row['shortened']}, which was too long" if "shortened" in row else "")]
+    if "llm_caption" in row:
+        told.append("rewritten")
+    if row["rank"] is not None:
+        told.append(f"rank {row['rank']}")
+    if row["similarity"] is not None:
+        told.append(f"similarity {row['similarity']:.2f}")
+    return " · ".join(told)
+
+
+def draw_sheet(title: str, shown: Sequence[Shown]) -> Image.Image:
+    """Draw triplets in two columns: reference, text, target, and the captions below the pictures."""
+    cells = [_cell(*one) for one in shown]
+    top = 2 * GAP + line_height(24)
+    lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
+    tall = [max(cell.height for cell in line) for line in lines]
+    canvas = Image.new("RGB", (2 * CELL + 3 * GAP, top + sum(tall) + GAP * (len(tall) + 1)), "white")
+    x = GAP + round(font(24).getlength(title)) + 2 * GAP
+    write_lines(canvas, (GAP, GAP), [title], 24)
+    if any(not has_letters(text) for row, _, _ in shown for text in (row["modification"], *row["captions"])):
+        lacking = "Boxes are letters that the font of this picture lacks: see sheet.html"
+        write_lines(canvas, (x, GAP + 10), [lacking], SMALL, GREY)
+    y = top
+    for line, height in zip(lines, tall, strict=True):
+        for column, cell in enumerate(line):
+            x = GAP + column * (CELL + GAP)
+            canvas.paste(cell, (x, y))
+            ImageDraw.Draw(canvas).rectangle((x, y, x + CELL - 1, y + height - 1), outline=LINE)
+        y += height + GAP
+    return canvas
+
+
+def _cell(row: Row, reference: Image.Image, target: Image.Image) -> Image.Image:
+    captions = [wrap(text, SMALL, SIDE, most=5) for text in row["captions"]]
+    text, told = wrap(row["modification"], TEXT, MIDDLE), wrap(describe_origin(row), SMALL, MIDDLE)
+    height = SIDE + 4 + max(map(len, captions)) * line_height(SMALL)
+    middle = len(text) * line_height(TEXT) + 6 + len(told) * line_height(SMALL)
+    canvas = Image.new("RGB", (CELL, max(height, middle) + 2 * PAD), "white")
+    for picture, lines, x in zip((reference, target), captions, (PAD, CELL - PAD - SIDE), strict=True):
+        paste_centred(canvas, picture, (x, PAD), SIDE)
+        write_lines(canvas, (x, PAD + SIDE + 4), lines, SMALL, GREY)
+    y = write_lines(canvas, (PAD + SIDE + GAP, PAD + max(0, (SIDE - middle) // 2)), text, TEXT)
+    write_lines(canvas, (PAD + SIDE + GAP, y + 6), told, SMALL, GREY)
+    return canvas
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+    dropped, templates = ([(name, f"{n:,}") for name, n in summary[part].items()] for part in ("dropped", "templates"))
+    tables = html_table("Counts", list_facts(summary)) + html_table("Dropped", dropped or [("none", "0")])
+    tables += html_table("Templates", templates)
+    settings = html_table("", [(name, value) for name, value in summary["settings"].items() if value is not None])
+    return f'<div class="tables">{tables}</div><details><summary>Settings</summary>{settings}</details>\n'
+
+
+def _cards(shown: Sequence[Shown]) -> str:
+    cards = []
+    for row, *pictures in shown:
+        names, captions = (row["reference"], row["target"]), row["captions"]
+        sides = [
+            f"<div>{image_tag(picture, name)}<small>{html.escape(caption)}</small></div>"
+            for picture, name, caption in zip(pictures, names, captions, strict=True)
+        ]
+        origin = f"<small>{html.escape(describe_origin(row))}</small>"
+        text = f'<div class="text">{html.escape(row["modification"])}{origin}</div>'
+        cards.append(f'<div class="card">{sides[0]}{text}{sides[1]}</div>')
+    return '<div class="grid">\n' + "\n".join(cards) + "\n</div>"
+
+
 def check_settings(config: GenerateConfig, dataset: Dataset) -> None:
     """Raise ``InputError`` at once for what would stop a late step, unless that is done already."""
     recipes = recipes_folder()
@@ -51,6 +172,19 @@ def check_settings(config: GenerateConfig, dataset: Dataset) -> None:
         TokenCounter(config.tokenizer)
         if rewriter := Rewriter.of(config):
             rewriter.engine.look()
+
+
+def read_summary(config: GenerateConfig) -> dict[str, Any]:
+    """Read what ``write_summary`` wrote. Raises ``InputError`` if it is missing or damaged."""
+    found: dict[str, Any] = read_json(config.file("summary.json"), "python data_gen/write_text.py")
+    return found
+
+
+def list_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Counts and means of a summary, as names and values to show to people."""
+    counted = [(name.replace("_", " "), value) for name, value in summary["counts"].items() if value is not None]
+    means = [("words of a text, on average", summary["mean_words"]), ("tokens", summary["mean_tokens"])]
+    return [(name, f"{value:,}") for name, value in [*counted, *means]]
 
 
 def print_summary(config: GenerateConfig, dataset: Dataset) -> None:

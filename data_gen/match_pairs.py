@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spn4cir.data_gen.deduplicate import canonical_images, reference_images
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done, run_step
-from spn4cir.data_gen.windows import ROWS, Window, draw_uniformly
+from spn4cir.data_gen.windows import ROWS, Window, encode_vectors, open_store
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
@@ -175,6 +175,26 @@ class Matching:
         return {**about, "ranks": ranks, "histogram": histogram, "quantiles": quantiles}
 
 
+def draw_uniformly(
+    positions: Sequence[int],
+    names: Sequence[str],
+    never: Sequence[Collection[int]],
+    pool: int,
+    per_image: int,
+    seed: int,
+) -> list[list[int]]:
+    """Partners of images among ``pool`` positions, whatever they show; arguments as for ``Window``."""
+    found = []
+    for position, name, other in zip(positions, names, never, strict=True):
+        taken = sorted({position, *other})
+        free = pool - len(taken)
+        drawn = random.Random(f"{seed}/{name}").sample(range(free), min(per_image, free))
+        for place in taken:
+            drawn = [n + (place <= n) for n in drawn]
+        found.append(sorted(drawn))
+    return found
+
+
 def pools_of(config: GenerateConfig, dataset: Dataset) -> list[Pool]:
     """All candidates as one pool, or one for each category.
 
@@ -247,14 +267,9 @@ def _vectors(config: GenerateConfig, dataset: Dataset, ids: Sequence[str], proce
     if not _needs_vectors(config):
         return None
     from spn4cir.data_gen.matchers import identify, load_matcher
-    from spn4cir.data_gen.vectors import encode_all, stored_vectors, vectors_made_by
 
-    made_by = vectors_made_by(config, ids, identify(config.matcher))
-    stored = stored_vectors(config, len(ids), made_by)
-    processes.wait()
-    if stored is not None:
-        return stored
-    return encode_all(config, dataset, ids, load_matcher(config.matcher), processes, made_by)
+    store = open_store(config, ids, identify(config.matcher))
+    return encode_vectors(store, dataset, ids, lambda: load_matcher(config.matcher), processes)
 
 
 def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> Iterator[ReferenceBlock]:

@@ -1,7 +1,6 @@
 """Image encoders that rank: Unicom, open_clip, timm, transformers, and models of this project.
 
-Each turns images into unit vectors in float32, whose products are the similarities. Weights are computed with in
-single precision whatever they are stored in.
+Each turns images into L2-normalised vectors, whose products are the similarities, in float32 whatever its weights are.
 """
 
 import difflib

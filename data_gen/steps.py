@@ -169,7 +169,7 @@ def is_done(path: Path, made_by: str) -> bool:
     """
     try:
         note = json.loads(path.with_suffix(".done.json").read_text(encoding="utf-8"))
-        files = {path.with_name(name): (stamp["bytes"], stamp["sha256"]) for name, stamp in note["files"].items()}
+        files = {path.with_name(name): (stamp["bytes"], stamp["sha256"]) for name, stamp in note["outputs"].items()}
         if note["made_by"] != made_by or path not in files:
             return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -184,7 +184,7 @@ def is_done(path: Path, made_by: str) -> bool:
 def mark_done(path: Path, made_by: str, *others: Path, **about: Any) -> None:
     """Note that ``path``, and the other files of its folder, are finished: their sizes and contents count."""
     files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_files(file)} for file in (path, *others)}
-    note = {"made_by": made_by, "files": files, **about}
+    note = {"made_by": made_by, **about, "outputs": files}
     write_text(path.with_suffix(".done.json"), json.dumps(note, indent=1) + "\n")
 
 

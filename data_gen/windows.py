@@ -1,23 +1,33 @@
-"""Partners from a window of similarity ranks: exact, without the dense matrix and without sorting it.
+"""Vectors of all images, each encoded once, and partners from a window of their similarity ranks.
 
-The order of images is *defined* by the dot products of their vectors in float64, equal ones by position. Products in
-float32 find a wanted rank up to the error that they may have; the few images within that error of it are then ordered
-by the definition. So neither the block size, nor the number of threads or processes, nor the device moves a pair.
+Ranks are exact, without the dense matrix and without sorting it. The order of images is *defined* by the dot products
+of their vectors in float64, equal ones by position. Products in float32 find a wanted rank up to their rounding error;
+the few images within that error are then ordered by the definition. So neither the block size, nor the number of
+threads or processes, nor the device moves a pair.
 """
 
 import itertools
 import math
+import os
 import random
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from spn4cir.distributed import cpu_count, own_device
+from spn4cir.data_gen.steps import GenerateConfig, digest
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import Processes, cpu_count, own_device
+from spn4cir.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spn4cir.data_gen.matchers import Matcher
+    from spn4cir.images import ImageSource
+    from spn4cir.store import EmbeddingStore
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 ROWS = 256  # references compared with all others at once: (ROWS, N) scores are all that is held
@@ -27,6 +37,125 @@ ROWS = 256  # references compared with all others at once: (ROWS, N) scores are 
 ERRORS = 8
 PAIRS = 2**15  # images that are compared in float64 at once
 HALVINGS = 18  # of the range of scores, where a rank is bracketed by counting
+THREADS = 16  # images decoded at the same time, on a machine with that many cores
+AHEAD = 2  # blocks of pixels in memory: the one that is encoded, and the next
+TOLERANCE = 1e-3  # between one and the length of a vector
+
+
+def open_store(config: GenerateConfig, ids: Sequence[str], matcher: Mapping[str, Any]) -> "EmbeddingStore":
+    """Return the store of the vectors of images, in order.
+
+    Its key depends on the images, their pixels and order, the encoder and its batch size, not on windows or pools, so
+    that another window encodes nothing again.
+
+    Args:
+        config: of the step.
+        ids: N images.
+        matcher: what ``matchers.identify`` returns.
+    """
+    from spn4cir.store import EmbeddingStore
+
+    size, what = config.match_batch_size, f"encoding {len(ids)} images"
+    about = {"step": "vectors", "ids": list(ids), "matcher": dict(matcher), "at_once": size}
+    key, advice = digest(about, config.file("images.jsonl")), "make room, or set output to a larger disk"
+    return EmbeddingStore(config.file("vectors"), key, len(ids), {"vectors": "float32"}, size, what, advice)
+
+
+def encode_vectors(
+    store: "EmbeddingStore", dataset: Dataset, ids: Sequence[str], load: "Callable[[], Matcher]", processes: Processes
+) -> Array:
+    """Return the L2-normalised vectors (N, E) of all images, memory-mapped; encodes what the store lacks.
+
+    Args:
+        store: what ``open_store`` returns.
+        dataset: knows where images lie.
+        ids: N images, in order.
+        load: loads the matcher; not called where all vectors are stored.
+        processes: which share the work.
+
+    Raises:
+        InputError: if an image is missing or its vector is not of unit norm, or the disk or the device has no room.
+    """
+    stored = store.open()
+    processes.wait()  # no process writes before all have looked
+    if stored is None:
+        from spn4cir.images import ImageSource
+        from spn4cir.store import BEGUN
+
+        matcher = load().to(own_device())
+        images = ImageSource(dataset.image, matcher.transform)
+        if processes.first and store.open(BEGUN) is None:
+            store.create({"vectors": tuple(matcher.encode(images.stack(ids[:1])).shape[1:])})
+        processes.wait()
+        blocks = {
+            start: ids[start : start + store.block]
+            for start in store.missing()
+            if start // store.block % processes.count == processes.index
+        }
+        for start, found in _encode_blocks(blocks, images, matcher, processes.first):
+            store.write(start, {"vectors": found})
+        store.flush()
+        processes.wait()
+        if processes.first:
+            store.finish()
+        processes.wait()
+        stored = store.open()
+        assert stored is not None
+    return stored["vectors"].whole().numpy()
+
+
+def _encode_blocks(
+    blocks: Mapping[int, Sequence[str]], images: "ImageSource", matcher: "Matcher", shown: bool
+) -> "Iterator[tuple[int, Tensor]]":
+    """First row and checked vectors, on the CPU, of each block of images; with a progress bar if it is to be shown."""
+    import torch
+    from tqdm import tqdm
+
+    with tqdm(total=sum(map(len, blocks.values())), desc="encode", unit="image", disable=not shown) as bar:
+        for start, pixels in _decode_blocks(blocks, images):
+            try:
+                found = matcher.encode(pixels).float().cpu()  # (b, E)
+            except torch.cuda.OutOfMemoryError:
+                raise InputError(
+                    f"{len(pixels)} images at once are too many for the memory of {matcher.device}: lower "
+                    "match_batch_size"
+                ) from None
+            wrong = ((found.norm(dim=1) - 1).abs() <= TOLERANCE).logical_not().nonzero().flatten().tolist()
+            if wrong:
+                raise InputError(
+                    f"image {images.image(blocks[start][wrong[0]])}: its vector by {matcher.made_by['kind']} "
+                    f"{matcher.made_by['model']} has the length {found[wrong[0]].norm().item():.3g}, not 1"
+                )
+            yield start, found
+            bar.update(len(found))
+
+
+def _decode_blocks(blocks: Mapping[int, Sequence[str]], images: "ImageSource") -> "Iterator[tuple[int, Tensor]]":
+    """(b, 3, H, W) of each block, images being decoded in threads ahead."""
+    import torch
+
+    waiting, todo = deque[tuple[int, "list[Future[Tensor]]"]](), iter(blocks.items())
+    share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's cores
+    pool = ThreadPoolExecutor(max(1, min(THREADS, share)))
+    try:
+        while True:
+            while len(waiting) < AHEAD and (block := next(todo, None)):
+                waiting.append((block[0], [pool.submit(images, image_id) for image_id in block[1]]))
+            if not waiting:
+                return
+            n, futures = waiting.popleft()
+            found = [future.result() for future in futures]
+            del futures
+            if len({pixels.shape for pixels in found}) > 1:
+                raise InputError(
+                    f"images {blocks[n][0]} … {blocks[n][-1]} do not become equally large: this matcher's "
+                    "preprocessing states no size"
+                )
+            stacked = torch.stack(found)
+            del found
+            yield n, stacked
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Partner(NamedTuple):
@@ -205,26 +334,6 @@ def bracket(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
         enough = (scores > middle[:, None]).sum(1) >= ranks
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return low, high
-
-
-def draw_uniformly(
-    positions: Sequence[int],
-    names: Sequence[str],
-    never: Sequence[Collection[int]],
-    pool: int,
-    per_image: int,
-    seed: int,
-) -> list[list[int]]:
-    """Partners of images among ``pool`` positions, whatever they show; arguments as for ``Window``."""
-    found = []
-    for position, name, other in zip(positions, names, never, strict=True):
-        taken = sorted({position, *other})
-        free = pool - len(taken)
-        drawn = random.Random(f"{seed}/{name}").sample(range(free), min(per_image, free))
-        for place in taken:
-            drawn = [n + (place <= n) for n in drawn]
-        found.append(sorted(drawn))
-    return found
 
 
 def _device(vectors: Array) -> str:

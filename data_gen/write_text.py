@@ -22,18 +22,17 @@ from spn4cir.data_gen.texts import Rewriter, TokenCounter, caption_similarity, c
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import Row, count_lines, read_json, stream_jsonl, write_text
+from spn4cir.files import Row, count_lines, stream_jsonl, write_text
 from spn4cir.types import Triplet
 
 GROUP = 1 << 15  # rows of Parquet held in memory
 KINDS = ("jsonl", "json", "parquet")
 OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
-"""Settings that say where and how fast a run was made, not what came of it."""
-COLUMNS = (
+"""Settings that say where and how fast a run was made."""
+COLUMNS = (  # of the Parquet file
     "reference", "target", "reference_path", "target_path", "modifications", "reference_caption", "target_caption",
     "rank", "similarity", "template", "model", "rewriter", "made_by",
 )  # fmt: skip
-"""Of the Parquet file."""
 CHUNK = 4096  # texts counted at once
 
 
@@ -150,10 +149,9 @@ class Texts:
 
 @contextmanager
 def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -> Iterator["TripletWriter"]:
-    """Three files that are written beside their places, and take them when all is well; else they are removed.
+    """Open the three files beside their places, which they take at the end, unless an error occurs.
 
-    Raises:
-        InputError: where one cannot be written.
+    Raises ``InputError`` where one cannot be written.
     """
     places = [config.file(f"triplets.{kind}") for kind in KINDS]
     beside = [path.with_name(path.name + ".tmp") for path in places]
@@ -174,7 +172,7 @@ def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -
 
 
 class TripletWriter:
-    """Writes triplets as they come, and counts what they are like.
+    """Writes triplets as they come, and counts them.
 
     Args:
         paths: of JSONL, JSON and Parquet.
@@ -183,8 +181,7 @@ class TripletWriter:
 
     Attributes:
         count: triplets so far.
-        words: of their texts together.
-        tokens: likewise.
+        words, tokens: of their texts together.
         distinct: hashes of their texts.
         templates: how many of them each template made.
         rewritten: how many hold a text that a model wrote anew.
@@ -242,13 +239,13 @@ class TripletWriter:
         self._group.clear()
 
     def finish(self) -> None:
-        """Write what is still held, once all triplets are there."""
+        """Write what is still in memory, after the last triplet."""
         self._flush()
         self._entries.write("\n]\n" if self.count else "[]\n")
         self.close()
 
     def close(self) -> None:
-        """Close the files, whatever became of them."""
+        """Close the files."""
         self._rows.close()
         self._entries.close()
         self._parquet.close()
@@ -313,11 +310,10 @@ def _by_count(dropped: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(dropped.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
-def write_summary(config: GenerateConfig, made: "TripletWriter", texts: "Texts", made_by: str) -> dict[str, Any]:
+def write_summary(config: GenerateConfig, made: TripletWriter, texts: Texts, made_by: str) -> dict[str, Any]:
     """Write summary.json: counts, drop reasons, means and settings of one run."""
-    images = count_images(config.file("images.jsonl"))
     counts = {
-        **images,
+        **count_images(config.file("images.jsonl")),
         "pairs": texts.pairs,
         "captions": len(texts.captions.text),
         "captions_failed": count_lines(config.file("captions.failed.jsonl")),
@@ -327,14 +323,13 @@ def write_summary(config: GenerateConfig, made: "TripletWriter", texts: "Texts",
     }
     if config.rewriter:
         counts |= {"rewritten": made.rewritten, "not_rewritten": made.count - made.rewritten}
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_A_MACHINE}
     summary = {
         "counts": counts,
         "dropped": dict(_by_count(texts.dropped)),
         "templates": dict(sorted(made.templates.items())),
         "mean_words": round(made.words / max(made.count, 1), 2),
         "mean_tokens": round(made.tokens / max(made.count, 1), 2),
-        "settings": settings,
+        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_A_MACHINE},
         "made_by": made_by,
     }
     write_text(config.file("summary.json"), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -349,12 +344,6 @@ def count_images(path: Path) -> dict[str, int | None]:
     for row in stream_jsonl(path):
         total, own = total + 1, own + (row.get("canonical") == row.get("image_id"))
     return {"images": total, "unique_images": own}
-
-
-def read_summary(config: GenerateConfig) -> dict[str, Any]:
-    """Read what ``write_summary`` wrote. Raises ``InputError`` if it is missing or damaged."""
-    found: dict[str, Any] = read_json(config.file("summary.json"), "python data_gen/write_text.py")
-    return found
 
 
 if __name__ == "__main__":

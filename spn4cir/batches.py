@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from spn4cir.bank import Bank
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
+from spn4cir.triplets import Numbers, TripletTable, item_numbers, shuffle
 from spn4cir.types import ImageFeatures, Tokens, Triplet
 
 T = TypeVar("T")
@@ -106,6 +108,9 @@ class KnownTargets:
     def __init__(self, triplets: Iterable[Triplet] = (), identity: Mapping[str, int] | None = None):
         found: dict[tuple[int, str], dict[int, None]] = {}
         self.positives, self.negatives, self.is_partial = 1, 0, False
+        if isinstance(triplets, TripletTable) and identity is not None:
+            self.positives, self.negatives, self.is_partial = triplets.widths()
+            triplets = triplets.ambiguous(identity)  # in a list, all are looked at
         for triplet in triplets:
             assert identity is not None
             self.positives = max(self.positives, len(triplet.targets))
@@ -234,7 +239,7 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
     generated; without it the two lists are concatenated. The last incomplete batch is dropped.
 
     Args:
-        annotated, generated: item numbers.
+        annotated, generated: item numbers; arrays, whose order NumPy draws, for a table of triplets.
         batch_size: triplets of one optimiser step, over all processes.
         generated_share: in [0, 1), or None.
         seed: of the run.
@@ -244,17 +249,17 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self,
-        annotated: Sequence[int],
-        generated: Sequence[int],
+        annotated: Sequence[int] | Numbers,
+        generated: Sequence[int] | Numbers,
         batch_size: int,
         generated_share: float | None,
         seed: int,
         process: tuple[int, int] = (0, 1),
         parts: int = 1,
     ):
-        mixed = generated_share is not None and annotated and generated
-        self.main = list(annotated) if mixed else [*annotated, *generated]
-        self.side = list(generated) if mixed else []
+        mixed = generated_share is not None and len(annotated) > 0 and len(generated) > 0
+        self.main = item_numbers(annotated) if mixed else item_numbers(annotated, generated)
+        self.side = item_numbers(generated) if mixed else []
         self.from_side = round(batch_size * generated_share) if mixed and generated_share else 0
         self.from_main = batch_size - self.from_side
         self.batch_size, self.seed, (self.rank, self.world_size) = batch_size, seed, process
@@ -274,13 +279,16 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return len(self.main) // self.from_main
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """All batches of one epoch, over all processes."""
-        main = random.Random(f"{self.seed}/{epoch}/order").sample(self.main, len(self.main))
+    def batches(self, epoch: int) -> list[list[int]] | Numbers:
+        """All batches of one epoch, over all processes; (number, B) for a table of triplets."""
+        main = shuffle(self.main, f"{self.seed}/{epoch}/order")
         needed = len(self) * self.from_side
-        side: list[int] = []
-        for turn in range(-(-needed // len(self.side)) if self.side else 0):
-            side += random.Random(f"{self.seed}/{epoch}/generated/{turn}").sample(self.side, len(self.side))
+        turns = range(-(-needed // len(self.side)) if len(self.side) else 0)
+        sides = [shuffle(self.side, f"{self.seed}/{epoch}/generated/{turn}") for turn in turns]
+        if isinstance(main, np.ndarray):
+            parts = [main[: len(self) * self.from_main], *([np.concatenate(sides)[:needed]] if sides else ())]
+            return np.concatenate([part.reshape(len(self), -1) for part in parts], axis=1)
+        side = [item for items in sides for item in items]
         return [
             main[n * self.from_main : (n + 1) * self.from_main] + side[n * self.from_side : (n + 1) * self.from_side]
             for n in range(len(self))
@@ -291,7 +299,7 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         for batch in self.batches(self.epoch)[self.skip :]:
             for part in range(self.parts):
                 items = batch[part :: self.parts]  # of annotated and of generated ones as large a share as in the batch
-                yield [(self.epoch, item) for item in items[self.rank * share : (self.rank + 1) * share]]
+                yield [(self.epoch, int(item)) for item in items[self.rank * share : (self.rank + 1) * share]]
 
 
 class TripletLoader:

@@ -239,6 +239,12 @@ def recipes_folder() -> Path:
     return Path(__file__).parent / "recipes"
 
 
+def training_command(stage: int) -> str:
+    """Return the command that trains a stage: the script of a checkout in the working folder, or the package's own."""
+    script = f"recipes/stage{stage}.py"
+    return f"accelerate launch {script}" if Path(script).is_file() else f"spn4cir-train --stage {stage}"
+
+
 def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:
     """Settings from ``--config FILE`` (``default`` if not given) and then from options, in whatever order they stand.
 
@@ -262,7 +268,7 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
         formatter_class=_Help,
         epilog=text.partition("\n\n")[2],
     )
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file, or a packaged recipe (default: {default})")
+    parser.add_argument("--config", metavar="FILE", default=short_name(default), help="YAML file, or a packaged recipe")
     parser.add_class_arguments(kind)
     values = read_settings(path, kind)
     try:
@@ -309,6 +315,12 @@ def find_config(name: str) -> Path:
     """The file of that name; else, as outside a checkout, the packaged recipe that is called recipes/…"""
     packaged = recipes_folder().parent / name
     return packaged if packaged.is_file() and not Path(name).is_file() else Path(name)
+
+
+def short_name(path: Path) -> str:
+    """The path of a packaged recipe as ``find_config`` takes it, recipes/…; any other path as it stands."""
+    inside = path.is_relative_to(recipes_folder())
+    return str(path.relative_to(recipes_folder().parent) if inside else path)
 
 
 def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from spn4cir import checkpoints
 from spn4cir.config import TrainConfig
 from spn4cir.dataset import Dataset
@@ -14,6 +16,7 @@ from spn4cir.datasets.skip import skip_notes
 from spn4cir.errors import InputError
 from spn4cir.identity import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.results import metric_names, primary_names
+from spn4cir.triplets import Numbers, TripletTable, join, named_images
 from spn4cir.types import Benchmark, Query, Triplet, recall_measures
 
 Say = Callable[[str], None]
@@ -39,12 +42,13 @@ class TrainingData:
 
     def candidate_images(self, config: TrainConfig) -> list[str]:
         """Images of the bank, in a fixed order: those that triplets name, the rest of training, and extra ones."""
-        named = dict.fromkeys(i for triplet in self.triplets for i in triplet.image_ids)
         rest = self.dataset.training_images() if config.bank.images == "all" else []
-        return list(dict.fromkeys([*named, *rest, *self.extra]))
+        return list(dict.fromkeys([*named_images(self.triplets), *rest, *self.extra]))
 
-    def split_rows(self) -> tuple[list[int], list[int]]:
-        """Row numbers of annotated and of generated triplets."""
+    def split_rows(self) -> tuple[Sequence[int] | Numbers, Sequence[int] | Numbers]:
+        """Row numbers of annotated and of generated triplets; arrays for a table of triplets."""
+        if isinstance(self.triplets, TripletTable):
+            return self.triplets.split_rows()
         return (
             [n for n, t in enumerate(self.triplets) if not t.generated],
             [n for n, t in enumerate(self.triplets) if t.generated],
@@ -73,7 +77,7 @@ def load_data(config: TrainConfig, say: Say) -> TrainingData:
 
 def load_triplets(
     config: TrainConfig, dataset: Dataset, benchmark: Benchmark | None, say: Say
-) -> tuple[Dataset, list[Triplet], Benchmark]:
+) -> tuple[Dataset, Sequence[Triplet], Benchmark]:
     """The dataset, with images that only generated triplets name; the triplets; and the benchmark that selects.
 
     Triplets are the annotated ones, up to the limit, then the generated ones. Annotated triplets are held out where
@@ -88,7 +92,8 @@ def load_triplets(
         if benchmark and name not in metric_names(benchmark):
             known = ", ".join(metric_names(benchmark))
             raise InputError(f"select_by: {benchmark.name} has no metric {name!r}; known: {known}")
-    triplets, generated = list(dataset.triplets()[: config.max_annotated]), list[Triplet]()
+    triplets: Sequence[Triplet] = dataset.triplets()[: config.max_annotated]
+    generated: Sequence[Triplet] = []
     if config.generated:
         folders = [Path("data") / dataset.name / name for name in (f"generated_{config.backbone}", "generated")]
         default = next((folder for folder in folders if folder.is_dir()), folders[-1]) / "triplets.json"
@@ -101,7 +106,7 @@ def load_triplets(
         raise InputError(f"no triplets to train on: {more}give generated ones")
     if config.selection == "val":
         assert benchmark is not None
-        return dataset, triplets + generated, benchmark
+        return dataset, join(triplets, generated), benchmark
     if triplets:
         triplets, selection = split_holdout(config, triplets)
     else:
@@ -111,31 +116,27 @@ def load_triplets(
         config.select_by = [name for name in config.select_by or () if name not in lacking] or None
         names = ", ".join(config.select_by or primary_names(selection))
         say(f"{selection.name} has no {', '.join(lacking)}: selected by {names}")
-    return dataset, triplets + generated, selection
+    return dataset, join(triplets, generated), selection
 
 
-def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[list[Triplet], Benchmark]:
+def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Sequence[Triplet], Benchmark]:
     """Split off a fraction of the triplets as a benchmark; returns the rest and the benchmark.
 
     A triplet's own words decide on which side it falls, so the split is the same for all seeds, for both stages, and
     whatever other triplets there are. Of generated triplets many share a target, so the target decides, and no image is
     both trained on and evaluated; they are ranked over all images that any of them names. Annotated ones are ranked
-    over the images of the held-out triplets.
+    over the images of the held-out triplets. A table of triplets is split by other numbers than a list is.
     """
     made = triplets[0].generated
-    drawn = {
-        n: random.Random(f"holdout/{t.targets[0] if made else _words(t)}").random()
-        for n, t in enumerate(triplets)
-        if (t.reference,) != t.targets  # which would not be ranked
-    }
-    least = min(drawn.values(), default=0.0)
-    held = {n for n, value in drawn.items() if value < config.holdout or value == least}
+    drawn = triplets.draws(made) if isinstance(triplets, TripletTable) else _draws(triplets, made)
+    is_held = np.isfinite(drawn) & ((drawn < config.holdout) | (drawn == drawn.min()))
+    held, rest = np.flatnonzero(is_held), np.flatnonzero(~is_held)
     if not 0 < len(held) < len(triplets):
         raise InputError(
             f"selection: holdout holds out {len(held)} of {len(triplets)} {'generated' if made else 'annotated'} "
             f"triplets: nothing is left to select on, or to train on; holdout is {config.holdout}"
         )
-    own = [triplets[n] for n in sorted(held)]
+    own = [triplets[int(n)] for n in held]
     benchmark = Benchmark(
         name=f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}",
         gallery=tuple(dict.fromkeys(i for t in (triplets if made else own) for i in _query_images(t))),
@@ -144,7 +145,14 @@ def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[lis
         measures=recall_measures(1, 5, 10, 50, primary=(10, 50)),
         is_holdout=True,
     )
-    return [t for n, t in enumerate(triplets) if n not in held], benchmark
+    return triplets.take(rest) if isinstance(triplets, TripletTable) else [triplets[int(n)] for n in rest], benchmark
+
+
+def _draws(triplets: Sequence[Triplet], by_target: bool) -> Numbers:
+    """What ``TripletTable.draws`` gives, of a list."""
+    words = (f"holdout/{t.targets[0] if by_target else _words(t)}" for t in triplets)
+    same = np.array([(t.reference,) == t.targets for t in triplets])  # which would not be ranked
+    return np.where(same, np.inf, [random.Random(word).random() for word in words])
 
 
 def _query_images(triplet: Triplet) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 from spn4cir.errors import InputError
+from spn4cir.triplets import TripletTable
 from spn4cir.types import Benchmark, ImageRef, Triplet
 
 Level: TypeAlias = Literal["fact", "note", "problem"]
@@ -96,6 +97,8 @@ class Dataset(ABC):
     def triplets(self) -> Sequence[Triplet]:
         """Annotated training triplets without those that name a skipped image, in file order."""
         triplets = self.read_triplets()
+        if isinstance(triplets, TripletTable):
+            return triplets.without_images(self.skip_reasons) if self.skip_reasons else triplets
         return [t for t in triplets if not self.skip_reasons.keys() & t.image_ids] if self.skip_reasons else triplets
 
     def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:

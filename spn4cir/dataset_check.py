@@ -85,7 +85,7 @@ def _usable(dataset: Dataset) -> list[Check]:
         if benchmark is not None and (not benchmark.queries or benchmark.missing_tags):
             examples = tuple(f"none of {tag}" for tag in benchmark.missing_tags)
             faults.append(Check(f"queries of {name} that are left", len(benchmark.queries), None, level, examples))
-    if triplets == []:
+    if triplets is not None and not triplets:
         faults.append(
             Check("triplets that are left to train on", 0, None, "problem" if dataset.has_triplets else "fact")
         )

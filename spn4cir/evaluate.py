@@ -271,7 +271,7 @@ def first_items(
     return named
 
 
-def fingerprint(benchmark: Benchmark) -> str:
+def benchmark_fingerprint(benchmark: Benchmark) -> str:
     """Digest of everything that decides a number, except for the model."""
     candidates: dict[int, str] = {}
     digest = hashlib.sha256()
@@ -333,7 +333,7 @@ def evaluate(
         tags=results[COMPOSED][1],
         ablation={mode: results[mode][0] for mode in (*modes[1:], COMPOSED)} if ablate else {},
         count=len(benchmark.queries),
-        data=fingerprint(benchmark),
+        data=benchmark_fingerprint(benchmark),
         is_holdout=benchmark.is_holdout,
         skipped=benchmark.skipped,
         queries=benchmark.queries,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.files import read_json, write_text
-from spn4cir.images import decode, pixel_hash
+from spn4cir.images import StoredBytes, decode, pixel_hash
 from spn4cir.types import ImageRef
 
 Problem: TypeAlias = Literal["", "missing", "truncated", "unreadable"]
@@ -185,12 +185,16 @@ def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
 
 
 def _key(image: ImageRef) -> str:
-    """The name of an image in the cache: its file, and its box if it has one."""
+    """The name of an image in the cache: its file, or its place in one, and its box if it has one."""
+    if isinstance(image.source, StoredBytes):
+        return f"{image.source.key}{image.box or ''}"
     return "" if image.path is None else f"{image.path.absolute()}{image.box or ''}"
 
 
 def _stamp(image: ImageRef) -> Stamp | None:
-    """The stamp of a regular file; None for anything else."""
+    """The stamp of a regular file, or of the files around stored bytes; None for anything else."""
+    if isinstance(image.source, StoredBytes):
+        return image.source.stamp
     if image.path is None:
         return None
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -18,14 +18,52 @@ from spn4cir.types import ImageRef
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+@dataclass(frozen=True)
+class StoredBytes:
+    """The source of an image whose bytes lie in a larger file, such as a row of a table; calling it reads them.
+
+    Args:
+        read: column and row → bytes.
+        column, row: where the image lies.
+        file: that larger file, or the first of several.
+        stamp: size in bytes and time of the last change in nanoseconds of all of them; None if there is no file.
+    """
+
+    read: Callable[[str, int], bytes]
+    column: str
+    row: int
+    file: str
+    stamp: tuple[int, int] | None
+
+    def __call__(self) -> bytes:
+        """The bytes of the image."""
+        return self.read(self.column, self.row)
+
+    @property
+    def key(self) -> str:
+        """The name of the image in a cache."""
+        return f"{self.file}, {self.column}, {self.row}"
+
+
 def decode(image: ImageRef | Path) -> Image.Image:
     """Decode an image as RGB, cropped to its box; transparent parts become white. Raises whatever the decoder does."""
     source, box, _ = image if isinstance(image, ImageRef) else ImageRef(image)
-    with Image.open(source if isinstance(source, Path) else io.BytesIO(source())) as picture:
+    file = source if isinstance(source, Path) else io.BytesIO(source())
+    try:
+        opened = Image.open(file)
+    except UnidentifiedImageError:
+        if isinstance(file, Path):
+            raise
+        raise UnidentifiedImageError("cannot identify the bytes as an image") from None  # says no address
+    with opened as picture:
         if picture.format in ("EPS", "IPTC"):
             raise OSError("PostScript, or what may hold it, is a program and no picture")  # a decoder would run it
         whole = _as_rgb(picture)
-        return whole if box is None else whole.crop(box)
+        if box is None:
+            return whole
+        if box[2] > whole.width or box[3] > whole.height:
+            raise ValueError(f"the box {box} leaves the picture of {whole.width} × {whole.height} pixels")
+        return whole.crop(box)
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

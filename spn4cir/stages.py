@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from spn4cir import bank as banks
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import INSIDE, build_backbone, check_backbone
 from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader, TripletSampler
 from spn4cir.compute import checkpoint_blocks, compile_blocks
-from spn4cir.config import ComputeConfig, TrainConfig
+from spn4cir.config import ComputeConfig, TrainConfig, training_command
 from spn4cir.data import Say, TrainingData, hash_pixels
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
@@ -37,6 +39,7 @@ class Training:
         evaluate: evaluates the model on the selecting benchmark; all processes call it.
         check: raises ``InputError`` if something that must not move has moved; called after each epoch.
         bank: fingerprint of the bank in use, or None without a bank.
+        is_rounded: whether ``evaluate`` reads features of lower precision than the model's.
     """
 
     objective: Objective
@@ -44,10 +47,11 @@ class Training:
     evaluate: Callable[[], Result]
     check: Callable[[], None] = lambda: None
     bank: str | None = None
+    is_rounded: bool = False
 
 
-def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
-    """Both sides train; candidates are the targets of the batch."""
+def check_stage1(config: TrainConfig) -> None:
+    """Raises ``InputError`` for settings of stage 2, and for batches without a negative."""
     for name in ("limit", "extra"):
         if getattr(config.bank, name) is not None:
             raise InputError(f"bank.{name} is for stage 2: the candidates of stage 1 are the targets of the batch")
@@ -56,6 +60,10 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
             f"batch_size {config.batch_size} in {config.compute.accumulate} parts leaves one triplet, without any "
             "negative: raise batch_size, or lower compute.accumulate"
         )
+
+
+def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
+    """Both sides train; candidates are the targets of the batch."""
     images, pixels = _open_images(config, run, data, backbone)
     identity = banks.assign_rows({image_id: pixels[image_id] for image_id in data.candidate_images(config)})
     known = KnownTargets(data.triplets, identity)
@@ -74,14 +82,19 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     return Training(objective, loader, select)
 
 
-def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
-    """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
+def check_stage2(config: TrainConfig) -> None:
+    """Raises ``InputError`` for settings of stage 1."""
     if config.negatives.types != ["target"]:
         raise InputError(f"negatives.types {config.negatives.types} is for stage 1: a bank holds targets alone")
+
+
+def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
+    """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
     images, pixels = _open_images(config, run, data, backbone)
     ids = data.candidate_images(config)
     backbone.freeze_image_side()
     prepare_compute(backbone, config.compute)
+    parameter_groups(Objective(backbone, config.temperature, config.learn_temperature), config)  # raises before hours
     with run.accelerator.main_process_first():
         bank = frozen_features(config, backbone, images, {image_id: pixels[image_id] for image_id in ids})
         gallery = None  # a bank of the images that are ranked, so that each evaluation need not encode them again
@@ -105,13 +118,16 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     def select() -> Result:
         return evaluate(backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
 
-    return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint)
+    is_rounded = gallery is not None and config.bank.dtype != "float32"
+    return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint, is_rounded)
 
 
 STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
     1: prepare_stage1,
     2: prepare_stage2,
 }
+CHECKS: dict[Any, Callable[[TrainConfig], None]] = {1: check_stage1, 2: check_stage2}
+"""Raises ``InputError`` for settings that a stage would ignore, before anything is read; not all stages have one."""
 
 
 def _open_images(
@@ -142,6 +158,28 @@ def _check_whole(objective: Objective, known: KnownTargets) -> None:
             f"stage 1 of {objective.backbone.name} with negatives.types {list(objective.types)} needs a reference, "
             "a text and one target in each triplet: some triplets have fewer, or more"
         )
+
+
+def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by decay, which only matrices have, and by the factor of their learning rate.
+
+    Raises:
+        InputError: if a text in ``lr_scale`` is in no trainable parameter's name.
+    """
+    trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    for text in config.lr_scale:
+        if not any(text in name for name in trainable):
+            raise InputError(f"lr_scale: no parameter that trains has {text!r} in its name, as {next(iter(trainable))}")
+    scale = {n: next((f for text, f in config.lr_scale.items() if text in n), 1.0) for n in trainable}
+    return [
+        {
+            "params": [p for n, p in trainable.items() if (p.ndim > 1) == matrices and scale[n] == factor],
+            "weight_decay": config.weight_decay if matrices else 0.0,
+            "scale": factor,
+        }
+        for factor in dict.fromkeys(scale.values())
+        for matrices in (True, False)
+    ]
 
 
 def prepare_compute(backbone: Backbone, compute: ComputeConfig) -> None:
@@ -175,7 +213,7 @@ def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone
             where = checkpoints.runs_root() / config.dataset / config.backbone
             raise InputError(
                 f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
-                f"run accelerate launch recipes/stage1.py{options_of(config)} first, or give --init FOLDER"
+                f"run {training_command(1)}{options_of(config)} first, or give --init FOLDER"
             )
         config.init = str(run)
     name, options = checkpoints.read_model(Path(config.init))

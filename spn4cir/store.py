@@ -52,6 +52,11 @@ class StoredRows:
     def __reduce__(self) -> tuple[type, tuple[Path]]:  # else a copy of the whole array would go to a worker process
         return StoredRows, (self.path,)
 
+    @property
+    def dtype(self) -> str:
+        """Name of the type that numbers are stored in."""
+        return str(self._array.dtype)
+
     def whole(self) -> Tensor:
         """All rows as a tensor that lies on disk."""
         return torch.from_numpy(self._array)
@@ -103,9 +108,8 @@ class EmbeddingStore:
             arrays = {name: StoredRows(self.folder / f"{name}.npy") for name in self.dtypes}
         except (ValueError, OSError, EOFError):
             return None
-        found = {name: (len(array), array.whole().dtype) for name, array in arrays.items()}
-        wanted = {name: (self.rows, getattr(torch, dtype)) for name, dtype in self.dtypes.items()}
-        return arrays if found == wanted else None
+        right = all(len(array) == self.rows and array.dtype == self.dtypes[name] for name, array in arrays.items())
+        return arrays if right else None
 
     def missing(self) -> list[int]:
         """First rows of the blocks that are not on disk. Raises ``InputError`` if it has no room for them."""

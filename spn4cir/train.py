@@ -27,7 +27,7 @@ from spn4cir.objective import Objective
 from spn4cir.results import primary_names, selection_score
 from spn4cir.run import Run
 from spn4cir.schedules import SCHEDULES
-from spn4cir.stages import STAGES, Training, load_backbone
+from spn4cir.stages import CHECKS, STAGES, Training, load_backbone, parameter_groups
 
 
 def train(config: TrainConfig, stage: Any) -> Path:
@@ -47,18 +47,21 @@ def train(config: TrainConfig, stage: Any) -> Path:
     check_backbone(config.backbone)
     if stage not in STAGES:
         raise InputError(f"unknown stage {stage!r}; known: {', '.join(map(str, STAGES))}")
+    if stage in CHECKS:
+        CHECKS[stage](config)
     run = Run.open(config, stage, start(config))
     data = load_data(config, run.say)
     backbone = load_backbone(config, stage, run.say).to(run.accelerator.device)
     training = STAGES[stage](config, run, data, backbone)
     with run:
         state = fit(training, config, run, config.select_by or primary_names(data.selection))
-        if data.selection is not data.reported or (stage == 2 and config.bank.dtype != "float32"):
+        if data.selection is not data.reported or training.is_rounded:
             # selected on a hold-out split, or on rounded features; the protocol is reported in full, once
             best = checkpoints.load_model(run.folder).to(run.accelerator.device)
             images = ImageSource(data.dataset.image, best.transform)
             result = evaluate(best, data.reported, images, batch_size=config.eval_batch_size)
-            state["best"]["result"] = result.as_json()
+            if run.main:
+                state["best"]["result"] = result.as_json()
         run.finish(state, data.selection.name)
     return run.folder
 
@@ -78,6 +81,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
     accelerator, objective, loader = run.accelerator, training.objective, training.loader
     optimizer = build_optimizer(objective, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = config.adamw.max_grad_norm
     steps = min(len(loader) * config.epochs, config.max_steps or sys.maxsize)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     run.start(config, objective)
@@ -96,9 +100,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
                 loss = prepared(batch.to(accelerator.device))
                 accelerator.backward(loss)
                 is_whole = accelerator.sync_gradients
-                norm = (
-                    limit_gradient(accelerator, optimizer, parameters, config.adamw.max_grad_norm) if is_whole else None
-                )
+                norm = limit_gradient(accelerator, optimizer, parameters, limit) if is_whole else None
                 check_finite(loss, norm, batch, run)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -215,28 +217,6 @@ def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Ad
     """AdamW over the parameters that train."""
     adamw = config.adamw
     return torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, adamw.beta2), adamw.eps)
-
-
-def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by decay, which only matrices have, and by the factor of their learning rate.
-
-    Raises:
-        InputError: if a text in ``lr_scale`` is in no trainable parameter's name.
-    """
-    trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    for text in config.lr_scale:
-        if not any(text in name for name in trainable):
-            raise InputError(f"lr_scale: no parameter that trains has {text!r} in its name, as {next(iter(trainable))}")
-    scale = {n: next((f for text, f in config.lr_scale.items() if text in n), 1.0) for n in trainable}
-    return [
-        {
-            "params": [p for n, p in trainable.items() if (p.ndim > 1) == matrices and scale[n] == factor],
-            "weight_decay": config.weight_decay if matrices else 0.0,
-            "scale": factor,
-        }
-        for factor in dict.fromkeys(scale.values())
-        for matrices in (True, False)
-    ]
 
 
 def schedule(config: TrainConfig, step: int, steps: int, epoch: int) -> float:

@@ -1,5 +1,4 @@
-"""Train one stage: --stage 1 trains query and target encoder with the targets of the batch as candidates, --stage 2
-freezes the image side and trains the query side against a bank of all candidates.
+"""Train --stage 1, where candidates are the targets of the batch, or --stage 2, against a bank of all candidates.
 
 examples:
   spn4cir-train --stage 1
@@ -16,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from spn4cir.config import TrainConfig, find_config, parse, recipes_folder, take_option
+from spn4cir.config import TrainConfig, find_config, parse, recipes_folder, short_name, take_option
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json
 
@@ -35,8 +34,7 @@ def train_command(stage: int | None = None, text: str | None = __doc__) -> None:
         path = find_config(given) if given else _choose_config(number, arguments)
         config = parse(TrainConfig, path, arguments, text or "")
         if os.environ.get("RANK", "0") == "0":
-            packaged = path.is_relative_to(recipes_folder())
-            print(f"recipe {path.relative_to(recipes_folder().parent) if packaged else path}", flush=True)
+            print(f"recipe {short_name(path)}", flush=True)
         from spn4cir.train import train
 
         train(config, number)

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from spn4cir.datasets.emoji import FOLDER, load_names
+from spn4cir.files import write_jsonl
 from spn4cir.images import open_image
 
 SEED = 20260101
@@ -315,11 +316,6 @@ def build() -> None:
     print(
         f"train {len(train)} images of {len(names)}; with a pixel copy: {sum(copies[h] > 1 for h in hashes.values())}"
     )
-
-
-def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
-    """One row a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from pathlib import Path
 from spn4cir.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+DATA_SUFFIXES = (".parquet", ".tar")
+NOT_DATA = ("captions", "queries")
+"""Tables beside pictures, which say something of them."""
 OWN = frozenset({"images.done.json", "images.jsonl", "images.cache.jsonl"})
 """A folder below the root that holds one of these holds what data generation wrote, picture sheets included."""
 
@@ -23,12 +26,16 @@ def safe_name(text: str) -> bool:
 
 @dataclass
 class Pictures:
-    """What a walk found. ``ids`` are paths below the root, sorted; the other lists hold what was left out."""
+    """What a walk found: ``ids`` are pictures, ``data`` files that may hold pictures, the other lists are left out.
+
+    All are paths below the root, sorted.
+    """
 
     ids: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     unsafe: list[str] = field(default_factory=list)
     own: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
     has_texts: bool = False
 
 
@@ -61,7 +68,9 @@ def walk(root: Path) -> Pictures:
                 (found.ids if safe_name(name) else found.unsafe).append(name)
             elif entry.name.endswith(".txt"):
                 found.has_texts = True
-    for names in (found.ids, found.links, found.unsafe, found.own):
+            elif entry.name.lower().endswith(DATA_SUFFIXES) and entry.name.partition(".")[0] not in NOT_DATA:
+                found.data.append(name)
+    for names in (found.ids, found.links, found.unsafe, found.own, found.data):
         names.sort()
     return found
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from spn4cir.errors import InputError
 from spn4cir.files import short
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+BOXES = ("box", "bbox")
+"""Columns that may hold lists of numbers."""
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
@@ -96,6 +98,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _text(path: Path, row: int, column: object, cell: object) -> str:
     if isinstance(cell, str):
         return cell
+    if str(column).strip().lower() in BOXES and isinstance(cell, Iterable):  # a list, or an array
+        return " ".join(map(str, cell))
     if cell is None or cell != cell:  # pandas' empty cell is not equal to itself
         return ""
     if isinstance(cell, int) and not isinstance(cell, bool):

@@ -121,7 +121,7 @@ def test_one_process(alone: bytes) -> None:
         Emoji(),
         GenerateConfig.prompt,
     )
-    asked = [Question(i, prompt.replace("{words}", "10"), emoji.path(i)) for i in IMAGES]
+    asked = [Question(i, prompt.replace("{words}", "10"), emoji.image(i)) for i in IMAGES]
     assert captions(alone) == [(q.key, check_caption(10, q, *engine.answer([q], Try(0, 42)))[0]) for q in asked]
 
 

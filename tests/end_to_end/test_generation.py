@@ -97,12 +97,27 @@ def test_killed_at_any_write_and_resumed(tmp_path: Path) -> None:
     assert (output / "sheet.png").is_file() and (output / "window.html").is_file()
 
 
+@pytest.mark.parametrize("name", FINAL)
+def test_a_file_that_was_cut_is_made_again(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole lines are missing, which no reader can notice: the note does, says so, and the result is as before."""
+    config = GenerateConfig(output=str(tmp_path), **SETTINGS)
+    make_triplets(config, Few())
+    before = {final: (tmp_path / final).read_bytes() for final in FINAL}
+    half = before[name].splitlines(keepends=True)
+    (tmp_path / name).write_bytes(b"".join(half[: len(half) // 2]))
+    capsys.readouterr()
+    make_triplets(config, Few())
+    told = f"{tmp_path / name} is not the file that was finished: it is made again"
+    assert capsys.readouterr().out.splitlines().count(told) == 1
+    assert {final: (tmp_path / final).read_bytes() for final in FINAL} == before
+
+
 def test_two_processes_make_the_same_triplets(tmp_path: Path) -> None:
     """From the command line, on a folder of pictures: all steps by two processes, and by one."""
     pictures, few = tmp_path / "pictures", Few()
     pictures.mkdir()
     for image_id in few.training_images()[:40]:
-        (pictures / f"{image_id}.png").write_bytes(few.path(image_id).read_bytes())
+        (pictures / f"{image_id}.png").write_bytes(Path(str(few.image(image_id))).read_bytes())
     options = ["--dataset", "catalogue", "--data-root", str(pictures), "--matcher", "embedded", "--window", "[1,6]"]
     options += ["--captioner", "embedded", "--match-batch-size", "8", "--caption-batch-size", "8"]
     script = str(Path(__file__).parents[2] / "data_gen" / "make_triplets.py")

@@ -80,7 +80,9 @@ def test_the_evaluation_prints_json(work: Path) -> None:
     told = python(work, *EVAL, "--json", "-", "--ablate")
     assert told.returncode == 0, told.stderr
     result = json.loads(told.stdout)
-    assert list(result) == ["protocol", "run", "metrics", "groups", "ablation", "data", "git"]
+    assert list(result) == [
+        "protocol", "run", "metrics", "tags", "ablation", "count", "data", "is_holdout", "skipped", "git",
+    ]  # fmt: skip
     two = only(work, "runs/emoji/clip4cir/stage2-*")
     assert (work / result["run"]).resolve() == two.resolve()
     trained = json.loads((two / "result.json").read_text())

@@ -104,7 +104,7 @@ def test_from_pictures_to_figures(site: Path, tmp_path: Path) -> None:
     for image_id in [i for i in emoji.training_images() if "firefighter" in emoji.label(i)][:16]:
         picture = tmp_path / "shop" / f"{image_id}.png"
         picture.parent.mkdir(exist_ok=True)
-        shutil.copy(emoji.path(image_id), picture)
+        shutil.copy(emoji.image(image_id).source, picture)
     small = ("--captioner", "embedded", "--matcher", "embedded", "--window", "[1, 8]", "--pairs-per-image", "2")
     made = run(tmp_path, "spn4cir-triplets", *DATA, *small, path=site)
     assert "next: " in made

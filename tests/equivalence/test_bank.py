@@ -48,7 +48,7 @@ class Maker:
         self.toy, self.backbone, self.root, self.encoded = toy, backbone, root, 0
         backbone.freeze_image_side()
         self.images, self.ids = ImageSource(toy.image, backbone.transform), toy.training_images()
-        self.hashes = {i: pixel_hash(open_image(toy.path(i))) for i in self.ids}
+        self.hashes = {i: pixel_hash(open_image(toy.image(i))) for i in self.ids}
         encode = backbone.encode_image
         backbone.encode_image = lambda pixels: (self._count(len(pixels)), encode(pixels))[1]  # type: ignore[method-assign]
 

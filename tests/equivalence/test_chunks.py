@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from tiny_backbones import TINY, tiny_backbone
 from torch import Tensor, nn
 
-from spn4cir import backbone as backbones
+from spn4cir import compute as computing
 from spn4cir.backbones import build_backbone
 from spn4cir.bank import assign_rows
 from spn4cir.batches import TripletBatch, TripletCollate
@@ -65,7 +65,7 @@ def apart(one: Found, two: Found) -> float:
 def stage_1(request: pytest.FixtureRequest, toy: Any, tmp_path: Path) -> tuple[Objective, TripletBatch]:
     """A model in double precision, so that rounding is no matter, and a batch of eight triplets over nine images."""
     backbone = tiny_backbone(request.param, tmp_path)
-    identity = assign_rows({i: pixel_hash(open_image(toy.path(i))) for i in IDS})
+    identity = assign_rows({i: pixel_hash(open_image(toy.image(i))) for i in IDS})
     batch = TripletCollate(backbone.tokenize, identity, ImageSource(toy.image, backbone.transform))(BATCH)
     assert batch.pixels is not None
     batch.pixels = batch.pixels.double()
@@ -93,7 +93,7 @@ def test_eight_chunks_keep_a_quarter_at_most(toy: Any) -> None:
     plain, whole = step(objective, batch)
     backbone.chunk = 5
     inside: list[int] = []
-    checkpoint = backbones.checkpoint
+    checkpoint = computing.checkpoint
 
     def watched(function: Callable[..., Any], *rows: Tensor, **how: Any) -> Any:
         kept = Kept(objective)
@@ -103,7 +103,7 @@ def test_eight_chunks_keep_a_quarter_at_most(toy: Any) -> None:
         return checkpoint(function, *rows, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbones, "checkpoint", watched)
+        patch.setattr(computing, "checkpoint", watched)
         found, chunked = step(objective, batch)
     assert len(inside) == 16 and chunked + max(inside) <= whole / 4
     assert apart(plain, found) < 1e-4
@@ -115,9 +115,9 @@ def test_chunks_draw_their_dropout_once(stage_1: tuple[Objective, TripletBatch])
     objective.backbone.chunk = 3
     objective.backbone.train()
     found = []
-    for compute in (backbones.checkpoint, lambda function, *rows, use_reentrant: function(*rows)):
+    for once in (computing.checkpoint, lambda function, *rows, use_reentrant: function(*rows)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backbones, "checkpoint", compute)
+            patch.setattr(computing, "checkpoint", once)
             torch.manual_seed(3)
             found.append(step(objective, batch)[0])
     assert apart(*found) < 1e-9
@@ -185,7 +185,7 @@ def run(configure: Any, tmp_path: Path, runs: Path) -> Iterator[Callable[..., Fo
 
     def trained(stage: int, **changes: Any) -> Found:
         AcceleratorState._reset_state(reset_partial_state=True)  # else one process has one precision
-        settings = {"init": str(tmp_path / "init"), "max_steps": 3, "eps": 1e-2, "lr": 0.1, "eval_every": 0}
+        settings = {"init": str(tmp_path / "init"), "max_steps": 3, "adamw": {"eps": 1e-2}, "lr": 0.1, "eval_every": 0}
         folder = train(configure(output=str(runs / f"{next(count)}"), **{**settings, **changes}), stage)
         weights = read_tensors(folder / "model.safetensors")[0]
         (line,) = (folder / "metrics.jsonl").read_text().splitlines()

@@ -25,7 +25,7 @@ from spn4cir.errors import InputError
 from spn4cir.evaluate import encode_benchmark, evaluate, rank_queries
 from spn4cir.images import ImageSource
 from spn4cir.results import combine, compute_metrics
-from spn4cir.types import Benchmark, ImageFeatures, Query
+from spn4cir.types import Benchmark, ImageFeatures, Query, recall_measures
 
 CATEGORIES = ("dress", "shirt", "toptee")
 PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")
@@ -83,7 +83,7 @@ def vectors(benchmark: Benchmark, seed: int = 0, width: int = 4) -> tuple[list[V
 def fast(benchmark: Benchmark, queries: Sequence[Vector], images: dict[str, Vector]) -> Result:
     """What the library says."""
     target = torch.tensor([images[i] for i in benchmark.gallery]).float()[:, None]
-    return compute_metrics(benchmark, *rank_queries(benchmark, torch.tensor(queries).float(), target))
+    return compute_metrics(benchmark, rank_queries(benchmark, torch.tensor(queries).float(), target))
 
 
 def places(query: Vector, target: str, ranked: Collection[str], images: dict[str, Vector]) -> range:
@@ -168,7 +168,8 @@ def test_a_kept_reference_and_a_pooled_gallery_are_other_protocols(fashion: Path
     kept, removed = (fast(replace(benchmark, exclude_reference=out), near, images)[0] for out in (False, True))
     assert all(kept[name] < removed[name] for name in ("R@10", "R@50"))
     own = fast(benchmark, queries, images)[0]
-    pooled = fast(replace(benchmark, group_gallery={}), queries, images)[0]
+    measures = recall_measures(10, 50, primary=(10, 50))
+    pooled = fast(replace(benchmark, measures=measures), queries, images)[0]
     assert all(pooled[name] < own[name] for name in ("R@10", "R@50"))
 
 
@@ -176,7 +177,7 @@ def test_means_over_categories_are_not_means_over_queries(fashion: Path) -> None
     """Negative control: the categories differ in size, so the two means differ."""
     benchmark = load_dataset("fashioniq", str(fashion)).benchmark("val")
     given = vectors(benchmark)
-    over_queries = fast(replace(benchmark, mean_over_groups=False), *given)[0]
+    over_queries = fast(replace(benchmark, macro=()), *given)[0]
     over_groups = fast(benchmark, *given)[0]
     assert over_queries["R@10"] != pytest.approx(over_groups["R@10"])
     assert over_queries["macro R@10"] == pytest.approx(over_groups["R@10"])
@@ -187,8 +188,8 @@ def test_cirr_equals_loops_over_names(real_life: Path, seed: int) -> None:
     """Whole gallery and subset, the reference left out of both; kept, or with other subsets, the numbers differ."""
     benchmark = load_dataset("cirr", str(real_life)).benchmark("val")
     given = vectors(benchmark, seed)
-    metrics, groups = fast(benchmark, *given)
-    assert metrics == pytest.approx(slow_cirr(real_life, *given)) and list(groups) == ["all"]
+    metrics, tags = fast(benchmark, *given)
+    assert metrics == pytest.approx(slow_cirr(real_life, *given)) and tags == {}
     kept = fast(replace(benchmark, exclude_reference=False), *given)[0]
     assert kept["R@50"] != pytest.approx(metrics["R@50"]) and kept["Rs@1"] != pytest.approx(metrics["Rs@1"])
     whole = replace(benchmark, queries=tuple(replace(q, candidates=benchmark.gallery) for q in benchmark.queries))
@@ -222,7 +223,8 @@ def constant(benchmark: Benchmark) -> dict[str, float]:
 def test_a_constant_model_scores_chance_on_fashioniq(fashion: Path, protocol: str) -> None:
     """The mean over categories of k / ranked images."""
     benchmark = load_dataset("fashioniq", str(fashion)).benchmark("val", protocol)
-    sizes = [len(benchmark.group_gallery[c]) - (protocol != "fashioniq/original") for c in CATEGORIES]
+    own = {tag: query.candidates for query in benchmark.queries for tag in query.tags}
+    sizes = [len(own[category]) - (protocol != "fashioniq/original") for category in CATEGORIES]
     chance = {f"R@{k}": sum(100 * min(k / size, 1) for size in sizes) / 3 for k in (10, 50)}
     assert len(set(sizes)) > 1
     assert constant(benchmark) == pytest.approx({**chance, "Rmean": sum(chance.values()) / 2})
@@ -241,7 +243,7 @@ def test_only_results_of_one_protocol_on_the_same_data_are_combined(fashioniq: P
     def result(protocol: str = "fashioniq/original") -> dict[str, Any]:
         dataset = load_dataset("fashioniq", str(fashioniq))
         benchmark = dataset.benchmark("val", protocol)
-        return evaluate(backbone, benchmark, ImageSource(dataset.image, backbone.transform))
+        return evaluate(backbone, benchmark, ImageSource(dataset.image, backbone.transform)).as_json()
 
     whole = result()
     captions = fashioniq / "captions" / "cap.shirt.val.json"
@@ -290,7 +292,9 @@ class Watched(torch.nn.Module):
 
     def __init__(self, backbone: Any):
         super().__init__()
-        self.inner, self.tokenize, self.compose, self.held = backbone, backbone.tokenize, backbone.compose, Held()
+        self.inner, self.held, self.tokenize = backbone, Held(), backbone.tokenize
+        self.compose_partial, self.compose_text = backbone.compose_partial, backbone.compose_text
+        self.compose_image = backbone.compose_image
 
     def encode_image(self, pixels: torch.Tensor) -> ImageFeatures:
         made: list[ImageFeatures] = []
@@ -307,27 +311,45 @@ class WatchedBank(Bank):
         return made.pop()
 
 
+OUTSIDE = {"i14", "i19"}
+"""References that the gallery below does not hold."""
+
+
 def asked_often(toy: Any) -> Benchmark:
-    """The toy benchmark, in which one reference has nine queries and another three, and some queries two targets."""
+    """The toy benchmark, in which one reference has nine queries and another three, and some queries two targets.
+
+    Two references are not in the gallery, four queries have no reference, and four have no text.
+    """
     benchmark = toy.benchmark("val")
+    gallery = tuple(i for i in benchmark.gallery if i not in OUTSIDE)
     extra = [Query(benchmark.gallery[r], f"now {n} {r}", benchmark.gallery[n : n + 2]) for n in range(9) for r in (7,)]
     extra += [Query(benchmark.gallery[46], f"then {n}", (benchmark.gallery[n],)) for n in range(3)]
-    queries = (*extra[:5], *benchmark.queries, *extra[5:])
-    return replace(benchmark, queries=queries, subset_ks=())
+    partial = [Query(None, f"without {n}", gallery[n : n + 3]) for n in range(4)]
+    partial += [Query(i, None, (gallery[30],)) for i in (*gallery[6:8], "i14", "i46")]
+    queries = [replace(query, candidates=()) for query in benchmark.queries]
+    queries = [*extra[:5], *partial[:5], *queries, *extra[5:], *partial[5:]]
+    return replace(benchmark, gallery=gallery, queries=tuple(queries), measures=recall_measures(1, 5))
 
 
 @torch.no_grad()
 def one_by_one(backbone: Any, benchmark: Benchmark, images: ImageSource) -> dict[str, torch.Tensor]:
     """The straightforward way: everything encoded and kept, then query by query."""
-    kept = {i: backbone.encode_image(images(i)[None]) for i in benchmark.gallery}
+    kept = {i: backbone.encode_image(images(i)[None]) for i in (*benchmark.gallery, *OUTSIDE)}
     found: dict[str, list[torch.Tensor]] = {mode: [] for mode in MODES}
     for query in benchmark.queries:
-        reference, target = kept[query.reference]
-        tokens = backbone.tokenize([query.text])
-        found["composed"].append(backbone.compose(reference, tokens).query[0])
-        found["text only"].append(backbone.compose(reference * 0, tokens).query[0])
-        mean = sum(target[0, k] for k in range(target.shape[1])) / target.shape[1]
-        found["image only"].append(mean / mean.norm())
+        made: dict[str, torch.Tensor] = {}
+        reference, target = kept[query.reference or benchmark.gallery[0]]
+        if query.text is not None:
+            tokens = backbone.tokenize([query.text])
+            made["composed"] = backbone.compose(reference, tokens).query[0]
+            made["text only"] = backbone.compose(reference * 0, tokens).query[0]
+        if query.reference is not None:
+            mean = sum(target[0, k] for k in range(target.shape[1])) / target.shape[1]
+            made["image only"] = mean / mean.norm()
+        if len(made) < 3:  # the query is its one part; without it, nothing
+            made["composed"] = made["image only" if query.text is None else "text only"]
+        for mode in MODES:
+            found[mode].append(made.get(mode, torch.zeros_like(made["composed"])))
     targets = torch.stack([kept[i].target[0] for i in benchmark.gallery])
     return {**{mode: torch.stack(vectors) for mode, vectors in found.items()}, "target": targets}
 
@@ -341,12 +363,15 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("stored", [False, True], ids=["encoded", "bank"])
 def test_vectors_equal_those_made_one_by_one(toy: Any, model: Any, tmp_path: Path, stored: bool) -> None:
-    """Targets and queries of all modes, for blocks of one, ragged ones and one of all; no block outlives its turn."""
+    """Targets and queries of all modes, for blocks of one, ragged ones and one of all; no block outlives its turn.
+
+    Queries without a reference or a text, and references outside the gallery, are among them.
+    """
     benchmark, images = asked_often(toy), ImageSource(toy.image, model.transform, keep=True)
     slow, bank = one_by_one(model, benchmark, images), None
-    asked = len({query.reference for query in benchmark.queries})
+    asked = len({query.reference for query in benchmark.queries} - {None})
     if stored:
-        hashes = {i: images(i).numpy().tobytes().hex() for i in reversed(benchmark.gallery)}
+        hashes = {i: images(i).numpy().tobytes().hex() for i in reversed(benchmark.image_ids)}
         bank = WatchedBank(**vars(load_or_build(model, images, hashes, tmp_path / "banks")))
     for batch_size in (1, 7, 256):
         watched = Watched(model)

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import spn4cir.train as loop
+from spn4cir import stages
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.bank import Bank
 from spn4cir.batches import TripletBatch
 from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
-from spn4cir.datasets import with_pictures
+from spn4cir.datasets import open_extra_images
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
-from spn4cir.objective import Objective
+from spn4cir.objective import BankCandidates, Objective
+from spn4cir.train import train
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 KINDS = ("target", "query", "text", "reference")
@@ -74,8 +75,9 @@ def batch_of(triplets: Triplets = TRIPLETS, others: list[list[int]] = OTHERS) ->
     reference, text, target = torch.tensor(triplets).T
     pixels, rows = torch.unique(torch.cat([reference, target]), return_inverse=True)
     return TripletBatch(
-        tokens={"row": text}, reference=rows[: len(text)], target=rows[len(text) :], identity=target,
-        others=torch.tensor(others), asked=torch.stack([reference, text], 1), pixels=pixels[:, None, None, None],
+        tokens={"row": text}, reference=rows[: len(text)], target=rows[len(text) :, None], identity=target[:, None],
+        others=torch.tensor(others), query_identity=torch.stack([reference, text], 1),
+        pixels=pixels[:, None, None, None],
     )  # fmt: skip
 
 
@@ -118,7 +120,7 @@ def values(loss: Tensor, model: Sum, temperature: Tensor) -> list[Tensor]:
 
 def found(kinds: list[str], batch: TripletBatch | None = None, above: float | None = None) -> list[Tensor]:
     model = Sum()
-    objective = Objective(model, T, True, negatives=NegativesConfig(kinds, above)).double()  # type: ignore[arg-type]
+    objective = Objective(model, T, True, types=kinds, max_similarity=above).double()
     return values(objective(batch or batch_of()), model, objective.temperature)
 
 
@@ -151,15 +153,15 @@ def test_false_negatives_are_left_out_and_matter(kind: str) -> None:
 def test_each_reason_to_leave_out_matters() -> None:
     """Equal texts, references and targets, and other accepted targets: without any of them the loss is larger."""
     for kind, without in (
-        ("target", {"identity": torch.arange(B)}),
+        ("target", {"identity": torch.arange(B)[:, None]}),
         ("target", {"others": torch.full((B, 1), -1)}),
-        ("query", {"identity": torch.arange(B)}),
+        ("query", {"identity": torch.arange(B)[:, None]}),
         ("query", {"others": torch.full((B, 1), -1)}),
-        ("text", {"identity": torch.arange(B)}),
+        ("text", {"identity": torch.arange(B)[:, None]}),
         ("text", {"others": torch.full((B, 1), -1)}),
-        ("text", {"asked": torch.arange(2 * B).view(B, 2)}),
-        ("reference", {"asked": torch.arange(2 * B).view(B, 2)}),
-        ("reference", {"identity": torch.arange(B)}),
+        ("text", {"query_identity": torch.arange(2 * B).view(B, 2)}),
+        ("reference", {"query_identity": torch.arange(2 * B).view(B, 2)}),
+        ("reference", {"identity": torch.arange(B)[:, None]}),
     ):
         loose = replace(batch_of(), **without)  # type: ignore[arg-type]
         assert found([kind], loose)[0] > found([kind])[0] + 1e-4, (kind, list(without))
@@ -204,7 +206,7 @@ def test_no_tensor_holds_all_sums(kind: str) -> None:
     triplets, others = [(n, n, n) for n in range(count)], [[-1]] * count
     batch, no_mask = batch_of(triplets, others), torch.zeros(count, count, dtype=torch.bool)
     model = Sum(width=width, count=count)
-    objective = Objective(model, T, negatives=NegativesConfig([kind]))  # type: ignore[list-item]
+    objective = Objective(model, T, types=[kind])
     with Largest() as fast:
         objective(batch).backward()
     with Largest() as slow:
@@ -217,7 +219,7 @@ def test_sums_that_nearly_cancel_stay_finite() -> None:
     model = Sum().float()
     with torch.no_grad():
         model.texts[5] = -model.references[5] * (1 + 1e-6)
-    objective = Objective(model, T, True, negatives=NegativesConfig(["text", "reference"]))
+    objective = Objective(model, T, True, types=["text", "reference"])
     assert all(part.isfinite().all() for part in values(objective(batch_of()), model, objective.temperature))
 
 
@@ -263,13 +265,14 @@ def against_bank(
     model = Sum(2)
     model.freeze_image_side()
     bank = Bank(None, F.normalize(model.targets[:N].detach(), dim=-1), {}, "")
-    draw = None if limit is None else (limit, SEED)
-    objective = Objective(model, T, True, bank, NegativesConfig(max_similarity=above), draw).double()
+    objective = Objective(model, T, True, BankCandidates(bank, limit, SEED), max_similarity=above).double()
     reference, text, target = (column.contiguous() for column in torch.tensor(QUERIES).T)
+    stored = ImageFeatures(model.references[reference][:, None].detach(), torch.zeros(len(QUERIES), 0))
     batch = TripletBatch(
-        {"row": text}, reference, target, target, None, model.references[reference][:, None], torch.tensor(accepted)
-    )
-    return values(objective(batch, step), model, objective.temperature)
+        tokens={"row": text}, reference=torch.arange(len(QUERIES)), target=target[:, None], identity=target[:, None],
+        others=torch.tensor(accepted), features=stored, step=step,
+    )  # fmt: skip
+    return values(objective(batch), model, objective.temperature)
 
 
 def by_hand(candidates: Callable[[int], set[int]]) -> list[Tensor]:
@@ -338,14 +341,14 @@ Configure = Callable[..., TrainConfig]
 def banks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Bank, dict[str, str]]]]:
     """Each bank that the loop makes, with the images it was asked for."""
     made: list[tuple[Bank, dict[str, str]]] = []
-    build = loop.frozen_features
+    build = stages.frozen_features
 
     def spy(config: Any, backbone: Any, images: Any, hashes: dict[str, str]) -> Bank:
         bank = build(config, backbone, images, hashes)
         made.append((bank, hashes))
         return bank
 
-    monkeypatch.setattr(loop, "frozen_features", spy)
+    monkeypatch.setattr(stages, "frozen_features", spy)
     yield made
 
 
@@ -368,8 +371,8 @@ PLAIN: dict[tuple[int, int | None], float] = {}
 SETTINGS: list[tuple[int, int | None, dict[str, Any]]] = [
     (1, None, {"negatives": {"types": list(KINDS)}}),
     (1, None, {"negatives": {"types": ["text"]}, "compute": {"chunk": 3}}),
-    (1, None, {"negatives": {"above": 0.5}}),
-    (2, None, {"negatives": {"above": 0.5}}),
+    (1, None, {"negatives": {"max_similarity": 0.5}}),
+    (2, None, {"negatives": {"max_similarity": 0.5}}),
     (2, None, {"bank": {"limit": 3}}),
     (2, 16, {"bank": {"images": "named"}}),
 ]
@@ -380,11 +383,11 @@ def test_options_reach_the_loop(
     stage: int, annotated: int | None, options: dict[str, Any], configure: Configure, start: Path, tmp_path: Path
 ) -> None:
     """Two steps with each option; the loss is another than without it."""
-    common: dict[str, Any] = {"init": str(start), "max_steps": 2, "annotated": annotated}
+    common: dict[str, Any] = {"init": str(start), "max_steps": 2, "max_annotated": annotated}
     if (stage, annotated) not in PLAIN:
-        plain = loop.train(configure(**common, output=str(tmp_path / "plain")), stage)
+        plain = train(configure(**common, output=str(tmp_path / "plain")), stage)
         PLAIN[stage, annotated] = first_loss(plain)
-    other = loop.train(configure(**common, **options, output=str(tmp_path / "other")), stage)
+    other = train(configure(**common, **options, output=str(tmp_path / "other")), stage)
     assert (other / "result.json").is_file() and abs(first_loss(other) - PLAIN[stage, annotated]) > 1e-3
 
 
@@ -396,10 +399,10 @@ def test_extra_pictures_join_the_bank(
     for n in range(6):
         draw_picture(extra / "inner" / f"{n}.png", f"extra {n}")
     (extra / "inner" / "copy.png").write_bytes((extra / "inner" / "0.png").read_bytes())
-    (extra / "i05.png").write_bytes(toy.path("i05").read_bytes())
+    (extra / "i05.png").write_bytes(toy.image("i05").path.read_bytes())
     common: dict[str, Any] = {"init": str(start), "max_steps": 1}
-    plain = loop.train(configure(**common, output=str(tmp_path / "plain")), 2)
-    more = loop.train(configure(**common, bank={"extra": str(extra)}, output=str(tmp_path / "with")), 2)
+    plain = train(configure(**common, output=str(tmp_path / "plain")), 2)
+    more = train(configure(**common, bank={"extra": str(extra)}, output=str(tmp_path / "with")), 2)
     (before, known), (after, _) = (pair for pair in banks if "i46" not in pair[1])  # which the gallery alone has
     ids = [f"bank.extra:{name}" for name in ("i05.png", *(f"inner/{n}.png" for n in range(6)), "inner/copy.png")]
     assert list(after.rows)[: len(known)] == list(known) and set(list(after.rows)[len(known) :]) == set(ids)
@@ -413,9 +416,10 @@ def test_extra_pictures_join_the_bank(
 def test_extra_pictures_keep_their_names_apart(toy: Toy, tmp_path: Path) -> None:
     """An extra picture that is called as one of the dataset is another image, at its own place."""
     draw_picture(tmp_path / "more" / "i01.png", "another")
-    extra = with_pictures(toy, str(tmp_path / "more")).images
-    assert not extra.keys() & {*toy.training_images(), *toy.benchmark("val").gallery}
-    assert list(extra.values()) == [tmp_path / "more" / "i01.png"]
+    known = {*toy.training_images(), *toy.benchmark("val").gallery}
+    wider, extra = open_extra_images(toy, str(tmp_path / "more"))
+    assert len(extra) == 1 and not known & set(extra)
+    assert [wider.image(i).path for i in (*extra, "i01")] == [tmp_path / "more" / "i01.png", toy.image("i01").path]
 
 
 @pytest.mark.parametrize("what", ["missing", "broken", "empty"])
@@ -430,7 +434,7 @@ def test_extra_pictures_that_are_none_are_one_line(
         draw_picture(extra / "a.png", 1)
         (extra / "b.png").write_bytes((extra / "a.png").read_bytes()[:90])
     with pytest.raises(InputError) as told:
-        loop.train(configure(init=str(start), bank={"extra": str(extra)}, output=str(tmp_path / "run")), 2)
+        train(configure(init=str(start), bank={"extra": str(extra)}, output=str(tmp_path / "run")), 2)
     assert str(extra / "b.png" if what == "broken" else extra) in str(told.value) and "\n" not in str(told.value)
     assert not (tmp_path / "run").exists() and "--data-root FOLDER" not in str(told.value)
     assert what == "broken" or str(told.value).startswith("bank.extra: ")
@@ -443,16 +447,16 @@ def test_several_broken_extra_pictures_can_be_listed(configure: Configure, start
         (tmp_path / "more" / f"{name}.png").write_text("no picture")
     place = re.escape(str(tmp_path / "more"))
     with pytest.raises(InputError, match=f"1 more: see spn4cir-data check --dataset catalogue --data-root {place}"):
-        loop.train(configure(init=str(start), bank={"extra": str(tmp_path / "more")}), 2)
+        train(configure(init=str(start), bank={"extra": str(tmp_path / "more")}), 2)
 
 
 def test_a_bank_is_the_same_wherever_its_extra_pictures_lie(toy: Toy, tmp_path: Path) -> None:
     """With or without a slash, moved or not: ids do not say where."""
     draw_picture(tmp_path / "more" / "a.png", 1)
-    ids = [*with_pictures(toy, str(tmp_path / "more")).images]
-    assert ids == [*with_pictures(toy, f"{tmp_path}/more/").images] == ["bank.extra:a.png"]
+    ids = open_extra_images(toy, str(tmp_path / "more"))[1]
+    assert ids == open_extra_images(toy, f"{tmp_path}/more/")[1] == ["bank.extra:a.png"]
     (tmp_path / "more").rename(tmp_path / "moved")
-    assert ids == [*with_pictures(toy, str(tmp_path / "moved")).images]
+    assert ids == open_extra_images(toy, str(tmp_path / "moved"))[1]
 
 
 @pytest.mark.parametrize(("stage", "changes", "told"), [
@@ -466,7 +470,7 @@ def test_settings_of_the_other_stage_are_refused(
 ) -> None:
     """What would be ignored, or train on nothing, is said before anything is read."""
     with pytest.raises(InputError, match=told):
-        loop.train(configure(**changes, output=str(tmp_path / "run")), stage)
+        train(configure(**changes, output=str(tmp_path / "run")), stage)
     assert not (tmp_path / "run").exists()
 
 
@@ -477,7 +481,7 @@ def test_parts_need_a_query_that_is_a_sum(kind: str, configure: Configure, tmp_p
         backbone_options={"fusion": "combiner"}, negatives={"types": ["target", kind]}, output=str(tmp_path / "run")
     )
     with pytest.raises(InputError, match=f"negatives.types: {kind} needs .* clip4cir") as told:
-        loop.train(config, 1)
+        train(config, 1)
     assert "\n" not in str(told.value) and not (tmp_path / "run").exists()
 
 

@@ -20,9 +20,16 @@ from spn4cir.train import schedule, train
 SCRIPT = Path(__file__).parent / "toy_script.py"
 
 
+def log_of(folder: Path) -> list[dict[str, object]]:
+    """The lines of a run's log, without what they say about the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("items_per_second") > 0 and line.pop("peak_memory_mb") > 0 for line in lines)
+    return lines
+
+
 def same(one: Path, two: Path) -> dict[str, bool]:
     """File by file, whether two runs hold the same numbers, to the last bit."""
-    found = {"metrics.jsonl": (one / "metrics.jsonl").read_text() == (two / "metrics.jsonl").read_text()}
+    found = {"metrics.jsonl": json.dumps(log_of(one)) == json.dumps(log_of(two))}
     for name in ("model.safetensors", "last.safetensors"):
         (a, about_a), (b, about_b) = read_tensors(one / name), read_tensors(two / name)
         assert a.keys() == b.keys()
@@ -94,7 +101,7 @@ def test_dropout_rates_and_schedules_are_resumed(  # type: ignore[no-untyped-def
     folder = interrupted(settings("parts", **common), stage, 3, monkeypatch)
     train(settings("parts", **common, resume=str(folder)), stage)
     assert same(whole, folder) == ALL_SAME
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    rows = log_of(whole)
     assert [row["step"] for row in rows] == [2, 3, 4, 6] and len({row["temperature"] for row in rows}) == 4
     if name != "tgcir":  # negative control: it has no dropout
         folder = interrupted(settings("drawn", **common), stage, 3, monkeypatch)
@@ -103,6 +110,19 @@ def test_dropout_rates_and_schedules_are_resumed(  # type: ignore[no-untyped-def
         train(settings("drawn", **common, resume=str(folder)), stage)
         found = same(whole, folder)
         assert not found["metrics.jsonl"] and not found["last.safetensors"]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 3, 4, 6])])
+def test_log_lines_between_saved_states_are_resumed(  # type: ignore[no-untyped-def]
+    every: int, steps: list[int], settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line every ``log_every`` steps, each with the mean since the last one; what was logged after the save once."""
+    whole = train(settings("whole", log_every=every), 1)
+    folder = interrupted(settings("parts", log_every=every), 1, 5, monkeypatch)
+    assert [row["step"] for row in log_of(folder)] == [step for step in steps if step <= 5]  # saved at 3
+    train(settings("parts", log_every=every, resume=str(folder)), 1)
+    assert same(whole, folder) == ALL_SAME
+    assert [row["step"] for row in log_of(whole)] == steps
 
 
 def test_a_run_stopped_twice_equals_an_uninterrupted_one(settings, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

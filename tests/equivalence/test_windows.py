@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from spn4cir.data_gen import windows
-from spn4cir.data_gen.windows import Partner, Window, bracket, draw_uniformly
+from spn4cir.data_gen.match_pairs import draw_uniformly
+from spn4cir.data_gen.windows import Partner, Window, bracket
 
 N, E = 300, 64
 
@@ -90,7 +91,7 @@ def test_float32_alone_is_not_enough() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_neither_blocks_nor_threads_matter(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, before = clustered(1), torch.get_num_threads()
-    monkeypatch.setattr(windows, "_cores", lambda: threads)
+    monkeypatch.setattr(windows, "cpu_count", lambda: threads)
     try:
         torch.set_num_threads(threads)
         found = drawn(Window(vectors, 50, 250, 5, 7), [[]] * N, rows)

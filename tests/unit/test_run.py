@@ -126,7 +126,7 @@ def test_the_stage_is_known_before_anything_is_saved(tmp_path: Path, stage: int)
     write_yaml(TrainConfig(), tmp_path / "config.yaml", f"stage {stage}")
     config = TrainConfig(resume=str(tmp_path))
     if stage == 2:
-        with pytest.raises(InputError, match=r"is a stage 2 run: resume it with recipes/stage2\.py"):
+        with pytest.raises(InputError, match=r"is a stage 2 run: resume it as stage 2"):
             Run.open(config, 1, alone())
     else:
         assert Run.open(config, 1, alone()).folder == tmp_path

@@ -20,6 +20,7 @@ from spn4cir.dataset import Dataset
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
+from spn4cir.types import ImageRef
 
 IDS = [f"i{n}" for n in range(11)]
 SORRY = "I'm sorry, but I cannot see the image."
@@ -28,7 +29,7 @@ SORRY = "I'm sorry, but I cannot see the image."
 def dataset_of(folder: Path, captions: dict[str, str] | None = None, category: str = "hat") -> Dataset:
     """Images that nobody opens, since the engine is a fake."""
     return cast(Dataset, SimpleNamespace(
-        name="x", path=lambda i: folder / f"{i}.png", category=lambda i: "" if i == "i9" else category,
+        name="x", image=lambda i: ImageRef(folder / f"{i}.png"), category=lambda i: "" if i == "i9" else category,
         caption=(captions or {}).get, file=Path,
     ))  # fmt: skip
 

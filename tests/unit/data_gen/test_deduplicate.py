@@ -18,7 +18,7 @@ from spn4cir.datasets import load_dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl
-from spn4cir.types import Triplet
+from spn4cir.types import ImageRef, Triplet
 
 COLORS = {"c": "blue", "a": "red", "b": "green"}  # the dataset's order is not that of the alphabet
 
@@ -26,7 +26,9 @@ COLORS = {"c": "blue", "a": "red", "b": "green"}  # the dataset's order is not t
 def dataset(folder: Path, ids: list[str]) -> Dataset:
     return cast(
         Dataset,
-        SimpleNamespace(name="x", root=None, path=lambda i: folder / f"{i}.png", training_images=lambda: list(ids)),
+        SimpleNamespace(
+            name="x", root=None, image=lambda i: ImageRef(folder / f"{i}.png"), training_images=lambda: list(ids)
+        ),
     )
 
 
@@ -238,11 +240,11 @@ def test_what_was_decoded_is_not_decoded_again(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(inspection, "BLOCK", 1)
     monkeypatch.setattr(inspection, "cpu_count", lambda: 1)
 
-    def slow(path: Path) -> Image.Image:
-        looked.append(path.stem)
+    def slow(image: ImageRef) -> Image.Image:
+        looked.append(Path(str(image)).stem)
         if len(looked) == 3:
             raise KeyboardInterrupt
-        return decode(path)
+        return decode(image)
 
     decode = inspection.decode
     monkeypatch.setattr(inspection, "decode", slow)

@@ -19,6 +19,7 @@ from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
 from spn4cir.images import open_image
+from spn4cir.types import ImageRef
 
 IDS = [f"i{n}" for n in range(12)]
 SECRET = "sk-secret-123"
@@ -40,7 +41,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     for n, i in enumerate(IDS):
         Image.new("RGB", (2, 2), (n, 0, 0)).save(folder / f"{i}.png")
     no = lambda i: ""  # noqa: E731
-    return cast(Dataset, SimpleNamespace(name="x", path=lambda i: folder / f"{i}.png", category=no, caption=no))
+    return cast(
+        Dataset, SimpleNamespace(name="x", image=lambda i: ImageRef(folder / f"{i}.png"), category=no, caption=no)
+    )
 
 
 def config_of(folder: Path, server: FaultyServer | str, **settings: Any) -> GenerateConfig:
@@ -226,9 +229,9 @@ def test_an_answer_that_fails_its_check_is_drawn_again(tmp_path: Path, server: F
     tries = [r for r in server.requests if r["messages"] == server.requests[3]["messages"]]
     assert [r["temperature"] for r in tries] == [0, 0.7, 0.7] and len({r.get("seed") for r in tries}) == 3
     once = Endpoint(server.address, "tiny", config_of(tmp_path / "b", server), 40)
-    again = once._request(Question("i3", "p", dataset.path("i3")), Try(1, 42))
+    again = once._request(Question("i3", "p", dataset.image("i3")), Try(1, 42))
     assert again["seed"] == tries[1]["seed"]
-    assert again["seed"] != once._request(Question("i4", "p", dataset.path("i3")), Try(1, 42))["seed"]
+    assert again["seed"] != once._request(Question("i4", "p", dataset.image("i3")), Try(1, 42))["seed"]
 
 
 def test_an_answer_cut_at_the_bound(tmp_path: Path, server: FaultyServer, dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from spn4cir.data_gen.engines import Local, _seed, engine_of
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
+from spn4cir.types import ImageRef
 
 PROMPT = "please briefly describe the image in 10 words"
 GREEDY, DRAWN = Try(0, 42), Try(1, 42)
@@ -25,7 +26,7 @@ GREEDY, DRAWN = Try(0, 42), Try(1, 42)
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
     emoji = Emoji()
-    return [Question(i, PROMPT, emoji.path(i)) for i in emoji.training_images()[:1200:100]]
+    return [Question(i, PROMPT, emoji.image(i)) for i in emoji.training_images()[:1200:100]]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_a_cut_answer_says_so(questions: list[Question]) -> None:
     """At two tokens names have no end yet, and those that do, in a batch with them, are not called cut."""
     short = Local("embedded", images=True, batch_size=8, max_new_tokens=2)
     emoji = Emoji()
-    joker = Question("1f0cf", PROMPT, emoji.path("1f0cf"))
+    joker = Question("1f0cf", PROMPT, emoji.image("1f0cf"))
     answers = short.answer([joker, *questions], GREEDY)
     whole = Local("embedded", images=True, batch_size=8, max_new_tokens=40).answer([joker, *questions], GREEDY)
     assert [a.cut for a in answers] == [len(a.text) < len(b.text) or a.cut for a, b in zip(answers, whole, strict=True)]
@@ -113,7 +114,7 @@ def test_threads_get_their_own_answers(embedded: Local, questions: list[Question
 
 def test_transparent_images_are_white(embedded: Local, tmp_path: Path) -> None:
     """What is behind an image is white, whatever colour its invisible parts have; black is something else."""
-    picture = Image.open(Emoji().path("1f0cf")).convert("RGBA")
+    picture = Image.open(str(Emoji().image("1f0cf"))).convert("RGBA")
     dark = Image.new("RGBA", picture.size, (0, 0, 0, 0))
     dark.paste(picture, mask=picture.getchannel("A"))
     dark.save(tmp_path / "dark.png")
@@ -140,7 +141,11 @@ def test_lengths(embedded: Local, questions: list[Question], monkeypatch: pytest
     )
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
-    asked = [questions[0], Question("a", PROMPT, tmp_path / "a.png"), Question("b", PROMPT, tmp_path / "b.png")]
+    asked = [
+        questions[0],
+        Question("a", PROMPT, ImageRef(tmp_path / "a.png")),
+        Question("b", PROMPT, ImageRef(tmp_path / "b.png")),
+    ]
     assert varying.lengths(asked) == [72 * 72, 600, 0]
 
 

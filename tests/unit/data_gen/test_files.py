@@ -230,7 +230,7 @@ def test_done_is_of_these_settings(path: Path) -> None:
     assert not is_done(path, "x")  # no file
     path.with_name("away").rename(path)
     note = path.with_suffix(".done.json")
-    for old in ("{torn", "[]", '{"made_by": "x"}', '{"made_by": "x", "files": {}}', '{"made_by": "x", "files": 1}'):
+    for old in ("{torn", "[]", '{"made_by": "x"}', '{"made_by": "x", "outputs": {}}', '{"made_by": "x", "outputs": 1}'):
         note.write_text(old)  # damaged, or of a version that did not look at the file
         assert not is_done(path, "x")
     note.unlink()

@@ -19,13 +19,13 @@ def told(folder: Path, annotated: bool = True, triplets: int = 5000, **settings:
     """The words of the last line, without the file of triplets."""
     config = GenerateConfig(output=str(folder / "a b"), **settings)
     config.file("summary.json").write_text(json.dumps({"counts": {"triplets": triplets}}))
-    words = shlex.split(suggest_training(config, cast(Dataset, SimpleNamespace(annotated=annotated))))
+    words = shlex.split(suggest_training(config, cast(Dataset, SimpleNamespace(has_triplets=annotated))))
     place = words.index("--generated")
     assert words[:2] == ["accelerate", "launch"] and words[place + 1] == str(folder / "a b" / "triplets.json")
     return words[2:place] + words[place + 2 :]
 
 
-def test_the_suggest_training(tmp_path: Path) -> None:
+def test_the_next_command(tmp_path: Path) -> None:
     """The recipe for generated triplets, that of the preset, or stage 1; and options that it takes."""
     paper = ["recipes/stage2.py", "--config", "recipes/cirr/tgcir_stage2_generated.yaml", "--data-root", "x y"]
     assert told(tmp_path, dataset="cirr", backbone="tgcir", data_root="x y") == paper

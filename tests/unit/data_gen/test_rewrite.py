@@ -19,8 +19,9 @@ from spn4cir.dataset import Dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
+from spn4cir.types import ImageRef
 
-NOBODY = cast(Dataset, SimpleNamespace(name="x", path=Path))
+NOBODY = cast(Dataset, SimpleNamespace(name="x", image=lambda i: ImageRef(Path(i))))
 PROMPT = Prompt(Path("p.yaml"), "rewrite", (("a red cat", "make the cat red"), ("two dogs", "show two dogs")))
 CAPTIONS = {"a": "red apple", "b": "green apple", "c": "small tree", "d": "two dogs"}
 PAIRS = [("a", "b"), ("c", "b"), ("a", "c"), ("b", "d")]

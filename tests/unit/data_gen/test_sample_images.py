@@ -81,7 +81,7 @@ def test_a_sample_is_a_catalogue(shards: Path) -> None:
     assert len(ids) == 10 and all(i.startswith("http://x/") for i in ids)
     for image_id in ids:
         key = image_id.removeprefix("http://x/").partition(".")[0]
-        assert dataset.path(image_id).read_bytes() == image_bytes(key, "JPEG")
+        assert Path(str(dataset.image(image_id))).read_bytes() == image_bytes(key, "JPEG")
     assert not (shards.parent / "out" / "sample.jsonl").exists()
 
 
@@ -156,8 +156,8 @@ def test_hostile_names(tmp_path: Path) -> None:
     dataset = Catalogue(str(out))
     ids = dataset.training_images()
     assert len(ids) == 6 and {"x.tar/e", "x.tar/f", "x.tar/i", "x.tar/../../escape"} <= set(ids)
-    assert all(i.isprintable() and dataset.path(i).is_file() for i in ids)
-    assert {dataset.path(i).suffix for i in ids} == {".png"}
+    assert all(i.isprintable() and Path(str(dataset.image(i))).is_file() for i in ids)
+    assert {Path(str(dataset.image(i))).suffix for i in ids} == {".png"}
 
 
 def test_one_address_twice(tmp_path: Path) -> None:

@@ -11,21 +11,13 @@ import pytest
 from conftest import draw_picture
 from PIL import Image
 
-from spn4cir.data_gen.sheet import (
-    compute_shares,
-    draw_chart,
-    font,
-    has_letters,
-    sample_pairs,
-    sample_triplets,
-    wrap,
-    write_sheet,
-    write_window,
-)
+from spn4cir.data_gen.draw import compute_shares, draw_chart, font, has_letters, sample_pairs, wrap, write_window
+from spn4cir.data_gen.make_triplets import sample_triplets, write_sheet
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.write_text import write_triplets
 from spn4cir.dataset import Dataset
 from spn4cir.files import write_jsonl
+from spn4cir.types import ImageRef
 
 
 @pytest.fixture
@@ -35,7 +27,7 @@ def pictures(tmp_path: Path) -> Dataset:
     for n in range(30):
         draw_picture(folder / f"i{n}.png", n, size=[(40, 40), (300, 2), (3, 200), (90, 60)][n % 4])
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(folder / "i4.png")
-    return cast(Dataset, SimpleNamespace(name="x", path=lambda i: folder / f"{i}.png"))
+    return cast(Dataset, SimpleNamespace(name="x", image=lambda i: ImageRef(folder / f"{i}.png")))
 
 
 def written(
@@ -85,8 +77,8 @@ def test_texts_are_foreign(tmp_path: Path, pictures: Dataset) -> None:
 def test_a_picture_that_is_lost(tmp_path: Path, pictures: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     """The sheet says so in one line and shows the rest; the triplets stay."""
     config = written(tmp_path / "a", pictures, pairs=2)
-    pictures.path("i7").unlink()
-    pictures.path("i8").write_bytes(b"no picture")
+    Path(str(pictures.image("i7"))).unlink()
+    Path(str(pictures.image("i8"))).write_bytes(b"no picture")
     capsys.readouterr()
     write_sheet(config, pictures)
     told = capsys.readouterr().out.strip()

@@ -1,6 +1,7 @@
 """Stored vectors: the same bytes however often they were interrupted and however many processes made them."""
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -8,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,15 +22,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spn4cir import store as stores
 from spn4cir.backbones import build_backbone
-from spn4cir.data_gen import steps, vectors
+from spn4cir.data_gen import windows
 from spn4cir.data_gen.matchers import Matcher, identify, load_matcher
 from spn4cir.data_gen.steps import GenerateConfig
-from spn4cir.data_gen.vectors import encode_all, stored_vectors, vectors_made_by
+from spn4cir.data_gen.windows import encode_vectors, open_store
 from spn4cir.distributed import Processes, own_device
 from spn4cir.errors import InputError
 from spn4cir.files import write_jsonl
 from spn4cir.images import ImageSource
+from spn4cir.store import EmbeddingStore
 
 WIDTH, AT_ONCE = 5, 3
 
@@ -64,8 +67,12 @@ def config_of(folder: Path, toy: Toy, **settings: Any) -> GenerateConfig:
 def encoded(folder: Path, toy: Toy, matcher: Matcher | None = None, processes: Processes | None = None) -> Any:
     config, ids = config_of(folder, toy), toy.training_images()
     matcher = matcher or Counting().matcher
-    made_by = vectors_made_by(config, ids, matcher.made_by)
-    return encode_all(config, toy, ids, matcher, processes or Processes(), made_by)
+    store = open_store(config, ids, matcher.made_by)
+    return encode_vectors(store, toy, ids, lambda: matcher, processes or Processes())
+
+
+def key_of(config: GenerateConfig, ids: Sequence[str], matcher: dict[str, Any]) -> str:
+    return open_store(config, ids, matcher).key
 
 
 def by_hand(toy: Toy) -> Tensor:
@@ -77,10 +84,9 @@ def by_hand(toy: Toy) -> Tensor:
 
 def finished(folder: Path) -> bytes:
     """The one file of vectors; nothing of the work is left beside it."""
-    names = sorted(path.name for path in folder.iterdir() if path.name.startswith("vectors."))
-    assert len(names) == 2 and names[0].endswith(".done.json") and names[1].endswith(".npy"), names
-    assert "partial" not in names[1]
-    return (folder / names[1]).read_bytes()
+    [store] = (folder / "vectors").iterdir()
+    assert sorted(path.name for path in store.iterdir()) == ["store.json", "vectors.npy"]
+    return (store / "vectors.npy").read_bytes()
 
 
 @pytest.fixture
@@ -94,7 +100,9 @@ def test_every_image_once(tmp_path: Path, toy: Toy) -> None:
     """Row n is image n's vector, bit by bit; after that nothing is encoded, and what is read lies on the disk."""
     counting = Counting()
     found = encoded(tmp_path / "x", toy, counting.matcher)
-    assert isinstance(found, np.memmap) and found.dtype == np.float32 and found.shape == (41, WIDTH)
+    path = next((tmp_path / "x" / "vectors").glob("*/vectors.npy"))
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert found.dtype == np.float32 and found.shape == (41, WIDTH)
     assert torch.equal(torch.from_numpy(found), by_hand(toy))
     assert not torch.equal(torch.from_numpy(found), by_hand(toy).flip(0))
     assert counting.seen == [1] + [3] * 13 + [2]  # the first image tells the width
@@ -108,31 +116,31 @@ def test_every_image_once(tmp_path: Path, toy: Toy) -> None:
 def test_the_embedded_matcher(tmp_path: Path, toy: Toy) -> None:
     """Bit by bit what the old loop made: blocks of 256 target vectors of the clip4cir backbone."""
     config, ids = config_of(tmp_path / "x", toy, match_batch_size=256), toy.training_images()
-    made_by = vectors_made_by(config, ids, identify("embedded"))
-    assert stored_vectors(config, len(ids), made_by) is None
-    found = encode_all(config, toy, ids, load_matcher("embedded"), Processes(), made_by)
+    store = open_store(config, ids, identify("embedded"))
+    assert store.open() is None
+    found = encode_vectors(store, toy, ids, lambda: load_matcher("embedded"), Processes())
     backbone = build_backbone("clip4cir", model="embedded", pretrained=None).eval()
     with torch.inference_mode():
         expected = backbone.encode_target(ImageSource(toy.image, backbone.transform).stack(ids))[:, 0]
     assert torch.equal(torch.from_numpy(found), expected)
-    stored = stored_vectors(config, len(ids), made_by)
-    assert stored is not None and np.array_equal(stored, found)
+    stored = open_store(config, ids, identify("embedded")).open()
+    assert stored is not None and torch.equal(stored["vectors"].whole(), expected)
 
 
 def test_made_by(tmp_path: Path, toy: Toy) -> None:
     """Other images, another order, another matcher or block size are other vectors; a window or a seed is not."""
     config, ids, matcher = config_of(tmp_path, toy), toy.training_images(), {"kind": "tiny", "weights": "a"}
-    base = vectors_made_by(config, ids, matcher)
+    base = key_of(config, ids, matcher)
     for same in ({"window": [2, 5]}, {"seed": 7}, {"pairs_per_image": 9}, {"words": 3}):
-        assert vectors_made_by(config_of(tmp_path, toy, **same), ids, matcher) == base
+        assert key_of(config_of(tmp_path, toy, **same), ids, matcher) == base
     others = [
-        vectors_made_by(config_of(tmp_path, toy, match_batch_size=4), ids, matcher),
-        vectors_made_by(config, ids[::-1], matcher),
-        vectors_made_by(config, ids[1:], matcher),
-        vectors_made_by(config, ids, {**matcher, "weights": "b"}),
+        key_of(config_of(tmp_path, toy, match_batch_size=4), ids, matcher),
+        key_of(config, ids[::-1], matcher),
+        key_of(config, ids[1:], matcher),
+        key_of(config, ids, {**matcher, "weights": "b"}),
     ]
     write_jsonl(config.file("images.jsonl"), [{"image_id": i, "pixels": "other"} for i in ids])
-    others.append(vectors_made_by(config, ids, matcher))
+    others.append(key_of(config, ids, matcher))
     assert len({base, *others}) == 6
 
 
@@ -140,14 +148,15 @@ def test_other_vectors_stay(tmp_path: Path, toy: Toy) -> None:
     """Another matcher's vectors, or its unfinished ones, are not touched."""
     folder = tmp_path / "x"
     encoded(folder, toy)
-    old = {path.name: path.read_bytes() for path in folder.glob("vectors.*")}
-    (folder / "vectors.0123.partial.npy").write_bytes(b"other")
+    old = {path: path.read_bytes() for path in folder.glob("vectors/*/*")}
+    (folder / "vectors" / "0123").mkdir()
+    (folder / "vectors" / "0123" / "vectors.npy").write_bytes(b"other")
     other = Counting().matcher
     other.made_by = {"kind": "tiny", "model": "y"}
     encoded(folder, toy, other)
-    assert all((folder / name).read_bytes() == content for name, content in old.items())
-    assert (folder / "vectors.0123.partial.npy").read_bytes() == b"other"
-    assert len(list(folder.glob("vectors.*.done.json"))) == 2
+    assert len(old) == 2 and all(path.read_bytes() == content for path, content in old.items())
+    assert (folder / "vectors" / "0123" / "vectors.npy").read_bytes() == b"other"
+    assert len(list(folder.glob("vectors/*/store.json"))) == 2
 
 
 class Killed(BaseException):
@@ -163,6 +172,8 @@ def kill_at(place: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             for moment in ("before", "after"):
                 if moment == "after":
                     result = call(*args, **words)
+                if len(passed) == place:
+                    raise Killed  # a dead process changes nothing
                 passed.append(f"{moment} {name}")
                 if len(passed) == place:
                     raise Killed
@@ -170,8 +181,8 @@ def kill_at(place: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return wrapped
 
-    for owner, name in ((vectors._Rows, "write"), (steps.Journal, "add"), (steps.Journal, "remove"),
-                        (os, "replace"), (vectors, "mark_done"), (os, "fsync")):  # fmt: skip
+    for owner, name in ((EmbeddingStore, "create"), (EmbeddingStore, "write"), (EmbeddingStore, "flush"),
+                        (EmbeddingStore, "finish"), (os, "replace"), (os, "fsync")):  # fmt: skip
         monkeypatch.setattr(owner, name, around(name, getattr(owner, name)))
     return passed
 
@@ -188,24 +199,17 @@ def test_killed_anywhere(tmp_path: Path, toy: Toy, whole: bytes) -> None:
                 break
             except Killed:
                 names.add(passed[-1])
-        blocks = sum(name == "after add" for name in passed)
+        blocks = min(sum(name == "after flush" for name in passed), 14)
         counting = Counting()
         encoded(folder, toy, counting.matcher)
-        assert finished_or_noted(folder) == whole
+        assert finished(folder) == whole
         assert sum(counting.seen) <= 41 - AT_ONCE * blocks + 1
         seen.add(blocks)
         place += 1 if place < 12 or place > 52 else 5  # each point of the first two and last two blocks
     assert seen >= {0, 1, 2, 13, 14}
     assert names == {
-        f"{m} {n}" for m in ("before", "after") for n in ("write", "add", "remove", "replace", "mark_done", "fsync")
+        f"{m} {n}" for m in ("before", "after") for n in ("create", "write", "flush", "finish", "replace", "fsync")
     }
-
-
-def finished_or_noted(folder: Path) -> bytes:
-    """The finished vectors; what a kill between the last two steps leaves of the journal does no harm."""
-    for path in folder.glob("vectors.*.partial.jsonl"):
-        path.unlink()
-    return finished(folder)
 
 
 def encode_and_die(folder: Path, toy: Toy) -> None:
@@ -229,7 +233,7 @@ def test_sigkill(tmp_path: Path, toy: Toy, whole: bytes) -> None:
         if process.exitcode == 0:
             break
     assert kills >= 2 and process.exitcode == 0
-    assert finished_or_noted(folder) == whole
+    assert finished(folder) == whole
 
 
 class Threads(Processes):
@@ -283,7 +287,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, toy: Toy, whole: bytes) -> 
     """Vectors that were cut off or removed after they were finished; work in progress whose rows are gone."""
     folder = tmp_path / "x"
     encoded(folder, toy)
-    path = next(folder.glob("vectors.*.npy"))
+    path = next(folder.glob("vectors/*/vectors.npy"))
     path.write_bytes(whole[:-4])
     encoded(folder, toy)
     assert finished(folder) == whole
@@ -294,8 +298,8 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, toy: Toy, whole: bytes) -> 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(28, patch)
         encoded(folder, toy)
-    next(folder.glob("vectors.*.partial.npy")).unlink()
-    assert list(folder.glob("vectors.*.partial.jsonl"))
+    path.unlink()
+    assert (path.parent / "begun.json").is_file()
     encoded(folder, toy)
     assert finished(folder) == whole
 
@@ -306,7 +310,7 @@ def test_a_full_disk(tmp_path: Path, toy: Toy, whole: bytes) -> None:
         wide = Counting().matcher
         wide._vectors = lambda pixels: nn.functional.normalize(torch.ones(len(pixels), 5000), dim=1)
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=8e5))
-        with pytest.raises(InputError, match=r"the vectors of 41 images need 0\.00082 GB in .* 0\.0008 GB are free"):
+        with pytest.raises(InputError, match=r"encoding 41 images needs 0\.00082 GB in .* 0\.0008 GB are free"):
             encoded(tmp_path / "wide", toy, wide)
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=83e4))
         assert encoded(tmp_path / "wide", toy, wide).shape == (41, 5000)
@@ -319,7 +323,7 @@ def test_a_full_disk(tmp_path: Path, toy: Toy, whole: bytes) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match=r"partial\.npy cannot be written: No space left .* goes on from there"):
+        with pytest.raises(InputError, match=r"vectors\.npy cannot be written: No space left .* goes on from there"):
             encoded(tmp_path / "x", toy)
     counting = Counting()
     encoded(tmp_path / "x", toy, counting.matcher)
@@ -344,13 +348,13 @@ def test_a_vector_that_is_none(tmp_path: Path, toy: Toy, value: float) -> None:
         InputError, match=rf"image .*{image}\.png: its vector by tiny x has the length (nan|inf|0|2), not 1"
     ):
         encoded(tmp_path / "x", toy, matcher)
-    journal = next((tmp_path / "x").glob("vectors.*.partial.jsonl")).read_text()
-    assert journal.count('"block"') == 2
+    note = json.loads(next((tmp_path / "x").glob("vectors/*/begun.json")).read_text())
+    assert note["done"] == "11" + 12 * "0"
 
 
 def test_an_image_that_is_gone(tmp_path: Path, toy: Toy, whole: bytes) -> None:
     """It is named; once it is back, the work goes on."""
-    path = toy.path(toy.training_images()[20])
+    path = Path(str(toy.image(toy.training_images()[20])))
     path.rename(tmp_path / "away.png")
     with pytest.raises(InputError, match=rf"image .*{path.name} is missing"):
         encoded(tmp_path / "x", toy)
@@ -372,8 +376,8 @@ def test_images_that_do_not_stack(tmp_path: Path, toy: Toy) -> None:
 def test_decoding_is_ahead_but_bounded(tmp_path: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a block is encoded, the next one is decoded, and no more: memory does not grow with the dataset."""
     counting, decoded, most = Counting(0.01), list[str](), list[int]()
-    path = toy.path
-    monkeypatch.setattr(toy, "path", lambda image_id: decoded.append(image_id) or path(image_id))
+    image = toy.image
+    monkeypatch.setattr(toy, "image", lambda image_id: decoded.append(image_id) or image(image_id))
     inner = counting.matcher._vectors
 
     def encode(pixels: Tensor) -> Tensor:
@@ -383,7 +387,13 @@ def test_decoding_is_ahead_but_bounded(tmp_path: Path, toy: Toy, monkeypatch: py
 
     counting.matcher._vectors = encode
     encoded(tmp_path / "x", toy, counting.matcher)
-    assert max(most[1:]) == vectors.AHEAD * AT_ONCE
+    assert max(most[1:]) == windows.AHEAD * AT_ONCE
+
+
+@pytest.fixture(autouse=True)
+def each_block_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than what was written in some seconds."""
+    monkeypatch.setattr(stores, "SECONDS", -1)
 
 
 @pytest.fixture(autouse=True)

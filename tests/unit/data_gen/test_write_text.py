@@ -18,9 +18,9 @@ from spn4cir.dataset import Dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
-from spn4cir.types import Triplet
+from spn4cir.types import ImageRef, Triplet
 
-NOBODY = cast(Dataset, SimpleNamespace(name="x", path=lambda image_id: Path("pictures") / f"{image_id}.png"))
+NOBODY = cast(Dataset, SimpleNamespace(name="x", image=lambda image_id: ImageRef(Path("pictures") / f"{image_id}.png")))
 
 
 def drawn(reference: str, target: str) -> set[str]:
@@ -109,7 +109,7 @@ def test_the_published_file(tmp_path: Path) -> None:
     triplets, notes = read_generated(config.file("triplets.json"), known="abcde")
     assert not notes
     rows = read_jsonl(config.file("triplets.jsonl"))
-    assert [(t.reference, t.target) for t in triplets] == [("a", "b"), ("b", "e")]
+    assert [(t.reference, t.targets) for t in triplets] == [("a", ("b",)), ("b", ("e",))]
     assert triplets == [Triplet(r["reference"], (r["target"],), (r["modification"],), generated=True) for r in rows]
     assert rows[0]["captions"] == ["red apple", "green apple"]
     note = json.loads(config.file("triplets.done.json").read_text())
@@ -210,7 +210,7 @@ def test_the_json_is_what_the_library_would_write_at_once(tmp_path: Path, datase
     """Written entry by entry, the published file has the bytes of one list."""
     config = made(tmp_path, [("a", "b"), ("b", "e")])
     config.file("triplets.done.json").unlink()
-    write_triplets(config, cast(Dataset, SimpleNamespace(name=dataset, path=NOBODY.path)))
+    write_triplets(config, cast(Dataset, SimpleNamespace(name=dataset, image=NOBODY.image)))
     text = config.file("triplets.json").read_text()
     entries = json.loads(text)
     assert text == json.dumps(entries, ensure_ascii=False, indent=0) + "\n"

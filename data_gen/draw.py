@@ -1,7 +1,6 @@
-"""Pictures and pages to look at: twenty triplets of a run, and the pairs of its window."""
+"""Pictures and pages to look at: what they are made of, and those of a window of ranks."""
 
 import html
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,8 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from spn4cir.data_gen.endpoint import make_data_url
-from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done
-from spn4cir.data_gen.write_text import read_summary
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
@@ -21,12 +19,9 @@ from spn4cir.files import Row, read_json, replaced, stream_jsonl, write_text
 Shown: TypeAlias = "tuple[Row, Image.Image, Image.Image]"
 """A triplet or a pair with the thumbnails of its reference and its target."""
 INK, GREY, LINE, BLUE = "#1c1c1c", "#6b6b6b", "#d9d9d9", "#2b6cb0"
-COUNT, SIDE, MIDDLE, GAP, PAD = 20, 160, 250, 14, 10  # of the sheet of triplets
-TEXT, SMALL = 18, 13  # sizes of the font
-CELL = 2 * (SIDE + GAP + PAD) + MIDDLE  # width of a triplet
 PLACES = {"lowest ranks": 0.0, "a quarter up": 0.25, "the middle": 0.5, "three quarters up": 0.75, "highest ranks": 1.0}
-EACH, PAIR_SIDE, LEFT, PLOT_HEIGHT, BINS = 4, 110, 145, 200, 40  # of the picture of the window
-WIDTH = LEFT + EACH * (2 * PAIR_SIDE + 2 * GAP) + GAP
+EACH, SIDE, GAP, LEFT, PLOT_HEIGHT, BINS = 4, 110, 14, 145, 200, 40
+WIDTH = LEFT + EACH * (2 * SIDE + 2 * GAP) + GAP
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; margin: 2em auto; max-width: 1200px; padding: 0 1em }
 table { border-collapse: collapse; margin: 0 2em 1em 0 } td { padding: 2px 12px 2px 0; vertical-align: top }
@@ -40,102 +35,6 @@ small { overflow-wrap: anywhere } caption { text-align: left; font-weight: 600 }
 """
 
 
-def write_sheet(config: GenerateConfig, dataset: Dataset) -> None:
-    """Write sheet.png and sheet.html: triplets drawn by seed from all. Names pictures that cannot be shown."""
-    processes, out, picture = Processes(), config.file("sheet.html"), config.file("sheet.png")
-    made_by = digest({"step": "sheet", "seed": config.seed}, config.file("triplets.done.json"))
-    done = is_done(out, made_by)
-    processes.wait()
-    if processes.first and not done:
-        summary, pictures = read_summary(config), Thumbnails(dataset, SIDE)
-        total = summary["counts"]["triplets"]
-        rows = sample_triplets(config, total)
-        shown = [pictures.show(row) for row in rows]
-        title = f"{len(rows)} of {total:,} triplets of {dataset.name}"
-        save_png(picture, draw_sheet(title, shown))
-        write_text(out, html_page(title, _summary(summary) + _cards(shown)))
-        mark_done(out, made_by, picture, triplets=[[row["reference"], row["target"]] for row in rows])
-        pictures.report_problems("sheet")
-    processes.wait()
-
-
-def sample_triplets(config: GenerateConfig, total: int) -> list[Row]:
-    """Return triplets drawn by seed, in file order."""
-    chosen = set(random.Random(f"{config.seed}/sheet").sample(range(total), min(COUNT, total)))
-    rows = stream_jsonl(config.file("triplets.jsonl"))
-    return [row for number, row in enumerate(rows) if number in chosen]
-
-
-def describe_origin(row: Row) -> str:
-    """Say where a triplet's text and partner come from, in a few words."""
-    told = [row["template"] + (f" instead of {row['shortened']}, which was too long" if "shortened" in row else "")]
-    if "llm_caption" in row:
-        told.append("rewritten")
-    if row["rank"] is not None:
-        told.append(f"rank {row['rank']}")
-    if row["similarity"] is not None:
-        told.append(f"similarity {row['similarity']:.2f}")
-    return " · ".join(told)
-
-
-def draw_sheet(title: str, shown: Sequence[Shown]) -> Image.Image:
-    """Draw triplets in two columns: reference, text, target, and the captions below the pictures."""
-    cells = [_cell(*one) for one in shown]
-    top = 2 * GAP + line_height(24)
-    lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
-    tall = [max(cell.height for cell in line) for line in lines]
-    canvas = Image.new("RGB", (2 * CELL + 3 * GAP, top + sum(tall) + GAP * (len(tall) + 1)), "white")
-    x = GAP + round(font(24).getlength(title)) + 2 * GAP
-    write_lines(canvas, (GAP, GAP), [title], 24)
-    if any(not has_letters(text) for row, _, _ in shown for text in (row["modification"], *row["captions"])):
-        lacking = "Boxes are letters that the font of this picture lacks: see sheet.html"
-        write_lines(canvas, (x, GAP + 10), [lacking], SMALL, GREY)
-    y = top
-    for line, height in zip(lines, tall, strict=True):
-        for column, cell in enumerate(line):
-            x = GAP + column * (CELL + GAP)
-            canvas.paste(cell, (x, y))
-            ImageDraw.Draw(canvas).rectangle((x, y, x + CELL - 1, y + height - 1), outline=LINE)
-        y += height + GAP
-    return canvas
-
-
-def _cell(row: Row, reference: Image.Image, target: Image.Image) -> Image.Image:
-    captions = [wrap(text, SMALL, SIDE, most=5) for text in row["captions"]]
-    text, told = wrap(row["modification"], TEXT, MIDDLE), wrap(describe_origin(row), SMALL, MIDDLE)
-    height = SIDE + 4 + max(map(len, captions)) * line_height(SMALL)
-    middle = len(text) * line_height(TEXT) + 6 + len(told) * line_height(SMALL)
-    canvas = Image.new("RGB", (CELL, max(height, middle) + 2 * PAD), "white")
-    for picture, lines, x in zip((reference, target), captions, (PAD, CELL - PAD - SIDE), strict=True):
-        paste_centred(canvas, picture, (x, PAD), SIDE)
-        write_lines(canvas, (x, PAD + SIDE + 4), lines, SMALL, GREY)
-    y = write_lines(canvas, (PAD + SIDE + GAP, PAD + max(0, (SIDE - middle) // 2)), text, TEXT)
-    write_lines(canvas, (PAD + SIDE + GAP, y + 6), told, SMALL, GREY)
-    return canvas
-
-
-def _summary(summary: Mapping[str, Any]) -> str:
-    dropped, templates = ([(name, f"{n:,}") for name, n in summary[part].items()] for part in ("dropped", "templates"))
-    tables = html_table("Counts", list_facts(summary)) + html_table("Dropped", dropped or [("none", "0")])
-    tables += html_table("Templates", templates)
-    settings = html_table("", [(name, value) for name, value in summary["settings"].items() if value is not None])
-    return f'<div class="tables">{tables}</div><details><summary>Settings</summary>{settings}</details>\n'
-
-
-def _cards(shown: Sequence[Shown]) -> str:
-    cards = []
-    for row, *pictures in shown:
-        names, captions = (row["reference"], row["target"]), row["captions"]
-        sides = [
-            f"<div>{image_tag(picture, name)}<small>{html.escape(caption)}</small></div>"
-            for picture, name, caption in zip(pictures, names, captions, strict=True)
-        ]
-        origin = f"<small>{html.escape(describe_origin(row))}</small>"
-        text = f'<div class="text">{html.escape(row["modification"])}{origin}</div>'
-        cards.append(f'<div class="card">{sides[0]}{text}{sides[1]}</div>')
-    return '<div class="grid">\n' + "\n".join(cards) + "\n</div>"
-
-
 def write_window(config: GenerateConfig, dataset: Dataset) -> None:
     """Write window.png and window.html about the pairs of a window; of uniform draws there is nothing to show."""
     processes = Processes()
@@ -147,7 +46,7 @@ def write_window(config: GenerateConfig, dataset: Dataset) -> None:
         found = np.array([(row["rank"], row["similarity"]) for row in pairs if row.get("rank")]).reshape(-1, 2)
         ranks, similarities = found[:, 0].astype(np.int64), found[:, 1]
         if len(ranks):
-            pictures = Thumbnails(dataset, PAIR_SIDE)
+            pictures = Thumbnails(dataset, SIDE)
             rows = {name: [pictures.show(row) for row in few] for name, few in sample_pairs(config, ranks).items()}
             lines = describe_window(config, ranks, similarities)
             chart = draw_chart(compute_shares(config, similarities))
@@ -194,16 +93,13 @@ def _window_file(config: GenerateConfig) -> dict[str, Any]:
 
 
 def compute_shares(config: GenerateConfig, similarities: Any) -> dict[str, list[float]]:
-    """Edges, and the share of the window's pairs and of all pairs in each bin; without the latter if nobody counted."""
+    """Return the edges of bins, and the share of the window's pairs, and of all pairs if counted, in each bin."""
     known = _window_file(config).get("histogram")
-    if known:
-        return {name: _shares(values) if name != "edges" else values for name, values in known.items()}
-    counts, edges = np.histogram(similarities, bins=BINS)
-    return {"edges": edges.tolist(), "window": _shares(counts.tolist())}
-
-
-def _shares(counts: list[float]) -> list[float]:
-    return [count / max(sum(counts), 1) for count in counts]
+    if not known:
+        counts, edges = np.histogram(similarities, bins=BINS)
+        known = {"edges": edges.tolist(), "window": counts.tolist()}
+    shares = {name: [n / max(sum(counts), 1) for n in counts] for name, counts in known.items() if name != "edges"}
+    return {"edges": known["edges"], **shares}
 
 
 def draw_chart(shares: dict[str, list[float]]) -> Image.Image:
@@ -239,18 +135,18 @@ def draw_chart(shares: dict[str, list[float]]) -> Image.Image:
 
 
 def _draw_window(told: list[str], chart: Image.Image, rows: Mapping[str, Sequence[Shown]]) -> Image.Image:
-    tall, top = PAIR_SIDE + 34, 90 + chart.height
+    tall, top = SIDE + 34, 90 + chart.height
     canvas = Image.new("RGB", (WIDTH, top + tall * len(rows) + GAP), "white")
     write_lines(canvas, (GAP, GAP), told, 20)
     canvas.paste(chart, (GAP, 78))
     for n, (name, pairs) in enumerate(rows.items()):
         y = top + n * tall
-        write_lines(canvas, (GAP, y + PAIR_SIDE // 2 - 10), [name], 14)
+        write_lines(canvas, (GAP, y + SIDE // 2 - 10), [name], 14)
         for column, (row, *pictures) in enumerate(pairs):
-            x = LEFT + column * (2 * PAIR_SIDE + 2 * GAP)
+            x = LEFT + column * (2 * SIDE + 2 * GAP)
             for k, picture in enumerate(pictures):
-                paste_centred(canvas, picture, (x + k * (PAIR_SIDE + 4), y), PAIR_SIDE)
-            write_lines(canvas, (x, y + PAIR_SIDE + 4), [_short(row)], 13, GREY)
+                paste_centred(canvas, picture, (x + k * (SIDE + 4), y), SIDE)
+            write_lines(canvas, (x, y + SIDE + 4), [_short(row)], 13, GREY)
     return canvas
 
 
@@ -268,13 +164,6 @@ def _window_page(told: list[str], chart: Image.Image, rows: Mapping[str, Sequenc
         ]
         body += f'<h2>{html.escape(name)}</h2>\n<div class="pairs">{"".join(cells)}</div>\n'
     return html_page(told[0], body)
-
-
-def list_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Counts and means of a summary, as names and values to show to people."""
-    counted = [(name.replace("_", " "), value) for name, value in summary["counts"].items() if value is not None]
-    means = [("words of a text, on average", summary["mean_words"]), ("tokens", summary["mean_tokens"])]
-    return [(name, f"{value:,}") for name, value in [*counted, *means]]
 
 
 @lru_cache(16)

@@ -1,0 +1,143 @@
+"""Images of one's own as a dataset, whatever they are read from, and queries of one's own about them."""
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from spn4cir.dataset import Check, Dataset
+from spn4cir.datasets.contents import Contents, one_line, read_contents, wrong
+from spn4cir.datasets.pictures import SUFFIXES
+from spn4cir.datasets.rows import HUB
+from spn4cir.datasets.tables import SUFFIXES as TABLES
+from spn4cir.datasets.tables import find_table, read_table
+from spn4cir.errors import InputError
+from spn4cir.files import short
+from spn4cir.types import Benchmark, ImageRef, Query, recall_measures
+
+ASKED = {name: (name,) for name in ("reference", "modification", "target", "group")}
+QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and group if there are groups"
+
+
+class OwnImages(Dataset):
+    """What datasets of one's own have in common: where they lie, their images, and queries in ``queries.csv``.
+
+    Args:
+        root: folder, file, or ``hf:`` and a hub name; None looks in SPN4CIR_DATA, then in data, for a folder of the
+            dataset's name.
+
+    Raises:
+        InputError: if there is none.
+    """
+
+    def __init__(self, root: str | None = None):
+        place = Path(root) if root else Path(os.environ.get("SPN4CIR_DATA") or "data") / self.name
+        if place.is_file() and place.suffix.lower() in (*TABLES, ".tar"):
+            self.root = place.parent
+        elif place.is_dir():
+            self.root = place
+        elif not str(root).startswith(HUB):
+            raise InputError(
+                f"{self.name}: {place} is no folder of pictures and no table: give --data-root FOLDER, or a file of "
+                f"{', '.join((*TABLES, '.tar'))}, or {HUB}OWNER/NAME"
+            )
+        self._place = str(place)
+        self._queries = find_table(self.root, "queries") if self.root else None
+        self.protocols: Mapping[str, tuple[str, ...]] = (  # type: ignore[misc]
+            {"val": (f"{self.name}/val",)} if self._queries else {}
+        )
+
+    @cached_property
+    def _contents(self) -> Contents:
+        found = read_contents(self._place)
+        if not found.places:
+            more = f": {found.notes[0]}" if found.notes else ""
+            raise InputError(f"{self.name}: {self._place} holds no pictures ({', '.join(SUFFIXES)}){more}")
+        return found
+
+    def find_image(self, image_id: str) -> ImageRef:
+        """The picture of an image; where it should lie, if it is missing. Raises ``InputError`` for an unknown id."""
+        if image_id not in self._contents.places:
+            raise InputError(f"{self.name}: unknown image id {short(image_id)}")
+        return self._contents.image(image_id)
+
+    def list_training_images(self) -> list[str]:
+        """All images: of a folder sorted, of a table in its order."""
+        return list(self._contents.places)
+
+    def label(self, image_id: str) -> str:
+        """The title, where the table has one; else the id."""
+        return self._contents.titles.get(image_id) or image_id
+
+    def category(self, image_id: str) -> str:
+        """The table's category, or the first folder of the path."""
+        categories = self._contents.categories
+        if categories is None:
+            return image_id.partition("/")[0] if "/" in image_id else ""
+        return categories.get(image_id, "")
+
+    def caption(self, image_id: str) -> str:
+        """What the table, the file of captions or the text beside the picture says, on one line."""
+        given = self._contents.captions.get(image_id, "")
+        return given or (self._text_beside(image_id) if self._contents.texts else "")
+
+    def _text_beside(self, image_id: str) -> str:
+        path = (self._contents.root / image_id).with_suffix(".txt")  # only of a plain folder
+        if path.is_symlink():  # might lead anywhere
+            return ""
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                return one_line(file.readline(4096))
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"caption {path} cannot be read: {error}") from None
+
+    def notes(self) -> list[str]:
+        """What was left out."""
+        return [f"{self.name}: {note}" for note in self._contents.notes]
+
+    def checks(self) -> list[Check]:
+        """How many images there are, how many are described by a file, and what was left out."""
+        found = self._contents
+        checks = [Check("images", len(found.places)), Check("images described in a table", len(found.captions))]
+        return checks + [Check(note, 1, None, "note") for note in found.notes]
+
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        """``catalogue/val``: the queries of ``queries.csv``, ranked over all images without the reference.
+
+        Rows that ask the same of the same reference are one query with several targets.
+        """
+        if not self._queries:
+            raise InputError(
+                f"{self.name}: nobody has annotated any query: to evaluate on your own, write {self.root}/{QUERIES}; "
+                "training does without by --selection holdout"
+            )
+        chosen = self.choose_protocol(split, protocol)
+        asked: dict[tuple[str, str, str], list[str]] = {}
+        columns = read_table(self._queries, ASKED, ("reference", "modification", "target"))
+        groups = columns.get("group", [""] * len(columns["target"]))
+        rows = zip(columns["reference"], columns["modification"], columns["target"], groups, strict=True)
+        for row, (reference, text, target, group) in enumerate(rows, 1):
+            for column, image_id in (("reference", reference), ("target", target)):
+                if image_id not in self._contents.places:
+                    raise wrong(
+                        f"{self._queries}, row {row}", column, f"{short(image_id)} is no image of the {self.name}"
+                    )
+            if not text.strip():
+                raise wrong(f"{self._queries}, row {row}", "modification", "is empty")
+            if reference == target:
+                raise wrong(f"{self._queries}, row {row}", "target", "is the reference, which is not ranked")
+            asked.setdefault((reference, text.strip(), group), []).append(target)
+        if not asked:
+            raise InputError(f"{self._queries} holds no query")
+        return Benchmark(
+            name=chosen,
+            gallery=tuple(self._contents.places),
+            queries=tuple(
+                Query(r, text, tuple(dict.fromkeys(t)), (group,) if group else ())
+                for (r, text, group), t in asked.items()
+            ),
+            exclude_reference=True,
+            measures=recall_measures(1, 5, 10, 50, primary=(10, 50)),
+        )

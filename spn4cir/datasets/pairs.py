@@ -1,0 +1,135 @@
+"""Annotated triplets of one's own in a table: references, modification texts and targets, of any number."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from spn4cir.dataset import Check
+from spn4cir.datasets.contents import Contents, inner, read_contents, refuse_links, wrong
+from spn4cir.datasets.own import OwnImages
+from spn4cir.datasets.rows import HUB, SAVED, Rows
+from spn4cir.datasets.tables import find_table
+from spn4cir.errors import InputError
+from spn4cir.files import short
+from spn4cir.triplets import TripletTable
+
+ROLES = {
+    "reference": ("reference", "q_img", "candidate"),
+    "target": ("target", "targets", "t_img"),
+    "modification": ("modification", "modifications", "q_text", "text", "texts", "caption", "captions"),
+    "negatives": ("negatives", "hns"),
+}
+IMAGES = "catalogue"
+"""Name of the table or folder of images beside a table of triplets."""
+
+
+class Pairs(OwnImages):
+    """A table of triplets, memory-mapped: columns reference, target, modification, and negatives if there are any.
+
+    The names of MegaPairs (q_img, t_img, q_text, hns) are known too; targets and texts may be lists. The table is a
+    file, a folder that ``save_to_disk`` wrote, ``hf:`` and a hub name, or what a folder holds: a table called
+    ``triplets``, or else its Parquet files. Images are, in this order: what the columns reference and target hold, if
+    that is bytes; images of the catalogue beside the table, by their ids: a table or a folder called ``catalogue``;
+    files, by paths that start from the folder of the table.
+    """
+
+    name = "pairs"
+
+    @cached_property
+    def _rows(self) -> Rows:
+        place = Path(self._place)
+        if self._place.startswith(HUB) or any((place / name).is_file() for name in SAVED):
+            return Rows(self._place)
+        if place.is_file():
+            return Rows(self._place, [place])
+        table = find_table(place, "triplets")
+        own = (path for path in sorted(place.rglob("*.parquet")) if IMAGES not in path.relative_to(place).parts[0])
+        files = [table] if table else list(own)
+        if not files:
+            raise InputError(
+                f"{self.name}: {place} holds no triplets.csv, .tsv, .jsonl or .parquet, and no Parquet file"
+            )
+        return Rows(str(table or place), files)
+
+    @cached_property
+    def _columns(self) -> dict[str, str]:
+        """Role → column."""
+        found = {role: column for role, names in ROLES.items() if (column := self._rows.find(names))}
+        for role in ("reference", "target", "modification"):
+            if role not in found:
+                known = ", ".join(self._rows.columns)
+                raise InputError(
+                    f"{self._rows.place}: one column must be called {' or '.join(ROLES[role])}; there are: {known:.200}"
+                )
+        return found
+
+    @cached_property
+    def _triplets(self) -> TripletTable:
+        rows, columns = self._rows, self._columns
+        reference, target, texts = (rows.ids(columns[role]) for role in ("reference", "target", "modification"))
+        negatives = rows.ids(columns["negatives"]) if "negatives" in columns else None
+        triplets = TripletTable.from_columns(reference, target, texts, negatives)
+        if not len(triplets):
+            raise InputError(f"{rows.place} holds no triplet")
+        if incomplete := triplets.find_incomplete():
+            row, column = incomplete
+            role = "target" if column == "targets" else "modification"
+            raise wrong(rows.name(row), columns[role], "is empty" + " as the reference is" * (column == "texts"))
+        return triplets
+
+    def read_triplets(self) -> TripletTable:
+        """The rows of the table, none of which is in memory."""
+        unknown = [i for i in self._triplets.image_ids if i not in self._contents.places]
+        if unknown:
+            row = self._triplets.find_image(unknown[0])
+            raise InputError(f"{self._rows.name(row)}: {short(unknown[0])} is no image of the {IMAGES} beside it")
+        return self._triplets
+
+    @cached_property
+    def _contents(self) -> Contents:
+        stored = [column for role in ("reference", "target") if self._rows.is_image(column := self._columns[role])]
+        if stored:
+            return _stored_images(self._rows, self.root or Path(), stored)
+        if self.root is None:
+            raise InputError(
+                f"{self._rows.place}: columns reference and target hold no images, and no folder is beside it"
+            )
+        beside = find_table(self.root, IMAGES) or self.root / IMAGES
+        if beside.exists():
+            return read_contents(beside)
+        contents, ids = Contents(self.root), self._triplets.image_ids
+
+        def where(number: int) -> str:
+            return self._rows.name(self._triplets.find_image(ids[number]))
+
+        places = [inner(self.root, where, number, "of images", image_id) for number, image_id in enumerate(ids)]
+        refuse_links(self.root, places, "of images", where)
+        contents.add(ids, places, {}, where)
+        return contents
+
+    def checks(self) -> list[Check]:
+        """The number of triplets, and what is known of their images."""
+        return [Check("training triplets", len(self._triplets)), *super().checks()]
+
+
+def _stored_images(rows: Rows, root: Path, columns: list[str]) -> Contents:
+    """Images in columns of the table, each once, by their paths. Raises ``InputError`` for a path of two images."""
+    import pyarrow as pa
+
+    ids = pa.concat_arrays([chunk for column in columns for chunk in rows.ids(column).chunks]).dictionary_encode()
+    sizes = np.concatenate([rows.sizes(column).fill_null(0).to_numpy() for column in columns])
+    codes = ids.indices.to_numpy()
+    first = np.unique(codes, return_index=True)[1]  # of each code, which are 0, 1, …
+
+    def where(number: int) -> str:
+        return rows.name(int(first[number]) % len(rows))
+
+    if len(other := np.flatnonzero(sizes != sizes[first[codes]])):
+        row, code = int(other[0]) % len(rows), int(codes[other[0]])
+        path = short(ids.dictionary[code].as_py())
+        raise wrong(rows.name(row), columns[0], f"{path} is another image than in {where(code)}: one path, one image")
+    contents = Contents(root, rows=rows)
+    places = [(columns[at // len(rows)], at % len(rows)) for at in first.tolist()]
+    contents.add(ids.dictionary.to_pylist(), places, {}, where)
+    return contents

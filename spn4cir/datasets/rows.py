@@ -1,0 +1,239 @@
+"""Tables that Hugging Face ``datasets`` opens without a script, memory-mapped: their columns, and the images in them.
+
+Parquet, CSV, JSONL and tar files are converted once, into the cache of ``datasets``; a saved folder is read in place.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spn4cir.errors import InputError
+from spn4cir.files import short
+from spn4cir.images import StoredBytes
+from spn4cir.types import ImageRef
+
+if TYPE_CHECKING:
+    import pyarrow
+
+HUB = "hf:"
+"""What a name on the Hugging Face hub starts with."""
+SAVED = ("state.json", "dataset_dict.json")
+"""A folder that ``save_to_disk`` wrote holds one of these."""
+READERS: Mapping[str, tuple[str, dict[str, str]]] = {
+    ".parquet": ("parquet", {}),
+    ".tar": ("webdataset", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
+SPLIT = re.compile(r"(?<![a-z])(train|validation|test)(?![a-z])")
+
+
+class Rows:
+    """The rows of a table, one split after the other.
+
+    Args:
+        place: what messages call it: a file, a folder that ``save_to_disk`` wrote, or ``hf:`` and a hub name.
+        files: the files of one format that it consists of; the first word train, validation or test in a path below
+            the folder is the split, train if there is none. Empty for a saved folder and a hub name.
+
+    Raises:
+        InputError: if ``datasets`` cannot read it.
+    """
+
+    def __init__(self, place: str, files: Sequence[Path] = ()):
+        import datasets
+
+        self.place = place
+        splits = _open(place, files)
+        self.data = datasets.concatenate_datasets(list(splits.values()))
+        self._splits = _starts({name: len(part) for name, part in splits.items()})
+        counts = {f"{place}, {name}" if len(splits) > 1 else place: len(part) for name, part in splits.items()}
+        if len(files) > 1 and files[0].suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            ordered = sorted(files, key=lambda path: list(splits).index(_split_of(path, place)))
+            counts = {str(path): parquet.read_metadata(path).num_rows for path in ordered}
+        self._parts = _starts(counts)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.data.column_names)
+
+    def column(self, name: str) -> pyarrow.ChunkedArray:
+        """A column as it lies on the disk."""
+        return self.data.data.column(name)
+
+    def find(self, names: Sequence[str]) -> str | None:
+        """The first of these columns that is there; case does not matter."""
+        known = {column.strip().lower(): column for column in reversed(self.columns)}
+        return next((known[name] for name in names if name in known), None)
+
+    def name(self, row: int) -> str:
+        """What messages call a row: its file and its number in it, from 1 on; of a tar the name of the sample."""
+        if "__url__" in self.columns:
+            return f"{self.column('__url__')[row]}, {self.column('__key__')[row]}"
+        return "{}, row {}".format(*_locate(self._parts, row))
+
+    def row_id(self, row: int) -> str:
+        """The split and the number of a row in it, from 1 on."""
+        return "{}/{}".format(*_locate(self._splits, row))
+
+    def texts(self, name: str) -> list[str]:
+        """A column as texts, those of a list with spaces between them; an empty text for a null.
+
+        Raises:
+            InputError: if the column holds something else.
+        """
+        import pyarrow as pa
+
+        kind, as_text = self.column(name).type, getattr(self.data.features[name], "int2str", str)  # of a class its name
+        if pa.types.is_struct(kind) or self.is_image(name):
+            raise InputError(f"{self.place}, column {name!r}: expected texts, got {short(str(kind))}")
+        values = ([value] if not isinstance(value, list) else value for value in self.column(name).to_pylist())
+        return [" ".join(as_text(part) for part in parts if part is not None) for parts in values]
+
+    def is_image(self, name: str) -> bool:
+        """Whether a column holds bytes of images, alone or with their paths, as ``datasets`` writes them."""
+        return _holds_bytes(self.column(name).type)
+
+    def ids(self, name: str) -> pyarrow.ChunkedArray:
+        """A column of texts, or lists of texts, as it lies on the disk; of images their paths, else what names the row.
+
+        Raises:
+            InputError: if the column holds something else.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.column(name)
+        kind = column.type
+        if self.is_image(name):
+            paths = self.paths(name)
+            if not paths.null_count:
+                return paths
+            rows = pa.array([f"{self.row_id(row)}/{name}" for row in range(len(self))])
+            return pc.coalesce(paths, rows)
+        if pa.types.is_integer(kind) or pa.types.is_null(kind):
+            return column.cast(pa.string())
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        value = kind.value_type if is_list else kind
+        if pa.types.is_string(value) or pa.types.is_large_string(value) or (is_list and pa.types.is_null(value)):
+            return column
+        raise InputError(f"{self.place}, column {name!r}: expected texts or lists of texts, got {short(str(kind))}")
+
+    def paths(self, name: str) -> pyarrow.ChunkedArray:
+        """The paths in a column of images; nulls where there are none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.column(name)
+        is_struct = pa.types.is_struct(column.type)
+        return pc.struct_field(column, "path") if is_struct else pa.chunked_array([pa.nulls(len(self), pa.string())])
+
+    def sizes(self, name: str) -> pyarrow.ChunkedArray:
+        """The number of bytes of each image in a column; null where there is none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self.column(name)
+        return pc.binary_length(pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column)
+
+    def image(self, column: str, row: int, box: tuple[int, int, int, int] | None = None) -> ImageRef:
+        """The image in a column and a row."""
+        return ImageRef(StoredBytes(self._read, column, row, *self._files), box, self.name(row))
+
+    def _read(self, column: str, row: int) -> bytes:
+        value = self.column(column)[row].as_py()
+        found: bytes | None = value["bytes"] if isinstance(value, dict) else value
+        if not found:
+            raise OSError("the row holds no image")
+        return found
+
+    @cached_property
+    def _files(self) -> tuple[str, tuple[int, int] | None]:
+        """The first Arrow file, and the stamp of all."""
+        files = [Path(file["filename"]) for file in self.data.cache_files]
+        told = [file.stat() for file in files]
+        if not files:
+            return "", None
+        return str(files[0].absolute()), (sum(one.st_size for one in told), max(one.st_mtime_ns for one in told))
+
+
+def holds_images(path: Path, names: Sequence[str]) -> bool:
+    """Whether a Parquet file has bytes of images in one of these columns; False if it is none."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        schema = parquet.read_schema(path)
+    except (OSError, ArrowException):
+        return False
+    return any(field.name.strip().lower() in names and _holds_bytes(field.type) for field in schema)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return {"bytes", "path"} <= {kind.field(n).name for n in range(kind.num_fields)}
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _open(place: str, files: Sequence[Path]) -> Mapping[str, Any]:
+    """The splits by name. No script is run: files are read by readers of ``datasets`` itself."""
+    import datasets
+
+    suffixes = {path.suffix.lower() for path in files}
+    if len(suffixes) > 1 or not suffixes <= READERS.keys():
+        raise InputError(f"{place} holds files of several formats, {', '.join(sorted(suffixes))}: name one of them")
+    named: dict[str, list[str]] = {}
+    for path in files:
+        named.setdefault(_split_of(path, place), []).append(escape(str(path)))
+    try:
+        if files:
+            reader, options = READERS[suffixes.pop()]
+            found = datasets.load_dataset(reader, data_files=dict(sorted(named.items(), key=_split_order)), **options)
+        elif place.startswith(HUB):
+            found = datasets.load_dataset(place.removeprefix(HUB))
+        else:
+            found = datasets.load_from_disk(place)
+    except Exception as error:  # a dozen readers of foreign data: whatever one of them raises is said of this place
+        said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise InputError(f"{place} cannot be read as a table of datasets: {said[:200]}") from None
+    return found if isinstance(found, dict) else {"train": found}
+
+
+def _split_of(path: Path, place: str) -> str:
+    """The split that a file's path below its folder, or its name, speaks of."""
+    name = path.stem if str(path) == place else path.relative_to(place).as_posix()
+    found = SPLIT.search(name.lower())
+    return found[1] if found else "train"
+
+
+def _split_order(item: tuple[str, Any]) -> int:
+    return ("train", "validation", "test").index(item[0])
+
+
+def _starts(counts: Mapping[str, int]) -> tuple[list[str], list[int]]:
+    """Names of parts, and the row that each begins with."""
+    starts = [0]
+    for count in counts.values():
+        starts.append(starts[-1] + count)
+    return list(counts), starts[:-1]
+
+
+def _locate(parts: tuple[list[str], list[int]], row: int) -> tuple[str, int]:
+    """The part that a row is in, and its number there, from 1 on."""
+    names, starts = parts
+    part = bisect_right(starts, row) - 1
+    return names[part], row - starts[part] + 1

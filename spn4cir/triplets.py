@@ -1,0 +1,302 @@
+"""A table of triplets that stays on disk: a sequence that makes a ``Triplet`` when it is asked for one.
+
+What training must know of all triplets is computed over blocks of rows, without a Python object for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from spn4cir.types import Triplet
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Numbers: TypeAlias = npt.NDArray[Any]
+BLOCK = 1 << 18  # rows that are in memory at once
+MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # odd constants of the splitmix64 generator
+
+
+class Widths(NamedTuple):
+    """The largest number of positives and of hard negatives of a triplet, and whether some lack reference or text."""
+
+    positives: int
+    negatives: int
+    is_partial: bool
+
+
+class TripletTable(Sequence[Triplet]):
+    """Triplets in the rows of an Arrow table, which may be memory-mapped and hold many millions.
+
+    Args:
+        table: columns ``reference`` (texts) and ``targets``, ``texts``, ``negatives`` (lists of texts), ``generated``
+            (booleans); nulls and empty texts count as absent.
+        rows: rows of the table that belong to the sequence, ascending; None for all.
+    """
+
+    def __init__(self, table: pyarrow.Table, rows: Numbers | range | None = None):
+        self.table = table
+        self.rows: Numbers | range = range(table.num_rows) if rows is None else rows
+        self._columns = [table.column(name) for name in ("reference", "targets", "texts", "negatives", "generated")]
+
+    @classmethod
+    def from_columns(
+        cls, reference: pyarrow.ChunkedArray, targets: pyarrow.ChunkedArray, texts: pyarrow.ChunkedArray,
+        negatives: pyarrow.ChunkedArray | None,
+    ) -> TripletTable:  # fmt: skip
+        """Annotated triplets, whose columns hold texts, or lists of texts; nothing is copied."""
+        import pyarrow as pa
+
+        count = len(reference)
+        columns = {"reference": reference, "targets": _as_lists(targets), "texts": _as_lists(texts)}
+        columns["negatives"] = pa.nulls(count, pa.list_(pa.string())) if negatives is None else _as_lists(negatives)
+        return cls(pa.table({**columns, "generated": pa.repeat(pa.scalar(False), count)}))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Triplet: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TripletTable: ...
+
+    def __getitem__(self, index: int | slice) -> Triplet | TripletTable:
+        if isinstance(index, slice):
+            if index.step is not None and index.step < 1:
+                raise ValueError("a table of triplets is read forwards")
+            return TripletTable(self.table, self.rows[index])
+        row = int(self.rows[index])
+        reference, targets, texts, negatives, generated = (column[row].as_py() for column in self._columns)
+        parts = (tuple(value for value in values or () if value) for values in (targets, texts, negatives))
+        targets, texts, negatives = parts
+        return Triplet(reference or None, targets, texts, generated=generated, negatives=negatives)
+
+    def take(self, positions: Numbers) -> TripletTable:
+        """The triplets at some positions, ascending."""
+        picked = self._row_numbers()[positions]
+        return TripletTable(self.table, picked.astype(np.min_scalar_type(self.table.num_rows)))
+
+    def joined(self, others: Sequence[Triplet]) -> TripletTable:
+        """These triplets and then others, which are few enough to be held in memory."""
+        import pyarrow as pa
+
+        names = self.table.column_names
+        rows = [{name: getattr(t, name) for name in names} for t in others]
+        added = pa.Table.from_pylist(rows, self.table.schema)
+        count = self.table.num_rows
+        whole = np.concatenate([self._row_numbers(), np.arange(count, count + len(rows))])
+        return TripletTable(pa.concat_tables([self.table, added]), whole)
+
+    def _row_numbers(self) -> Numbers:
+        rows = self.rows
+        return np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+
+    def _blocks(self) -> Iterator[pyarrow.Table]:
+        """The rows in order, a bounded number of them at a time, each column in one piece."""
+        for start in range(0, self.table.num_rows, BLOCK):
+            first, last = (bisect_left(self.rows, at) for at in (start, start + BLOCK))
+            part = self.table.slice(start, BLOCK).combine_chunks()
+            if last - first < len(part):
+                part = part.take(np.asarray(self.rows[first:last]).astype(np.int64) - start)
+            if last > first:
+                yield part.combine_chunks()
+
+    def split_rows(self) -> tuple[Numbers, Numbers]:
+        """Positions of annotated and of generated triplets; the generated ones come last."""
+        generated = self.table.column("generated").combine_chunks()
+        first = bisect_left(self.rows, len(generated) - generated.true_count)
+        return np.arange(first, dtype=np.uint32), np.arange(first, len(self), dtype=np.uint32)
+
+    @cached_property
+    def image_ids(self) -> list[str]:
+        """All images that triplets name, in the order of triplets and of ``Triplet.image_ids``."""
+        import pyarrow as pa
+
+        found: dict[str, None] = {}
+        for block in self._blocks():
+            parts = [_flat(block, name) for name in ("reference", "targets", "negatives")]
+            order = np.argsort(np.concatenate([3 * rows + n for n, (_, rows) in enumerate(parts)]), kind="stable")
+            encoded = pa.concat_arrays([values for values, _ in parts]).dictionary_encode()
+            codes = encoded.indices.to_numpy()[order]
+            first = np.sort(np.unique(codes, return_index=True)[1])
+            found.update(dict.fromkeys(encoded.dictionary.take(codes[first]).to_pylist()))
+        return list(found)
+
+    def without_images(self, skipped: Collection[str]) -> TripletTable:
+        """The triplets that name none of some images."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted, kept = pa.array(list(skipped), pa.string()), []
+        for block in self._blocks():
+            keep = np.ones(len(block), bool)
+            for name in ("reference", "targets", "negatives"):
+                values, rows = _flat(block, name)
+                keep[rows[pc.is_in(values, wanted).to_numpy(zero_copy_only=False)]] = False
+            kept.append(keep)
+        return self.take(np.flatnonzero(np.concatenate(kept))) if kept else self
+
+    def find_incomplete(self) -> tuple[int, str] | None:
+        """Position of the first triplet that lacks a target, or both reference and text, and the column."""
+        before = 0
+        for block in self._blocks():
+            reference, targets, texts = (_counts(block, name) for name in ("reference", "targets", "texts"))
+            for column, lacking in (("targets", targets == 0), ("texts", reference + texts == 0)):
+                if lacking.any():
+                    return before + int(lacking.argmax()), column
+            before += len(block)
+        return None
+
+    def find_image(self, image_id: str) -> int:
+        """Position of the first triplet that names an image."""
+        return next(n for n, triplet in enumerate(self) if image_id in triplet.image_ids)
+
+    def widths(self) -> Widths:
+        """The largest counts of targets and of hard negatives, at least 1 and 0; whether some triplets are partial."""
+        positives, negatives, is_partial = 1, 0, False
+        for block in self._blocks():
+            positives = max(positives, int(_counts(block, "targets").max()))
+            negatives = max(negatives, int(_counts(block, "negatives").max()))
+            is_partial |= any(bool((_counts(block, name) == 0).any()) for name in ("reference", "texts"))
+        return Widths(positives, negatives, is_partial)
+
+    def ambiguous(self, identity: Mapping[str, int]) -> TripletTable:
+        """The triplets of queries that may have several targets: of equal reference pixels, and text by its hash.
+
+        Args:
+            identity: image id → number, equal for equal pixels.
+        """
+        parts: list[tuple[Numbers, ...]] = []
+        before = 0
+        for block in self._blocks():
+            reference = np.zeros(len(block), np.uint64)  # 0 where there is none
+            values, rows = _flat(block, "reference")
+            reference[rows] = _numbers(values, identity) + 1
+            values, rows = _flat(block, "targets")
+            starts, numbers = np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]]), _numbers(values, identity)
+            low, high = np.minimum.reduceat(numbers, starts), np.maximum.reduceat(numbers, starts)
+            values, rows = _flat(block, "texts")
+            lacking = np.flatnonzero(_counts(block, "texts") == 0)
+            hashed = np.r_[_hash(values), np.zeros(len(lacking), np.uint64)]
+            row = np.r_[rows, lacking]
+            parts.append(
+                (hashed + reference[row] * np.uint64(MIX[0]), (row + before).astype(np.int32), low[row], high[row])
+            )
+            before += len(block)
+        if not parts:
+            return self
+        keys, row, low, high = (np.concatenate(part) for part in zip(*parts, strict=True))
+        del parts
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+        several = np.minimum.reduceat(low[order], starts) != np.maximum.reduceat(high[order], starts)
+        return self.take(np.unique(row[order[np.repeat(several, np.diff(np.r_[starts, len(keys)]))]]))
+
+    def draws(self, by_target: bool) -> Numbers:
+        """A number in [0, 1) of each triplet, decided by its targets or all its words; inf if reference is target.
+
+        Args:
+            by_target: equal for triplets of the same targets.
+        """
+        import pyarrow.compute as pc
+
+        drawn = [np.zeros(0)]
+        for block in self._blocks():
+            sums = np.zeros(len(block), np.uint64)
+            for mix, name in zip(MIX, ("targets",) if by_target else ("targets", "reference", "texts"), strict=False):
+                values, rows = _flat(block, name)
+                np.add.at(sums, rows, _hash(values) * np.uint64(mix))
+            values, rows = _flat(block, "targets")
+            first = values.take(np.flatnonzero(np.r_[True, rows[1:] != rows[:-1]]))
+            same = pc.equal(block.column("reference").combine_chunks(), first).fill_null(False)
+            is_reference = same.to_numpy(zero_copy_only=False) & (_counts(block, "targets") == 1)
+            drawn.append(np.where(is_reference, np.inf, (sums >> np.uint64(11)) * 2.0**-53))
+        return np.concatenate(drawn)
+
+
+def named_images(triplets: Sequence[Triplet]) -> Iterable[str]:
+    """All images that triplets name, each once, in their order."""
+    if isinstance(triplets, TripletTable):
+        return triplets.image_ids
+    return dict.fromkeys(i for triplet in triplets for i in triplet.image_ids)
+
+
+def join(triplets: Sequence[Triplet], others: Sequence[Triplet]) -> Sequence[Triplet]:
+    """Triplets and then others, which are a list; a table where the first are one."""
+    return triplets.joined(others) if isinstance(triplets, TripletTable) and others else [*triplets, *others]
+
+
+Items: TypeAlias = list[int] | Numbers
+"""Item numbers: an array for the rows of a table, whose order NumPy draws."""
+
+
+def item_numbers(*parts: Sequence[int] | Numbers) -> Items:
+    """The numbers of all parts, one after the other: an array of them where the parts are arrays."""
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    return np.concatenate(arrays) if arrays else [item for part in parts for item in part]
+
+
+def shuffle(items: Items, key: str) -> Items:
+    """The same numbers in an order that the key decides."""
+    if isinstance(items, list):
+        return random.Random(key).sample(items, len(items))
+    shuffled = items.copy()
+    chance = np.random.RandomState(np.frombuffer(hashlib.blake2b(key.encode(), digest_size=16).digest(), np.uint32))
+    chance.shuffle(shuffled)  # this generator's stream is the same in all versions of NumPy
+    return shuffled
+
+
+def _as_lists(column: pyarrow.ChunkedArray) -> pyarrow.ChunkedArray:
+    """A column of texts as one of lists of one text each, by offsets alone; lists stay."""
+    import pyarrow as pa
+
+    if pa.types.is_null(column.type):
+        return column.cast(pa.list_(pa.string()))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return column
+    offsets = [pa.array(np.arange(len(chunk) + 1, dtype=np.int32)) for chunk in column.chunks]
+    lists = [pa.ListArray.from_arrays(at, chunk) for at, chunk in zip(offsets, column.chunks, strict=True)]
+    return pa.chunked_array(lists, pa.list_(column.type))
+
+
+def _flat(block: pyarrow.Table, name: str) -> tuple[pyarrow.Array, Numbers]:
+    """The texts of a column that are not empty, in one array, and the row of each."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = block.column(name).combine_chunks()
+    rows = np.arange(len(values))
+    if name != "reference":
+        values, rows = values.flatten(), pc.list_parent_indices(values).to_numpy()
+    given = pc.greater(pc.binary_length(values), 0).fill_null(False)
+    return values.filter(given).cast(pa.string()), rows[given.to_numpy(zero_copy_only=False)]
+
+
+def _counts(block: pyarrow.Table, name: str) -> Numbers:
+    """How many texts each row has in a column."""
+    return np.bincount(_flat(block, name)[1], minlength=len(block))
+
+
+def _numbers(values: pyarrow.Array, number: Mapping[str, int]) -> Numbers:
+    encoded = values.dictionary_encode()
+    known: Numbers = np.array([number[value] for value in encoded.dictionary.to_pylist()], np.int64)
+    found: Numbers = known[encoded.indices.to_numpy()]
+    return found
+
+
+def _hash(values: pyarrow.Array) -> Numbers:
+    """64 bits of each text, the same on every machine."""
+    from pandas.util import hash_array
+
+    hashed: Numbers = hash_array(values.to_numpy(zero_copy_only=False))
+    return hashed
