@@ -12,6 +12,7 @@ from spn4cir.files import read_json, short
 
 T = TypeVar("T")
 PLAIN = re.compile(r"\w[\w.-]*")  # a file name without folders
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # the first wins where a picture is there twice
 
 
 def find_root(
@@ -140,6 +141,13 @@ def inner_path(path: Path, key: str, value: object) -> PurePosixPath:
     return inner
 
 
+def list_pictures(*folders: Path) -> dict[str, Path]:
+    """Pictures by name without suffix; of several with one name, the one with the earlier suffix, then folder."""
+    found = [folder / item.name for folder in folders if folder.is_dir() for item in os.scandir(folder)]
+    by_suffix = {suffix: [path for path in found if path.suffix.lower() == suffix] for suffix in SUFFIXES}
+    return {path.stem: path for paths in reversed(by_suffix.values()) for path in reversed(paths)}
+
+
 def attempt(checks: list[Check], what: str, needed: bool, read: Callable[[], T]) -> T | None:
     """What ``read`` gives; or None, and its error among the checks."""
     try:
@@ -147,3 +155,9 @@ def attempt(checks: list[Check], what: str, needed: bool, read: Callable[[], T])
     except InputError as error:
         checks.append(Check(what, 0, None, "problem" if needed else "note", (str(error),)))
         return None
+
+
+def readable(read: Callable[[], T], default: T) -> T:
+    """What ``read`` gives, or a default where that cannot be read; for reports, which say so elsewhere."""
+    found = attempt([], "", False, read)
+    return default if found is None else found
