@@ -41,6 +41,8 @@ SLOW = {
     "claims": "half an hour",
     "negatives": "half an hour",
     "unchanged": "minutes",
+    "log_cost": "a minute",
+    "triplet_table": "minutes",
     "backbones": "an hour",
 }
 """Apart from the suite, by their own commands; and how long they take on two cores."""

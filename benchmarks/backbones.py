@@ -68,7 +68,7 @@ def summarise(runs: dict[str, list[dict[str, dict[str, Any]]]], untrained: dict[
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The table that the README shows."""
+    """The table of docs/results.md."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for backbone, rows in summary.items():
         for row in ("embedded weights", "stage 1", "stage 2"):

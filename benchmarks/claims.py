@@ -135,7 +135,7 @@ def summarise(
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The table that the README shows."""
+    """The table of docs/results.md."""
     lines = []
     for setting, rows in summary.items():
         lines += [f"**{setting} annotated triplets**", ""]

@@ -225,6 +225,12 @@ def recipes_folder() -> Path:
     return Path(__file__).parent / "recipes"
 
 
+def training_command(stage: int) -> str:
+    """Return the command that trains a stage: the script of a checkout in the working folder, or the package's own."""
+    script = f"recipes/stage{stage}.py"
+    return f"accelerate launch {script}" if Path(script).is_file() else f"spn4cir-train --stage {stage}"
+
+
 def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:
     """Settings from ``--config FILE`` (``default`` if not given) and then from options, in whatever order they stand.
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
-from spn4cir.config import GROUPS, TrainConfig, write_yaml
+from spn4cir.config import GROUPS, TrainConfig, training_command, write_yaml
 from spn4cir.errors import InputError
 from spn4cir.files import locked, write_text
 from spn4cir.results import Result, git_commit, metrics_table
@@ -28,6 +28,11 @@ FREE_ON_RESUME = {
     "resume", "workers", "trackers", "keep_pixels", "compute.chunk", "compute.checkpoint", "compute.compile",
 }  # fmt: skip
 """What may differ from the first start."""
+SHOWN = {
+    "loss": "loss", "lr": "lr", "temperature": "t", "grad_norm": "norm", "masked": "masked",
+    "items_per_second": "items/s", "peak_memory_mb": "MB", "R@1": "R@1", "R@10": "R@10",
+}  # fmt: skip
+"""What the progress bar shows of a line of the log, and what it calls it there."""
 
 
 class Run:
@@ -60,7 +65,8 @@ class Run:
             name = f"{stage_name(stage)}-{time.strftime('%Y%m%d-%H%M%S')}"
             default = checkpoints.runs_root() / config.dataset / config.backbone / name
             run = cls(Path(config.output or default), stage, accelerator)
-            run._check_unused()
+            if config.output:  # else another folder is made where this one is taken
+                run._check_unused()
         there = next(p for p in [run.folder, *run.folder.absolute().parents] if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise InputError(f"the run folder {run.folder} cannot be made: {there} is no folder, or not writable")
@@ -126,7 +132,7 @@ class Run:
         if last.is_file():
             stage = checkpoints.read_note(last)["progress"]["stage"]
         if str(stage) != str(self.stage):
-            raise InputError(f"{self.folder} is a stage {stage} run: resume it with recipes/stage{stage}.py")
+            raise InputError(f"{self.folder} is a stage {stage} run: resume it as stage {stage}")
         for name, then, now in changes(yaml.safe_load(text), config):
             if name not in FREE_ON_RESUME:
                 raise InputError(f"--resume {self.folder} continues the same run, but {name} was {then!r}, now {now!r}")
@@ -177,8 +183,7 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-        shown = {name: row[name] for name in ("loss", "R@1", "R@10") if name in row}
-        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+        bar.set_postfix({SHOWN[name]: f"{value:.3g}" for name, value in row.items() if name in SHOWN})
 
     def keep_best(self, backbone: Backbone, result: dict[str, Any], score: float, state: dict[str, Any]) -> None:
         """Save the model if it is the best so far."""
@@ -226,7 +231,7 @@ class Run:
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
         same = {name: getattr(self.config, name) for name in ("max_annotated", "generated", "generated_share")}
         data = "".join(f" --{name.replace('_', '-')} {value}" for name, value in same.items() if value is not None)
-        return f"accelerate launch recipes/stage2.py{options_of(self.config)}{aside} --init {self.folder}{data}"
+        return f"{training_command(2)}{options_of(self.config)}{aside} --init {self.folder}{data}"
 
 
 def stage_name(stage: Any) -> str:

@@ -16,7 +16,7 @@ from spn4cir.backbone import Backbone
 from spn4cir.backbones import INSIDE, build_backbone, check_backbone
 from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader, TripletSampler
 from spn4cir.compute import checkpoint_blocks, compile_blocks
-from spn4cir.config import ComputeConfig, TrainConfig
+from spn4cir.config import ComputeConfig, TrainConfig, training_command
 from spn4cir.data import Say, TrainingData, hash_pixels
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
@@ -213,7 +213,7 @@ def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone
             where = checkpoints.runs_root() / config.dataset / config.backbone
             raise InputError(
                 f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
-                f"run accelerate launch recipes/stage1.py{options_of(config)} first, or give --init FOLDER"
+                f"run {training_command(1)}{options_of(config)} first, or give --init FOLDER"
             )
         config.init = str(run)
     name, options = checkpoints.read_model(Path(config.init))

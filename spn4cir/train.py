@@ -60,7 +60,8 @@ def train(config: TrainConfig, stage: Any) -> Path:
             best = checkpoints.load_model(run.folder).to(run.accelerator.device)
             images = ImageSource(data.dataset.image, best.transform)
             result = evaluate(best, data.reported, images, batch_size=config.eval_batch_size)
-            state["best"]["result"] = result.as_json()
+            if run.main:
+                state["best"]["result"] = result.as_json()
         run.finish(state, data.selection.name)
     return run.folder
 
@@ -80,6 +81,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
     accelerator, objective, loader = run.accelerator, training.objective, training.loader
     optimizer = build_optimizer(objective, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = config.adamw.max_grad_norm
     steps = min(len(loader) * config.epochs, config.max_steps or sys.maxsize)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     run.start(config, objective)
@@ -98,9 +100,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
                 loss = prepared(batch.to(accelerator.device))
                 accelerator.backward(loss)
                 is_whole = accelerator.sync_gradients
-                norm = (
-                    limit_gradient(accelerator, optimizer, parameters, config.adamw.max_grad_norm) if is_whole else None
-                )
+                norm = limit_gradient(accelerator, optimizer, parameters, limit) if is_whole else None
                 check_finite(loss, norm, batch, run)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -81,8 +81,7 @@ class Contents:
             if not safe_name(image_id):
                 raise wrong(where(row), "image_id", f"{image_id!a:.60} is empty or holds control characters")
             if image_id in self.places:
-                more = "" if "id" in columns or isinstance(place, str) else ": add a column image_id"
-                raise wrong(where(row), "image_id", f"{short(image_id)} occurs twice{more}")
+                raise wrong(where(row), "image_id", f"{short(image_id)} occurs twice")
             self.places[image_id] = place
             if box := _box(columns, row, where):
                 self.boxes[image_id] = box
@@ -196,6 +195,9 @@ def _of_rows(rows: Rows, root: Path) -> Contents:
         places[row] = paths[row] = inner(root, rows.name, row, listed or stored[0], shown)
     refuse_links(root, [paths[row] for row in outside], "image", lambda n: rows.name(outside[n]))
     ids = columns.get("id") or [path or rows.row_id(row) for row, path in enumerate(paths)]
+    if "id" not in columns and len(set(ids)) < len(ids):
+        contents.notes.append(f"{rows.place}: paths of images occur twice: ids are splits and rows instead")
+        ids = [rows.row_id(row) for row in range(len(rows))]
     contents.add(ids, places, columns, rows.name)
     return contents
 

@@ -40,8 +40,8 @@ class Rows:
 
     Args:
         place: what messages call it: a file, a folder that ``save_to_disk`` wrote, or ``hf:`` and a hub name.
-        files: the files of one format that it consists of; the first word train, validation or test in a name is the
-            split, train if there is none. Empty for a saved folder and a hub name.
+        files: the files of one format that it consists of; the first word train, validation or test in a path below
+            the folder is the split, train if there is none. Empty for a saved folder and a hub name.
 
     Raises:
         InputError: if ``datasets`` cannot read it.
@@ -58,7 +58,7 @@ class Rows:
         if len(files) > 1 and files[0].suffix.lower() == ".parquet":
             from pyarrow import parquet
 
-            ordered = sorted(files, key=lambda path: list(splits).index(_split_of(path)))
+            ordered = sorted(files, key=lambda path: list(splits).index(_split_of(path, place)))
             counts = {str(path): parquet.read_metadata(path).num_rows for path in ordered}
         self._parts = _starts(counts)
 
@@ -90,22 +90,18 @@ class Rows:
         return "{}/{}".format(*_locate(self._splits, row))
 
     def texts(self, name: str) -> list[str]:
-        """A column as texts; numbers of a list with spaces between them, and an empty text for a null.
+        """A column as texts, those of a list with spaces between them; an empty text for a null.
 
         Raises:
             InputError: if the column holds something else.
         """
         import pyarrow as pa
 
-        kind, feature = self.column(name).type, self.data.features[name]
-        values = self.column(name).to_pylist() if not self.is_image(name) else [None]
-        if hasattr(feature, "int2str"):  # a class by its number
-            return ["" if value is None else feature.int2str(value) for value in values]
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind):
-            return ["" if value is None else str(value) for value in values]
-        if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-            return [" ".join(map(str, value or ())) for value in values]
-        raise InputError(f"{self.place}, column {name!r}: expected texts, got {short(str(kind))}")
+        kind, as_text = self.column(name).type, getattr(self.data.features[name], "int2str", str)  # of a class its name
+        if pa.types.is_struct(kind) or self.is_image(name):
+            raise InputError(f"{self.place}, column {name!r}: expected texts, got {short(str(kind))}")
+        values = ([value] if not isinstance(value, list) else value for value in self.column(name).to_pylist())
+        return [" ".join(as_text(part) for part in parts if part is not None) for parts in values]
 
     def is_image(self, name: str) -> bool:
         """Whether a column holds bytes of images, alone or with their paths, as ``datasets`` writes them."""
@@ -202,7 +198,7 @@ def _open(place: str, files: Sequence[Path]) -> Mapping[str, Any]:
         raise InputError(f"{place} holds files of several formats, {', '.join(sorted(suffixes))}: name one of them")
     named: dict[str, list[str]] = {}
     for path in files:
-        named.setdefault(_split_of(path), []).append(escape(str(path)))
+        named.setdefault(_split_of(path, place), []).append(escape(str(path)))
     try:
         if files:
             reader, options = READERS[suffixes.pop()]
@@ -217,8 +213,10 @@ def _open(place: str, files: Sequence[Path]) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {"train": found}
 
 
-def _split_of(path: Path) -> str:
-    found = SPLIT.search(path.stem.lower()) or SPLIT.search(path.parent.name.lower())
+def _split_of(path: Path, place: str) -> str:
+    """The split that a file's path below its folder, or its name, speaks of."""
+    name = path.stem if str(path) == place else path.relative_to(place).as_posix()
+    found = SPLIT.search(name.lower())
     return found[1] if found else "train"
 
 

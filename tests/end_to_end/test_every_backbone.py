@@ -153,7 +153,7 @@ def test_stage_2_finds_the_newest_stage_1_of_its_own_backbone(refused: Call, run
     assert train.load_backbone(config, 2).name == "sprc"
     assert config.init == str(runs / "emoji" / "sprc" / "stage1-x")
     line = refused(STAGES[2], "--backbone", "tgcir", *FEW)
-    assert f"{runs / 'emoji' / 'tgcir'} holds none: run accelerate launch recipes/stage1.py --backbone tgcir" in line
+    assert f"{runs / 'emoji' / 'tgcir'} holds none: run spn4cir-train --stage 1 --backbone tgcir" in line
 
 
 def test_the_script_itself(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_all_recipes_run(
         assert {key: options[key] for key in weights} == weights
         if stage == 1:
             named = f" --dataset {dataset}" + f" --backbone {backbone}" * (backbone != "clip4cir")
-            assert f"recipes/stage2.py{named} --data-root {root} --init {found['run']}" in out
+            assert f"spn4cir-train --stage 2{named} --data-root {root} --init {found['run']}" in out
         else:
             assert Path(said["init"]).name.startswith("stage1-")
         assert {"R@10", "R@50", "Rmean"} <= set(found["metrics"])
