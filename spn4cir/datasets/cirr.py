@@ -68,7 +68,7 @@ class CIRR(Dataset):
     @cached_property
     def _files(self) -> dict[str, PurePosixPath]:
         """Paths of all images of the split files that can be read."""
-        listed = [readable(partial(self._listed, split), {}) for split in SPLITS]
+        listed = [readable(partial(self._listed, split)) or {} for split in SPLITS]
         return {image_id: path for paths in listed for image_id, path in paths.items()}
 
     def find_image(self, image_id: str) -> ImageRef:
@@ -107,7 +107,7 @@ class CIRR(Dataset):
 
     def notes(self) -> list[str]:
         """How many training triplets have no caption; nothing where there are no training triplets."""
-        entries = readable(partial(read_entries, self._captions("train"), SOURCE), [])
+        entries = readable(partial(read_entries, self._captions("train"), SOURCE)) or []
         bare = sum(not entry.text("caption").strip() for entry in entries)
         return [f"{self.name}: {bare} training triplets without a caption are left out"] if bare else []
 
@@ -153,8 +153,8 @@ class CIRR(Dataset):
 
     def image_roles(self) -> list[ImageRole]:
         """What training triplets name, what val and test1 rank, and the rest; what cannot be read is left out."""
-        listed = {split: list(readable(partial(self._listed, split), {})) for split in SPLITS}
-        named = dict.fromkeys(i for triplet in readable(self.read_triplets, []) for i in triplet.image_ids)
+        listed = {split: list(readable(partial(self._listed, split)) or {}) for split in SPLITS}
+        named = dict.fromkeys(i for triplet in (readable(self.read_triplets) or []) for i in triplet.image_ids)
         return [
             ImageRole("named by training triplets", list(named), True),
             ImageRole("val gallery", listed["val"], True),

@@ -106,7 +106,7 @@ class FashionIQ(Dataset):
 
     def notes(self) -> list[str]:
         """How many training triplets have no caption at all; nothing where there are no training triplets."""
-        bare = sum(not _variants(texts) for _, _, texts in readable(self._train_rows, []))
+        bare = sum(not _variants(texts) for _, _, texts in (readable(self._train_rows) or []))
         return [f"{self.name}: {bare} training triplets without any caption are left out"] if bare else []
 
     def _captions(self, category: str, split: str) -> Path:
@@ -141,9 +141,9 @@ class FashionIQ(Dataset):
 
     def image_roles(self) -> list[ImageRole]:
         """What training triplets name, what val ranks, and the rest; what cannot be read is left out."""
-        named = dict.fromkeys(readable(self._named, []))
+        named = dict.fromkeys(readable(self._named) or [])
         listed = {
-            split: dict.fromkeys(i for c in CATEGORIES for i in readable(partial(self._listed, c, split), []))
+            split: dict.fromkeys(i for c in CATEGORIES for i in (readable(partial(self._listed, c, split)) or []))
             for split in SPLITS
         }
         return [

@@ -157,7 +157,6 @@ def attempt(checks: list[Check], what: str, needed: bool, read: Callable[[], T])
         return None
 
 
-def readable(read: Callable[[], T], default: T) -> T:
-    """What ``read`` gives, or a default where that cannot be read; for reports, which say so elsewhere."""
-    found = attempt([], "", False, read)
-    return default if found is None else found
+def readable(read: Callable[[], T]) -> T | None:
+    """What ``read`` gives, or None where it cannot be read: for lists that leave out what a check reports."""
+    return attempt([], "", False, read)
