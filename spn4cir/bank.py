@@ -63,10 +63,8 @@ class Bank:
     def shard(self, process: int, processes: int) -> "Bank":
         """The same bank with the targets that one of several processes keeps, still where they are.
 
-        Each keeps as many rows, one after the other; the last ones fewer, or none.
-
-        Raises:
-            ValueError: if there is no such process, or this is a share already.
+        Each keeps as many rows, one after the other; the last ones fewer, or none. Raises ``ValueError`` if there is no
+        such process, or this is a share already.
         """
         if not 0 <= process < processes:
             raise ValueError(f"process {process} of {processes}")

@@ -84,8 +84,7 @@ def save_model(folder: Path, backbone: Backbone, about: dict[str, Any]) -> None:
 def read_model(folder: Path) -> tuple[str, dict[str, Any]]:
     """Name and options of the backbone of a run or checkpoint folder.
 
-    Raises:
-        InputError: if the folder holds no complete model.
+    Raises ``InputError`` if the folder holds no complete model.
     """
     note_path, weights = folder / "model.json", folder / "model.safetensors"
     for path in (note_path, weights):

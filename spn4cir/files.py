@@ -19,8 +19,7 @@ Row = dict[str, Any]
 def replaced(path: Path) -> Iterator[Path]:
     """Give a path to write to; the file there takes the place of ``path`` at the end, unless an error occurs.
 
-    Raises:
-        InputError: if the file cannot be written.
+    Raises ``InputError`` if the file cannot be written.
     """
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -113,8 +112,7 @@ def read_json(path: Path, source: str = "") -> Any:
 def read_jsonl(path: Path) -> list[Row]:
     """Return the rows of a JSONL file without a torn last line.
 
-    Raises:
-        InputError: if the file is missing, or another line is not a JSON object.
+    Raises ``InputError`` if the file is missing, or another line is not a JSON object.
     """
     return list(stream_jsonl(path))
 

@@ -124,8 +124,7 @@ class EmbeddingStore:
     def create(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Replace what is there by arrays without a block, given the shape of a row of each.
 
-        Raises:
-            InputError: if the disk has no room for them.
+        Raises ``InputError`` if the disk has no room for them.
         """
         self.remove()
         self.root.mkdir(parents=True, exist_ok=True)
@@ -141,8 +140,7 @@ class EmbeddingStore:
     def write(self, start: int, values: Mapping[str, Tensor]) -> None:
         """Write the block of rows from ``start`` on; creates the arrays if there are none.
 
-        Raises:
-            InputError: if the disk has no room; blocks that are noted stay.
+        Raises ``InputError`` if the disk has no room; blocks that are noted stay.
         """
         if not (self.folder / BEGUN).is_file():
             self.create({name: tuple(value.shape[1:]) for name, value in values.items()})

@@ -63,8 +63,7 @@ def load_library(kind: type[M], model: str | Path | None, config: Mapping[str, A
 def load_bert_tokenizer(source: str | Path, size: int, added: Sequence[str] = ()) -> Any:
     """Load BERT's tokenizer with ``size`` entries; special tokens in ``added`` are appended where they are missing.
 
-    Raises:
-        InputError: if there is no such tokenizer, or it has another number of entries than the model.
+    Raises ``InputError`` if there is no such tokenizer, or it has another number of entries than the model.
     """
     advice = f"give as option tokenizer a folder that holds vocab.txt of {BERT}, from huggingface.co/{BERT}"
     tokenizer = load_tokenizer(source, f"where there is no network, {advice}")

@@ -37,8 +37,7 @@ SHOWN = 5
 def read_published(path: Path) -> dict[str, Any]:
     """The dictionary in a file of ``torch.save``, on the CPU, memory-mapped where the file allows.
 
-    Raises:
-        InputError: if the file is missing, cut, of another kind, no dictionary, or holds more than tensors.
+    Raises ``InputError`` if the file is missing, cut, of another kind, no dictionary, or holds more than tensors.
     """
     if not path.is_file():
         raise InputError(f"{path} is a folder: give the file of weights" if path.is_dir() else f"{path} is missing")

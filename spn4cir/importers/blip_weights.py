@@ -14,11 +14,9 @@ from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename
 def convert_blip_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
     """Convert weights of stage 1 (``BLIP_Retrieval``), of SPN's stage 2 (``state_dict``), or of BLIP (``model``).
 
-    Beside the constructor's options, ``image_size`` states to which size the position embedding of BLIP's own file
-    is resized (384 if it is not given).
-
-    Raises:
-        InputError: if it is none of these, or if the shapes do not tell the architecture.
+    Beside the constructor's options, ``image_size`` states to which size the position embedding of BLIP's own file is
+    resized (384 if it is not given). Raises ``InputError`` if it is none of these, or if the shapes do not tell the
+    architecture.
     """
     is_blip = "BLIP_Retrieval" not in content and "state_dict" not in content
     beside = {"config"} & content.keys() if is_blip else set()  # a dictionary of settings
@@ -67,8 +65,7 @@ def _reason(name: str, value: Any, is_blip: bool) -> str:
 def _recognise(vision: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the architecture from shapes; each head has width 64.
 
-    Raises:
-        InputError: naming the tensor that would be needed.
+    Raises ``InputError`` that names the tensor that would be needed.
     """
     try:
         vocabulary, width = rest["text_encoder.embeddings.word_embeddings.weight"].shape

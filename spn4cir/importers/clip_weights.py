@@ -12,10 +12,8 @@ def convert_clip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     """Convert weights of the original or of SPN's stage 2.
 
     The original has an entry ``CLIP`` with OpenAI's names, or an entry ``Combiner`` whose CLIP is another file; SPN's
-    has an entry ``state_dict`` with names that begin with ``clip.``.
-
-    Raises:
-        InputError: if it is none of these, or if no ``model`` is stated and no model of OpenAI has these shapes.
+    has an entry ``state_dict`` with names that begin with ``clip.``. Raises ``InputError`` if it is none of these, or
+    if no ``model`` is stated and no model of OpenAI has these shapes.
     """
     key, state, ignored = find_state_dict(content, "CLIP", "state_dict", "Combiner")
     if key == "Combiner":

@@ -38,8 +38,7 @@ def name_clip_model(stated: str | None, state: Mapping[str, Tensor]) -> str:
 def _read_dimensions(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read from shapes what a config of open_clip states; each head has width 64 in all of OpenAI's models.
 
-    Raises:
-        InputError: naming the tensor that would be needed.
+    Raises ``InputError`` that names the tensor that would be needed.
     """
 
     def count(prefix: str) -> int:
@@ -74,8 +73,7 @@ def _read_dimensions(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def recognise_clip_model(state: Mapping[str, Tensor]) -> str:
     """Return open_clip's name of the OpenAI model that has these shapes.
 
-    Raises:
-        InputError: with the dimensions found, if it is none of them.
+    Raises ``InputError`` with the dimensions found, if it is none of them.
     """
     found = _read_dimensions(state)
     for name in OPENAI:

@@ -34,9 +34,8 @@ class Published:
 def find_state_dict(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[str, Any], dict[str, str]]:
     """The first of these entries that a file has, its state dict, and what beside it is ignored, with the reason.
 
-    Raises:
-        InputError: if it has none of them or no state dict there, or if anything beside it is more than the progress
-            of a training.
+    Raises ``InputError`` if it has none of them or no state dict there, or if anything beside it is more than the
+    progress of a training.
     """
     key = next((key for key in keys if key in content), None)
     if key is None:

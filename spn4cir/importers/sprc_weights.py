@@ -36,8 +36,7 @@ IGNORED = (
 def convert_sprc_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
     """Convert weights of the original (``Blip2QformerCirAlignPrompt``) or of SPN's stage 2 (``state_dict``).
 
-    Raises:
-        InputError: if it is neither, or if the shapes that give the architecture are missing.
+    Raises ``InputError`` if it is neither, or if the shapes that give the architecture are missing.
     """
     key, state, ignored = find_state_dict(content, "Blip2QformerCirAlignPrompt", "state_dict")
     prefix = "" if key != "state_dict" else "blip_model."
@@ -85,8 +84,7 @@ def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the configuration from shapes under published names without prefix.
 
-    Raises:
-        InputError: naming the tensor that would be needed.
+    Raises ``InputError`` that names the tensor that would be needed.
     """
     layer = "Qformer.bert.encoder.layer."
     crossed = {int(name.split(".")[4]) for name in state if name.startswith(layer) and ".crossattention." in name}

@@ -25,8 +25,7 @@ ALIAS, ALIASED = "backbone.image_backbone.", "backbone.clip.visual."
 def convert_tgcir_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
     """Convert weights of stage 1 or of SPN's stage 2, both under ``state_dict``; the latter has twins for the text.
 
-    Raises:
-        InputError: if it is neither, or if no ``model`` is stated and no model of OpenAI has these shapes.
+    Raises ``InputError`` if it is neither, or if no ``model`` is stated and no model of OpenAI has these shapes.
     """
     _, published, ignored = find_state_dict(content, "state_dict")
     if not any(name.startswith("backbone.") for name in published):
