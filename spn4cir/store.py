@@ -102,21 +102,19 @@ class EmbeddingStore:
 
     def open(self, note: str = WHOLE) -> dict[str, StoredRows] | None:
         """The arrays by name; with the note ``BEGUN`` those of an unfinished store. None if missing or damaged."""
-        if self._digits(note) is None:
-            return None
         try:
             arrays = {name: StoredRows(self.folder / f"{name}.npy") for name in self.dtypes}
         except (ValueError, OSError, EOFError):
             return None
         right = all(len(array) == self.rows and array.dtype == self.dtypes[name] for name, array in arrays.items())
-        return arrays if right else None
+        return arrays if right and self._digits(note) else None
 
     def missing(self) -> list[int]:
         """First rows of the blocks that are not on disk. Raises ``InputError`` if it has no room for them."""
-        arrays, digits = self.open(BEGUN), self._digits(BEGUN)
-        if arrays is None or digits is None:
+        arrays = self.open(BEGUN)
+        if arrays is None:
             return list(self._starts)
-        missing = [start for start, digit in zip(self._starts, digits, strict=True) if digit == "0"]
+        missing = [start for start, digit in zip(self._starts, self._digits(BEGUN), strict=True) if digit == "0"]
         rows = sum(min(self.block, self.rows - start) for start in missing)
         self._check_room(sum(array.whole()[0].nbytes for array in arrays.values()) * rows)
         return missing
@@ -175,7 +173,7 @@ class EmbeddingStore:
         assert not self.missing(), "a block of rows is missing"
         os.replace(self.folder / BEGUN, self.folder / WHOLE)
         arrays = self.open()
-        assert arrays is not None
+        assert arrays, "the store is damaged"
         return arrays
 
     def remove(self) -> None:
@@ -188,17 +186,15 @@ class EmbeddingStore:
         """The beginning of a note."""
         return json.dumps({"rows": self.rows, "arrays": dict(self.dtypes)}, sort_keys=True).removesuffix("}")
 
-    def _digits(self, note: str) -> str | None:
-        """A digit for each block, if this note is one of these arrays; of a finished store the block may differ."""
+    def _digits(self, note: str) -> str:
+        """A digit for each block; empty for a note of other arrays. Of a finished store the block may differ."""
         try:
             text = (self.folder / note).read_text(encoding="utf-8", errors="replace")
         except OSError:
-            return None
-        found = re.fullmatch(re.escape(self._about) + r', "block": (\d+), "done": "([01]+)"}', text)
-        if not found or (note == WHOLE and "0" in found[2]):
-            return None
-        same_blocks = int(found[1]) == self.block and len(found[2]) == len(self._starts)
-        return found[2] if note == WHOLE or same_blocks else None
+            return ""
+        blocks = r'\d+, "done": "(1+)' if note == WHOLE else f'{self.block}, "done": "([01]{{{len(self._starts)}}})'
+        found = re.fullmatch(rf'{re.escape(self._about)}, "block": {blocks}"}}', text)
+        return found[1] if found else ""
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.root).free
