@@ -81,9 +81,8 @@ class Entry:
     def texts(self, key: str) -> list[str]:
         """A list of texts."""
         found: list[str] = self.get(key, list, "a list of texts")
-        for value in found:
-            if not isinstance(value, str):
-                raise self.error(key, f"expected a list of texts, got {short(value)} in it")
+        if wrong := [value for value in found if not isinstance(value, str)]:
+            raise self.error(key, f"expected a list of texts, got {short(wrong[0])} in it")
         return found
 
     def number(self, key: str) -> int:

@@ -69,21 +69,19 @@ def _check(path: Path, content: Any, size: int, benchmark: Benchmark) -> str:
     if size >= LIMIT:
         raise InputError(f"{path}: {size:,} bytes, but the server takes less than {LIMIT:,}")
     for key, known in (("version", (VERSION,)), ("metric", tuple(LENGTHS))):
+        allowed = " or ".join(map(repr, known))
         if key not in content:
-            raise InputError(f"{path}: the entry {key!r} is missing; it must be {' or '.join(map(repr, known))}")
+            raise InputError(f"{path}: the entry {key!r} is missing; it must be {allowed}")
         if content[key] not in known:
-            raise InputError(
-                f"{path}, entry {key!r}: must be {' or '.join(map(repr, known))}, got {short(content[key])}"
-            )
+            raise InputError(f"{path}, entry {key!r}: must be {allowed}, got {short(content[key])}")
     metric = content["metric"]
     queries = {query.name: query for query in benchmark.queries}
     answers = {name: value for name, value in content.items() if name not in ("version", "metric")}
     faults = [f"entry {short(name)} is no pair id of {benchmark.name}" for name in answers if name not in queries]
     faults += [f"pair id {name!r} is missing" for name in queries if name not in answers]
     gallery = set(benchmark.gallery)
-    for name in (name for name in answers if name in queries):
-        fault = _fault(answers[name], queries[name], metric, gallery)
-        if fault:
+    for name, images in answers.items():
+        if name in queries and (fault := _fault(images, queries[name], metric, gallery)):
             faults.append(f"entry {name!r}: {fault}")
     if faults:
         more = f" (and {len(faults) - 1} more entries with a fault)" if len(faults) > 1 else ""
@@ -95,8 +93,7 @@ def _fault(images: Any, query: Query, metric: str, gallery: set[str]) -> str:
     """What is wrong with one ranked list, or nothing."""
     if not isinstance(images, list):
         return f"expected a list of image names, got {short(images)}"
-    wrong = [i for i in images if not isinstance(i, str)]
-    if wrong:
+    if wrong := [i for i in images if not isinstance(i, str)]:
         return f"expected a list of image names, got {short(wrong[0])} in it"
     if len(images) != LENGTHS[metric]:
         return f"expected {LENGTHS[metric]} images, got {len(images)}"
@@ -104,8 +101,7 @@ def _fault(images: Any, query: Query, metric: str, gallery: set[str]) -> str:
         return f"{short(next(i for i in images if images.count(i) > 1))} occurs twice"
     if query.reference in images:
         return f"its own reference {query.reference!r} is in the list"
-    unknown = [i for i in images if i not in gallery]
-    if unknown:
+    if unknown := [i for i in images if i not in gallery]:
         return f"{short(unknown[0])} is not in the gallery"
     strangers = [i for i in images if i not in query.candidates]
     return f"{strangers[0]!r} is no member of its subset" if metric == "recall_subset" and strangers else ""
