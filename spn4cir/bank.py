@@ -162,17 +162,13 @@ def load_or_build(
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")
     parts = parts or stored_parts("float32")
     name, rows = fingerprint(backbone, hashes, parts), assign_rows(hashes)
-    first: dict[int, str] = {}
-    for image_id, row in rows.items():
-        first.setdefault(row, image_id)
+    first = {row: image_id for image_id, row in reversed(rows.items())}  # of images that share a row
     order = [first[row] for row in range(len(first))]
     store = EmbeddingStore(root, name, len(order), parts, batch_size, "the bank", NO_ROOM)
 
-    def bank_of(arrays: Mapping[str, StoredRows]) -> Bank:
-        return Bank(arrays.get("reference"), arrays["target"].whole(), rows, name)
-
     def usable(note: str) -> Bank | None:
-        bank = bank_of(arrays) if (arrays := store.open(note)) else None
+        arrays = store.open(note)
+        bank = Bank(arrays.get("reference"), arrays["target"].whole(), rows, name) if arrays else None
         return bank if bank and _is_valid(bank, backbone, images.stack(order[:1])) else None
 
     if bank := usable(WHOLE):
@@ -183,7 +179,8 @@ def load_or_build(
         if not usable(BEGUN):
             store.remove()
         _encode(backbone, images, order, store)
-        return bank_of(store.finish())
+        arrays = store.finish()
+        return Bank(arrays.get("reference"), arrays["target"].whole(), rows, name)
 
 
 @torch.no_grad()

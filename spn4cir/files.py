@@ -152,11 +152,9 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, of which the decoder would silently keep the last of two values."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise InputError(f"{path}: the key {short(twice)} occurs twice in one object")
-    return found
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise InputError(f"{path}: the key {short(twice[0])} occurs twice in one object")
+    return dict(pairs)
 
 
 def short(value: object) -> str:
