@@ -31,8 +31,12 @@ class Published:
     lacks: str = ""
 
 
-def find_state_dict(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+def find_state_dict(
+    content: Mapping[str, Any], *keys: str, prefix: str = ""
+) -> tuple[str, dict[str, Any], dict[str, str]]:
     """The first of these entries that a file has, its state dict, and what beside it is ignored, with the reason.
+
+    Of the entry ``state_dict`` some names have to begin with ``prefix``.
 
     Raises ``InputError`` if it has none of them or no state dict there, or if anything beside it is more than the
     progress of a training.
@@ -50,6 +54,8 @@ def find_state_dict(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[s
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         what = type(state).__name__ if state else "empty"
         raise InputError(f"{key} is {what}, not a dictionary of named tensors")
+    if key == "state_dict" and not any(name.startswith(prefix) for name in state):
+        raise InputError(f"the names in state_dict should begin with {prefix}, not as in {next(iter(state))}")
     return key, dict(state), dict.fromkeys(beside, "progress of its training")
 
 

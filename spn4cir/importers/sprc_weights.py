@@ -38,10 +38,8 @@ def convert_sprc_weights(content: Mapping[str, Any], options: Mapping[str, Any])
 
     Raises ``InputError`` if it is neither, or if the shapes that give the architecture are missing.
     """
-    key, state, ignored = find_state_dict(content, "Blip2QformerCirAlignPrompt", "state_dict")
-    prefix = "" if key != "state_dict" else "blip_model."
-    if prefix and not any(name.startswith(prefix) for name in state):
-        raise InputError(f"the names in state_dict should begin with {prefix}, not as in {next(iter(state))}")
+    key, state, ignored = find_state_dict(content, "Blip2QformerCirAlignPrompt", "state_dict", prefix="blip_model.")
+    prefix = "blip_model." if key == "state_dict" else ""
     own, strange = {}, {}
     for name, value in state.items():
         if not name.startswith(prefix):
