@@ -29,10 +29,8 @@ def load_settings(kind: type[C], model: str | Path) -> C:
 
 def _unreadable(kind: str, model: str | Path, error: Exception) -> InputError:
     said = " ".join(str(error).split())[:200]
-    return InputError(
-        f"cannot load {kind} {str(model)!r} (where there is no network, give a folder that holds config.json and "
-        f"model.safetensors, or --init FOLDER of spn4cir-import): {said}"
-    )
+    files = "a folder that holds config.json and model.safetensors, or --init FOLDER of spn4cir-import"
+    return InputError(f"cannot load {kind} {str(model)!r} (where there is no network, give {files}): {said}")
 
 
 def load_library(kind: type[M], model: str | Path | None, config: Mapping[str, Any] | None) -> M:

@@ -107,9 +107,8 @@ class SPRC(Backbone):
         self.prompt_tokens = nn.Parameter(0.02 * torch.randn(self.blip2.query_tokens.shape))  # (1, K, H)
         self.prompt_tokens.requires_grad_(rtc > 0)  # nothing else moves them
         self.twin: Any = None
-        if not train_vision:
-            self.blip2.vision_model.embeddings.requires_grad_(False)
-            self.blip2.vision_model.encoder.requires_grad_(False)
+        self.blip2.vision_model.embeddings.requires_grad_(train_vision)
+        self.blip2.vision_model.encoder.requires_grad_(train_vision)
         self.eval()
 
     def _check(self, settings: PreTrainedConfig) -> None:
