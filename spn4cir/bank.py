@@ -84,10 +84,7 @@ class FrozenCheck:
     """Sees whether ``encode_image`` gives for one image, to the bit, what it gave when the bank came into use.
 
     A fingerprint tells which weights a bank was made with; this tells that they are all that ``encode_image`` reads.
-
-    Args:
-        backbone: with a frozen image side; put in eval mode.
-        pixels: (3, H, W).
+    The backbone has a frozen image side and is put in eval mode; pixels are (3, H, W).
     """
 
     def __init__(self, backbone: Backbone, pixels: Tensor):

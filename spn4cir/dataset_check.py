@@ -42,10 +42,10 @@ class Report:
 def examine(
     dataset: Dataset, cache: Path | None = None, workers: int | None = None, before: Report | None = None
 ) -> Report:
-    """Look at annotations and at every image, each decoded once.
+    """Look at annotations and at every image, each decoded once; images on the skip list count as left out.
 
     Args:
-        dataset: any; images on its skip list count as left out, not as broken.
+        dataset: any.
         cache: file of pixels seen before, see ``inspect_images``.
         workers: how many images are decoded at once.
         before: a report on the same images, to look at none again.
@@ -137,12 +137,10 @@ def _equal(
 
 
 def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
-    """What to leave out: image id → reason. Raises ``InputError`` if that would be everything.
+    """What to leave out, given the list so far: image id → reason. Raises ``InputError`` if that would be everything.
 
-    Args:
-        report: what is broken now.
-        before: the list so far. Images that the doctor had listed and that are mended come back; those with a reason of
-            its own were left out by a person, and stay.
+    Images that a report had listed and that are mended come back; those with another reason stay, as a person left
+    them out.
     """
     if len(report.broken) == len(report.found):
         raise InputError(f"{report.dataset}: no picture in {report.root} decodes: a skip list would leave nothing")

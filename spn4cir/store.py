@@ -29,13 +29,9 @@ SECONDS = 5.0
 
 
 class StoredRows:
-    """Rows of an array on disk, memory-mapped: only those that are asked for are read.
+    """Rows of a ``.npy`` file, memory-mapped: only those that are asked for are read.
 
-    Args:
-        path: a ``.npy`` file.
-
-    Raises:
-        ValueError, OSError, EOFError: if it is none, or is cut off.
+    Raises ``ValueError``, ``OSError`` or ``EOFError`` if it is no such file, or is cut off.
     """
 
     def __init__(self, path: Path):

@@ -26,7 +26,6 @@ def load_clip(
     Args:
         model: ``embedded``, or whatever open_clip's ``create_model`` takes.
         pretrained: a tag of open_clip or a weights file; None for random weights, unless ``model`` brings its own.
-        pad_ratio: of the transform.
 
     Raises:
         InputError: if open_clip knows no such model, tag or file.

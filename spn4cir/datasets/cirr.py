@@ -33,11 +33,7 @@ class CIRR(Dataset):
 
     The two annotation folders may also lie in the root itself, and the image tree in ``img_raw`` or ``images``.
 
-    Args:
-        root: folder of the dataset; None looks in SPN4CIR_DATA, then in data/cirr.
-
-    Raises:
-        InputError: if there is no such folder.
+    The root is searched in SPN4CIR_DATA, then in data/cirr, if it is None. Raises ``InputError`` if it is missing.
     """
 
     name = "cirr"

@@ -18,11 +18,7 @@ FOLDER = Path(__file__).parent.parent / "embedded" / "emoji"
 
 
 class Emoji(Dataset):
-    """The embedded dataset; needs no files but the two packages.
-
-    Args:
-        root: ignored; there for the sake of one signature.
-    """
+    """The embedded dataset; needs no files but the two packages, so its root is ignored."""
 
     name = "emoji"
     protocols: ClassVar = {"val": ("emoji/val",), "test": ("emoji/test",)}

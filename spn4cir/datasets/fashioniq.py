@@ -29,11 +29,7 @@ class FashionIQ(Dataset):
 
     Pictures are ``images/{id}.png``, or another suffix, or in a folder per category of ``images`` or ``resized_image``.
 
-    Args:
-        root: folder of the dataset; None looks in SPN4CIR_DATA, then in data/fashioniq.
-
-    Raises:
-        InputError: if there is no such folder.
+    The root is searched in SPN4CIR_DATA, then in data/fashioniq, if it is None. Raises ``InputError`` if it is missing.
     """
 
     name = "fashioniq"

@@ -24,13 +24,7 @@ MAKE = "python data_gen/make_triplets.py"
 
 
 def with_images(dataset: Dataset, images: Mapping[str, ImageRef], check: str = "") -> Dataset:
-    """A dataset whose training may use further images too.
-
-    Args:
-        dataset: its benchmarks and annotated triplets stay as they are.
-        images: image id → image.
-        check: command that checks these images, if any does.
-    """
+    """A dataset whose training may use further images too, by id; ``check`` is the command that checks them, if any."""
     wider = copy.copy(dataset)
     wider.extra_images, wider.extra_check = {**dataset.extra_images, **images}, check or dataset.extra_check
     return wider
@@ -114,12 +108,7 @@ def _triplet(entry: Entry, allowed: frozenset[str], other: AddImage | None) -> T
 
 
 class _Others:
-    """Images of a generated file that are no dataset's, and where their pictures lie.
-
-    Args:
-        path: the generated file.
-        ranked: ids that are not for them.
-    """
+    """Images of a generated file that are no dataset's, and where their pictures lie; none has an id of ``ranked``."""
 
     def __init__(self, path: Path, ranked: frozenset[str]):
         self._file, self._ranked, self._root = path, ranked, Path()
@@ -189,11 +178,7 @@ def published_shape(
 ) -> dict[str, object]:
     """One entry as it is published for a dataset; for a catalogue, the shape of out-of-domain images.
 
-    Args:
-        dataset: its name.
-        triplet: what is to be written.
-        captions: those of reference and target.
-        places: paths of their pictures, as ``picture_places`` gives them; by default the ids.
+    Captions are those of reference and target; ``places`` are the paths of their pictures, by default the ids.
     """
     reference, target, texts = triplet.reference, triplet.targets[0], list(triplet.texts)
     entry: dict[str, object] = {"target": target, "candidate": reference, "captions": texts}

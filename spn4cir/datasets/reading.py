@@ -41,15 +41,9 @@ def find_root(
 
 
 class Entry:
-    """One object of an annotation file, whose fields are checked as they are read.
+    """One object of an annotation file, under a number or a key, whose fields are checked as they are read.
 
-    Args:
-        path: of the file.
-        where: number or key of the entry.
-        value: what the file holds there.
-
-    Raises:
-        InputError: if it is no object.
+    Raises ``InputError`` if the value there is no object.
     """
 
     def __init__(self, path: Path, where: object, value: object):

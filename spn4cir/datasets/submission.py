@@ -21,10 +21,9 @@ LIMIT = 5_000_000  # bytes that the server takes
 def write_submission(
     folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]], benchmark: Benchmark
 ) -> list[Path]:
-    """Write both files, whole or not at all, and check them.
+    """Write both files into a folder, made if it is missing, whole or not at all.
 
     Args:
-        folder: made if it is not there.
         ranked: query name → first images of the gallery, at least 50.
         within: query name → first images of the subset, at least 3.
         benchmark: whose queries must all be there.
@@ -49,14 +48,9 @@ def write_submission(
 
 
 def check_submission(path: Path, benchmark: Benchmark) -> str:
-    """One line on a sound file.
+    """Returns one line on a sound submission file, of either metric, that answers the queries of a benchmark.
 
-    Args:
-        path: of a submission file, of either metric.
-        benchmark: the queries that it must answer.
-
-    Raises:
-        InputError: naming the file, the entry and what is wrong with it.
+    Raises ``InputError`` that names the file, the entry and what is wrong with it.
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no regular file")

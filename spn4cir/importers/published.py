@@ -1,8 +1,7 @@
 """A published checkpoint in the names of a backbone here, and what every importer needs to read one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,8 +11,7 @@ PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
 """Beginnings of the names of entries that only resuming a training needs."""
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A published checkpoint in the names of a backbone.
 
     Args:
@@ -36,10 +34,8 @@ def find_state_dict(
 ) -> tuple[str, dict[str, Any], dict[str, str]]:
     """The first of these entries that a file has, its state dict, and what beside it is ignored, with the reason.
 
-    Of the entry ``state_dict`` some names have to begin with ``prefix``.
-
-    Raises ``InputError`` if it has none of them or no state dict there, or if anything beside it is more than the
-    progress of a training.
+    Raises ``InputError`` if it has none of them or no state dict there, if no name in ``state_dict`` begins with the
+    prefix, or if anything beside it is more than the progress of a training.
     """
     key = next((key for key in keys if key in content), None)
     if key is None:
