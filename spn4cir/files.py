@@ -78,21 +78,16 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
                 raise InputError(busy) from None
             except OSError:  # not this kind of disk
                 pass
-            if not _is_at(path, file.fileno()):
-                continue  # whoever had it has removed it: what is at the path now is another's
+            try:
+                if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    continue  # whoever had it has removed it: what is at the path now is another's
+            except FileNotFoundError:
+                continue
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is the one that is at a path."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def read_json(path: Path, source: str = "") -> Any:

@@ -141,7 +141,9 @@ class SPRC(Backbone):
         The states ``fused`` (B, K, H) come from each query's own text: the published stage 2 cached them per image, so
         that they were those of another triplet's text.
         """
-        text, mask = tokens["text"], self._mask(tokens["mask"])  # (B, T), (B, K + T)
+        text = tokens["text"]  # (B, T)
+        # K tokens that are all read stand before the text
+        mask = torch.cat([tokens["mask"].new_ones(len(text), self.count), tokens["mask"]], dim=1)  # (B, K + T)
         queries = self.blip2.query_tokens.expand(len(text), -1, -1)
         hidden = self.blip2.qformer(
             query_embeds=self.blip2.embeddings(input_ids=text, query_embeds=queries),
@@ -154,10 +156,6 @@ class SPRC(Backbone):
         sentence = reader.embeddings(input_ids=text, query_embeds=fused)
         query = self._read(reader, sentence, mask, self.count)  # the text's first token stands behind the states
         return Composed(query, {"fused": fused, "text": text, "mask": mask})
-
-    def _mask(self, mask: Tensor) -> Tensor:
-        """(B, T) → (B, K + T), as K tokens that are all read stand before the text."""
-        return torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
 
     def _read(self, reader: Any, embedded: Tensor, mask: Tensor, place: int) -> Tensor:
         """Embeddings (B, K + T, H) read without an image → (B, E), unit norm, from the state at a place.

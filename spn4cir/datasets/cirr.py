@@ -44,8 +44,8 @@ class CIRR(Dataset):
         self._annotations = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
         self._folders: dict[Path, dict[str, Path]] = {}  # each is listed once
 
-    def _captions(self, split: str) -> Path:
-        return self._annotations / "captions" / f"cap.rc2.{split}.json"
+    def _entries(self, split: str) -> list[Entry]:
+        return read_entries(self._annotations / "captions" / f"cap.rc2.{split}.json", SOURCE)
 
     def _split_file(self, split: str) -> Path:
         return self._annotations / "image_splits" / f"split.rc2.{split}.json"
@@ -95,7 +95,7 @@ class CIRR(Dataset):
         """Annotated triplets with a caption, in file order."""
         listed, place = self._listed("train"), self._split_file("train")
         triplets = []
-        for entry in read_entries(self._captions("train"), SOURCE):
+        for entry in self._entries("train"):
             reference, target = (entry.image_id(key, listed, place) for key in ("reference", "target_hard"))
             if text := entry.text("caption").strip():
                 triplets.append(Triplet(reference, (target,), (text,)))
@@ -103,7 +103,7 @@ class CIRR(Dataset):
 
     def notes(self) -> list[str]:
         """How many training triplets have no caption; nothing where there are no training triplets."""
-        entries = readable(partial(read_entries, self._captions("train"), SOURCE)) or []
+        entries = readable(partial(self._entries, "train")) or []
         bare = sum(not entry.text("caption").strip() for entry in entries)
         return [f"{self.name}: {bare} training triplets without a caption are left out"] if bare else []
 
@@ -112,7 +112,7 @@ class CIRR(Dataset):
         chosen = self.choose_protocol(split, protocol)
         listed, place = self._listed(split), self._split_file(split)
         queries, seen = [], set()
-        for entry in read_entries(self._captions(split), SOURCE):
+        for entry in self._entries(split):
             name = str(entry.number("pairid"))
             if name in seen:
                 raise entry.error("pairid", f"{name} occurs twice")
@@ -128,13 +128,13 @@ class CIRR(Dataset):
                 if image_id not in members:
                     raise entry.error("img_set", f"its members lack {image_id!r}")
             queries.append(Query(reference, entry.text("caption"), targets, (), members, name))
+        measures = recall_measures(1, 5, 10, 50, primary=(5,)) + recall_measures(1, 2, 3, primary=(1,), over="subset")
         return Benchmark(
             name=chosen,
             gallery=tuple(listed),
             queries=tuple(queries),
             exclude_reference=True,
-            measures=recall_measures(1, 5, 10, 50, primary=(5,))
-            + recall_measures(1, 2, 3, primary=(1,), over="subset"),
+            measures=measures,
         )
 
     def write_submission(
@@ -165,13 +165,10 @@ class CIRR(Dataset):
         rows: dict[str, list[Entry]] = {}
         for split in SPLITS:
             needed = split != "test1"
-            ids = attempt(checks, f"{split}: split file", needed, partial(self._listed, split))
-            if ids is not None:
+            if (ids := attempt(checks, f"{split}: split file", needed, partial(self._listed, split))) is not None:
                 everything |= ids.keys()
                 checks.append(Check.counted(f"{split}: images listed", len(ids), PUBLISHED_IMAGES[split]))
-            read = partial(read_entries, self._captions(split), SOURCE)
-            entries = attempt(checks, f"{split}: captions", needed, read)
-            if entries is not None:
+            if (entries := attempt(checks, f"{split}: captions", needed, partial(self._entries, split))) is not None:
                 rows[split] = entries
                 checks.append(Check.counted(f"{split}: triplets", len(entries), PUBLISHED_TRIPLETS[split]))
         for split, entries in rows.items():

@@ -157,12 +157,11 @@ class FashionIQ(Dataset):
         same, empty = [], []
         for split, (number, category) in product(SPLITS, enumerate(CATEGORIES)):
             what, needed = f"{split} {category}", split != "test"
-            ids = attempt(checks, f"{what}: split file", needed, partial(self._listed, category, split))
-            if ids is not None:
+            read_listed, read_rows = partial(self._listed, category, split), partial(self._rows, category, split)
+            if (ids := attempt(checks, f"{what}: split file", needed, read_listed)) is not None:
                 checks.append(Check.counted(f"{what}: images listed", len(ids), PUBLISHED_IMAGES[split][number]))
                 listed[split] |= set(ids)
-            rows = attempt(checks, f"{what}: captions", needed, partial(self._rows, category, split))
-            if rows is not None:
+            if (rows := attempt(checks, f"{what}: captions", needed, read_rows)) is not None:
                 checks.append(Check.counted(f"{what}: triplets", len(rows), PUBLISHED_TRIPLETS[split][number]))
                 used[split] |= {i for row in rows for i in row[:2] if i}
                 same += [f"{what}, entry {n}" for n, row in enumerate(rows) if row[0] == row[1]]
