@@ -99,19 +99,14 @@ RENAMED = {
 }
 """Old settings and values, and what they are called now."""
 GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
-BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "above 0": (
-        lambda x: 0 < x < math.inf,
-        "batch_size epochs lr temperature eval_batch_size log_every adamw.eps adamw.max_grad_norm",
-    ),
-    "0 or more": (
-        lambda x: 0 <= x < math.inf,
-        "warmup_steps eval_every save_every workers weight_decay max_annotated",
-    ),
-    "at least 1": (lambda x: x >= 1, "max_steps bank.limit compute.chunk compute.accumulate"),
-    "in [0, 1)": (lambda x: 0 <= x < 1, "generated_share adamw.beta2"),
-    "between 0 and 1": (lambda x: 0 < x < 1, "holdout negatives.max_similarity"),
-}
+BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
+    ("above 0", lambda x: 0 < x < math.inf, "batch_size epochs lr temperature eval_batch_size log_every adamw.eps"),
+    ("above 0", lambda x: 0 < x < math.inf, "adamw.max_grad_norm"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "warmup_steps eval_every save_every workers weight_decay max_annotated"),
+    ("at least 1", lambda x: x >= 1, "max_steps bank.limit compute.chunk compute.accumulate"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "generated_share adamw.beta2"),
+    ("between 0 and 1", lambda x: 0 < x < 1, "holdout negatives.max_similarity"),
+]
 """What the number of a setting must be, unless it is null."""
 
 
@@ -205,7 +200,7 @@ class TrainConfig:
         for name, kind in GROUPS.items():
             if isinstance(getattr(self, name), dict):  # as a file or the parser gives it
                 setattr(self, name, kind(**getattr(self, name)))
-        for bound, (holds, names) in BOUNDS.items():
+        for bound, holds, names in BOUNDS:
             for name in names.split():
                 value = attrgetter(name)(self)
                 if value is not None and not holds(value):

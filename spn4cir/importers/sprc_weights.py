@@ -22,14 +22,12 @@ RENAMED = (
     (r"Qformer(_query)?\.bert\.embeddings\.", "embeddings."),
     (r"Qformer(_query)?\.bert\.encoder\.", "qformer.encoder."),
 )
+FOR_IMAGES = r"Qformer_query\.bert\.encoder\.layer\.\d+\.(crossattention|intermediate_query|output_query)\."
 IGNORED = (
     (r"Qformer(_query)?\.cls\.", "head of a language model, which nothing here reads"),
     (r"Qformer(_query)?\.bert\.embeddings\.position_ids$", "buffer of older libraries that counts positions"),
     (r"itm_head\.", "head of image-text matching, which nothing here reads"),
-    (
-        r"Qformer_query\.bert\.encoder\.layer\.\d+\.(crossattention|intermediate_query|output_query)\.",
-        "only read beside an image, and this copy never is",
-    ),
+    (FOR_IMAGES, "only read beside an image, and this copy never is"),
 )
 
 
