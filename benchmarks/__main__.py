@@ -40,9 +40,9 @@ SLOW = {
     "kills": "minutes",
     "claims": "half an hour",
     "negatives": "half an hour",
+    "triplet_table": "minutes, and 3 GB of disk",
     "unchanged": "minutes",
     "log_cost": "a minute",
-    "triplet_table": "minutes",
     "backbones": "an hour",
 }
 """Apart from the suite, by their own commands; and how long they take on two cores."""

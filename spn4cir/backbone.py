@@ -137,9 +137,11 @@ class Backbone(nn.Module, ABC):
     @cached_property
     def reference_shape(self) -> tuple[int, ...]:
         """(L, D) of the reference features of one image."""
-        with torch.no_grad():
-            pixels = self.transform(Image.new("RGB", (64, 64)))[None].to(next(self.parameters()).device)
-            return tuple(self.encode_image(pixels).reference.shape[1:])
+        mode, pixels = self.training, self.transform(Image.new("RGB", (64, 64)))[None]
+        with torch.no_grad():  # in eval mode, as dropout would draw a number that a resumed run draws elsewhere
+            shape = self.eval().encode_image(pixels.to(next(self.parameters()))).reference.shape
+        self.train(mode)
+        return tuple(shape[1:])
 
     def encode_query(self, pixels: Tensor, tokens: Tokens) -> Tensor:
         """Reference images (B, 3, H, W) and texts → queries (B, E)."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir.distributed import all_gather_rows, gather_with_gradient, process_rank
+from spn4cir.distributed import all_gather_rows, all_reduce_sum, gather_with_gradient, process_rank, world_size
 from spn4cir.losses import info_nce
 from spn4cir.search import scores_of
 from spn4cir.streaming import pooled
@@ -35,7 +35,11 @@ class InBatch:
     def __call__(self, query: Tensor, target: Tensor) -> Tensor:
         """``info_nce`` of queries (B, E) against the targets (B · T, K, E), the query's own as positives; a scalar."""
         candidates = gather_with_gradient(target)  # (N, K, E)
-        return info_nce(query, candidates, self.own, self.temperature, self.ignored, self.threshold)
+        loss = info_nce(query, candidates, self.own, self.temperature, self.ignored, self.threshold)
+        if self.positives == 1:
+            return loss
+        terms = (self.own >= 0).sum().to(loss)  # other processes may have more, and the mean is over the terms of all
+        return loss * (world_size() * terms / all_reduce_sum(terms))
 
     @property
     def columns(self) -> Tensor:

@@ -89,17 +89,19 @@ def masked_share(
 ) -> float:
     """Share of the pairs of a query and a candidate, its positives aside, that ``info_nce`` masks as false negatives.
 
+    Over the queries and candidates of all processes, all of which take part.
+
     Args:
-        candidates: (N, K, E), or this process's ``Shard``, of which alone the share is.
+        candidates: (N, K, E), or this process's ``Shard``.
         positives: (B, P) candidate rows, padded with -1.
         ignore, threshold: as ``info_nce`` takes them.
     """
     vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, 0)
     spread = isinstance(candidates, Shard) and world_size() > 1
-    pairs = positives.new_zeros(2, 0) if ignore is None else ignore
-    like = None
+    pairs, like = positives.new_zeros(2, 0) if ignore is None else ignore, None
+    batch = _Batch(positives, pairs, threshold, first, spread).of_all()
+    positives, pairs = batch.positives, batch.pairs
     if threshold is not None:
-        batch = _Batch(positives, pairs, threshold, first, spread)
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         like = pooled(_positive_vectors(vectors, batch, dtype, positives.device))  # (B, P, E)
     own = _within(_pairs(positives, positives >= 0), first, len(vectors))
@@ -111,7 +113,8 @@ def masked_share(
         inside = (own[1] >= start) & (own[1] < start + 4096)
         hidden[own[0, inside], own[1, inside] - start] = False
         masked += int(hidden.sum())
-    return masked / max(others, 1)
+    counts = all_reduce_sum(torch.tensor([masked, others], device=positives.device))
+    return int(counts[0]) / max(int(counts[1]), 1)
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class _InfoNCE(torch.autograd.Function):
         rows = slice(process_rank() * len(query), (process_rank() + 1) * len(query)) if own.spread else slice(None)
         apart = _apart(own.positives, cheap)  # (B, 1)
         owner, slot = (own.positives >= 0).nonzero(as_tuple=True)  # (T,) terms
-        count = all_reduce_sum(torch.tensor(len(owner), device=query.device)) if own.spread else len(owner)
+        count = int(all_reduce_sum(torch.tensor(len(owner), device=query.device))) if own.spread else len(owner)
         if not count:
             raise ValueError("no query has a positive: the mean over no terms is undefined")
         each = (world_size() if own.spread else 1) / count  # weight of a term

@@ -152,6 +152,9 @@ class Objective(nn.Module):
         """The loss of one batch, a scalar: the mean over this process's queries, against the candidates of all."""
         features = self._encode(batch)
         composed = self._compose(features, batch)
+        if batch.has_reference is not None or batch.has_text is not None:
+            # every parameter gets a gradient, as processes wait for those of each other, and the optimizer steps alike
+            composed.query = composed.query + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         if self.candidates is None:
             return self._against_batch(composed, features, batch)
         vectors, positives, ignore = self.candidates(batch)
@@ -194,7 +197,8 @@ class Objective(nn.Module):
                 assert features is not None
                 return self.backbone.compose(features.reference[rows], texts)
             own = features and ImageFeatures(*(part[rows] if len(part) else part for part in features))
-            return self.backbone.compose_partial(own, texts, *parts[len(names) :])
+            # the query alone, as chunks of whole triplets would have states and parts, and others none
+            return Composed(self.backbone.compose_partial(own, texts, *parts[len(names) :]).query)
 
         composed: Composed = gradient_cached(compose, self.backbone.chunk, batch.reference, *tokens, *masks)
         return composed

@@ -78,6 +78,19 @@ class Toy(Dataset):
         return (ids[n], ids[(5 * n + 3) % 48], *others[n : n + 4])
 
 
+MIXED = [
+    Triplet("i01", ("i02", "i03", "i04"), ("make it red",), negatives=("i10", "i11")),
+    Triplet("i05", ("i00",), ("make it blue",)),
+    Triplet(None, ("i06", TWIN), ("a green one",)),  # the twin is also the target of the one before
+    Triplet("i07", ("i08",), (), negatives=("i02",)),  # its hard negative is a target of the first
+    Triplet("i01", ("i09",), ("make it red",)),  # the same query as the first
+    Triplet(None, ("i12",), ("a green one",), negatives=("i13", "i06")),  # its negative i06 is a target of the query
+    Triplet("i14", ("i15", "i16"), ()),
+    Triplet("i17", ("i02",), ("in white",), negatives=("i10", "i18")),
+]
+"""Several targets, hard negatives, and queries without a reference or a text, on images of the toy dataset."""
+
+
 def draw_picture(path: Path, seed: object, size: tuple[int, int] = (48, 40)) -> None:
     """A picture of coloured blocks, the same one each time."""
     path.parent.mkdir(parents=True, exist_ok=True)

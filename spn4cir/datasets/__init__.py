@@ -10,6 +10,7 @@ from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import with_images
 from spn4cir.datasets.pairs import Pairs
+from spn4cir.datasets.rows import HUB
 from spn4cir.datasets.skip import apply_skip_list
 from spn4cir.errors import InputError
 
@@ -44,7 +45,7 @@ def open_extra_images(dataset: Dataset, place: str) -> tuple[Dataset, list[str]]
     Raises:
         InputError: if there are none.
     """
-    if not Path(place).exists():
+    if not Path(place).exists() and not place.startswith(HUB):
         raise InputError(f"bank.extra: {place} is missing: give a folder of pictures, or a table of them")
     try:
         pictures = load_dataset(Catalogue.name, place)

@@ -7,7 +7,7 @@ that lie outside the root, be it by a path or by a link.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeAlias
 
 from spn4cir.datasets.pictures import safe_name, stray_links, walk
@@ -162,7 +162,8 @@ def _of_tables(root: Path, tables: Sequence[Path]) -> Contents:
             return f"{path}, row {row + 1}"
 
         places = [inner(path.parent, where, row, "image", value) for row, value in enumerate(columns["image"])]
-        below = [(path.parent.relative_to(root) / place).as_posix() for place in places]
+        prefix = "" if path.parent == root else f"{path.parent.relative_to(root).as_posix()}/"
+        below = [f"{prefix}{place}" for place in places]
         contents.add(columns.get("id", below), below, columns, where)
         refuse_links(path.parent, places, "image", where)
     return contents
@@ -242,7 +243,7 @@ def inner(folder: Path, where: Callable[[int], str], row: int, column: str, valu
 
 def refuse_links(folder: Path, places: Sequence[str], column: str, where: Callable[[int], str]) -> None:
     """Raise ``InputError`` for the first path below a folder that leads out of it by a link."""
-    parents = [PurePosixPath(place).parent.as_posix() for place in places]
+    parents = [place.rpartition("/")[0] or "." for place in places]
     stray = stray_links(folder, set(parents))
     for row, (place, parent) in enumerate(zip(places, parents, strict=True) if stray else ()):
         if place in stray or parent in stray:

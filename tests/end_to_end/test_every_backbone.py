@@ -47,7 +47,7 @@ class Fewer(Emoji):
     def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         whole = super().benchmark(split, protocol)
         queries = whole.queries[::120]
-        named = {i for q in queries for i in (q.reference, *q.targets, *q.subset)}
+        named = {i for q in queries for i in (q.reference, *q.targets, *q.candidates)}
         return dataclasses.replace(whole, queries=queries, gallery=tuple(sorted(named)))
 
 

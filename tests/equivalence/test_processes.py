@@ -1,11 +1,13 @@
 """Two processes equal one: same loss, same gradients, same weights after training."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,7 @@ def all_of_them(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, P
         patch.setitem(DATASETS, "toy", script.Toy)
         patch.setenv("SPN4CIR_RUNS", str(root / "runs"))
         for name in NAMES:
+            script.evaluations(toy, root / "init" / name, root / "one" / name)
             script.runs(toy, root / "init" / name, root / "one" / name)
     return script, root
 
@@ -107,7 +110,7 @@ def test_gradients_of_two_processes_equal_those_of_one(
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("what", ["types", "similar", "drawn", "one drawn", "drawn, similar"])
+@pytest.mark.parametrize("what", ["types", "similar", "similar 2", "drawn", "one drawn", "drawn, similar"])
 def test_negatives_of_two_processes_equal_those_of_one(
     all_of_them: tuple[ModuleType, Path], what: str, dtype: torch.dtype, bound: float
 ) -> None:
@@ -118,6 +121,50 @@ def test_negatives_of_two_processes_equal_those_of_one(
     assert abs(float(one["loss"] - two["loss"])) < bound * float(one["loss"])
     plain = step(both, both[0].OPTIONS[what][0], both[0].BATCH, dtype)  # negative control
     assert abs(float(one["loss"] - plain["loss"])) > 1e-3
+
+
+MIXED_STEPS = [
+    "mixed", "mixed chunks", "mixed similar", "mixed 2", "mixed drawn", "apart", "apart chunks", "apart 2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MIXED_STEPS)
+def test_mixed_batches_of_two_processes_equal_those_of_one(both: tuple[ModuleType, Path, str], what: str) -> None:
+    """Several targets, hard negatives, queries without a part; also where one process has no text, and fewer targets.
+
+    Loss, every gradient, and the share of candidates that are masked.
+    """
+    script = both[0]
+    assert set(MIXED_STEPS) == set(script.MIXED_STEPS)
+    one, two = step(both, what, script.rows_of(what), torch.float64), step_of_two(both, what, torch.float64)
+    assert distance(one, two) < 1e-10 and abs(float(one["loss"] - two["loss"])) < 1e-10 * float(one["loss"])
+    assert one["masked"] == two["masked"] > 0
+    single = step_of_two(both, what)
+    assert distance(step(both, what, script.rows_of(what)), single) < 1e-4
+    halves = [step(both, what, script.rows_of(what)[n:][:4]) for n in (0, 4)]  # negative control
+    assert all(distance(half, single) > 1e-2 for half in halves)
+    assert abs(float(sum(half["loss"] for half in halves) / 2 - single["loss"])) > 1e-3 or "2" in what
+
+
+@pytest.mark.parametrize("size", [7, 256])
+@pytest.mark.parametrize("benchmark", [0, 1])
+def test_two_processes_return_the_result_of_one(both: tuple[ModuleType, Path, str], benchmark: int, size: int) -> None:
+    """Metrics, ranks and first items of each query, on both processes; with a block of all, the second encodes none."""
+    _, root, name = both
+
+    def found(folder: str, process: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        stem = root / folder / name / f"result-{benchmark}-{size}-{process}"
+        rows = [json.loads(line) for line in stem.with_suffix(".jsonl").read_text().splitlines()]
+        return json.loads(stem.with_suffix(".json").read_text()), rows
+
+    (one, rows), *others = found("one", 0), found("two", 0), found("two", 1)
+    for two, rows_of_two in others:
+        assert two == one and len(rows) == one["count"] == len(rows_of_two)
+        for row, other in zip(rows, rows_of_two, strict=True):
+            assert row.keys() == other.keys() and any(key.startswith("top") for key in row)
+            for key, value in row.items():
+                assert other[key] == (pytest.approx(value, abs=1e-5) if key.startswith("scores") else value), key
+    assert others[0][1] == others[1][1]
 
 
 def test_chunks_of_two_processes_equal_the_whole_of_one(both: tuple[ModuleType, Path, str]) -> None:

@@ -250,7 +250,7 @@ def submissions(cirr: Path) -> list[Path]:
     dataset = CIRR(str(cirr))
     benchmark = dataset.benchmark("test1")
     ranked = {q.name: [i for i in benchmark.gallery if i != q.reference] for q in benchmark.queries}
-    within = {q.name: [i for i in q.subset if i != q.reference] for q in benchmark.queries}
+    within = {q.name: [i for i in q.candidates if i != q.reference] for q in benchmark.queries}
     return dataset.write_submission(cirr.parent / "submission", ranked, within)
 
 

@@ -117,7 +117,7 @@ def test_the_captioner_names_what_it_was_trained_on() -> None:
     trained = sorted(set(dataset.training_images()) - set(held_out))
 
     def exact(ids: list[str]) -> float:
-        answers = captioner.answer([Question(i, prompt, dataset.path(i)) for i in ids], Try(0, 0))
+        answers = captioner.answer([Question(i, prompt, dataset.image(i)) for i in ids], Try(0, 0))
         return sum(answer.text == dataset.label(i) for answer, i in zip(answers, ids, strict=True)) / len(ids)
 
     assert exact(random.Random(0).sample(trained, 96)) >= 0.75 > exact(held_out[:96])

@@ -89,7 +89,7 @@ def test_a_gradient_is_scaled_down_to_the_limit(accumulate: int, configure: Conf
 
     def seen(optimizer: torch.optim.Optimizer, *_: object) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        applied.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
+        applied.append(float(torch.cat([grad.flatten().double() for grad in grads]).norm()))
 
     def norms(limit: float | None) -> list[float]:
         applied.clear()

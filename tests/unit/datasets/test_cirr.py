@@ -82,7 +82,7 @@ def test_val(cirr: Path) -> None:
     assert [(q.reference, q.targets, q.text, q.name) for q in benchmark.queries] == [
         (r["reference"], (r["target_hard"],), r["caption"], str(r["pairid"])) for r in rows
     ]
-    assert [list(q.subset) for q in benchmark.queries] == [r["img_set"]["members"] for r in rows]
+    assert [list(q.candidates) for q in benchmark.queries] == [r["img_set"]["members"] for r in rows]
 
 
 def test_test1(cirr: Path) -> None:

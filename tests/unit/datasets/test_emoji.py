@@ -111,9 +111,9 @@ def test_no_query_twice(split: str) -> None:
 def test_subsets(split: str, hashes: dict[str, str]) -> None:
     """Six distinct images, reference and target among them; none looks like the target."""
     for query in BENCHMARKS[split].queries:
-        assert len(query.subset) == len(set(query.subset)) == 6
-        assert {query.reference, *query.targets} <= set(query.subset)
-        assert sum(hashes[i] == hashes[query.targets[0]] for i in query.subset) == 1
+        assert len(query.candidates) == len(set(query.candidates)) == 6
+        assert {query.reference, *query.targets} <= set(query.candidates)
+        assert sum(hashes[i] == hashes[query.targets[0]] for i in query.candidates) == 1
 
 
 def test_no_copy_of_a_held_out_target(hashes: dict[str, str]) -> None:

@@ -211,7 +211,8 @@ def test_cirr_queries(
     assert (len(benchmark.queries), len(benchmark.gallery)) == (queries, gallery)
     assert len({q.reference for q in benchmark.queries}) == references
     assert (round(sum(words) / len(words), 1), max(words)) == (mean, longest)
-    assert all({q.reference, *q.targets} <= set(q.subset) and len(set(q.subset)) == 6 for q in benchmark.queries)
+    assert all({q.reference, *q.targets} <= set(q.candidates) for q in benchmark.queries)
+    assert all(len(set(q.candidates)) == 6 for q in benchmark.queries)
     assert len({q.name for q in benchmark.queries}) == queries and benchmark.exclude_reference
     entries = raw(f"cirr/captions/cap.rc2.{split}.json")
     assert len({entry["img_set"]["id"] for entry in entries}) == 503

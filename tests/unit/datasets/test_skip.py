@@ -7,14 +7,15 @@ from typing import ClassVar
 import pytest
 
 from spn4cir.config import TrainConfig
-from spn4cir.data import hash_pixels, load_triplets, training_images
+from spn4cir.data import TrainingData, hash_pixels, load_triplets
 from spn4cir.dataset import Dataset
+from spn4cir.dataset_check import examine
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.fashioniq import FashionIQ
-from spn4cir.datasets.skip import NAME, Skipping, read_skip_list, write_skip_list
+from spn4cir.datasets.skip import NAME, read_skip_list, skip_notes, write_skip_list
 from spn4cir.errors import InputError
-from spn4cir.types import Benchmark, Query, Triplet
+from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 
 class Known(Dataset):
@@ -23,29 +24,28 @@ class Known(Dataset):
     name = "known"
     protocols: ClassVar = {"val": ("known/val", "known/other")}
 
-    def path(self, image_id: str) -> Path:
-        return Path(image_id)
+    def find_image(self, image_id: str) -> ImageRef:
+        return ImageRef(Path(image_id))
 
-    def training_images(self) -> list[str]:
+    def list_training_images(self) -> list[str]:
         return ["a", "b", "c"]
 
-    def triplets(self) -> list[Triplet]:
+    def read_triplets(self) -> list[Triplet]:
         return [Triplet("a", ("b",), ("x",)), Triplet("b", ("c",), ("x",)), Triplet("c", ("a",), ("x",))]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         queries = (
             Query("d", "x", ("e", "f"), ("g",), ("d", "e", "f")),
             Query("e", "x", ("f",), ("g",), ("d", "e", "f")),
             Query("f", "x", ("d",), ("h",), ("d", "f")),
         )
-        galleries = {"g": ("d", "e", "f"), "h": ("d", "f")}
-        return Benchmark(
-            self.choose_protocol(split, protocol), ("d", "e", "f"), queries, True, (1,), group_gallery=galleries
-        )
+        return Benchmark(self.choose_protocol(split, protocol), ("d", "e", "f"), queries, True, recall_measures(1))
 
 
-def without(*skipped: str) -> Skipping:
-    return Skipping(Known(), dict.fromkeys(skipped, "missing"))
+def without(*skipped: str) -> Known:
+    dataset = Known()
+    dataset.skip_reasons = dict.fromkeys(skipped, "missing")
+    return dataset
 
 
 def test_training_without_skipped_images() -> None:
@@ -53,17 +53,16 @@ def test_training_without_skipped_images() -> None:
     dataset = without("b")
     assert dataset.triplets() == [Triplet("c", ("a",), ("x",))]
     assert dataset.training_images() == ["a", "c"]
-    assert dataset.skipped == {"b"} and dataset.name == "known" and dataset.label("a") == "a"
-    assert dataset.path("b") == Path("b")
+    assert dataset.image("b") == ImageRef(Path("b"))
+    assert len(dataset.read_triplets()) == 3 and dataset.list_training_images() == ["a", "b", "c"]
 
 
 def test_a_benchmark_without_skipped_images() -> None:
     """Galleries, subsets and targets shrink; a query without reference or without any target goes; the id tells."""
     benchmark = without("f").benchmark("val")
     assert benchmark.name == "known/val+skip" and benchmark.gallery == ("d", "e")
-    assert benchmark.group_gallery == {"g": ("d", "e"), "h": ("d",)}
-    assert benchmark.queries == (Query("d", "x", ("e",), ("g",), ("d", "e")),)
-    assert (benchmark.ks, benchmark.exclude_reference) == ((1,), True)
+    assert benchmark.queries == (Query("d", "x", ("e",), ("g",), ("d", "e")),) and benchmark.skipped == 1
+    assert (benchmark.measures, benchmark.exclude_reference) == (recall_measures(1), True)
 
 
 def test_a_benchmark_that_is_not_touched_keeps_its_id() -> None:
@@ -122,7 +121,9 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_an_empty_list_is_none(fashioniq: Path) -> None:
     """The dataset is whole, ids of protocols included."""
     write_skip_list(fashioniq, {})
-    assert isinstance(load_dataset("fashioniq", str(fashioniq)), FashionIQ)
+    dataset = load_dataset("fashioniq", str(fashioniq))
+    assert isinstance(dataset, FashionIQ) and dataset.benchmark("val") == FashionIQ(str(fashioniq)).benchmark("val")
+    assert skip_notes(dataset) == []
 
 
 def test_training_honours_it_and_says_so(fashioniq: Path) -> None:
@@ -138,13 +139,13 @@ def test_training_honours_it_and_says_so(fashioniq: Path) -> None:
     config = TrainConfig(dataset="fashioniq", data_root=str(fashioniq), generated="made.json")
     dataset = load_dataset("fashioniq", str(fashioniq))
     benchmark, said = dataset.benchmark("val"), list[str]()
-    dataset, triplets, judge = load_triplets(config, dataset, benchmark, said.append)
-    assert judge.name == "fashioniq/original+skip" and "BSVA00002" not in judge.gallery and len(judge.queries) < 24
-    assert "BSVA00002" not in judge.group_gallery["shirt"]
-    images = training_images(config, dataset, triplets)
-    assert not {"BDTR00005", "BTTR00013"} & {*images, *(i for t in triplets for i in (t.reference, t.target))}
+    dataset, triplets, selection = load_triplets(config, dataset, benchmark, said.append)
+    assert selection.name == "fashioniq/original+skip" and "BSVA00002" not in selection.gallery
+    assert len(selection.queries) < 24 and all("BSVA00002" not in query.candidates for query in selection.queries)
+    images = TrainingData(dataset, triplets, selection, selection).candidate_images(config)
+    assert not {"BDTR00005", "BTTR00013"} & {*images, *(i for t in triplets for i in t.image_ids)}
     assert len([t for t in triplets if t.generated]) == 1
-    assert hash_pixels(dataset, [*images, *judge.gallery], said.append, show=False)
+    assert hash_pixels(dataset, [*images, *selection.gallery], said.append, show=False)
     assert f"fashioniq: {fashioniq / NAME} leaves out 3 images (2 missing, 1 truncated)" in said
     assert any(line.endswith("made.json: 1 triplets of skipped images are left out") for line in said)
 
@@ -163,15 +164,15 @@ def test_submissions_are_those_of_the_whole(cirr: Path) -> None:
     dataset, whole = load_dataset("cirr", str(cirr)), CIRR(str(cirr))
     benchmark = whole.benchmark("test1")
     ranked = {q.name: [i for i in benchmark.gallery if i != q.reference] for q in benchmark.queries}
-    within = {q.name: [i for i in q.subset if i != q.reference] for q in benchmark.queries}
+    within = {q.name: [i for i in q.candidates if i != q.reference] for q in benchmark.queries}
     paths = dataset.write_submission(cirr / "out", ranked, within)
     assert [dataset.check_submission(p) for p in paths] == [whole.check_submission(p) for p in paths]
 
 
 def test_what_is_listed_is_reported(fashioniq: Path) -> None:
-    """The doctor's look at the annotations counts the entries, and roles stay whole."""
+    """The report on the files counts the entries, and roles stay whole."""
     write_skip_list(fashioniq, {"BDTR00005": "missing"})
     dataset = load_dataset("fashioniq", str(fashioniq))
-    listed = next(c for c in dataset.checks() if c.what == "images on the skip list")
+    listed = next(c for c in examine(dataset).checks if c.what == "images on the skip list")
     assert (listed.found, listed.examples, listed.level) == (1, ("BDTR00005",), "note")
     assert "BDTR00005" in dataset.image_roles()[0].image_ids

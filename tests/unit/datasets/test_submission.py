@@ -32,7 +32,7 @@ def lists_for(benchmark: Benchmark, metric: str) -> dict[str, list[str]]:
     """Sound answers to all queries."""
     found = {}
     for query in benchmark.queries:
-        pool = benchmark.gallery if metric == "recall" else query.subset
+        pool = benchmark.gallery if metric == "recall" else query.candidates
         images = [i for i in pool if i != query.reference]
         random.Random(query.name).shuffle(images)
         found[query.name] = images[: METRICS[metric]]
@@ -101,7 +101,7 @@ def other(case: Case, of: str) -> dict[str, Any]:
     """A sound content with one list changed: of the second query."""
     name = case.benchmark.queries[1].name
     query, images = case.benchmark.queries[1], list(case.content[name])
-    outside = next(i for i in case.benchmark.gallery if i not in (*query.subset, *images))
+    outside = next(i for i in case.benchmark.gallery if i not in (*query.candidates, *images))
     changed: dict[str, Any] = {
         "short": images[:-1], "long": [*images, outside], "empty": [], "twice": [*images[:-1], images[0]],
         "reference": [*images[:-1], query.reference], "unknown": [*images[:-1], "dev-0-0-img0"],
@@ -214,7 +214,7 @@ def test_what_is_written(tmp_path: Path, cirr: Path) -> None:
     dataset = CIRR(str(cirr))
     benchmark = dataset.benchmark("test1")
     ranked = {q.name: [i for i in benchmark.gallery if i != q.reference] for q in benchmark.queries}
-    within = {q.name: [i for i in q.subset if i != q.reference] for q in reversed(benchmark.queries)}
+    within = {q.name: [i for i in q.candidates if i != q.reference] for q in reversed(benchmark.queries)}
     paths = dataset.write_submission(tmp_path / "new" / "submission", ranked, within)
     assert [p.name for p in paths] == ["recall_submission.json", "recall_subset_submission.json"]
     for path, (metric, length), lists in zip(paths, METRICS.items(), (ranked, within), strict=True):
