@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spn4cir.backbones.blip4cir import EMBEDDED, VISION, complete_config, load_config
 from spn4cir.errors import InputError
-from spn4cir.importers.published import Published, find_state_dict
+from spn4cir.importers.published import Published, find_state_dict, read_text_config
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower, resize_positions
 
 
@@ -63,20 +63,9 @@ def _reason(name: str, value: Any, is_blip: bool) -> str:
 
 
 def _recognise(vision: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the architecture from shapes; each head has width 64.
-
-    Raises ``InputError`` that names the tensor that would be needed.
-    """
+    """Read the architecture from shapes. Raises ``InputError`` that names the tensor that would be needed."""
     try:
-        vocabulary, width = rest["text_encoder.embeddings.word_embeddings.weight"].shape
-        text = {
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "max_position_embeddings": len(rest["text_encoder.embeddings.position_embeddings.weight"]),
-            "intermediate_size": len(rest["text_encoder.encoder.layer.0.intermediate.dense.weight"]),
-            "num_hidden_layers": len({n.split(".")[3] for n in rest if n.startswith("text_encoder.encoder.layer.")}),
-            "num_attention_heads": max(1, width // 64),
-        }
+        text = read_text_config(rest, "text_encoder.")
         embedding = len(rest["text_proj.weight"])
     except KeyError as error:
         raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None

@@ -55,6 +55,20 @@ def find_state_dict(
     return key, dict(state), dict.fromkeys(beside, "progress of its training")
 
 
+def read_text_config(state: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
+    """Read from shapes what a configuration states of a BERT, with heads of width 64. Raises ``KeyError``."""
+    layers = f"{prefix}encoder.layer."
+    words, width = state[f"{prefix}embeddings.word_embeddings.weight"].shape
+    return {
+        "vocab_size": words,
+        "hidden_size": width,
+        "num_hidden_layers": len({name[len(layers) :].split(".")[0] for name in state if name.startswith(layers)}),
+        "num_attention_heads": max(1, width // 64),
+        "intermediate_size": state[f"{layers}0.intermediate.dense.weight"].shape[0],
+        "max_position_embeddings": state[f"{prefix}embeddings.position_embeddings.weight"].shape[0],
+    }
+
+
 Importer = Callable[[Mapping[str, Any], Mapping[str, Any]], Published]
 """Content of a published file, and the options that the user states → the checkpoint in our names.
 

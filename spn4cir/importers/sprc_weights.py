@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spn4cir.backbones.shared_blip import BERT
 from spn4cir.errors import InputError
-from spn4cir.importers.published import Published, find_state_dict
+from spn4cir.importers.published import Published, find_state_dict, read_text_config
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower
 
 GIANT = 1408  # width of ViT-g, whose 16 heads are 88 wide
@@ -90,20 +90,10 @@ def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
         raise InputError(f"cross-attention in layers {sorted(crossed)} of {layers} is no even spacing from layer 0")
     is_giant = f"{TOWER}cls_token" in state and state[f"{TOWER}cls_token"].shape[-1] == GIANT
     try:
-        words, hidden = state["Qformer.bert.embeddings.word_embeddings.weight"].shape
-        qformer = {
-            "vocab_size": words,
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": hidden // 64,
-            "intermediate_size": state[f"{layer}0.intermediate.dense.weight"].shape[0],
-            "max_position_embeddings": state["Qformer.bert.embeddings.position_embeddings.weight"].shape[0],
-            "cross_attention_frequency": every,
-            "use_qformer_text_input": True,
-        }
+        text = read_text_config(state, "Qformer.bert.")
         return {
             "vision_config": recognise_vision_tower(rename_vision_tower(state), heads=16 if is_giant else None),
-            "qformer_config": qformer,
+            "qformer_config": {**text, "cross_attention_frequency": every, "use_qformer_text_input": True},
             "num_query_tokens": state["query_tokens"].shape[1],
             "image_text_hidden_size": state["vision_proj.weight"].shape[0],
         }
