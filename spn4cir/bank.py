@@ -99,10 +99,9 @@ class FrozenCheck:
         """Raises ``InputError`` if the features have moved, or are others in the mode that the model is in now."""
         for now, then in zip(self._encode(backbone), self._features, strict=True):
             if not torch.equal(now, then):
-                raise InputError(
-                    f"{backbone.name}: encode_image has moved while the bank was in use, so the bank is stale: "
-                    "image_side() or untie_text_side() leaves out something that encode_image reads"
-                )
+                cause = "image_side() or untie_text_side() leaves out something that encode_image reads"
+                what = "encode_image has moved while the bank was in use, so the bank is stale"
+                raise InputError(f"{backbone.name}: {what}: {cause}")
 
 
 def assign_rows(hashes: Mapping[str, str]) -> dict[str, int]:
@@ -201,10 +200,8 @@ def _encode(backbone: Backbone, images: ImageSource, order: Sequence[str], store
             for part, value in values.items():
                 if not value.isfinite().all():
                     store.remove()
-                    raise InputError(
-                        f"{backbone.name}: {part} features hold numbers that are not finite in {store.dtypes[part]}: "
-                        "set bank.dtype float32, or look at the weights"
-                    )
+                    what = f"{part} features hold numbers that are not finite in {store.dtypes[part]}"
+                    raise InputError(f"{backbone.name}: {what}: set bank.dtype float32, or look at the weights")
             store.write(start, values)
             bar.update(len(features.target))
             del features, values  # before the next ones are made

@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.errors import InputError
-from spn4cir.files import write_text
+from spn4cir.files import replaced, write_text
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write tensors and a JSON note, the whole file or none of it."""
-    beside = path.with_name(path.name + ".tmp")
     whole = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    save_file(whole, beside, {"about": json.dumps(about)})
-    beside.chmod(0o644)  # as other files are
-    os.replace(beside, path)
+    with replaced(path) as beside:
+        save_file(whole, beside, {"about": json.dumps(about)})
+        beside.chmod(0o644)  # as other files are
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -114,7 +114,12 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     model = f"model {run or 'embedded weights, not trained on any triplet'}"
     if args.submission:
         print(model)
-        return _submit(args.submission, dataset, backbone, benchmark, images, args.batch_size)
+        rankings = evaluate(backbone, benchmark, images, batch_size=args.batch_size, top=50).rankings
+        names = [query.name for query in benchmark.queries]
+        lists = [dict(zip(names, rankings[over].top, strict=True)) for over in ("gallery", "subset")]
+        for path in dataset.write_submission(args.submission, *lists):
+            print(dataset.check_submission(path))
+        return
     top = (args.k or 100) if args.top_k else 0
     result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
     lines = [model, *dataset.notes(), *skip_notes(dataset), metrics_table(result)]
@@ -124,7 +129,7 @@ def _evaluate_run(args: argparse.Namespace) -> None:
             result.write_rows(path, column)
     values = result.as_json()
     about = {"protocol": values.pop("protocol"), "run": str(run) if run else None, **values, "git": git_commit()}
-    return _write_json(args.json, about)
+    _write_json(args.json, about)
 
 
 def _combine(paths: list[Path], output: str | None) -> None:
@@ -163,25 +168,13 @@ def _check_submission(folder: Path, benchmark: Any) -> None:
     """Raises ``InputError`` before a model is loaded if there is nothing to submit."""
     if benchmark.has_known_targets:
         raise InputError(f"--submission is for a split whose targets are not public, and {benchmark.name} is none")
-    if benchmark.skipped:
-        skipped = f"{benchmark.skipped} are on the skip list"
-        raise InputError(f"a submission needs every image of {benchmark.name}: {skipped}")
+    if count := benchmark.skipped:
+        raise InputError(f"a submission needs every image of {benchmark.name}: {count} are on the skip list")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--submission {folder} is a file: give a folder")
     there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f"--submission {folder} cannot be made: {there} is no folder, or not writable")
-
-
-def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: Any, batch_size: int) -> None:
-    """Rank without targets, and write the files of an evaluation server."""
-    from spn4cir.evaluate import evaluate
-
-    rankings = evaluate(backbone, benchmark, images, batch_size=batch_size, top=50).rankings
-    names = [query.name for query in benchmark.queries]
-    lists = [dict(zip(names, rankings[over].top, strict=True)) for over in ("gallery", "subset")]
-    for path in dataset.write_submission(folder, *lists):
-        print(dataset.check_submission(path))
 
 
 def data_command() -> None:
@@ -258,12 +251,9 @@ def _deduplicate(args: argparse.Namespace) -> None:
         raise InputError(f"{dataset.name}: there are no training triplets that name an image")
     paths = {image_id: dataset.image(image_id) for image_id in named}
     found = inspect_images(paths, _pixel_cache(dataset.name), args.workers)
-    broken = [image_id for image_id, image in found.items() if image.problem]
-    if broken:
-        raise InputError(
-            f"{len(broken)} images are missing or broken, such as {paths[broken[0]]}: "
-            f"see spn4cir-data check --dataset {dataset.name}"
-        )
+    if broken := [image_id for image_id, image in found.items() if image.problem]:
+        what = f"{len(broken)} images are missing or broken, such as {paths[broken[0]]}"
+        raise InputError(f"{what}: see spn4cir-data check --dataset {dataset.name}")
     canonical = canonical_ids({image_id: image.pixels for image_id, image in found.items()})
     write_optimized(out, canonical, paths)
     print(f"{len(canonical)} images, {len(set(canonical.values()))} unique → {out}")
@@ -317,7 +307,5 @@ def _import() -> None:
 
     stated = {key: value for key in ("model", "tokenizer") if (value := getattr(args, key))}
     import_published(args.file, args.output, args.backbone, stated, args.base)
-    print(
-        f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
-        f"      spn4cir-train --stage 2 --dataset DATASET --init {args.output}"
-    )
+    print(f"written to {args.output}\nnext: spn4cir-eval --run {args.output}")
+    print(f"      spn4cir-train --stage 2 --dataset DATASET --init {args.output}")

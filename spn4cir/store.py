@@ -206,6 +206,5 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
         with path.open("r+b") as file:
             yield file
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}; what is in it stays, and the same command goes on from there"
-        ) from None
+        advice = "what is in it stays, and the same command goes on from there"
+        raise InputError(f"{path} cannot be written: {error.strerror}; {advice}") from None

@@ -89,6 +89,5 @@ def find_recipe(dataset: str, backbone: str, stage: int) -> Path:
         name, _, rest = file.stem.partition("_")
         stages.setdefault(name, []).append(rest)
     available = ", ".join(f"{name} ({', '.join(rest)})" for name, rest in stages.items()) or "none, give --config FILE"
-    raise InputError(
-        f"recipes: there is no recipe for dataset {dataset!r} with backbone {backbone!r}; available: {available}"
-    )
+    pair = f"dataset {dataset!r} with backbone {backbone!r}"
+    raise InputError(f"recipes: there is no recipe for {pair}; available: {available}")
