@@ -242,13 +242,9 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
 
     given, arguments = take_option(sys.argv[1:] if argv is None else argv, "config")
     path, arguments = find_config(given) if given else default, [_spell(argument) for argument in arguments]
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description=text.partition("\n\n")[0] + " Settings come from --config FILE, then from options.",
-        formatter_class=_Help,
-        epilog=text.partition("\n\n")[2],
-    )
+    sentence, _, examples = text.partition("\n\n")
+    about = {"description": f"{sentence} Settings come from --config FILE, then from options.", "epilog": examples}
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=_Help, **about)
     parser.add_argument("--config", metavar="FILE", default=short_name(default), help="YAML file, or a packaged recipe")
     parser.add_class_arguments(kind)
     values = read_settings(path, kind)

@@ -121,12 +121,11 @@ class FashionIQ(Dataset):
             texts = [text.strip(".?, ") for text in entry.texts("captions")]
             if len(texts) != 2:
                 raise entry.error("captions", f"expected 2 captions, got {len(texts)}")
-            fields = ("candidate",) if split == "test" else ("candidate", "target")
-            images = {field: entry.image_id(field) for field in fields}
-            for field, image_id in images.items():
+            reference, target = entry.image_id("candidate"), "" if split == "test" else entry.image_id("target")
+            for field, image_id in (("candidate", reference), ("target", target)):
                 if known is not None and image_id not in known:
                     raise entry.error(field, f"{image_id!r} is not in {self._split_file(category, split)}")
-            rows.append((images["candidate"], images.get("target", ""), texts))
+            rows.append((reference, target, texts))
         return rows
 
     def _train_rows(self) -> list[Row]:
