@@ -7,17 +7,22 @@ import difflib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spn4cir.backbone import l2_normalize
+from spn4cir.backbones import build_backbone
+from spn4cir.backbones.shared_clip import load_clip
+from spn4cir.checkpoints import load_model
 from spn4cir.config import TrainConfig
 from spn4cir.data_gen.steps import EMBEDDED
+from spn4cir.data_gen.unicom import PUBLISHED, SIZES, check_weights, find_weights, known_size, load_unicom
 from spn4cir.errors import InputError
 from spn4cir.files import hash_files
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-    from torch import Tensor, nn
+from spn4cir.images import Transform
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".json")
 """Files of a model's folder that decide what it computes."""
@@ -36,9 +41,9 @@ class Matcher:
 
     def __init__(
         self,
-        module: "nn.Module",
-        transform: "Callable[[Image.Image], Tensor]",
-        vectors: "Callable[[Tensor], Tensor]",
+        module: nn.Module,
+        transform: Callable[[Image.Image], Tensor],
+        vectors: Callable[[Tensor], Tensor],
         made_by: dict[str, Any],
         says: str,
     ):
@@ -46,18 +51,17 @@ class Matcher:
         self.made_by, self.says = made_by, says
 
     @property
-    def device(self) -> "torch.device":
-        """Where it computes."""
+    def device(self) -> torch.device:
+        """The device it computes on."""
         return next(self.module.parameters()).device
 
-    def to(self, device: "torch.device | str") -> "Matcher":
+    def to(self, device: torch.device | str) -> "Matcher":
         """Move it there."""
         self.module.to(device)
         return self
 
-    def encode(self, pixels: "Tensor") -> "Tensor":
+    def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, E) in float32, of unit norm, on the device of the model."""
-        import torch
 
         with torch.inference_mode():
             return self._vectors(pixels.to(self.device))
@@ -136,7 +140,6 @@ def _local(kind: str, model: str) -> Path | None:
 
 
 def _identify_unicom(model: str) -> dict[str, Any]:
-    from spn4cir.data_gen.unicom import PUBLISHED, check_weights, known_size
 
     if not is_file_of_unicom(model):
         return {"kind": "unicom", "model": known_size(model), "weights": PUBLISHED[known_size(model)].sha256}
@@ -146,7 +149,6 @@ def _identify_unicom(model: str) -> dict[str, Any]:
 
 def is_file_of_unicom(model: str) -> bool:
     """Whether what stands behind ``unicom:`` is a file rather than a size."""
-    from spn4cir.data_gen.unicom import SIZES
 
     return model not in SIZES and (Path(model).suffix in WEIGHTS or Path(model).exists())
 
@@ -164,22 +166,19 @@ def _download(kind: str, hub: str, then: str = "") -> str:
 
 
 def _embedded(model: str, made_by: dict[str, Any]) -> Matcher:
-    from spn4cir.backbones import build_backbone
 
     return _of_backbone(build_backbone(TrainConfig.backbone, model="embedded"), made_by)
 
 
 def _run(model: str, made_by: dict[str, Any]) -> Matcher:
-    from spn4cir.checkpoints import load_model
 
     return _of_backbone(load_model(Path(model)), made_by)
 
 
 def _of_backbone(backbone: Any, made_by: dict[str, Any]) -> Matcher:
     """Its target vector as it is; of several the mean, of unit norm again."""
-    from spn4cir.backbone import l2_normalize
 
-    def vectors(pixels: "Tensor") -> "Tensor":
+    def vectors(pixels: Tensor) -> Tensor:
         targets: Tensor = backbone.encode_target(pixels)  # (B, K, E)
         return targets[:, 0].float() if targets.shape[1] == 1 else l2_normalize(targets.float().mean(1))
 
@@ -188,14 +187,9 @@ def _of_backbone(backbone: Any, made_by: dict[str, Any]) -> Matcher:
 
 
 def _unicom(model: str, made_by: dict[str, Any]) -> Matcher:
-    from spn4cir.backbone import l2_normalize
-    from spn4cir.data_gen.unicom import SIZES, find_weights, load_unicom
-    from spn4cir.images import Transform
 
-    if is_file_of_unicom(model):
-        network = load_unicom(Path(model))
-    else:
-        network = load_unicom(find_weights(model), SIZES[made_by["model"]])
+    is_file = is_file_of_unicom(model)
+    network = load_unicom(Path(model)) if is_file else load_unicom(find_weights(model), SIZES[made_by["model"]])
     transform = Transform(network.size.image, pad_ratio=None)  # resized, cropped and normalised as CLIP's images are
     return Matcher(
         network, transform, lambda pixels: l2_normalize(network(pixels)), made_by, "the projection of all patches"
@@ -204,9 +198,6 @@ def _unicom(model: str, made_by: dict[str, Any]) -> Matcher:
 
 def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
     import open_clip
-
-    from spn4cir.backbone import l2_normalize
-    from spn4cir.backbones.shared_clip import load_clip
 
     schema, _, hub = model.partition(":")
     name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)
@@ -252,8 +243,6 @@ def _close(name: str, known: list[str]) -> str:
 def _timm(model: str, made_by: dict[str, Any]) -> Matcher:
     import timm
 
-    from spn4cir.backbone import l2_normalize
-
     name = f"local-dir:{model}" if Path(model).is_dir() else model
     if ":" not in name and not timm.is_model(name):
         raise InputError(f"timm has no model {model!r}; {_close(model, timm.list_models(pretrained=True))}")
@@ -269,10 +258,7 @@ def _timm(model: str, made_by: dict[str, Any]) -> Matcher:
 
 
 def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
-    import torch
     from transformers import AutoImageProcessor, AutoModel
-
-    from spn4cir.backbone import l2_normalize
 
     try:
         processor = AutoImageProcessor.from_pretrained(model)
@@ -284,7 +270,7 @@ def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
     if lost:
         raise InputError(f"transformers:{model} lacks {len(lost)} weights of its model, such as {lost[0]}")
 
-    def transform(picture: "Image.Image") -> "Tensor":
+    def transform(picture: Image.Image) -> Tensor:
         pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
         return pixels
 
@@ -295,8 +281,8 @@ def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
 
 
 def _choose_vector(
-    network: Any, transform: "Callable[[Image.Image], Tensor]", pooler: bool
-) -> "tuple[Callable[[Tensor], Tensor] | None, str]":
+    network: Any, transform: Callable[[Image.Image], Tensor], pooler: bool
+) -> tuple[Callable[[Tensor], Tensor] | None, str]:
     """Which vector of a model of transformers stands for an image: a function of pixels, and how to call it.
 
     The image embedding of models of images and texts; else the pooled output, unless its weights are missing and would
@@ -307,8 +293,6 @@ def _choose_vector(
         transform: RGB image → (3, H, W).
         pooler: whether the weights of a pooled output, if it has any, are there.
     """
-    import torch
-    from PIL import Image
 
     white = transform(Image.new("RGB", (64, 64), "white"))[None]
     images = getattr(network, "get_image_features", None)
@@ -327,14 +311,14 @@ def _choose_vector(
     if any(name.endswith("cls_token") for name, _ in network.named_parameters()):
         return lambda pixels: network(pixel_values=pixels).last_hidden_state[:, 0], "the class token"
 
-    def mean(pixels: "Tensor") -> "Tensor":
+    def mean(pixels: Tensor) -> Tensor:
         states: Tensor = network(pixel_values=pixels).last_hidden_state  # (B, L, D) or (B, D, H, W)
         return states.mean(1) if states.ndim == 3 else states.flatten(2).mean(2)
 
     return mean, "the mean over all places"
 
 
-def _pooled(output: Any) -> "Tensor":
+def _pooled(output: Any) -> Tensor:
     """The pooled vector of an output, which older models give by itself."""
     pooled: Tensor = output if hasattr(output, "ndim") else output.pooler_output
     return pooled
