@@ -3,8 +3,9 @@
 import itertools
 import json
 import os
+import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from spn4cir.files import Row, hash_files, locked, write_text
 
 EMBEDDED = Path(embedded.__file__).parent
 """Folder of the weights that are part of the package."""
+ROWS = 256  # references compared with all others at once: (ROWS, N) scores are all that is held
 POSITIVE = (
     "words", "max_new_tokens", "caption_batch_size", "match_batch_size", "pairs_per_image", "requests", "timeout",
 )  # fmt: skip
@@ -186,6 +188,16 @@ def mark_done(path: Path, made_by: str, *others: Path, **about: Any) -> None:
     files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_files(file)} for file in (path, *others)}
     note = {"made_by": made_by, **about, "outputs": files}
     write_text(path.with_suffix(".done.json"), json.dumps(note, indent=1) + "\n")
+
+
+def draw_free(places: range, taken: Collection[int], name: str, count: int, seed: int) -> list[int]:
+    """Draw up to ``count`` places that are not taken, in ascending order; each name has a draw of its own."""
+    taken = sorted(place for place in taken if place in places)
+    free = len(places) - len(taken)
+    drawn = [places.start + n for n in sorted(random.Random(f"{seed}/{name}").sample(range(free), min(count, free)))]
+    for place in taken:
+        drawn = [n + (place <= n) for n in drawn]
+    return drawn
 
 
 class Journal:
