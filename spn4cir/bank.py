@@ -63,10 +63,8 @@ class Bank:
     def shard(self, process: int, processes: int) -> "Bank":
         """The same bank with the targets that one of several processes keeps, still where they are.
 
-        Each keeps as many rows, one after the other; the last ones fewer, or none.
-
-        Raises:
-            ValueError: if there is no such process, or this is a share already.
+        Each keeps as many rows, one after the other; the last ones fewer, or none. Raises ``ValueError`` if there is no
+        such process, or this is a share already.
         """
         if not 0 <= process < processes:
             raise ValueError(f"process {process} of {processes}")
@@ -86,10 +84,7 @@ class FrozenCheck:
     """Sees whether ``encode_image`` gives for one image, to the bit, what it gave when the bank came into use.
 
     A fingerprint tells which weights a bank was made with; this tells that they are all that ``encode_image`` reads.
-
-    Args:
-        backbone: with a frozen image side; put in eval mode.
-        pixels: (3, H, W).
+    The backbone has a frozen image side and is put in eval mode; pixels are (3, H, W).
     """
 
     def __init__(self, backbone: Backbone, pixels: Tensor):
@@ -104,10 +99,9 @@ class FrozenCheck:
         """Raises ``InputError`` if the features have moved, or are others in the mode that the model is in now."""
         for now, then in zip(self._encode(backbone), self._features, strict=True):
             if not torch.equal(now, then):
-                raise InputError(
-                    f"{backbone.name}: encode_image has moved while the bank was in use, so the bank is stale: "
-                    "image_side() or untie_text_side() leaves out something that encode_image reads"
-                )
+                cause = "image_side() or untie_text_side() leaves out something that encode_image reads"
+                what = "encode_image has moved while the bank was in use, so the bank is stale"
+                raise InputError(f"{backbone.name}: {what}: {cause}")
 
 
 def assign_rows(hashes: Mapping[str, str]) -> dict[str, int]:
@@ -164,17 +158,13 @@ def load_or_build(
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")
     parts = parts or stored_parts("float32")
     name, rows = fingerprint(backbone, hashes, parts), assign_rows(hashes)
-    first: dict[int, str] = {}
-    for image_id, row in rows.items():
-        first.setdefault(row, image_id)
+    first = {row: image_id for image_id, row in reversed(rows.items())}  # of images that share a row
     order = [first[row] for row in range(len(first))]
     store = EmbeddingStore(root, name, len(order), parts, batch_size, "the bank", NO_ROOM)
 
-    def bank_of(arrays: Mapping[str, StoredRows]) -> Bank:
-        return Bank(arrays.get("reference"), arrays["target"].whole(), rows, name)
-
     def usable(note: str) -> Bank | None:
-        bank = bank_of(arrays) if (arrays := store.open(note)) else None
+        arrays = store.open(note)
+        bank = Bank(arrays.get("reference"), arrays["target"].whole(), rows, name) if arrays else None
         return bank if bank and _is_valid(bank, backbone, images.stack(order[:1])) else None
 
     if bank := usable(WHOLE):
@@ -185,7 +175,8 @@ def load_or_build(
         if not usable(BEGUN):
             store.remove()
         _encode(backbone, images, order, store)
-        return bank_of(store.finish())
+        arrays = store.finish()
+        return Bank(arrays.get("reference"), arrays["target"].whole(), rows, name)
 
 
 @torch.no_grad()
@@ -209,10 +200,8 @@ def _encode(backbone: Backbone, images: ImageSource, order: Sequence[str], store
             for part, value in values.items():
                 if not value.isfinite().all():
                     store.remove()
-                    raise InputError(
-                        f"{backbone.name}: {part} features hold numbers that are not finite in {store.dtypes[part]}: "
-                        "set bank.dtype float32, or look at the weights"
-                    )
+                    what = f"{part} features hold numbers that are not finite in {store.dtypes[part]}"
+                    raise InputError(f"{backbone.name}: {what}: set bank.dtype float32, or look at the weights")
             store.write(start, values)
             bar.update(len(features.target))
             del features, values  # before the next ones are made

@@ -13,42 +13,37 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.errors import InputError
-from spn4cir.files import write_text
+from spn4cir.files import replaced, write_text
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write tensors and a JSON note, the whole file or none of it."""
-    beside = path.with_name(path.name + ".tmp")
     whole = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    save_file(whole, beside, {"about": json.dumps(about)})
-    beside.chmod(0o644)  # as other files are
-    os.replace(beside, path)
+    with replaced(path) as beside:
+        save_file(whole, beside, {"about": json.dumps(about)})
+        beside.chmod(0o644)  # as other files are
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``write_tensors`` wrote. Raises ``InputError`` if the file is missing or broken."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a complete safetensors file: {error}") from None
+    note = read_note(path)
+    return load_file(path), note
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """The JSON note of ``write_tensors`` alone. Raises ``InputError`` if the file is broken."""
+    """The JSON note of ``write_tensors`` alone. Raises ``InputError`` if the file is missing or broken."""
     try:
         with safe_open(path, "pt") as file:
             note: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
             return note
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a complete safetensors file: {error}") from None
 
@@ -66,8 +61,7 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     """Load weights; every key must be accounted for. Raises ``InputError`` that names what is not."""
     parts = differences(module.state_dict(), state)
-    report = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in parts.items() if keys)
-    if report:
+    if report := "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in parts.items() if keys):
         raise InputError(f"{source} does not fit this model: {report}")
     module.load_state_dict(state)
 
@@ -84,19 +78,16 @@ def save_model(folder: Path, backbone: Backbone, about: dict[str, Any]) -> None:
 def read_model(folder: Path) -> tuple[str, dict[str, Any]]:
     """Name and options of the backbone of a run or checkpoint folder.
 
-    Raises:
-        InputError: if the folder holds no complete model.
+    Raises ``InputError`` if the folder holds no complete model.
     """
-    note_path, weights = folder / "model.json", folder / "model.safetensors"
-    for path in (note_path, weights):
-        if not path.is_file():
-            raise InputError(f"{folder} holds no model: {path.name} is missing")
+    for name in ("model.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} holds no model: {name} is missing")
     try:
-        note = json.loads(note_path.read_text(encoding="utf-8"))
-        name, options = str(note["backbone"]), dict(note["options"])
+        note = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        return str(note["backbone"]), dict(note["options"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{note_path} is damaged: {error}") from None
-    return name, options
+        raise InputError(f"{folder / 'model.json'} is damaged: {error}") from None
 
 
 def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbone:
@@ -110,8 +101,7 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
     Raises:
         InputError: if the folder holds no complete model, or its weights do not fit.
     """
-    name, saved = read_model(folder)
-    changes = changes or {}
+    (name, saved), changes = read_model(folder), changes or {}
     if saved.get("separated") != changes.get("separated", saved.get("separated")):
         raise InputError("separated is no option to give: stage 2 separates a model itself")
     own = {"tokenizer": str(folder / "tokenizer")} if (folder / "tokenizer").is_dir() else {}

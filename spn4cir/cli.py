@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from spn4cir.config import TrainConfig, read_settings
 from spn4cir.errors import InputError, run_command
@@ -18,7 +18,11 @@ def evaluate_command() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Shows examples as they are written, and says what is wrong in one line."""
+
+    def __init__(self, prog: str, description: str = "", epilog: str = "", **rest: Any):
+        rest |= {"description": description, "epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(prog, **rest)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -26,50 +30,50 @@ class _Parser(argparse.ArgumentParser):
 
 def _evaluate() -> None:
     parser = _Parser(
-        prog="spn4cir-eval",
-        description="Evaluate the newest run of a dataset, or the embedded weights where there is none.",
-        epilog="examples:\n  spn4cir-eval --split val\n  spn4cir-eval --split test --ablate --json result.json\n"
+        "spn4cir-eval",
+        "Evaluate the newest run of a dataset, or the embedded weights where there is none.",
+        "examples:\n  spn4cir-eval --split val\n  spn4cir-eval --split test --ablate --json result.json\n"
         "  spn4cir-eval --run runs/emoji/clip4cir/stage2-20260101-123000\n"
         "  spn4cir-eval --dataset fashioniq --protocol fashioniq/original-noref\n"
         "  spn4cir-eval --dataset cirr --split test1 --submission submission\n"
         "  spn4cir-eval --combine seed0.json seed1.json seed2.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
-    parser.add_argument("--protocol", help="id of a protocol of that split (default: the run's, else the dataset's)")
-    parser.add_argument("--dataset", help=f"default: that of --run, else {TrainConfig.dataset}")
-    parser.add_argument("--data-root", help="where its files lie")
-    parser.add_argument("--backbone", help="whose newest run is meant, or whose embedded weights (default: any run's)")
-    parser.add_argument("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
-    parser.add_argument("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
-    parser.add_argument(
-        "--ranks", metavar="FILE", type=Path, help="write the ranks of each query's targets (.parquet, .jsonl)"
-    )
-    parser.add_argument("--top-k", metavar="FILE", type=Path, help="write the first items of each query, with scores")
-    parser.add_argument("--k", type=int, help="number of first items that --top-k writes (default: 100)")
-    parser.add_argument("--submission", metavar="DIR", type=Path, help="write what an evaluation server takes instead")
-    parser.add_argument("--combine", metavar="FILE", type=Path, nargs="+", help="mean and deviation of JSON results")
-    parser.add_argument("--batch-size", type=int, help="images encoded at once (default: the run's, else 256)")
+    add = parser.add_argument
+    add("--split", default="val", help="split of the dataset (default: val)")
+    add("--protocol", help="id of a protocol of that split (default: the run's, else the dataset's)")
+    add("--dataset", help=f"default: that of --run, else {TrainConfig.dataset}")
+    add("--data-root", help="where its files lie")
+    add("--backbone", help="whose newest run is meant, or whose embedded weights (default: any run's)")
+    add("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
+    add("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
+    add("--json", metavar="FILE", help="write the result as JSON; - for standard output")
+    add("--ranks", metavar="FILE", type=Path, help="write the ranks of each query's targets (.parquet, .jsonl)")
+    add("--top-k", metavar="FILE", type=Path, help="write the first items of each query, with scores")
+    add("--k", type=int, help="number of first items that --top-k writes (default: 100)")
+    add("--submission", metavar="DIR", type=Path, help="write what an evaluation server takes instead")
+    add("--combine", metavar="FILE", type=Path, nargs="+", help="mean and deviation of JSON results")
+    add("--batch-size", type=int, help="images encoded at once (default: the run's, else 256)")
     args = parser.parse_args()
     if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.json not in (None, "-"):
-        _check_output("--json", Path(args.json))
     if args.k is not None and (args.k < 1 or not args.top_k):
         raise InputError(f"--k must be at least 1 and needs --top-k FILE, got {args.k}")
+    _check_output("--json", args.json)
     for option, path in (("--ranks", args.ranks), ("--top-k", args.top_k)):
-        if path:
-            _check_output(option, path)
-            if path.suffix not in (".parquet", ".jsonl"):
-                raise InputError(f"{option} {path}: one row per query is written as .parquet or .jsonl")
+        _check_output(option, path)
+        if path and path.suffix not in (".parquet", ".jsonl"):
+            raise InputError(f"{option} {path}: one row per query is written as .parquet or .jsonl")
     if args.combine:
-        return _combine(args.combine, args.json)
-    return _evaluate_run(args)
+        _combine(args.combine, args.json)
+    else:
+        _evaluate_run(args)
 
 
-def _check_output(option: str, path: Path) -> None:
+def _check_output(option: str, output: str | Path | None) -> None:
     """Raises ``InputError`` before any work if a file cannot be written there."""
+    path = Path(output or "-")
+    if str(path) == "-":
+        return
     if path.is_dir():
         raise InputError(f"{option} {path} is a folder: give a file")
     if not path.parent.is_dir():
@@ -79,6 +83,8 @@ def _check_output(option: str, path: Path) -> None:
 
 
 def _evaluate_run(args: argparse.Namespace) -> None:
+    import torch
+
     from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone
     from spn4cir.datasets import load_dataset
@@ -103,50 +109,50 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     if args.submission:
         _check_submission(args.submission, benchmark)
     backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone or TrainConfig.backbone)
-    backbone.to(_device())
+    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     images = ImageSource(dataset.image, backbone.transform)
-    shown = sys.stderr if args.json == "-" else sys.stdout
+    model = f"model {run or 'embedded weights, not trained on any triplet'}"
     if args.submission:
-        print(f"model {run or 'embedded weights, not trained on any triplet'}")
-        return _submit(args.submission, dataset, backbone, benchmark, images, args.batch_size)
+        print(model)
+        rankings = evaluate(backbone, benchmark, images, batch_size=args.batch_size, top=50).rankings
+        names = [query.name for query in benchmark.queries]
+        lists = [dict(zip(names, rankings[over].top, strict=True)) for over in ("gallery", "subset")]
+        for path in dataset.write_submission(args.submission, *lists):
+            print(dataset.check_submission(path))
+        return
     top = (args.k or 100) if args.top_k else 0
     result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
-    lines = [f"model {run or 'embedded weights, not trained on any triplet'}", *dataset.notes(), *skip_notes(dataset)]
-    print("\n".join([*lines, metrics_table(result)]), file=shown)
+    lines = [model, *dataset.notes(), *skip_notes(dataset), metrics_table(result)]
+    print("\n".join(lines), file=_shown(args.json))
     for path, column in ((args.ranks, "ranks"), (args.top_k, "top")):
         if path:
             result.write_rows(path, column)
     values = result.as_json()
     about = {"protocol": values.pop("protocol"), "run": str(run) if run else None, **values, "git": git_commit()}
     _write_json(args.json, about)
-    return None
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _combine(paths: list[Path], output: str | None) -> None:
     """Mean and standard deviation of results of one protocol."""
     from spn4cir.results import combine
 
-    results = []
-    for path in paths:
-        result = read_json(path)
-        metrics = result.get("metrics") if isinstance(result, dict) else None
-        numbers = isinstance(metrics, dict) and all(type(value) in (int, float) for value in metrics.values())
-        if not numbers or not {"protocol", "data"} <= result.keys():
+    results = [read_json(path) for path in paths]
+    for path, result in zip(paths, results, strict=True):
+        metrics = result.get("metrics") if isinstance(result, dict) and {"protocol", "data"} <= result.keys() else None
+        if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
             raise InputError(f"--combine {path} is no result of spn4cir-eval --json")
-        results.append(result)
     found = combine(results)
     lines = [f"protocol {results[0]['protocol']}, {len(results)} results, mean ± standard deviation"]
     lines += [f"{name:<12}{mean:8.2f} ± {deviation:.2f}" for name, (mean, deviation) in found.items()]
-    print("\n".join(lines), file=sys.stderr if output == "-" else sys.stdout)
+    print("\n".join(lines), file=_shown(output))
     summary = {name: {"mean": mean, "deviation": deviation} for name, (mean, deviation) in found.items()}
     about = {"protocol": results[0]["protocol"], "data": results[0]["data"], "results": len(results)}
     _write_json(output, {**about, "metrics": summary})
+
+
+def _shown(output: str | None) -> TextIO:
+    """Where a person reads: standard error, where ``--json -`` takes standard output."""
+    return sys.stderr if output == "-" else sys.stdout
 
 
 def _write_json(output: str | None, value: Any) -> None:
@@ -162,26 +168,13 @@ def _check_submission(folder: Path, benchmark: Any) -> None:
     """Raises ``InputError`` before a model is loaded if there is nothing to submit."""
     if benchmark.has_known_targets:
         raise InputError(f"--submission is for a split whose targets are not public, and {benchmark.name} is none")
-    if benchmark.skipped:
-        raise InputError(
-            f"a submission needs every image of {benchmark.name}: {benchmark.skipped} are on the skip list"
-        )
+    if count := benchmark.skipped:
+        raise InputError(f"a submission needs every image of {benchmark.name}: {count} are on the skip list")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--submission {folder} is a file: give a folder")
     there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f"--submission {folder} cannot be made: {there} is no folder, or not writable")
-
-
-def _submit(folder: Path, dataset: Any, backbone: Any, benchmark: Any, images: Any, batch_size: int) -> None:
-    """Rank without targets, and write the files of an evaluation server."""
-    from spn4cir.evaluate import evaluate
-
-    result = evaluate(backbone, benchmark, images, batch_size=batch_size, top=50)
-    names = [query.name for query in benchmark.queries]
-    lists = [dict(zip(names, result.rankings[over].top, strict=True)) for over in ("gallery", "subset")]
-    for path in dataset.write_submission(folder, *lists):
-        print(dataset.check_submission(path))
 
 
 def data_command() -> None:
@@ -191,40 +184,36 @@ def data_command() -> None:
 
 def _data() -> None:
     parser = _Parser(
-        prog="spn4cir-data",
-        description="Look after a dataset's files.",
-        epilog="examples:\n  spn4cir-data check --dataset cirr\n"
+        "spn4cir-data",
+        "Look after a dataset's files.",
+        "examples:\n  spn4cir-data check --dataset cirr\n"
         "  spn4cir-data check --dataset fashioniq --data-root FOLDER --write-skip-list --json report.json\n"
         "  spn4cir-data deduplicate --dataset fashioniq\n"
         "  spn4cir-data validate-submission submission/recall_submission.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     check = commands.add_parser("check", help="what is there, what is broken, and whether training can run")
-    check.set_defaults(run=_check)
     check.add_argument("--json", metavar="FILE", help="write the whole report as JSON; - for standard output")
     check.add_argument("--write-skip-list", action="store_true", help="leave missing and broken images out from now on")
     same = commands.add_parser("deduplicate", help="write which images have equal pixels, as optimized_images.json")
-    same.set_defaults(run=_deduplicate)
     same.add_argument("--output", type=Path, help="file (default: optimized_images.json in the dataset's folder)")
-    for command in (check, same):
-        command.add_argument("--dataset", default=TrainConfig.dataset, help=f"default: {TrainConfig.dataset}")
-        command.add_argument("--workers", type=int, help="images decoded at once (default: one per core)")
     valid = commands.add_parser("validate-submission", help="check a file for CIRR's evaluation server, offline")
-    valid.set_defaults(run=_validate)
     valid.add_argument("files", type=Path, nargs="+", metavar="FILE")
     valid.add_argument("--dataset", default="cirr", help="whose queries it answers (default: cirr)")
-    for command in (check, same, valid):
+    for command, run in ((check, _check), (same, _deduplicate), (valid, _validate)):
+        command.set_defaults(run=run, workers=None)
+        if command is not valid:
+            command.add_argument("--dataset", default=TrainConfig.dataset, help=f"default: {TrainConfig.dataset}")
+            command.add_argument("--workers", type=int, help="images decoded at once (default: one per core)")
         command.add_argument("--data-root", help="where the dataset's files lie")
     args = parser.parse_args()
-    if getattr(args, "workers", None) is not None and args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers must be at least 1, got {args.workers}")
     args.run(args)
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.json not in (None, "-"):
-        _check_output("--json", Path(args.json))
+    _check_output("--json", args.json)
     from spn4cir.dataset_check import examine, skip_list, table
     from spn4cir.datasets import load_dataset
     from spn4cir.datasets.skip import NAME, read_skip_list, write_skip_list
@@ -235,12 +224,11 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"{dataset.name} is embedded: it needs no skip list")
         _check_output("--write-skip-list", dataset.root / NAME)
     report = examine(dataset, _pixel_cache(dataset.name), args.workers)
-    shown = sys.stderr if args.json == "-" else sys.stdout
+    shown = _shown(args.json)
     if args.write_skip_list and dataset.root:
         reasons = skip_list(report, read_skip_list(dataset.root))
         path = write_skip_list(dataset.root, reasons)
-        dataset = load_dataset(args.dataset, args.data_root)
-        report = examine(dataset, before=report)
+        report = examine(load_dataset(args.dataset, args.data_root), before=report)
         print(f"{path}: {len(reasons)} images to leave out\n", file=shown)
     print(table(report), file=shown)
     _write_json(args.json, report.as_json())
@@ -263,12 +251,9 @@ def _deduplicate(args: argparse.Namespace) -> None:
         raise InputError(f"{dataset.name}: there are no training triplets that name an image")
     paths = {image_id: dataset.image(image_id) for image_id in named}
     found = inspect_images(paths, _pixel_cache(dataset.name), args.workers)
-    broken = [image_id for image_id, image in found.items() if image.problem]
-    if broken:
-        raise InputError(
-            f"{len(broken)} images are missing or broken, such as {paths[broken[0]]}: "
-            f"see spn4cir-data check --dataset {dataset.name}"
-        )
+    if broken := [image_id for image_id, image in found.items() if image.problem]:
+        what = f"{len(broken)} images are missing or broken, such as {paths[broken[0]]}"
+        raise InputError(f"{what}: see spn4cir-data check --dataset {dataset.name}")
     canonical = canonical_ids({image_id: image.pixels for image_id, image in found.items()})
     write_optimized(out, canonical, paths)
     print(f"{len(canonical)} images, {len(set(canonical.values()))} unique → {out}")
@@ -277,8 +262,7 @@ def _deduplicate(args: argparse.Namespace) -> None:
 def _validate(args: argparse.Namespace) -> None:
     from spn4cir.datasets import load_dataset
 
-    dataset = load_dataset(args.dataset, args.data_root)
-    faults = []
+    dataset, faults = load_dataset(args.dataset, args.data_root), []
     for path in args.files:
         try:
             print(dataset.check_submission(path))
@@ -302,34 +286,26 @@ def import_command() -> None:
 
 def _import() -> None:
     parser = _Parser(
-        prog="spn4cir-import",
-        description="Convert published weights into a folder for --run and --init. Prints what became of every name in "
-        "the file; anything unexplained is an error, and nothing that a file holds is run.",
-        epilog="examples:\n  spn4cir-import --backbone clip4cir fiq_stage1.pt --output runs/imported/fiq_stage1\n"
+        "spn4cir-import",
+        "Convert published weights into a folder for --run and --init. Prints what became of every name in the file; "
+        "anything unexplained is an error, and nothing that a file holds is run.",
+        "examples:\n  spn4cir-import --backbone clip4cir fiq_stage1.pt --output runs/imported/fiq_stage1\n"
         "  spn4cir-import --backbone clip4cir tiny.pt --model local-dir:FOLDER --output runs/imported/tiny\n"
         "  spn4cir-import --backbone clip4cir combiner.pt --base runs/imported/fiq_stage1 --output runs/imported/fiq\n"
         "  spn4cir-import --backbone blip4cir best.pt --tokenizer FOLDER --output runs/imported/fiq_blip",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="weights as they are published, a file of torch.save")
-    parser.add_argument("--backbone", required=True, help="whose weights they are")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--model", help="architecture inside the backbone (default: recognised by the shapes)")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FOLDER",
-        help="folder or name of the tokenizer, where one is needed (default: BERT's)",
-    )
-    parser.add_argument(
-        "--base", type=Path, metavar="FOLDER", help="for a file that holds a part of a model: where the rest lies"
-    )
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="weights as they are published, a file of torch.save")
+    add("--backbone", required=True, help="whose weights they are")
+    add("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    add("--model", help="architecture inside the backbone (default: recognised by the shapes)")
+    add("--tokenizer", metavar="FOLDER", help="folder or name of the tokenizer, where one is needed (default: BERT's)")
+    add("--base", type=Path, metavar="FOLDER", help="for a file that holds a part of a model: where the rest lies")
     args = parser.parse_args()
 
     from spn4cir.importers import import_published
 
     stated = {key: value for key in ("model", "tokenizer") if (value := getattr(args, key))}
     import_published(args.file, args.output, args.backbone, stated, args.base)
-    print(
-        f"written to {args.output}\nnext: spn4cir-eval --run {args.output}\n"
-        f"      spn4cir-train --stage 2 --dataset DATASET --init {args.output}"
-    )
+    print(f"written to {args.output}\nnext: spn4cir-eval --run {args.output}")
+    print(f"      spn4cir-train --stage 2 --dataset DATASET --init {args.output}")

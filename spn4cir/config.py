@@ -5,7 +5,8 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -36,10 +37,6 @@ class BankConfig:
     dtype: Literal["float32", "float16"] = "float32"
     references: Literal["stored", "recompute"] = "stored"
 
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"bank.limit must be at least 1, or null for all candidates, got {self.limit}")
-
 
 @dataclasses.dataclass
 class NegativesConfig:
@@ -58,8 +55,6 @@ class NegativesConfig:
     def __post_init__(self) -> None:
         if not self.types or len(set(self.types)) < len(self.types):
             raise InputError(f"negatives.types names at least one type, and each once, got {self.types}")
-        if self.max_similarity is not None and not 0 < self.max_similarity < 1:
-            raise InputError(f"negatives.max_similarity must be between 0 and 1, or null, got {self.max_similarity}")
 
 
 @dataclasses.dataclass
@@ -79,12 +74,6 @@ class ComputeConfig:
     checkpoint: bool = False
     compile: bool = False
 
-    def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise InputError(f"compute.chunk must be at least 1, or null for all at once, got {self.chunk}")
-        if self.accumulate < 1:
-            raise InputError(f"compute.accumulate must be at least 1, got {self.accumulate}")
-
 
 @dataclasses.dataclass
 class AdamWConfig:
@@ -100,14 +89,6 @@ class AdamWConfig:
     eps: float = 1e-7
     max_grad_norm: float | None = None
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta2 < 1:
-            raise InputError(f"adamw.beta2 must be in [0, 1), got {self.beta2}")
-        if not 0 < self.eps < math.inf:
-            raise InputError(f"adamw.eps must be above 0, got {self.eps}")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
-            raise InputError(f"adamw.max_grad_norm must be above 0, or null for no bound, got {self.max_grad_norm}")
-
 
 RENAMED = {
     "annotated": "max_annotated",
@@ -118,6 +99,15 @@ RENAMED = {
 }
 """Old settings and values, and what they are called now."""
 GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
+BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
+    ("above 0", lambda x: 0 < x < math.inf, "batch_size epochs lr temperature eval_batch_size log_every adamw.eps"),
+    ("above 0", lambda x: 0 < x < math.inf, "adamw.max_grad_norm"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "warmup_steps eval_every save_every workers weight_decay max_annotated"),
+    ("at least 1", lambda x: x >= 1, "max_steps bank.limit compute.chunk compute.accumulate"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "generated_share adamw.beta2"),
+    ("between 0 and 1", lambda x: 0 < x < 1, "holdout negatives.max_similarity"),
+]
+"""What the number of a setting must be, unless it is null."""
 
 
 @dataclasses.dataclass
@@ -210,18 +200,11 @@ class TrainConfig:
         for name, kind in GROUPS.items():
             if isinstance(getattr(self, name), dict):  # as a file or the parser gives it
                 setattr(self, name, kind(**getattr(self, name)))
-        for name in ("batch_size", "epochs", "lr", "temperature", "eval_batch_size", "log_every"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "eval_every", "save_every", "workers", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InputError(f"max_steps must be at least 1, or null for no bound, got {self.max_steps}")
-        if self.generated_share is not None and not 0 <= self.generated_share < 1:
-            raise InputError(f"generated_share must be in [0, 1), got {self.generated_share}")
-        if not 0 < self.holdout < 1:
-            raise InputError(f"holdout must be between 0 and 1, got {self.holdout}")
+        for bound, holds, names in BOUNDS:
+            for name in names.split():
+                value = attrgetter(name)(self)
+                if value is not None and not holds(value):
+                    raise InputError(f"{name} must be {bound}, got {value}")
         if self.generated_share and not self.generated:
             raise InputError(f"generated_share {self.generated_share} needs generated: a file of triplets, or auto")
         check_options(self.schedule, self.schedule_options)
@@ -230,8 +213,6 @@ class TrainConfig:
                 raise InputError(f"lr_scale: the factor of {part} must be above 0, got {factor}")
         if self.batch_size % self.compute.accumulate:
             raise InputError(f"batch_size {self.batch_size} does not divide into {self.compute.accumulate} parts")
-        if self.max_annotated is not None and self.max_annotated < 0:
-            raise InputError(f"max_annotated must be 0 or more, got {self.max_annotated}")
 
 
 def recipes_folder() -> Path:
@@ -261,13 +242,9 @@ def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text:
 
     given, arguments = take_option(sys.argv[1:] if argv is None else argv, "config")
     path, arguments = find_config(given) if given else default, [_spell(argument) for argument in arguments]
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description=text.partition("\n\n")[0] + " Settings come from --config FILE, then from options.",
-        formatter_class=_Help,
-        epilog=text.partition("\n\n")[2],
-    )
+    sentence, _, examples = text.partition("\n\n")
+    about = {"description": f"{sentence} Settings come from --config FILE, then from options.", "epilog": examples}
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=_Help, **about)
     parser.add_argument("--config", metavar="FILE", default=short_name(default), help="YAML file, or a packaged recipe")
     parser.add_class_arguments(kind)
     values = read_settings(path, kind)

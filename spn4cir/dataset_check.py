@@ -35,18 +35,17 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the look at single images, for machines."""
-        told = asdict(replace(self, found={}))
-        del told["found"]
-        return {"can_train": self.can_train, **told}
+        values = asdict(replace(self, found={}))
+        return {"can_train": self.can_train, **{name: values[name] for name in values if name != "found"}}
 
 
 def examine(
     dataset: Dataset, cache: Path | None = None, workers: int | None = None, before: Report | None = None
 ) -> Report:
-    """Look at annotations and at every image, each decoded once.
+    """Look at annotations and at every image, each decoded once; images on the skip list count as left out.
 
     Args:
-        dataset: any; images on its skip list count as left out, not as broken.
+        dataset: any.
         cache: file of pixels seen before, see ``inspect_images``.
         workers: how many images are decoded at once.
         before: a report on the same images, to look at none again.
@@ -67,8 +66,7 @@ def examine(
         report.checks += _of_role(role, found, images, dataset.skip_reasons)
     if report.can_train:
         report.checks += _usable(dataset)
-    mended = [i for i in sorted(dataset.skip_reasons) if i in found and not found[i].problem]
-    if mended:
+    if mended := [i for i in sorted(dataset.skip_reasons) if i in found and not found[i].problem]:
         report.checks.append(Check.listed("images on the skip list that decode", mended))
     report.duplicates, checks = _equal(dataset, roles, found)
     report.checks += checks
@@ -79,16 +77,15 @@ def _usable(dataset: Dataset) -> list[Check]:
     """What still stands in the way where each file on its own is sound, such as an id that only another split lists."""
     faults: list[Check] = []
     triplets = attempt(faults, "training triplets", True, dataset.triplets)
-    for split, name in [(split, name) for split, names in dataset.protocols.items() for name in names]:
+    for split, name in ((split, name) for split, names in dataset.protocols.items() for name in names):
         level: Level = "problem" if split == "val" else "note"
         benchmark = attempt(faults, f"queries of {name}", split == "val", partial(dataset.benchmark, split, name))
         if benchmark is not None and (not benchmark.queries or benchmark.missing_tags):
             examples = tuple(f"none of {tag}" for tag in benchmark.missing_tags)
             faults.append(Check(f"queries of {name} that are left", len(benchmark.queries), None, level, examples))
     if triplets is not None and not triplets:
-        faults.append(
-            Check("triplets that are left to train on", 0, None, "problem" if dataset.has_triplets else "fact")
-        )
+        level = "problem" if dataset.has_triplets else "fact"
+        faults.append(Check("triplets that are left to train on", 0, None, level))
     return faults
 
 
@@ -99,13 +96,12 @@ def _of_role(
     broken = {i: found[i].problem for i in role.image_ids if found[i].problem}
     checks = [Check(f"{role.name}: images that decode", len(role.image_ids) - len(broken), len(role.image_ids))]
     for problem in PROBLEMS:
-        ids = [i for i, what in broken.items() if what == problem]
-        if ids:
-            level: Any = "problem" if role.needed and not set(ids) <= set(skipped) else "note"
-            more = " (on the skip list)" if set(ids) <= set(skipped) else ""
-            said = {i: "" if problem == "missing" else f": {found[i].detail}" for i in ids}
-            examples = tuple(f"{images[i]}{said[i]}" for i in ids)
-            checks.append(Check(f"{role.name}: {problem}{more}", len(ids), 0, level, examples))
+        if ids := [i for i, what in broken.items() if what == problem]:
+            is_skipped = set(ids) <= set(skipped)
+            level: Level = "problem" if role.needed and not is_skipped else "note"
+            more = " (on the skip list)" if is_skipped else ""
+            examples = [f"{images[i]}" + (f": {found[i].detail}" if problem != "missing" else "") for i in ids]
+            checks.append(Check.listed(f"{role.name}: {problem}{more}", examples, level))
     return checks
 
 
@@ -125,8 +121,7 @@ def _equal(
     own = set(roles[0].image_ids)
     pixels = {hashes[i] for i in own if i in hashes}
     for role in (role for role in roles[1:] if role.needed):
-        leak = [i for i in role.image_ids if i not in own and hashes.get(i) in pixels]
-        if leak:
+        if leak := [i for i in role.image_ids if i not in own and hashes.get(i) in pixels]:
             checks.append(Check.listed(f"{role.name}: copies of images {roles[0].name}", leak))
     path = dataset.root / PUBLISHED_CLASSES if dataset.root else None
     if path and path.is_file():
@@ -137,18 +132,15 @@ def _equal(
         wrong = [i for i, first in listed.items() if hashes.get(i) != hashes.get(first)]
         apart = [i for i, first in canonical.items() if {i, first} <= listed.keys() and listed[i] != listed[first]]
         what = f"{PUBLISHED_CLASSES}: images whose class disagrees with their pixels"
-        both = tuple(wrong + apart)
-        checks.append(Check(what, len(both), 0, "note" if both else "fact", both))
+        checks.append(Check.listed(what, wrong + apart))
     return several, checks
 
 
 def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
-    """What to leave out: image id → reason. Raises ``InputError`` if that would be everything.
+    """What to leave out, given the list so far: image id → reason. Raises ``InputError`` if that would be everything.
 
-    Args:
-        report: what is broken now.
-        before: the list so far. Images that the doctor had listed and that are mended come back; those with a reason of
-            its own were left out by a person, and stay.
+    Images that a report had listed and that are mended come back; those with another reason stay, as a person left
+    them out.
     """
     if len(report.broken) == len(report.found):
         raise InputError(f"{report.dataset}: no picture in {report.root} decodes: a skip list would leave nothing")

@@ -89,9 +89,8 @@ def all_gather_rows(local: "Tensor") -> "Tensor":
 
     if world_size() == 1:
         return local
-    local = local.detach().contiguous()
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    torch.distributed.all_gather(parts, local)
+    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, local.detach().contiguous())
     return torch.cat(parts)
 
 
@@ -110,21 +109,19 @@ def gather_with_gradient(local: "Tensor") -> "Tensor":
 
 def all_reduce_sum(local: "Tensor") -> "Tensor":
     """The sum over all processes, without a gradient; ``local`` if alone."""
-    import torch
-
-    if world_size() == 1:
-        return local
-    total = local.detach().clone(memory_format=torch.contiguous_format)
-    torch.distributed.all_reduce(total)
-    return total
+    return _all_reduce(local, "SUM")
 
 
 def all_reduce_max(local: "Tensor") -> "Tensor":
     """The maximum over all processes, without a gradient; ``local`` if alone."""
+    return _all_reduce(local, "MAX")
+
+
+def _all_reduce(local: "Tensor", operation: str) -> "Tensor":
     import torch
 
     if world_size() == 1:
         return local
-    largest = local.detach().clone(memory_format=torch.contiguous_format)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    return largest
+    reduced = local.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(reduced, getattr(torch.distributed.ReduceOp, operation))
+    return reduced

@@ -37,8 +37,7 @@ class Neighbours:
     Args:
         gallery: (G, K, E), kept; in half precision it stays so, but not in the index.
         index: which.
-        effort: clusters that ``ivf`` looks into, or vectors that ``hnsw`` keeps in sight; more
-            is slower and misses less.
+        effort: clusters that ``ivf`` looks into, or vectors that ``hnsw`` keeps in sight; more is slower, misses less.
 
     Raises:
         InputError: if faiss is not installed.
@@ -49,13 +48,14 @@ class Neighbours:
         if index not in get_args(Kind) or effort < 1:
             raise ValueError(f"index must be one of {', '.join(get_args(Kind))} and effort positive: {index}, {effort}")
         self.gallery, self.kind = gallery, index
-        faiss = _faiss()
+        try:
+            faiss = importlib.import_module("faiss")
+        except ImportError as error:
+            advice = "pip install 'spn4cir[faiss-cpu]', or faiss-gpu on a CUDA machine"
+            raise InputError(f"faiss is missing: {advice}") from error
         self._on_gpu = index != "hnsw" and faiss.get_num_gpus() > 0
         self._longest = 0.0  # length of a vector
         self._index = self._build(faiss, effort) if gallery.numel() else None
-
-    def __len__(self) -> int:
-        return len(self.gallery)
 
     def _build(self, faiss: Any, effort: int) -> Any:
         """The index of all vectors."""
@@ -65,11 +65,10 @@ class Neighbours:
                 raise ValueError("the gallery is not finite: an embedding holds NaN or infinity")
         images, vectors, width = self.gallery.shape
         lists = max(1, min(images * vectors, int(4 * math.sqrt(images * vectors))))
-        if self.kind == "exact":
-            index = faiss.IndexFlatIP(width)
-        elif self.kind == "ivf":
-            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
-        else:
+        index = faiss.IndexFlatIP(width)
+        if self.kind == "ivf":
+            index = faiss.IndexIVFFlat(index, width, lists, faiss.METRIC_INNER_PRODUCT)
+        elif self.kind == "hnsw":
             index = faiss.IndexHNSWFlat(width, LINKS, faiss.METRIC_INNER_PRODUCT)
             index.hnsw.efSearch = effort
         if self._on_gpu:
@@ -88,21 +87,10 @@ class Neighbours:
     def top_k(
         self, query: Tensor, k: int, excluded: Tensor | None = None, members: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The k best gallery rows of each query, best first, equal scores by row.
+        """The k best gallery rows of each query, best first, as ``search.top_k`` takes and gives them.
 
-        Args:
-            query: (Q, E).
-            k: how many; all G where it is more.
-            excluded: (Q, X) gallery rows left out, padded with -1, or None.
-            members: (Q, M) gallery rows that alone are searched, padded with -1, or None for all. They are few, and
-                scored without the index.
-
-        Returns:
-            float32 scores and rows, both (Q, k), where the queries are; where fewer are found the last rows are -1,
-            with a score of minus infinity.
-
-        Raises:
-            ValueError: if a query is not finite.
+        Where fewer than k are found the last rows are -1, with a score of minus infinity. ``members`` are scored
+        without the index. Raises ``ValueError`` if a query is not finite.
         """
         k = min(k, len(self.gallery))
         if not bool(torch.isfinite(query).all()):
@@ -133,8 +121,8 @@ class Neighbours:
             unsure = ~(scores[:, -1] > products[:, -1] + slack)  # what was not seen scores no more than that
             if bool(unsure.any()):
                 part = None if excluded is None else excluded[unsure]
-                values, places = top_k(query[unsure], self.gallery, k, part)
-                scores[unsure], rows[unsure] = values, places.masked_fill(values.isneginf(), -1)
+                scores[unsure], places = top_k(query[unsure], self.gallery, k, part)
+                rows[unsure] = places.masked_fill(scores[unsure].isneginf(), -1)
         return scores, rows
 
     def _best(self, query: Tensor, rows: Tensor, k: int, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -162,13 +150,3 @@ class Neighbours:
 def _array(vectors: Tensor) -> np.ndarray[Any, Any]:
     """What faiss takes."""
     return vectors.detach().to("cpu", torch.float32).contiguous().numpy()
-
-
-def _faiss() -> Any:
-    """The package, which is loaded only where it is used."""
-    try:
-        return importlib.import_module("faiss")
-    except ImportError as error:
-        raise InputError(
-            "faiss is missing: pip install 'spn4cir[faiss-cpu]', or faiss-gpu on a CUDA machine"
-        ) from error

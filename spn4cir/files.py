@@ -19,8 +19,7 @@ Row = dict[str, Any]
 def replaced(path: Path) -> Iterator[Path]:
     """Give a path to write to; the file there takes the place of ``path`` at the end, unless an error occurs.
 
-    Raises:
-        InputError: if the file cannot be written.
+    Raises ``InputError`` if the file cannot be written.
     """
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -79,21 +78,16 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
                 raise InputError(busy) from None
             except OSError:  # not this kind of disk
                 pass
-            if not _is_at(path, file.fileno()):
-                continue  # whoever had it has removed it: what is at the path now is another's
+            try:
+                if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    continue  # whoever had it has removed it: what is at the path now is another's
+            except FileNotFoundError:
+                continue
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is the one that is at a path."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def read_json(path: Path, source: str = "") -> Any:
@@ -113,8 +107,7 @@ def read_json(path: Path, source: str = "") -> Any:
 def read_jsonl(path: Path) -> list[Row]:
     """Return the rows of a JSONL file without a torn last line.
 
-    Raises:
-        InputError: if the file is missing, or another line is not a JSON object.
+    Raises ``InputError`` if the file is missing, or another line is not a JSON object.
     """
     return list(stream_jsonl(path))
 
@@ -154,11 +147,9 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
 
 def _object(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, of which the decoder would silently keep the last of two values."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise InputError(f"{path}: the key {short(twice)} occurs twice in one object")
-    return found
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise InputError(f"{path}: the key {short(twice[0])} occurs twice in one object")
+    return dict(pairs)
 
 
 def short(value: object) -> str:

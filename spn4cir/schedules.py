@@ -1,4 +1,4 @@
-"""Learning-rate schedules: factors of the peak rate, as functions of the step."""
+"""Learning-rate schedules: factors of the peak rate at a step, given the steps of the run and of one epoch."""
 
 import inspect
 import math
@@ -14,14 +14,7 @@ def constant(step: int, steps: int, epoch: int) -> float:
 
 
 def cosine(step: int, steps: int, epoch: int, epochs: float | None = None) -> float:
-    """Half a cosine from 1 down to 0 over ``epochs``, or over the run; beyond it goes up again.
-
-    Args:
-        step: now.
-        steps: of the run.
-        epoch: steps of one epoch.
-        epochs: length of the way down.
-    """
+    """Half a cosine from 1 down to 0 over ``epochs``, or over the run; beyond it goes up again."""
     length = steps if epochs is None else epochs * epoch
     return 0.5 * (1 + math.cos(math.pi * step / max(length, 1)))
 
@@ -37,9 +30,6 @@ def onecycle(
     """Along cosines from ``start`` up to 1, and down to a ten-thousandth of ``start``.
 
     Args:
-        step: now.
-        steps: of the run.
-        epoch: steps of one epoch.
         epochs: length of the cycle; None is the run's. A longer one is cut off by the end of the run.
         warmup: share of the cycle that goes up.
         start: first factor.
@@ -48,9 +38,9 @@ def onecycle(
     """
     length = steps if epochs is None else int(epochs * epoch)
     top, last = warmup * length - 1, length - 1
-    low, high, share = (start, 1.0, step / max(top, 1e-9)) if step <= top else (1.0, start / 1e4, 0.0)
-    if step > top:
-        share = min((step - top) / max(last - top, 1e-9), 1.0)
+    rises = step <= top
+    low, high = (start, 1.0) if rises else (1.0, start / 1e4)
+    share = step / max(top, 1e-9) if rises else min((step - top) / max(last - top, 1e-9), 1.0)
     return high + (low - high) * 0.5 * (1 + math.cos(math.pi * share))
 
 

@@ -29,13 +29,9 @@ SECONDS = 5.0
 
 
 class StoredRows:
-    """Rows of an array on disk, memory-mapped: only those that are asked for are read.
+    """Rows of a ``.npy`` file, memory-mapped: only those that are asked for are read.
 
-    Args:
-        path: a ``.npy`` file.
-
-    Raises:
-        ValueError, OSError, EOFError: if it is none, or is cut off.
+    Raises ``ValueError``, ``OSError`` or ``EOFError`` if it is no such file, or is cut off.
     """
 
     def __init__(self, path: Path):
@@ -102,21 +98,19 @@ class EmbeddingStore:
 
     def open(self, note: str = WHOLE) -> dict[str, StoredRows] | None:
         """The arrays by name; with the note ``BEGUN`` those of an unfinished store. None if missing or damaged."""
-        if self._digits(note) is None:
-            return None
         try:
             arrays = {name: StoredRows(self.folder / f"{name}.npy") for name in self.dtypes}
         except (ValueError, OSError, EOFError):
             return None
         right = all(len(array) == self.rows and array.dtype == self.dtypes[name] for name, array in arrays.items())
-        return arrays if right else None
+        return arrays if right and self._digits(note) else None
 
     def missing(self) -> list[int]:
         """First rows of the blocks that are not on disk. Raises ``InputError`` if it has no room for them."""
-        arrays, digits = self.open(BEGUN), self._digits(BEGUN)
-        if arrays is None or digits is None:
+        arrays = self.open(BEGUN)
+        if arrays is None:
             return list(self._starts)
-        missing = [start for start, digit in zip(self._starts, digits, strict=True) if digit == "0"]
+        missing = [start for start, digit in zip(self._starts, self._digits(BEGUN), strict=True) if digit == "0"]
         rows = sum(min(self.block, self.rows - start) for start in missing)
         self._check_room(sum(array.whole()[0].nbytes for array in arrays.values()) * rows)
         return missing
@@ -124,8 +118,7 @@ class EmbeddingStore:
     def create(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Replace what is there by arrays without a block, given the shape of a row of each.
 
-        Raises:
-            InputError: if the disk has no room for them.
+        Raises ``InputError`` if the disk has no room for them.
         """
         self.remove()
         self.root.mkdir(parents=True, exist_ok=True)
@@ -141,8 +134,7 @@ class EmbeddingStore:
     def write(self, start: int, values: Mapping[str, Tensor]) -> None:
         """Write the block of rows from ``start`` on; creates the arrays if there are none.
 
-        Raises:
-            InputError: if the disk has no room; blocks that are noted stay.
+        Raises ``InputError`` if the disk has no room; blocks that are noted stay.
         """
         if not (self.folder / BEGUN).is_file():
             self.create({name: tuple(value.shape[1:]) for name, value in values.items()})
@@ -177,7 +169,7 @@ class EmbeddingStore:
         assert not self.missing(), "a block of rows is missing"
         os.replace(self.folder / BEGUN, self.folder / WHOLE)
         arrays = self.open()
-        assert arrays is not None
+        assert arrays, "the store is damaged"
         return arrays
 
     def remove(self) -> None:
@@ -190,17 +182,15 @@ class EmbeddingStore:
         """The beginning of a note."""
         return json.dumps({"rows": self.rows, "arrays": dict(self.dtypes)}, sort_keys=True).removesuffix("}")
 
-    def _digits(self, note: str) -> str | None:
-        """A digit for each block, if this note is one of these arrays; of a finished store the block may differ."""
+    def _digits(self, note: str) -> str:
+        """A digit for each block; empty for a note of other arrays. Of a finished store the block may differ."""
         try:
             text = (self.folder / note).read_text(encoding="utf-8", errors="replace")
         except OSError:
-            return None
-        found = re.fullmatch(re.escape(self._about) + r', "block": (\d+), "done": "([01]+)"}', text)
-        if not found or (note == WHOLE and "0" in found[2]):
-            return None
-        same_blocks = int(found[1]) == self.block and len(found[2]) == len(self._starts)
-        return found[2] if note == WHOLE or same_blocks else None
+            return ""
+        blocks = r'\d+, "done": "(1+)' if note == WHOLE else f'{self.block}, "done": "([01]{{{len(self._starts)}}})'
+        found = re.fullmatch(rf'{re.escape(self._about)}, "block": {blocks}"}}', text)
+        return found[1] if found else ""
 
     def _check_room(self, needed: int) -> None:
         free = shutil.disk_usage(self.root).free
@@ -216,6 +206,5 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
         with path.open("r+b") as file:
             yield file
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}; what is in it stays, and the same command goes on from there"
-        ) from None
+        advice = "what is in it stays, and the same command goes on from there"
+        raise InputError(f"{path} cannot be written: {error.strerror}; {advice}") from None

@@ -106,15 +106,12 @@ def pooled(vectors: Tensor) -> Tensor:
 
 
 def streaming_softmax(query: Tensor, candidates: Tensor, hidden: CandidateMask) -> Softmax:
-    """The softmax of scores over all candidates, and the mean of candidates that it weighs.
+    """The softmax of scores over all candidates, and the mean of candidates that it weighs, in the query's type.
 
     Args:
         query: (B, E), float32 or wider, already divided by the temperature.
         candidates: (N, K, E) in any float type, on the query's device or another; the nearest of K vectors counts.
         hidden: what each query leaves out.
-
-    Returns:
-        In the query's type.
     """
     found = Softmax(query.new_full((len(query),), -torch.inf), query.new_zeros(len(query)), torch.zeros_like(query))
     for vectors, block in _walk(query, candidates, hidden):
@@ -125,15 +122,10 @@ def streaming_softmax(query: Tensor, candidates: Tensor, hidden: CandidateMask) 
 def candidate_gradient(
     query: Tensor, candidates: Tensor, hidden: CandidateMask, found: Softmax, weight: Tensor
 ) -> Tensor:
-    """The gradient of ``Σ_i weight_i · logarithm_i`` with respect to the candidates, scores computed once more.
+    """The gradient of ``Σ_i weight_i · logarithm_i`` with respect to the candidates (N, K, E), in the query's type.
 
-    Args:
-        query, candidates, hidden: as ``streaming_softmax`` was given.
-        found: what it returned.
-        weight: (B,).
-
-    Returns:
-        (N, K, E), in the query's type.
+    Scores are computed once more. ``found`` is what ``streaming_softmax`` returned for the same query, candidates and
+    ``hidden``; ``weight`` is (B,).
     """
     parts, weight = [], weight / found.total.clamp(min=torch.finfo(weight.dtype).tiny)
     for vectors, block in _walk(query, candidates, hidden):

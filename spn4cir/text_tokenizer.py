@@ -7,14 +7,9 @@ from spn4cir.errors import InputError
 
 
 def load_tokenizer(source: str | Path, advice: str) -> Any:
-    """Load a tokenizer of transformers.
+    """Load a tokenizer of transformers from a folder, which may hold BERT's ``vocab.txt`` alone, or a name on the hub.
 
-    Args:
-        source: folder, which may hold BERT's ``vocab.txt`` alone, or name on the hub.
-        advice: what to do where there is none, for the message.
-
-    Raises:
-        InputError: if there is no such tokenizer.
+    Raises ``InputError`` with this advice if there is no such tokenizer.
     """
     from transformers import AutoTokenizer, BertTokenizer
 

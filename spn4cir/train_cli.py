@@ -54,9 +54,8 @@ def _read_stage(argv: list[str]) -> tuple[int, list[str]]:
 
 def _choose_config(stage: int, arguments: list[str]) -> Path:
     """The settings of the run to resume, or the recipe of the dataset and backbone that the arguments name."""
-    dataset, backbone, init, resume = (
-        take_option(arguments, name)[0] for name in ("dataset", "backbone", "init", "resume")
-    )
+    names = ("dataset", "backbone", "init", "resume")
+    dataset, backbone, init, resume = (take_option(arguments, name)[0] for name in names)
     if resume:
         saved = Path(resume) / "config.yaml"
         if not saved.is_file():
@@ -90,6 +89,5 @@ def find_recipe(dataset: str, backbone: str, stage: int) -> Path:
         name, _, rest = file.stem.partition("_")
         stages.setdefault(name, []).append(rest)
     available = ", ".join(f"{name} ({', '.join(rest)})" for name, rest in stages.items()) or "none, give --config FILE"
-    raise InputError(
-        f"recipes: there is no recipe for dataset {dataset!r} with backbone {backbone!r}; available: {available}"
-    )
+    pair = f"dataset {dataset!r} with backbone {backbone!r}"
+    raise InputError(f"recipes: there is no recipe for {pair}; available: {available}")

@@ -182,7 +182,7 @@ class TripletTable(Sequence[Triplet]):
         """
         import pyarrow.compute as pc
 
-        drawn = [np.zeros(0)]
+        drawn: list[Numbers] = [np.zeros(0)]
         for block in self._blocks():
             sums = np.zeros(len(block), np.uint64)
             for mix, name in zip(MIX, ("targets",) if by_target else ("targets", "reference", "texts"), strict=False):

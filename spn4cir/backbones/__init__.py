@@ -40,8 +40,8 @@ def build_backbone(name: str, load_weights: bool = True, separated: bool = False
     known = get_type_hints(BACKBONES[name].__init__)
     for option, value in options.items():
         if option not in known:
-            told = ", ".join(inspect.signature(BACKBONES[name]).parameters)
-            raise InputError(f"backbone {name} has no option {option!r}; known: {told}")
+            parameters = ", ".join(inspect.signature(BACKBONES[name]).parameters)
+            raise InputError(f"backbone {name} has no option {option!r}; known: {parameters}")
         if not _is_a(value, known[option]):
             raise InputError(f"option {option} of backbone {name} cannot be {value!r}")
     before = READS_WEIGHTS.set(load_weights)

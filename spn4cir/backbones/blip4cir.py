@@ -37,8 +37,7 @@ LEFT_OUT = {"layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0, "attention_probs
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What ``BlipConfig.from_dict`` takes: BLIP with ViT-B/16 as published, but for the entries that are given.
 
-    Raises:
-        InputError: for an unknown entry.
+    Raises ``InputError`` for an unknown entry.
     """
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
     for part, known in ((config, PUBLISHED), (vision, VISION), (text, TEXT)):
@@ -115,9 +114,8 @@ class BLIP4CIR(Backbone):
             raise InputError("a tokenizer for BLIP puts a mark before each text, as BERT's does, and this one does not")
         self._enc = self._tokenizer.convert_tokens_to_ids(MARKS[1])
         self.transform = Transform(settings["vision_config"]["image_size"])
-        if not train_vision:
-            for part in (self.blip.vision_model, self.blip.vision_proj):
-                part.requires_grad_(False)
+        self.blip.vision_model.requires_grad_(train_vision)
+        self.blip.vision_proj.requires_grad_(train_vision)
         self.eval()
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import open_clip
 import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import load_clip
+from spn4cir.backbones.shared_clip import has_openai_text, load_clip
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
@@ -43,11 +42,8 @@ class Combiner(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, E) as CLIP gives them, not normalised → (B, E), not normalised."""
-        projected = [
-            self.dropout(layer(x).relu())
-            for layer, x in ((self.text_projection_layer, text), (self.image_projection_layer, image))
-        ]
-        both = torch.cat(projected, dim=-1)  # (B, 2p)
+        layers = (self.text_projection_layer, text), (self.image_projection_layer, image)
+        both = torch.cat([self.dropout(layer(x).relu()) for layer, x in layers], dim=-1)  # (B, 2p)
         hidden = self.dropout(self.combiner_layer(both).relu())  # (B, h)
         share = self.dynamic_scalar(both)  # (B, 1)
         mixed: Tensor = self.output_layer(hidden) + share * text + (1 - share) * image
@@ -79,11 +75,7 @@ class CLIP4CIR(Backbone):
     name = "clip4cir"
 
     def __init__(
-        self,
-        model: str = "embedded",
-        pretrained: str | None = None,
-        fusion: str = "sum",
-        train_clip: bool = True,
+        self, model: str = "embedded", pretrained: str | None = None, fusion: str = "sum", train_clip: bool = True
     ):
         super().__init__()
         if fusion not in FUSIONS:
@@ -131,12 +123,7 @@ class CLIP4CIR(Backbone):
         With causal attention no position sees what comes after it, so cutting the tail changes nothing but the time.
         """
         clip = self.clip
-        if (
-            not isinstance(clip, open_clip.CLIP)
-            or clip.attn_mask is None
-            or clip.text_pool_type not in ("argmax", "eos")
-            or not isinstance(clip.text_projection, Tensor)
-        ):
+        if not has_openai_text(clip):
             return clip.encode_text(text)  # type: ignore[no-any-return]
         # one column more than the last that is not padding, as some models pad with the end token
         used = int((text != self._padding).any(0).nonzero().max()) + 2

@@ -29,10 +29,8 @@ def load_settings(kind: type[C], model: str | Path) -> C:
 
 def _unreadable(kind: str, model: str | Path, error: Exception) -> InputError:
     said = " ".join(str(error).split())[:200]
-    return InputError(
-        f"cannot load {kind} {str(model)!r} (where there is no network, give a folder that holds config.json and "
-        f"model.safetensors, or --init FOLDER of spn4cir-import): {said}"
-    )
+    files = "a folder that holds config.json and model.safetensors, or --init FOLDER of spn4cir-import"
+    return InputError(f"cannot load {kind} {str(model)!r} (where there is no network, give {files}): {said}")
 
 
 def load_library(kind: type[M], model: str | Path | None, config: Mapping[str, Any] | None) -> M:
@@ -63,8 +61,7 @@ def load_library(kind: type[M], model: str | Path | None, config: Mapping[str, A
 def load_bert_tokenizer(source: str | Path, size: int, added: Sequence[str] = ()) -> Any:
     """Load BERT's tokenizer with ``size`` entries; special tokens in ``added`` are appended where they are missing.
 
-    Raises:
-        InputError: if there is no such tokenizer, or it has another number of entries than the model.
+    Raises ``InputError`` if there is no such tokenizer, or it has another number of entries than the model.
     """
     advice = f"give as option tokenizer a folder that holds vocab.txt of {BERT}, from huggingface.co/{BERT}"
     tokenizer = load_tokenizer(source, f"where there is no network, {advice}")

@@ -26,7 +26,6 @@ def load_clip(
     Args:
         model: ``embedded``, or whatever open_clip's ``create_model`` takes.
         pretrained: a tag of open_clip or a weights file; None for random weights, unless ``model`` brings its own.
-        pad_ratio: of the transform.
 
     Raises:
         InputError: if open_clip knows no such model, tag or file.
@@ -36,18 +35,13 @@ def load_clip(
     try:
         with _missing_weights() as missing:
             clip = open_clip.create_model(
-                located,
-                pretrained=pretrained if load_weights else None,
-                load_weights=load_weights,
-                weights_only=True,
+                located, pretrained if load_weights else None, load_weights=load_weights, weights_only=True
             )
             tokenizer = open_clip.get_tokenizer(located)
     except (RuntimeError, ValueError, OSError) as error:
         said = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"cannot load CLIP {model!r}, pretrained {pretrained!r} (where there is no network, give a file of weights "
-            f"as pretrained, or --init FOLDER of spn4cir-import): {said}"
-        ) from None
+        advice = "where there is no network, give a file of weights as pretrained, or --init FOLDER of spn4cir-import"
+        raise InputError(f"cannot load CLIP {model!r}, pretrained {pretrained!r} ({advice}): {said}") from None
     if load_weights and missing and located.startswith("local-dir:"):
         raise InputError(f"{located.removeprefix('local-dir:')} holds a config but no weights")
     for scalar in ("logit_scale", "logit_bias"):  # the loss has its own temperature
@@ -56,6 +50,12 @@ def load_clip(
     size = clip.visual.image_size
     mean, std = tuple(clip.visual.image_mean), tuple(clip.visual.image_std)
     return clip, tokenizer, Transform(size[0] if isinstance(size, tuple) else size, pad_ratio, mean, std)
+
+
+def has_openai_text(clip: Any) -> bool:
+    """Whether the text tower is in OpenAI's layout: causal, pooled at the end token, and projected by a matrix."""
+    is_clip = isinstance(clip, open_clip.CLIP) and clip.attn_mask is not None
+    return is_clip and clip.text_pool_type in ("argmax", "eos") and isinstance(clip.text_projection, Tensor)
 
 
 @contextmanager

@@ -98,7 +98,11 @@ class SPRC(Backbone):
             "model": model, "config": _plain(settings), "tokenizer": tokenizer, "train_vision": train_vision,
             "rtc": rtc, "align": align, "text_length": text_length, "separated": False,
         }  # fmt: skip
-        self._check(settings)
+        if not settings.qformer_config.use_qformer_text_input:
+            raise InputError(f"{model}: its Q-Former reads no text (use_qformer_text_input is false)")
+        room = settings.qformer_config.max_position_embeddings - settings.num_query_tokens
+        if not 3 <= text_length <= room:
+            raise InputError(f"text_length is {text_length}: it must be 3 to {room}")
         self.blip2.vision_model.post_layernorm.eps = 1e-5  # BLIP-2's own; the library has one eps for all, 1e-6
         source = tokenizer or located or BERT
         self.tokenizer = load_bert_tokenizer(source, settings.qformer_config.vocab_size, added=("[DEC]",))
@@ -107,18 +111,9 @@ class SPRC(Backbone):
         self.prompt_tokens = nn.Parameter(0.02 * torch.randn(self.blip2.query_tokens.shape))  # (1, K, H)
         self.prompt_tokens.requires_grad_(rtc > 0)  # nothing else moves them
         self.twin: Any = None
-        if not train_vision:
-            self.blip2.vision_model.embeddings.requires_grad_(False)
-            self.blip2.vision_model.encoder.requires_grad_(False)
+        self.blip2.vision_model.embeddings.requires_grad_(train_vision)
+        self.blip2.vision_model.encoder.requires_grad_(train_vision)
         self.eval()
-
-    def _check(self, settings: PreTrainedConfig) -> None:
-        """Raises ``InputError`` for a Q-Former that cannot read texts as long as they may become."""
-        if not settings.qformer_config.use_qformer_text_input:
-            raise InputError(f"{self.options['model']}: its Q-Former reads no text (use_qformer_text_input is false)")
-        length, room = self.options["text_length"], settings.qformer_config.max_position_embeddings
-        if not 3 <= length <= room - settings.num_query_tokens:
-            raise InputError(f"text_length is {length}: it must be 3 to {room - settings.num_query_tokens}")
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``text`` and ``mask`` (B, T), T that of the longest; an empty one is a text without words."""
@@ -146,7 +141,9 @@ class SPRC(Backbone):
         The states ``fused`` (B, K, H) come from each query's own text: the published stage 2 cached them per image, so
         that they were those of another triplet's text.
         """
-        text, mask = tokens["text"], self._mask(tokens["mask"])  # (B, T), (B, K + T)
+        text = tokens["text"]  # (B, T)
+        # K tokens that are all read stand before the text
+        mask = torch.cat([tokens["mask"].new_ones(len(text), self.count), tokens["mask"]], dim=1)  # (B, K + T)
         queries = self.blip2.query_tokens.expand(len(text), -1, -1)
         hidden = self.blip2.qformer(
             query_embeds=self.blip2.embeddings(input_ids=text, query_embeds=queries),
@@ -159,10 +156,6 @@ class SPRC(Backbone):
         sentence = reader.embeddings(input_ids=text, query_embeds=fused)
         query = self._read(reader, sentence, mask, self.count)  # the text's first token stands behind the states
         return Composed(query, {"fused": fused, "text": text, "mask": mask})
-
-    def _mask(self, mask: Tensor) -> Tensor:
-        """(B, T) → (B, K + T), as K tokens that are all read stand before the text."""
-        return torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
 
     def _read(self, reader: Any, embedded: Tensor, mask: Tensor, place: int) -> Tensor:
         """Embeddings (B, K + T, H) read without an image → (B, E), unit norm, from the state at a place.
@@ -186,17 +179,12 @@ class SPRC(Backbone):
         return terms
 
     def _read_prompted(self, text: Tensor, mask: Tensor) -> Tensor:
-        """(B, T), (B, K + T) → (B, E), from the first state behind which the prompt stands."""
-        return self._read(self.blip2, self._prompted(text), mask, 0)
-
-    def _prompted(self, text: Tensor) -> Tensor:
-        """(B, T) → embeddings (B, K + T, H): first token, prompt tokens, the other tokens, positions over all."""
+        """(B, T), (B, K + T) → (B, E), from the first token, behind which the prompt stands before the others."""
         embeddings = self.blip2.embeddings
         words = embeddings.word_embeddings(text)  # (B, T, H)
         sentence = torch.cat([words[:, :1], self.prompt_tokens.expand(len(text), -1, -1), words[:, 1:]], dim=1)
         places = torch.arange(sentence.shape[1], device=text.device)
-        prompted: Tensor = sentence + embeddings.position_embeddings(places)
-        return prompted
+        return self._read(self.blip2, sentence + embeddings.position_embeddings(places), mask, 0)
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """Vision tower, query tokens, Q-Former and the projection of images."""

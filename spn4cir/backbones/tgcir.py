@@ -4,14 +4,13 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import open_clip
 import torch
 from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import load_clip
+from spn4cir.backbones.shared_clip import has_openai_text, load_clip
 from spn4cir.distributed import gather_with_gradient
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
@@ -198,15 +197,7 @@ def _check_layout(clip: nn.Module, model: str) -> None:
         and (visual.pool_type, visual.attn_pool, visual.final_ln_after_pool) == ("tok", None, False)
         and isinstance(visual.proj, Tensor)
     )
-    text = (
-        isinstance(clip, open_clip.CLIP)
-        and clip.attn_mask is not None
-        and clip.text_pool_type in ("argmax", "eos")
-        and isinstance(clip.text_projection, Tensor)
-    )
-    if not (vision and text):
-        what = "text" if vision else "image"
-        raise InputError(
-            f"tgcir needs a CLIP with a vision transformer in OpenAI's layout, and the {what} tower of {model!r} is "
-            "another: take ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu"
-        )
+    if not (vision and has_openai_text(clip)):
+        needs = "tgcir needs a CLIP with a vision transformer in OpenAI's layout"
+        advice = "take ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu"
+        raise InputError(f"{needs}, and the {'text' if vision else 'image'} tower of {model!r} is another: {advice}")

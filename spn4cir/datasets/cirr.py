@@ -3,7 +3,6 @@
 Source: Liu et al., "Image retrieval on real-life images with pre-trained vision-and-language models", ICCV 2021.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -11,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from spn4cir.dataset import Check, Dataset, ImageRole, Level
-from spn4cir.datasets.reading import PLAIN, Entry, attempt, find_root, inner_path, read_entries
+from spn4cir.datasets.reading import PLAIN, Entry, attempt, find_root, inner_path, list_pictures, read_entries, readable
 from spn4cir.datasets.submission import check_submission, write_submission
 from spn4cir.errors import InputError
 from spn4cir.files import read_json
@@ -26,7 +25,6 @@ SOURCE = "github.com/Cuberick-Orion/CIRR (annotations, branch cirr_dataset; its 
 EXPECTED = f"captions/, image_splits/ and the pictures in train/, dev/ and test1/ or in img_raw/, from {SOURCE}"
 PUBLISHED_TRIPLETS = {"train": 28225, "val": 4181, "test1": 4148}
 PUBLISHED_IMAGES = {"train": 16939, "val": 2297, "test1": 2315}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 GROUP = 6  # images of a subset, reference included
 
 
@@ -35,11 +33,7 @@ class CIRR(Dataset):
 
     The two annotation folders may also lie in the root itself, and the image tree in ``img_raw`` or ``images``.
 
-    Args:
-        root: folder of the dataset; None looks in SPN4CIR_DATA, then in data/cirr.
-
-    Raises:
-        InputError: if there is no such folder.
+    The root is searched in SPN4CIR_DATA, then in data/cirr, if it is None. Raises ``InputError`` if it is missing.
     """
 
     name = "cirr"
@@ -48,10 +42,10 @@ class CIRR(Dataset):
     def __init__(self, root: str | None = None):
         self.root: Path = find_root(self.name, root, ALIASES, (ANNOTATIONS, TREE), EXPECTED)
         self._annotations = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
-        self._folders: dict[Path, dict[str, str]] = {}
+        self._folders: dict[Path, dict[str, Path]] = {}  # each is listed once
 
-    def _captions(self, split: str) -> Path:
-        return self._annotations / "captions" / f"cap.rc2.{split}.json"
+    def _entries(self, split: str) -> list[Entry]:
+        return read_entries(self._annotations / "captions" / f"cap.rc2.{split}.json", SOURCE)
 
     def _split_file(self, split: str) -> Path:
         return self._annotations / "image_splits" / f"split.rc2.{split}.json"
@@ -70,10 +64,8 @@ class CIRR(Dataset):
     @cached_property
     def _files(self) -> dict[str, PurePosixPath]:
         """Paths of all images of the split files that can be read."""
-        found: dict[str, PurePosixPath] = {}
-        for split in SPLITS:
-            found |= attempt([], "", False, partial(self._listed, split)) or {}
-        return found
+        listed = [readable(partial(self._listed, split)) or {} for split in SPLITS]
+        return {image_id: path for paths in listed for image_id, path in paths.items()}
 
     def find_image(self, image_id: str) -> ImageRef:
         """The picture of an image; where it should lie, if it is missing."""
@@ -84,18 +76,11 @@ class CIRR(Dataset):
         inner = self._files[image_id]
         places = [self.root / base / inner.parent for base in BASES]
         for place in places:
-            if inner.stem in self._pictures(place):
-                return ImageRef(place / self._pictures(place)[inner.stem])
+            if place not in self._folders:
+                self._folders[place] = list_pictures(place)
+            if inner.stem in self._folders[place]:
+                return ImageRef(self._folders[place][inner.stem])
         return ImageRef(next((place for place in places if place.is_dir()), places[0]) / inner.name)
-
-    def _pictures(self, folder: Path) -> dict[str, str]:
-        """File name by name without suffix; a folder is listed once, and ``.png`` wins."""
-        if folder not in self._folders:
-            names = [item.name for item in os.scandir(folder)] if folder.is_dir() else []
-            pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-            pictures.sort(key=lambda name: not name.endswith(".png"), reverse=True)
-            self._folders[folder] = {name.rpartition(".")[0]: name for name in pictures}
-        return self._folders[folder]
 
     def file(self, name: str) -> Path:
         """A file that a person names: as it stands, or below the root or the folder of the annotations."""
@@ -108,20 +93,17 @@ class CIRR(Dataset):
 
     def read_triplets(self) -> list[Triplet]:
         """Annotated triplets with a caption, in file order."""
-        listed = self._listed("train")
-        rows = (
-            Triplet(
-                entry.image_id("reference", listed, self._split_file("train")),
-                (entry.image_id("target_hard", listed, self._split_file("train")),),
-                (entry.text("caption").strip(),),
-            )
-            for entry in read_entries(self._captions("train"), SOURCE)
-        )
-        return [triplet for triplet in rows if triplet.texts[0]]
+        listed, place = self._listed("train"), self._split_file("train")
+        triplets = []
+        for entry in self._entries("train"):
+            reference, target = (entry.image_id(key, listed, place) for key in ("reference", "target_hard"))
+            if text := entry.text("caption").strip():
+                triplets.append(Triplet(reference, (target,), (text,)))
+        return triplets
 
     def notes(self) -> list[str]:
         """How many training triplets have no caption; nothing where there are no training triplets."""
-        entries = attempt([], "", False, partial(read_entries, self._captions("train"), SOURCE)) or []
+        entries = readable(partial(self._entries, "train")) or []
         bare = sum(not entry.text("caption").strip() for entry in entries)
         return [f"{self.name}: {bare} training triplets without a caption are left out"] if bare else []
 
@@ -130,7 +112,7 @@ class CIRR(Dataset):
         chosen = self.choose_protocol(split, protocol)
         listed, place = self._listed(split), self._split_file(split)
         queries, seen = [], set()
-        for entry in read_entries(self._captions(split), SOURCE):
+        for entry in self._entries(split):
             name = str(entry.number("pairid"))
             if name in seen:
                 raise entry.error("pairid", f"{name} occurs twice")
@@ -146,13 +128,13 @@ class CIRR(Dataset):
                 if image_id not in members:
                     raise entry.error("img_set", f"its members lack {image_id!r}")
             queries.append(Query(reference, entry.text("caption"), targets, (), members, name))
+        measures = recall_measures(1, 5, 10, 50, primary=(5,)) + recall_measures(1, 2, 3, primary=(1,), over="subset")
         return Benchmark(
             name=chosen,
             gallery=tuple(listed),
             queries=tuple(queries),
             exclude_reference=True,
-            measures=recall_measures(1, 5, 10, 50, primary=(5,))
-            + recall_measures(1, 2, 3, primary=(1,), over="subset"),
+            measures=measures,
         )
 
     def write_submission(
@@ -167,10 +149,8 @@ class CIRR(Dataset):
 
     def image_roles(self) -> list[ImageRole]:
         """What training triplets name, what val and test1 rank, and the rest; what cannot be read is left out."""
-        ignored: list[Check] = []
-        listed = {split: list(attempt(ignored, "", False, partial(self._listed, split)) or []) for split in SPLITS}
-        triplets = attempt(ignored, "", False, self.read_triplets) or []
-        named = dict.fromkeys(i for t in triplets for i in t.image_ids)
+        listed = {split: list(readable(partial(self._listed, split)) or {}) for split in SPLITS}
+        named = dict.fromkeys(i for triplet in (readable(self.read_triplets) or []) for i in triplet.image_ids)
         return [
             ImageRole("named by training triplets", list(named), True),
             ImageRole("val gallery", listed["val"], True),
@@ -185,14 +165,10 @@ class CIRR(Dataset):
         rows: dict[str, list[Entry]] = {}
         for split in SPLITS:
             needed = split != "test1"
-            ids = attempt(checks, f"{split}: split file", needed, partial(self._listed, split))
-            if ids is not None:
+            if (ids := attempt(checks, f"{split}: split file", needed, partial(self._listed, split))) is not None:
                 everything |= ids.keys()
                 checks.append(Check.counted(f"{split}: images listed", len(ids), PUBLISHED_IMAGES[split]))
-            entries = attempt(
-                checks, f"{split}: captions", needed, partial(read_entries, self._captions(split), SOURCE)
-            )
-            if entries is not None:
+            if (entries := attempt(checks, f"{split}: captions", needed, partial(self._entries, split))) is not None:
                 rows[split] = entries
                 checks.append(Check.counted(f"{split}: triplets", len(entries), PUBLISHED_TRIPLETS[split]))
         for split, entries in rows.items():
@@ -203,28 +179,25 @@ class CIRR(Dataset):
 
 def _faults(entries: Sequence[Entry], split: str, listed: set[str]) -> list[Check]:
     """What does not hold of the entries of one split, kind by kind."""
-    lost, wrong, outside, same, empty = [], [], [], [], []
-    pairs = Counter(entry.number("pairid") for entry in entries)
+    fields = ("reference",) if split == "test1" else ("reference", "target_hard")
+    rows: list[tuple[str, list[str], list[str]]] = []  # place, reference and target, members of the subset
     for entry in entries:
-        pair = [entry.image_id("reference")] + ([entry.image_id("target_hard")] if split != "test1" else [])
         members = entry.entry("img_set").texts("members") if "img_set" in entry else []
-        place = f"entry {entry.where}"
-        lost += [f"{place}: {i}" for i in [*pair, *members] if i not in listed]
-        if len(set(members)) != GROUP or len(members) != GROUP:
-            wrong.append(f"{place}: {len(set(members))} members")
-        outside += [f"{place}: {i}" for i in pair if i not in members]
-        if len(set(pair)) < len(pair):
-            same.append(place)
-        if not entry.text("caption").strip():
-            empty.append(place)
+        rows.append((f"entry {entry.where}", [entry.image_id(field) for field in fields], members))
+    lost = [f"{place}: {i}" for place, pair, members in rows for i in (*pair, *members) if i not in listed]
+    pairs = Counter(entry.number("pairid") for entry in entries)
+    wrong = [f"{place}: {len({*m})} members" for place, _, m in rows if {len(m), len({*m})} != {GROUP}]
+    outside = [f"{place}: {i}" for place, pair, members in rows for i in pair if i not in members]
+    same = [place for place, pair, _ in rows if len(set(pair)) < len(pair)]
+    empty = [f"entry {entry.where}" for entry in entries if not entry.text("caption").strip()]
     answered: Level = "note" if split == "test1" else "problem"
+    ranked: Level = "problem" if split == "val" else "note"
+
     return [
         Check.listed(f"{split}: ids in captions that no split lists", lost, answered),
         Check.listed(f"{split}: pair ids that occur twice", [str(n) for n, count in pairs.items() if count > 1]),
         Check.listed(f"{split}: subsets without {GROUP} different members", wrong),
-        Check.listed(
-            f"{split}: references or targets outside their subset", outside, "problem" if split == "val" else "note"
-        ),
+        Check.listed(f"{split}: references or targets outside their subset", outside, ranked),
         Check.listed(f"{split}: reference equal to target", same),
         Check.listed(f"{split}: empty captions", empty),
     ]

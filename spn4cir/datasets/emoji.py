@@ -6,7 +6,7 @@ the training images; both are ranked over the whole dataset.
 """
 
 import json
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,11 +18,7 @@ FOLDER = Path(__file__).parent.parent / "embedded" / "emoji"
 
 
 class Emoji(Dataset):
-    """The embedded dataset; needs no files but the two packages.
-
-    Args:
-        root: ignored; there for the sake of one signature.
-    """
+    """The embedded dataset; needs no files but the two packages, so its root is ignored."""
 
     name = "emoji"
     protocols: ClassVar = {"val": ("emoji/val",), "test": ("emoji/test",)}
@@ -65,15 +61,13 @@ class Emoji(Dataset):
 
     def label(self, image_id: str) -> str:
         """The Unicode name."""
-        if image_id not in self._names:
+        names = load_names()
+        if image_id not in names:
             raise InputError(f"emoji: unknown image id {image_id!r}")
-        return self._names[image_id]
-
-    @cached_property
-    def _names(self) -> dict[str, str]:
-        return load_names()
+        return names[image_id]
 
 
+@cache
 def load_names() -> dict[str, str]:
     """Image id (file stem) → human-written name, for all images but those with two skin tones."""
     import emoji
@@ -83,10 +77,8 @@ def load_names() -> dict[str, str]:
     ids = {path.stem for path in folder.glob("*.png")}
     names: dict[str, str] = {}
     for symbol, data in emoji.EMOJI_DATA.items():
-        for image_id in (
-            "-".join(f"{ord(c):x}" for c in symbol),
-            "-".join(f"{ord(c):x}" for c in symbol if ord(c) != 0xFE0F),
-        ):
+        for text in (symbol, symbol.replace("\ufe0f", "")):
+            image_id = "-".join(f"{ord(c):x}" for c in text)
             if image_id in ids:
                 names.setdefault(image_id, data["en"].strip(":").replace("_", " "))
     components = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}

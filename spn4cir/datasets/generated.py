@@ -8,6 +8,7 @@ directory), and never outside.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from spn4cir.dataset import Dataset
 from spn4cir.datasets.reading import Entry, inner_path, read_entries
@@ -17,17 +18,13 @@ from spn4cir.types import ImageRef, Triplet
 
 OUT_OF_DOMAIN = ("reference_name", "target_name", "captions")  # ids are addresses; reference and target are paths
 SHAPES = (OUT_OF_DOMAIN, ("candidate", "target", "captions"), ("reference", "target_hard", "caption"))
+AddImage: TypeAlias = Callable[[Entry, str, str], None]
+"""Takes an entry, the field that holds an image's path, and the image's id."""
 MAKE = "python data_gen/make_triplets.py"
 
 
 def with_images(dataset: Dataset, images: Mapping[str, ImageRef], check: str = "") -> Dataset:
-    """A dataset whose training may use further images too.
-
-    Args:
-        dataset: its benchmarks and annotated triplets stay as they are.
-        images: image id → image.
-        check: command that checks these images, if any does.
-    """
+    """A dataset whose training may use further images too, by id; ``check`` is the command that checks them, if any."""
     wider = copy.copy(dataset)
     wider.extra_images, wider.extra_check = {**dataset.extra_images, **images}, check or dataset.extra_check
     return wider
@@ -51,19 +48,22 @@ def open_generated(
         InputError: naming the file, the entry and the field.
     """
     others = _Others(path, frozenset(ranked))
-    triplets, notes = _read(path, frozenset(dataset.training_images()), frozenset(dataset.skip_reasons), others.add)
+    triplets, notes = read_generated(path, dataset.training_images(), dataset.skip_reasons, others.add)
     images = {image_id: ImageRef(path) for image_id, path in others.images.items()}
     return with_images(dataset, images) if images else dataset, triplets, notes
 
 
-def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()) -> tuple[list[Triplet], list[str]]:
-    """Triplets of a generated file, whoever made it, all of whose images are known.
+def read_generated(
+    path: Path, known: Iterable[str], skipped: Iterable[str] = (), other: AddImage | None = None
+) -> tuple[list[Triplet], list[str]]:
+    """Triplets of a generated file, whoever made it.
 
     Args:
         path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
             ``caption``, or ``reference_name``, ``target_name``, ``captions``: one text, or a list to draw from.
         known: image ids that may occur.
         skipped: image ids whose triplets are left out.
+        other: takes an image that is not known; None for an error.
 
     Returns:
         The triplets, and a line for each reason why some were left out.
@@ -71,35 +71,27 @@ def read_generated(path: Path, known: Iterable[str], skipped: Iterable[str] = ()
     Raises:
         InputError: naming the file, the entry and the field.
     """
-    return _read(path, frozenset(known), frozenset(skipped), None)
-
-
-def _read(
-    path: Path, known: frozenset[str], out: frozenset[str], other: Callable[[Entry, str, str], None] | None
-) -> tuple[list[Triplet], list[str]]:
     if not path.is_file():
-        raise InputError(
-            f"generated triplets {path} are missing: make them with {MAKE} and "
-            "give --generated auto, or put the published file there"
-        )
-    triplets, empty, left_out, same = [], 0, 0, 0
+        how = f"make them with {MAKE} and give --generated auto, or put the published file there"
+        raise InputError(f"generated triplets {path} are missing: {how}")
+    out = frozenset(skipped)
+    allowed, triplets = out.union(known), []
+    no_text, of_skipped, same = "without any text", "of skipped images", "whose reference is their target"
+    counts = {no_text: 0, of_skipped: 0, same: 0}
     for entry in read_entries(path):
-        triplet = _triplet(entry, known | out if out else known, other)
+        triplet = _triplet(entry, allowed, other)
         if not triplet.texts:
-            empty += 1
+            counts[no_text] += 1
         elif (triplet.reference,) == triplet.targets:
-            same += 1
+            counts[same] += 1
         elif out.intersection(triplet.image_ids):
-            left_out += 1
+            counts[of_skipped] += 1
         else:
             triplets.append(triplet)
-    notes = [f"{path}: {empty} triplets without any text are left out"] if empty else []
-    notes += [f"{path}: {left_out} triplets of skipped images are left out"] if left_out else []
-    notes += [f"{path}: {same} triplets whose reference is their target are left out"] if same else []
-    return triplets, notes
+    return triplets, [f"{path}: {count} triplets {why} are left out" for why, count in counts.items() if count]
 
 
-def _triplet(entry: Entry, allowed: frozenset[str], other: Callable[[Entry, str, str], None] | None) -> Triplet:
+def _triplet(entry: Entry, allowed: frozenset[str], other: AddImage | None) -> Triplet:
     """One entry; without texts if it has none that says anything."""
     shape = next((shape for shape in SHAPES if shape[0] in entry or shape[1] in entry), SHAPES[2])
     ids = []
@@ -116,12 +108,7 @@ def _triplet(entry: Entry, allowed: frozenset[str], other: Callable[[Entry, str,
 
 
 class _Others:
-    """Images of a generated file that are no dataset's, and where their pictures lie.
-
-    Args:
-        path: the generated file.
-        ranked: ids that are not for them.
-    """
+    """Images of a generated file that are no dataset's, and where their pictures lie; none has an id of ``ranked``."""
 
     def __init__(self, path: Path, ranked: frozenset[str]):
         self._file, self._ranked, self._root = path, ranked, Path()
@@ -136,27 +123,19 @@ class _Others:
         except InputError:
             if key not in entry:
                 raise
-            raise entry.error(
-                key,
-                f"{short(entry.text(key))} is no path below a folder: a published file names pictures on its authors' "
-                f"disk; get your own by data_gen/sample_images.py and make triplets of them by {MAKE}",
-            ) from None
+            what = "is no path below a folder: a published file names pictures on its authors' disk"
+            advice = f"get your own by data_gen/sample_images.py and make triplets of them by {MAKE}"
+            raise entry.error(key, f"{short(entry.text(key))} {what}; {advice}") from None
         if not self.images:
-            self._root = self._choose_root(entry, key, inner.as_posix())
+            roots = _roots(self._file.parent)
+            root = next((root for root in roots if (root / inner).is_file()), None)
+            if root is None:
+                where = f"{short(inner.as_posix())} lies neither in {self._file.parent} nor in {roots[-1]}"
+                raise entry.error(key, f"{where}: put a copy of this file into the folder that its paths start from")
+            self._root = root
         place = self._root / inner
         if self.images.setdefault(image_id, place) != place:
             raise entry.error(key, f"{short(image_id)} was {self.images[image_id]} before: one id, one picture")
-
-    def _choose_root(self, entry: Entry, key: str, inner: str) -> Path:
-        roots = _roots(self._file.parent)
-        for root in roots:
-            if (root / inner).is_file():
-                return root
-        raise entry.error(
-            key,
-            f"{short(inner)} lies neither in {self._file.parent} nor in {roots[-1]}: put a copy of this file into the "
-            "folder that its paths start from",
-        )
 
 
 def _roots(folder: Path) -> list[Path]:
@@ -199,30 +178,15 @@ def published_shape(
 ) -> dict[str, object]:
     """One entry as it is published for a dataset; for a catalogue, the shape of out-of-domain images.
 
-    Args:
-        dataset: its name.
-        triplet: what is to be written.
-        captions: those of reference and target.
-        places: paths of their pictures, as ``picture_places`` gives them; by default the ids.
+    Captions are those of reference and target; ``places`` are the paths of their pictures, by default the ids.
     """
-    texts, described = list(triplet.texts), {"caption1": captions[0], "caption2": captions[1]}
+    reference, target, texts = triplet.reference, triplet.targets[0], list(triplet.texts)
+    entry: dict[str, object] = {"target": target, "candidate": reference, "captions": texts}
     if dataset == "catalogue":
-        reference, target = places or (triplet.reference, triplet.targets[0])
-        return {
-            "reference": reference,
-            "target": target,
-            "reference_name": triplet.reference,
-            "target_name": triplet.targets[0],
-            "captions": texts,
-            **described,
-        }
-    if dataset == "cirr":
-        return {
-            "pairid": 0,
-            "reference": triplet.reference,
-            "target_hard": triplet.targets[0],
-            "caption": texts,
-            "img_set": {"members": [""]},
-            **described,
-        }
-    return {"target": triplet.targets[0], "candidate": triplet.reference, "captions": texts, **described}
+        paths = places or (reference, target)
+        entry = {"reference": paths[0], "target": paths[1], "reference_name": reference, "target_name": target}
+        entry["captions"] = texts
+    elif dataset == "cirr":
+        entry = {"pairid": 0, "reference": reference, "target_hard": target, "caption": texts}
+        entry["img_set"] = {"members": [""]}
+    return {**entry, "caption1": captions[0], "caption2": captions[1]}

@@ -12,6 +12,7 @@ from spn4cir.files import read_json, short
 
 T = TypeVar("T")
 PLAIN = re.compile(r"\w[\w.-]*")  # a file name without folders
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # the first wins where a picture is there twice
 
 
 def find_root(
@@ -40,15 +41,9 @@ def find_root(
 
 
 class Entry:
-    """One object of an annotation file, whose fields are checked as they are read.
+    """One object of an annotation file, under a number or a key, whose fields are checked as they are read.
 
-    Args:
-        path: of the file.
-        where: number or key of the entry.
-        value: what the file holds there.
-
-    Raises:
-        InputError: if it is no object.
+    Raises ``InputError`` if the value there is no object.
     """
 
     def __init__(self, path: Path, where: object, value: object):
@@ -80,9 +75,8 @@ class Entry:
     def texts(self, key: str) -> list[str]:
         """A list of texts."""
         found: list[str] = self.get(key, list, "a list of texts")
-        for value in found:
-            if not isinstance(value, str):
-                raise self.error(key, f"expected a list of texts, got {short(value)} in it")
+        if wrong := [value for value in found if not isinstance(value, str)]:
+            raise self.error(key, f"expected a list of texts, got {short(wrong[0])} in it")
         return found
 
     def number(self, key: str) -> int:
@@ -140,6 +134,13 @@ def inner_path(path: Path, key: str, value: object) -> PurePosixPath:
     return inner
 
 
+def list_pictures(*folders: Path) -> dict[str, Path]:
+    """Pictures by name without suffix; of several with one name, the one with the earlier suffix, then folder."""
+    found = [folder / item.name for folder in folders if folder.is_dir() for item in os.scandir(folder)]
+    by_suffix = {suffix: [path for path in found if path.suffix.lower() == suffix] for suffix in SUFFIXES}
+    return {path.stem: path for paths in reversed(by_suffix.values()) for path in reversed(paths)}
+
+
 def attempt(checks: list[Check], what: str, needed: bool, read: Callable[[], T]) -> T | None:
     """What ``read`` gives; or None, and its error among the checks."""
     try:
@@ -147,3 +148,8 @@ def attempt(checks: list[Check], what: str, needed: bool, read: Callable[[], T])
     except InputError as error:
         checks.append(Check(what, 0, None, "problem" if needed else "note", (str(error),)))
         return None
+
+
+def readable(read: Callable[[], T]) -> T | None:
+    """What ``read`` gives, or None where it cannot be read: for lists that leave out what a check reports."""
+    return attempt([], "", False, read)

@@ -21,10 +21,9 @@ LIMIT = 5_000_000  # bytes that the server takes
 def write_submission(
     folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]], benchmark: Benchmark
 ) -> list[Path]:
-    """Write both files, whole or not at all, and check them.
+    """Write both files into a folder, made if it is missing, whole or not at all.
 
     Args:
-        folder: made if it is not there.
         ranked: query name → first images of the gallery, at least 50.
         within: query name → first images of the subset, at least 3.
         benchmark: whose queries must all be there.
@@ -49,14 +48,9 @@ def write_submission(
 
 
 def check_submission(path: Path, benchmark: Benchmark) -> str:
-    """One line on a sound file.
+    """Returns one line on a sound submission file, of either metric, that answers the queries of a benchmark.
 
-    Args:
-        path: of a submission file, of either metric.
-        benchmark: the queries that it must answer.
-
-    Raises:
-        InputError: naming the file, the entry and what is wrong with it.
+    Raises ``InputError`` that names the file, the entry and what is wrong with it.
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no regular file")
@@ -69,21 +63,19 @@ def _check(path: Path, content: Any, size: int, benchmark: Benchmark) -> str:
     if size >= LIMIT:
         raise InputError(f"{path}: {size:,} bytes, but the server takes less than {LIMIT:,}")
     for key, known in (("version", (VERSION,)), ("metric", tuple(LENGTHS))):
+        allowed = " or ".join(map(repr, known))
         if key not in content:
-            raise InputError(f"{path}: the entry {key!r} is missing; it must be {' or '.join(map(repr, known))}")
+            raise InputError(f"{path}: the entry {key!r} is missing; it must be {allowed}")
         if content[key] not in known:
-            raise InputError(
-                f"{path}, entry {key!r}: must be {' or '.join(map(repr, known))}, got {short(content[key])}"
-            )
+            raise InputError(f"{path}, entry {key!r}: must be {allowed}, got {short(content[key])}")
     metric = content["metric"]
     queries = {query.name: query for query in benchmark.queries}
     answers = {name: value for name, value in content.items() if name not in ("version", "metric")}
     faults = [f"entry {short(name)} is no pair id of {benchmark.name}" for name in answers if name not in queries]
     faults += [f"pair id {name!r} is missing" for name in queries if name not in answers]
     gallery = set(benchmark.gallery)
-    for name in (name for name in answers if name in queries):
-        fault = _fault(answers[name], queries[name], metric, gallery)
-        if fault:
+    for name, images in answers.items():
+        if name in queries and (fault := _fault(images, queries[name], metric, gallery)):
             faults.append(f"entry {name!r}: {fault}")
     if faults:
         more = f" (and {len(faults) - 1} more entries with a fault)" if len(faults) > 1 else ""
@@ -95,8 +87,7 @@ def _fault(images: Any, query: Query, metric: str, gallery: set[str]) -> str:
     """What is wrong with one ranked list, or nothing."""
     if not isinstance(images, list):
         return f"expected a list of image names, got {short(images)}"
-    wrong = [i for i in images if not isinstance(i, str)]
-    if wrong:
+    if wrong := [i for i in images if not isinstance(i, str)]:
         return f"expected a list of image names, got {short(wrong[0])} in it"
     if len(images) != LENGTHS[metric]:
         return f"expected {LENGTHS[metric]} images, got {len(images)}"
@@ -104,8 +95,7 @@ def _fault(images: Any, query: Query, metric: str, gallery: set[str]) -> str:
         return f"{short(next(i for i in images if images.count(i) > 1))} occurs twice"
     if query.reference in images:
         return f"its own reference {query.reference!r} is in the list"
-    unknown = [i for i in images if i not in gallery]
-    if unknown:
+    if unknown := [i for i in images if i not in gallery]:
         return f"{short(unknown[0])} is not in the gallery"
     strangers = [i for i in images if i not in query.candidates]
     return f"{strangers[0]!r} is no member of its subset" if metric == "recall_subset" and strangers else ""

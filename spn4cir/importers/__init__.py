@@ -37,8 +37,7 @@ SHOWN = 5
 def read_published(path: Path) -> dict[str, Any]:
     """The dictionary in a file of ``torch.save``, on the CPU, memory-mapped where the file allows.
 
-    Raises:
-        InputError: if the file is missing, cut, of another kind, no dictionary, or holds more than tensors.
+    Raises ``InputError`` if the file is missing, cut, of another kind, no dictionary, or holds more than tensors.
     """
     if not path.is_file():
         raise InputError(f"{path} is a folder: give the file of weights" if path.is_dir() else f"{path} is missing")
@@ -50,25 +49,22 @@ def read_published(path: Path) -> dict[str, Any]:
     if not zipped and not start.startswith(b"\x80"):
         shown = f"it begins with {start!r}" if start else "it is empty"
         raise InputError(f"{path} is no file of torch.save, as weights are published in: {shown}")
+    damaged = None
     try:
         damaged = zipfile.ZipFile(path).testzip() if zipped else None  # what is mapped into memory is not checked
-        if damaged:
-            raise InputError(f"{path} is damaged in {damaged}: download it again")
         with warnings.catch_warnings():  # torch advises to run what we refuse
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except InputError:
-        raise
+            content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises several kinds
         text = " ".join(str(error).split())
         if "weights_only" in text:
             culprit = re.search(r"GLOBAL ([\w.]+)", text)
-            more = f" ({culprit[1]})" if culprit else ""
-            raise InputError(
-                f"{path} is refused: it holds more than tensors{more}, and reading that would run its code; "
-                "where you trust it, save its state_dict() with torch.save, as {'state_dict': …}"
-            ) from None
+            what = f"it holds more than tensors{f' ({culprit[1]})' if culprit else ''}"
+            advice = "where you trust it, save its state_dict() with torch.save, as {'state_dict': …}"
+            raise InputError(f"{path} is refused: {what}, and reading that would run its code; {advice}") from None
         raise InputError(f"{path} cannot be read as a file of torch.save, it may be cut off: {text[:100]}") from None
+    if damaged:
+        raise InputError(f"{path} is damaged in {damaged}: download it again")
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__}, not a dictionary with a state dict")
     return content
@@ -98,7 +94,11 @@ def import_published(
     content = read_published(path)
     try:
         published = IMPORTERS[name](content, options)
-        _check_tensors(published.state)
+        for key, value in published.state.items():
+            if not isinstance(value, Tensor):
+                raise InputError(f"{key} is {type(value).__name__}, not a tensor")
+            if not value.isfinite().all():
+                raise InputError(f"{key} holds values that are not finite")
         published = _joined(published, name, base)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -130,15 +130,13 @@ def account(backbone: Backbone, published: Published) -> list[str]:
     """Lines that say how many names matched, and which did not, became another type, or were ignored."""
     own, state = backbone.state_dict(), published.state
     apart = differences(own, state)
-    wrong = apart["of another shape"]
-    apart["of another shape"] = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in wrong]
-    scalars = {key: value for key, value in published.options.items() if not isinstance(value, dict)}
-    stated = ", ".join(f"{key} {value}" for key, value in scalars.items() if value is not None)
-    parameters = sum(p.numel() for p in backbone.parameters())
-    lines = [f"{backbone.name}, {stated}: {parameters:,} parameters"]
-    matched = own.keys() & state.keys() - set(wrong)
+    matched = own.keys() & state.keys() - set(apart["of another shape"])
+    shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in apart["of another shape"]]
+    shown = {key: value for key, value in published.options.items() if value is not None and type(value) is not dict}
+    stated = ", ".join(f"{key} {value}" for key, value in shown.items())
+    lines = [f"{backbone.name}, {stated}: {sum(p.numel() for p in backbone.parameters()):,} parameters"]
     lines.append(_line("matched", len(matched)))
-    lines += [_line(word, len(keys), keys) for word, keys in apart.items()]
+    lines += [_line(word, len(keys), keys) for word, keys in {**apart, "of another shape": shapes}.items()]
     lines.append(_line("ignored", len(published.ignored)))
     named: dict[str, list[str]] = {}
     for key, reason in published.ignored.items():
@@ -150,7 +148,7 @@ def account(backbone: Backbone, published: Published) -> list[str]:
 
 
 def _line(word: str, count: int, names: Sequence[str] = ()) -> str:
-    return f"  {word:<16} {count:>5}" + (f"  {_some(names)}" if names else "")
+    return f"  {word:<16} {count:>5}  {_some(names)}".rstrip()
 
 
 def _some(names: Sequence[str]) -> str:
@@ -163,14 +161,6 @@ def _check_output(output: Path) -> None:
         raise InputError(f"{output} is not empty: give a new folder")
     if not next(place for place in (output, *output.absolute().parents) if place.exists()).is_dir():
         raise InputError(f"{output} cannot be a folder: there is a file in its way")
-
-
-def _check_tensors(state: Mapping[str, Tensor]) -> None:
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise InputError(f"{key} is {type(value).__name__}, not a tensor")
-        if not value.isfinite().all():
-            raise InputError(f"{key} holds values that are not finite")
 
 
 def _write(output: Path, backbone: Backbone, about: dict[str, Any]) -> None:

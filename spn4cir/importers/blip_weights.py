@@ -7,18 +7,16 @@ from torch import Tensor
 
 from spn4cir.backbones.blip4cir import EMBEDDED, VISION, complete_config, load_config
 from spn4cir.errors import InputError
-from spn4cir.importers.published import Published, find_state_dict
+from spn4cir.importers.published import Published, find_state_dict, read_text_config
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower, resize_positions
 
 
 def convert_blip_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
     """Convert weights of stage 1 (``BLIP_Retrieval``), of SPN's stage 2 (``state_dict``), or of BLIP (``model``).
 
-    Beside the constructor's options, ``image_size`` states to which size the position embedding of BLIP's own file
-    is resized (384 if it is not given).
-
-    Raises:
-        InputError: if it is none of these, or if the shapes do not tell the architecture.
+    Beside the constructor's options, ``image_size`` states to which size the position embedding of BLIP's own file is
+    resized (384 if it is not given). Raises ``InputError`` if it is none of these, or if the shapes do not tell the
+    architecture.
     """
     is_blip = "BLIP_Retrieval" not in content and "state_dict" not in content
     beside = {"config"} & content.keys() if is_blip else set()  # a dictionary of settings
@@ -65,21 +63,9 @@ def _reason(name: str, value: Any, is_blip: bool) -> str:
 
 
 def _recognise(vision: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the architecture from shapes; each head has width 64.
-
-    Raises:
-        InputError: naming the tensor that would be needed.
-    """
+    """Read the architecture from shapes. Raises ``InputError`` that names the tensor that would be needed."""
     try:
-        vocabulary, width = rest["text_encoder.embeddings.word_embeddings.weight"].shape
-        text = {
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "max_position_embeddings": len(rest["text_encoder.embeddings.position_embeddings.weight"]),
-            "intermediate_size": len(rest["text_encoder.encoder.layer.0.intermediate.dense.weight"]),
-            "num_hidden_layers": len({n.split(".")[3] for n in rest if n.startswith("text_encoder.encoder.layer.")}),
-            "num_attention_heads": max(1, width // 64),
-        }
+        text = read_text_config(rest, "text_encoder.")
         embedding = len(rest["text_proj.weight"])
     except KeyError as error:
         raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None

@@ -12,12 +12,10 @@ def convert_clip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     """Convert weights of the original or of SPN's stage 2.
 
     The original has an entry ``CLIP`` with OpenAI's names, or an entry ``Combiner`` whose CLIP is another file; SPN's
-    has an entry ``state_dict`` with names that begin with ``clip.``.
-
-    Raises:
-        InputError: if it is none of these, or if no ``model`` is stated and no model of OpenAI has these shapes.
+    has an entry ``state_dict`` with names that begin with ``clip.``. Raises ``InputError`` if it is none of these, or
+    if no ``model`` is stated and no model of OpenAI has these shapes.
     """
-    key, state, ignored = find_state_dict(content, "CLIP", "state_dict", "Combiner")
+    key, state, ignored = find_state_dict(content, "CLIP", "state_dict", "Combiner", prefix="clip.")
     if key == "Combiner":
         if options.get("model"):
             raise InputError("it holds the Combiner alone, and its CLIP is that of --base: leave out --model")
@@ -26,8 +24,6 @@ def convert_clip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     container = "CLIP, OpenAI's names" if key == "CLIP" else "state_dict, prefix clip."
     if key == "CLIP":
         state = {f"clip.{name}": value for name, value in state.items()}
-    elif not any(name.startswith("clip.") for name in state):
-        raise InputError(f"the names in state_dict should begin with clip., not as in {next(iter(state))}")
     ignored |= drop_jit_numbers(state, "clip.")
     model = name_clip_model(options.get("model"), state)
     return Published({"model": model, "pretrained": None}, state, ignored, container)

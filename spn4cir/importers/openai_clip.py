@@ -38,8 +38,7 @@ def name_clip_model(stated: str | None, state: Mapping[str, Tensor]) -> str:
 def _read_dimensions(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read from shapes what a config of open_clip states; each head has width 64 in all of OpenAI's models.
 
-    Raises:
-        InputError: naming the tensor that would be needed.
+    Raises ``InputError`` that names the tensor that would be needed.
     """
 
     def count(prefix: str) -> int:
@@ -56,13 +55,9 @@ def _read_dimensions(state: Mapping[str, Tensor]) -> dict[str, Any]:
             size = 32 * isqrt(state["visual.attnpool.positional_embedding"].shape[0] - 1)  # one more for the mean
             vision = {"layers": [count(f"visual.layer{n}.") for n in (1, 2, 3, 4)], "width": width, "patch_size": None}
         context, text_width = state["positional_embedding"].shape
-        text = {
-            "context_length": context,
-            "vocab_size": state["token_embedding.weight"].shape[0],
-            "width": text_width,
-            "heads": text_width // 64,
-            "layers": count("transformer.resblocks."),
-        }
+        words = state["token_embedding.weight"].shape[0]
+        text = {"context_length": context, "vocab_size": words, "width": text_width, "heads": text_width // 64}
+        text["layers"] = count("transformer.resblocks.")
         embed_dim = state["text_projection"].shape[1]
     except KeyError as error:
         raise InputError(f"the architecture cannot be recognised without {error}; name it with --model") from None
@@ -74,8 +69,7 @@ def _read_dimensions(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def recognise_clip_model(state: Mapping[str, Tensor]) -> str:
     """Return open_clip's name of the OpenAI model that has these shapes.
 
-    Raises:
-        InputError: with the dimensions found, if it is none of them.
+    Raises ``InputError`` with the dimensions found, if it is none of them.
     """
     found = _read_dimensions(state)
     for name in OPENAI:

@@ -1,8 +1,7 @@
 """A published checkpoint in the names of a backbone here, and what every importer needs to read one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,8 +11,7 @@ PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
 """Beginnings of the names of entries that only resuming a training needs."""
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A published checkpoint in the names of a backbone.
 
     Args:
@@ -31,12 +29,13 @@ class Published:
     lacks: str = ""
 
 
-def find_state_dict(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+def find_state_dict(
+    content: Mapping[str, Any], *keys: str, prefix: str = ""
+) -> tuple[str, dict[str, Any], dict[str, str]]:
     """The first of these entries that a file has, its state dict, and what beside it is ignored, with the reason.
 
-    Raises:
-        InputError: if it has none of them or no state dict there, or if anything beside it is more than the progress
-            of a training.
+    Raises ``InputError`` if it has none of them or no state dict there, if no name in ``state_dict`` begins with the
+    prefix, or if anything beside it is more than the progress of a training.
     """
     key = next((key for key in keys if key in content), None)
     if key is None:
@@ -51,7 +50,23 @@ def find_state_dict(content: Mapping[str, Any], *keys: str) -> tuple[str, dict[s
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         what = type(state).__name__ if state else "empty"
         raise InputError(f"{key} is {what}, not a dictionary of named tensors")
+    if key == "state_dict" and not any(name.startswith(prefix) for name in state):
+        raise InputError(f"the names in state_dict should begin with {prefix}, not as in {next(iter(state))}")
     return key, dict(state), dict.fromkeys(beside, "progress of its training")
+
+
+def read_text_config(state: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
+    """Read from shapes what a configuration states of a BERT, with heads of width 64. Raises ``KeyError``."""
+    layers = f"{prefix}encoder.layer."
+    words, width = state[f"{prefix}embeddings.word_embeddings.weight"].shape
+    return {
+        "vocab_size": words,
+        "hidden_size": width,
+        "num_hidden_layers": len({name[len(layers) :].split(".")[0] for name in state if name.startswith(layers)}),
+        "num_attention_heads": max(1, width // 64),
+        "intermediate_size": state[f"{layers}0.intermediate.dense.weight"].shape[0],
+        "max_position_embeddings": state[f"{prefix}embeddings.position_embeddings.weight"].shape[0],
+    }
 
 
 Importer = Callable[[Mapping[str, Any], Mapping[str, Any]], Published]

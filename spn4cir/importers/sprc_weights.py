@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spn4cir.backbones.shared_blip import BERT
 from spn4cir.errors import InputError
-from spn4cir.importers.published import Published, find_state_dict
+from spn4cir.importers.published import Published, find_state_dict, read_text_config
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower
 
 GIANT = 1408  # width of ViT-g, whose 16 heads are 88 wide
@@ -22,27 +22,22 @@ RENAMED = (
     (r"Qformer(_query)?\.bert\.embeddings\.", "embeddings."),
     (r"Qformer(_query)?\.bert\.encoder\.", "qformer.encoder."),
 )
+FOR_IMAGES = r"Qformer_query\.bert\.encoder\.layer\.\d+\.(crossattention|intermediate_query|output_query)\."
 IGNORED = (
     (r"Qformer(_query)?\.cls\.", "head of a language model, which nothing here reads"),
     (r"Qformer(_query)?\.bert\.embeddings\.position_ids$", "buffer of older libraries that counts positions"),
     (r"itm_head\.", "head of image-text matching, which nothing here reads"),
-    (
-        r"Qformer_query\.bert\.encoder\.layer\.\d+\.(crossattention|intermediate_query|output_query)\.",
-        "only read beside an image, and this copy never is",
-    ),
+    (FOR_IMAGES, "only read beside an image, and this copy never is"),
 )
 
 
 def convert_sprc_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
     """Convert weights of the original (``Blip2QformerCirAlignPrompt``) or of SPN's stage 2 (``state_dict``).
 
-    Raises:
-        InputError: if it is neither, or if the shapes that give the architecture are missing.
+    Raises ``InputError`` if it is neither, or if the shapes that give the architecture are missing.
     """
-    key, state, ignored = find_state_dict(content, "Blip2QformerCirAlignPrompt", "state_dict")
-    prefix = "" if key != "state_dict" else "blip_model."
-    if prefix and not any(name.startswith(prefix) for name in state):
-        raise InputError(f"the names in state_dict should begin with {prefix}, not as in {next(iter(state))}")
+    key, state, ignored = find_state_dict(content, "Blip2QformerCirAlignPrompt", "state_dict", prefix="blip_model.")
+    prefix = "blip_model." if key == "state_dict" else ""
     own, strange = {}, {}
     for name, value in state.items():
         if not name.startswith(prefix):
@@ -85,8 +80,7 @@ def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the configuration from shapes under published names without prefix.
 
-    Raises:
-        InputError: naming the tensor that would be needed.
+    Raises ``InputError`` that names the tensor that would be needed.
     """
     layer = "Qformer.bert.encoder.layer."
     crossed = {int(name.split(".")[4]) for name in state if name.startswith(layer) and ".crossattention." in name}
@@ -96,20 +90,10 @@ def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
         raise InputError(f"cross-attention in layers {sorted(crossed)} of {layers} is no even spacing from layer 0")
     is_giant = f"{TOWER}cls_token" in state and state[f"{TOWER}cls_token"].shape[-1] == GIANT
     try:
-        words, hidden = state["Qformer.bert.embeddings.word_embeddings.weight"].shape
-        qformer = {
-            "vocab_size": words,
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": hidden // 64,
-            "intermediate_size": state[f"{layer}0.intermediate.dense.weight"].shape[0],
-            "max_position_embeddings": state["Qformer.bert.embeddings.position_embeddings.weight"].shape[0],
-            "cross_attention_frequency": every,
-            "use_qformer_text_input": True,
-        }
+        text = read_text_config(state, "Qformer.bert.")
         return {
             "vision_config": recognise_vision_tower(rename_vision_tower(state), heads=16 if is_giant else None),
-            "qformer_config": qformer,
+            "qformer_config": {**text, "cross_attention_frequency": every, "use_qformer_text_input": True},
             "num_query_tokens": state["query_tokens"].shape[1],
             "image_text_hidden_size": state["vision_proj.weight"].shape[0],
         }

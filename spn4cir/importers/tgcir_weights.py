@@ -11,46 +11,37 @@ from spn4cir.errors import InputError
 from spn4cir.importers.openai_clip import drop_jit_numbers, name_clip_model
 from spn4cir.importers.published import Published, find_state_dict
 
-PREFIXES = {
+RENAMED = {  # prefixes, and whole names
     "backbone.clip.": "clip.", "backbone.fc.": "image_fc.", "backbone.text_fc.": "text_fc.",
     "s_remain_map.": "gate.", "t_remain_map.": "teacher_remain.", "t_replace_map.": "teacher_replace.",
-}  # fmt: skip
-SINGLE = {
     "backbone.masks.weight": "masks", "backbone.masks_text.weight": "text_masks", "local_weight": "local_weight",
 }  # fmt: skip
-LEARNERS = {"backbone.tokenlearn.": "learner", "backbone.tokenlearn_text.": "text_learner"}
 ALIAS, ALIASED = "backbone.image_backbone.", "backbone.clip.visual."
 
 
 def convert_tgcir_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
     """Convert weights of stage 1 or of SPN's stage 2, both under ``state_dict``; the latter has twins for the text.
 
-    Raises:
-        InputError: if it is neither, or if no ``model`` is stated and no model of OpenAI has these shapes.
+    Raises ``InputError`` if it is neither, or if no ``model`` is stated and no model of OpenAI has these shapes.
     """
-    _, published, ignored = find_state_dict(content, "state_dict")
-    if not any(name.startswith("backbone.") for name in published):
-        raise InputError(f"the names in state_dict should begin with backbone., not as in {next(iter(published))}")
+    _, published, ignored = find_state_dict(content, "state_dict", prefix="backbone.")
     if "loss_T" in published:
-        ignored["loss_T"] = _describe_scale(published.pop("loss_T"))
+        scale = published.pop("loss_T")
+        number = float(scale) if isinstance(scale, Tensor) and scale.numel() == 1 else float("nan")
+        if not 0 < number < float("inf"):
+            raise InputError("loss_T, the scale of the logits, is no number above 0")
+        temperature = f"temperature {1 / number:.4g} in the recipe"
+        ignored["loss_T"] = f"learned scale {number:.4g} of the logits: {temperature}"
     ignored |= drop_jit_numbers(published, "backbone.clip.")
     ignored |= _drop_alias(published)
     separated = any(name.startswith(("backbone.tokenlearn_text.", "backbone.masks_text.")) for name in published)
-    state: dict[str, Any] = {}
-    for prefix, name in LEARNERS.items():
-        if separated or name == "learner":
-            state |= _join_learner(published, prefix, name)
+    state = _join_learner(published, "backbone.tokenlearn.", "learner")
+    if separated:
+        state |= _join_learner(published, "backbone.tokenlearn_text.", "text_learner")
     state |= {_rename(name): value for name, value in published.items()}
     model = name_clip_model(options.get("model"), state)
     container = f"state_dict, TG-CIR's names, {'stage 2: text with twins' if separated else 'stage 1'}"
     return Published({"model": model, "pretrained": None, "separated": separated}, state, ignored, container)
-
-
-def _describe_scale(scale: Any) -> str:
-    number = float(scale) if isinstance(scale, Tensor) and scale.numel() == 1 else float("nan")
-    if not 0 < number < float("inf"):
-        raise InputError("loss_T, the scale of the logits, is no number above 0")
-    return f"learned scale {number:.4g} of the logits: temperature {1 / number:.4g} in the recipe"
 
 
 def _drop_alias(published: dict[str, Any]) -> dict[str, str]:
@@ -65,9 +56,9 @@ def _drop_alias(published: dict[str, Any]) -> dict[str, str]:
     return ignored
 
 
-def _join_learner(published: dict[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
+def _join_learner(published: dict[str, Any], prefix: str, name: str) -> dict[str, Any]:
     """Remove the convolutions over one position, (1, E, 1) each; returns them as the rows of one linear layer."""
-    state = {}
+    state: dict[str, Any] = {}
     for kind in ("weight", "bias"):
         keys = [f"{prefix}tokenizers.{q}.conv.0.{kind}" for q in range(LOCALS)]
         rows = [published.pop(key, None) for key in keys]
@@ -83,9 +74,7 @@ def _join_learner(published: dict[str, Any], prefix: str, name: str) -> dict[str
 
 def _rename(name: str) -> str:
     """Translate a published name. Raises ``InputError`` for one that TG-CIR does not have."""
-    if name in SINGLE:
-        return SINGLE[name]
-    for prefix, own in PREFIXES.items():
-        if name.startswith(prefix):
+    for prefix, own in RENAMED.items():
+        if name.startswith(prefix) if prefix.endswith(".") else name == prefix:
             return own + name.removeprefix(prefix)
     raise InputError(f"{name!r} is no name of TG-CIR's weights")

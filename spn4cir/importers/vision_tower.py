@@ -79,15 +79,9 @@ def recognise_vision_tower(state: Mapping[str, Tensor], heads: int | None = None
 
 
 def resize_positions(state: Mapping[str, Tensor], size: int) -> tuple[dict[str, Tensor], str]:
-    """Interpolate the position embeddings of a vision tower for images of ``size`` pixels.
+    """Interpolate the position embeddings of patches, bicubically, for images of ``size`` pixels.
 
-    Bicubic on the grid of patches; that of the class token stays as it is.
-
-    Returns the state dict, and what to tell of it: empty if nothing changed.
-
-    Args:
-        state: as ``rename_vision_tower`` returns it.
-        size: of the images, a multiple of the patch size.
+    Returns the state dict, named as by ``rename_vision_tower``, and what to tell of it: empty if nothing changed.
 
     Raises:
         InputError: naming the tensor that would be needed, or if patches do not fill the image.
