@@ -107,10 +107,10 @@ class EmbeddingStore:
 
     def missing(self) -> list[int]:
         """First rows of the blocks that are not on disk. Raises ``InputError`` if it has no room for them."""
-        arrays = self.open(BEGUN)
-        if arrays is None:
+        digits, arrays = self._digits(BEGUN), self.open(BEGUN)
+        if not digits or arrays is None:
             return list(self._starts)
-        missing = [start for start, digit in zip(self._starts, self._digits(BEGUN), strict=True) if digit == "0"]
+        missing = [start for start, digit in zip(self._starts, digits, strict=True) if digit == "0"]
         rows = sum(min(self.block, self.rows - start) for start in missing)
         self._check_room(sum(array.whole()[0].nbytes for array in arrays.values()) * rows)
         return missing
