@@ -129,13 +129,7 @@ class CIRR(Dataset):
                     raise entry.error("img_set", f"its members lack {image_id!r}")
             queries.append(Query(reference, entry.text("caption"), targets, (), members, name))
         measures = recall_measures(1, 5, 10, 50, primary=(5,)) + recall_measures(1, 2, 3, primary=(1,), over="subset")
-        return Benchmark(
-            name=chosen,
-            gallery=tuple(listed),
-            queries=tuple(queries),
-            exclude_reference=True,
-            measures=measures,
-        )
+        return Benchmark(chosen, tuple(listed), tuple(queries), exclude_reference=True, measures=measures)
 
     def write_submission(
         self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]

@@ -102,8 +102,8 @@ def _triplet(entry: Entry, allowed: frozenset[str], other: AddImage | None) -> T
                 raise entry.error(key, f"{image_id[:60]!r} is no training image")
             other(entry, key.removesuffix("_name"), image_id)
         ids.append(image_id)
-    one = isinstance(entry.get(shape[2], object, "a text"), str)
-    texts = [entry.text(shape[2])] if one else entry.texts(shape[2])
+    is_text = isinstance(entry.get(shape[2], object, "a text"), str)
+    texts = [entry.text(shape[2])] if is_text else entry.texts(shape[2])
     return Triplet(ids[0], (ids[1],), tuple(text for text in texts if text.strip()), generated=True)
 
 
