@@ -164,10 +164,10 @@ def picture_places(dataset: Dataset, folder: Path) -> Callable[[str], str]:
 
 def entry_writer(dataset: Dataset, folder: Path) -> Callable[[Triplet, tuple[str, str]], dict[str, object]]:
     """What ``published_shape`` says of a triplet and its captions, in a file of ``folder``."""
-    place = picture_places(dataset, folder) if dataset.name == "catalogue" else None
+    place = picture_places(dataset, folder) if dataset.name == "catalogue" else str
 
     def entry(triplet: Triplet, captions: tuple[str, str]) -> dict[str, object]:
-        places = (place(str(triplet.reference)), place(triplet.targets[0])) if place else None
+        places = place(str(triplet.reference)), place(triplet.targets[0])
         return published_shape(dataset.name, triplet, captions, places)
 
     return entry
