@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import report, row, watched
-from spn4cir.data_gen.windows import ROWS, Window
+from spn4cir.data_gen.steps import ROWS
+from spn4cir.data_gen.windows import Window
 from spn4cir.errors import run_command
 from spn4cir.files import write_text
 from spn4cir.results import git_commit

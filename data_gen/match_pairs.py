@@ -10,19 +10,18 @@ import json
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from spn4cir.data_gen.deduplicate import canonical_images, reference_images
-from spn4cir.data_gen.steps import GenerateConfig, Journal, digest, is_done, mark_done, run_step
-from spn4cir.data_gen.windows import ROWS, Window, encode_vectors, open_store
+from spn4cir.data_gen.steps import ROWS, GenerateConfig, Journal, digest, draw_free, is_done, mark_done, run_step
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_jsonl, write_jsonl, write_text
 
 if TYPE_CHECKING:
-    from spn4cir.data_gen.windows import Array
+    from spn4cir.data_gen.windows import Array, Window
 
 SAMPLE = 512  # references whose similarities to all others the report shows
 BINS = 200
@@ -58,10 +57,8 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
         return
     ids = canonical_images(config)
     matching = Matching(config, _vectors(config, dataset, ids, processes), {i: n for n, i in enumerate(ids)}, never)
-    blocks = list(_blocks(pools, references))
-    _work(matching, blocks, Journal(out, made_by, processes), processes)
+    _work(matching, list(_blocks(pools, references)), Journal(out, made_by, processes), processes)
     journal = Journal(out, made_by, processes)  # now with the blocks of all
-    assert all(n in journal for n in range(len(blocks))), "a block of pairs is missing"
     if processes.first:
         rows, dropped = _kept(config, list(journal.rows()))
         if not rows:
@@ -77,13 +74,7 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     processes.wait()
 
 
-class ReferenceBlock(NamedTuple):
-    """The unit of work: some references of a pool."""
-
-    pool: Pool
-    references: Sequence[str]
-
-
+@dataclass
 class Matching:
     """Draws pairs.
 
@@ -94,40 +85,31 @@ class Matching:
         never: image id → targets that it is not to have.
     """
 
-    def __init__(
-        self,
-        config: GenerateConfig,
-        vectors: "Array | None",
-        row_of: Mapping[str, int],
-        never: Mapping[str, Collection[str]],
-    ):
-        self.config, self.vectors, self.row_of, self.never = config, vectors, row_of, never
-        self._pool: Pool | None = None
-        self._place: dict[str, int] = {}
-        self._window: Window | None = None
+    config: GenerateConfig
+    vectors: "Array | None"
+    row_of: Mapping[str, int]
+    never: Mapping[str, Collection[str]]
+    _pool: Pool | None = None
+    _place: Mapping[str, int] = field(default_factory=dict)
+    _window: "Window | None" = None
 
-    def rows(self, block: ReferenceBlock) -> list[Row]:
-        """Pairs of the references of a block, in their order."""
-        self._enter(block.pool)
-        ids, names = block.pool.ids, block.references
+    def rows(self, pool: Pool, names: Sequence[str]) -> list[Row]:
+        """Pairs of some references of a pool, in their order."""
+        self._enter(pool)
+        ids = pool.ids
         positions = [self._place[i] for i in names]
         never = [[self._place[i] for i in self.never.get(name, ()) if i in self._place] for name in names]
+        found: Sequence[Sequence[tuple[int, int | None, float | None]]]
         if self._window is None:
-            found = draw_uniformly(positions, names, never, len(ids), self.config.pairs_per_image, self.config.seed)
-            return [
-                {
-                    "reference": name,
-                    "target": ids[other],
-                    "rank": None,
-                    "similarity": self._similarity(name, ids[other]),
-                }
-                for name, others in zip(names, found, strict=True)
-                for other in others
-            ]
+            drawn = draw_uniformly(positions, names, never, len(ids), self.config.pairs_per_image, self.config.seed)
+            each = zip(names, drawn, strict=True)
+            found = [[(n, None, self._similarity(name, ids[n])) for n in partners] for name, partners in each]
+        else:
+            found = self._window.draw(positions, names, never)
         return [
-            {"reference": name, "target": ids[one.position], "rank": one.rank, "similarity": round(one.similarity, 4)}
-            for name, partners in zip(names, self._window.draw(positions, names, never), strict=True)
-            for one in partners
+            {"reference": name, "target": ids[n], "rank": rank, "similarity": similarity and round(similarity, 4)}
+            for name, partners in zip(names, found, strict=True)
+            for n, rank, similarity in partners
         ]
 
     def _enter(self, pool: Pool) -> None:
@@ -136,6 +118,8 @@ class Matching:
             return
         self._pool, self._place = pool, {i: n for n, i in enumerate(pool.ids)}
         if pool.window is not None:
+            from spn4cir.data_gen.windows import Window
+
             config = self.config
             self._window = Window(self._vectors_of(pool), *pool.window, config.pairs_per_image, config.seed)
 
@@ -149,7 +133,7 @@ class Matching:
         if self.vectors is None:
             return None
         one, other = (self.vectors[self.row_of[i]].astype("float64") for i in (reference, target))
-        return round(float((one * other).sum()), 4)
+        return float((one * other).sum())
 
     def report(self, pools: Sequence[Pool], references: Sequence[str], rows: Sequence[Row]) -> Row:
         """What people set a window by: similarities of some references to all others, beside those of the pairs."""
@@ -160,7 +144,7 @@ class Matching:
         import numpy as np
 
         edges = np.linspace(-1, 1, BINS + 1)
-        every, quantiles = np.zeros(BINS, int), []
+        every = np.zeros(BINS, int)
         for pool in pools:
             own = set(pool.ids)
             sample = [i for i in references if i in own]
@@ -168,9 +152,10 @@ class Matching:
             for name in sample[:: max(1, len(sample) * len(pools) // SAMPLE)]:
                 scores = vectors @ self.vectors[self.row_of[name]]  # (n,)
                 every += np.histogram(np.delete(scores, pool.ids.index(name)), edges)[0]
-        for at in (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1):
-            quantiles.append([at, round(float(np.quantile([row["similarity"] for row in rows], at)), 4)])
-        chosen = np.histogram([row["similarity"] for row in rows], edges)[0]
+        similarities, places = [row["similarity"] for row in rows], [0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1]
+        values = np.quantile(similarities, places).tolist()
+        quantiles = [[at, round(value, 4)] for at, value in zip(places, values, strict=True)]
+        chosen = np.histogram(similarities, edges)[0]
         histogram = {"edges": edges.round(4).tolist(), "all": every.tolist(), "window": chosen.tolist()}
         return {**about, "ranks": ranks, "histogram": histogram, "quantiles": quantiles}
 
@@ -184,15 +169,8 @@ def draw_uniformly(
     seed: int,
 ) -> list[list[int]]:
     """Partners of images among ``pool`` positions, whatever they show; arguments as for ``Window``."""
-    found = []
-    for position, name, other in zip(positions, names, never, strict=True):
-        taken = sorted({position, *other})
-        free = pool - len(taken)
-        drawn = random.Random(f"{seed}/{name}").sample(range(free), min(per_image, free))
-        for place in taken:
-            drawn = [n + (place <= n) for n in drawn]
-        found.append(sorted(drawn))
-    return found
+    each = zip(positions, names, never, strict=True)
+    return [draw_free(range(pool), {position, *other}, name, per_image, seed) for position, name, other in each]
 
 
 def pools_of(config: GenerateConfig, dataset: Dataset) -> list[Pool]:
@@ -267,27 +245,30 @@ def _vectors(config: GenerateConfig, dataset: Dataset, ids: Sequence[str], proce
     if not _needs_vectors(config):
         return None
     from spn4cir.data_gen.matchers import identify, load_matcher
+    from spn4cir.data_gen.windows import encode_vectors, open_store
 
     store = open_store(config, ids, identify(config.matcher))
     return encode_vectors(store, dataset, ids, lambda: load_matcher(config.matcher), processes)
 
 
-def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> Iterator[ReferenceBlock]:
+def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> Iterator[tuple[Pool, Sequence[str]]]:
     """All references, pool by pool, in blocks of a fixed size."""
     acting = set(references)
     for pool in pools:
         own = [i for i in pool.ids if i in acting]
         for start in range(0, len(own), ROWS):
-            yield ReferenceBlock(pool, own[start : start + ROWS])
+            yield pool, own[start : start + ROWS]
 
 
-def _work(matching: Matching, blocks: Sequence[ReferenceBlock], journal: Journal, processes: Processes) -> None:
+def _work(
+    matching: Matching, blocks: Sequence[tuple[Pool, Sequence[str]]], journal: Journal, processes: Processes
+) -> None:
     """Do what is not done of this process's blocks."""
     from tqdm import tqdm
 
     mine = [n for n in range(len(blocks)) if n % processes.count == processes.index and n not in journal]
     for n in tqdm(mine, "match", unit="block", disable=not processes.first or not mine):
-        journal.add(n, matching.rows(blocks[n]))
+        journal.add(n, matching.rows(*blocks[n]))
     journal.close()
     processes.wait()
 

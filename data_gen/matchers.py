@@ -7,20 +7,27 @@ import difflib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spn4cir.backbone import l2_normalize
+from spn4cir.backbones import build_backbone
+from spn4cir.backbones.shared_clip import load_clip
+from spn4cir.checkpoints import load_model
 from spn4cir.config import TrainConfig
 from spn4cir.data_gen.steps import EMBEDDED
+from spn4cir.data_gen.unicom import PUBLISHED, SIZES, check_weights, find_weights, known_size, load_unicom
 from spn4cir.errors import InputError
 from spn4cir.files import hash_files
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-    from torch import Tensor, nn
+from spn4cir.images import Transform
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".json")
 """Files of a model's folder that decide what it computes."""
+Parts: TypeAlias = tuple[nn.Module, Callable[[Image.Image], Tensor], Callable[[Tensor], Tensor], str]
+"""Everything that makes a ``Matcher`` but where it comes from."""
 
 
 class Matcher:
@@ -30,34 +37,33 @@ class Matcher:
         module: what ``vectors`` reads, put in eval mode.
         transform: RGB image → (3, H, W).
         vectors: (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32.
-        made_by: kind, model and digest of its weights.
         says: which vector of the model it is, in a few words.
+        made_by: kind, model and digest of its weights.
     """
 
     def __init__(
         self,
-        module: "nn.Module",
-        transform: "Callable[[Image.Image], Tensor]",
-        vectors: "Callable[[Tensor], Tensor]",
-        made_by: dict[str, Any],
+        module: nn.Module,
+        transform: Callable[[Image.Image], Tensor],
+        vectors: Callable[[Tensor], Tensor],
         says: str,
+        made_by: dict[str, Any],
     ):
         self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
         self.made_by, self.says = made_by, says
 
     @property
-    def device(self) -> "torch.device":
-        """Where it computes."""
+    def device(self) -> torch.device:
+        """The device it computes on."""
         return next(self.module.parameters()).device
 
-    def to(self, device: "torch.device | str") -> "Matcher":
+    def to(self, device: torch.device | str) -> "Matcher":
         """Move it there."""
         self.module.to(device)
         return self
 
-    def encode(self, pixels: "Tensor") -> "Tensor":
+    def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, E) in float32, of unit norm, on the device of the model."""
-        import torch
 
         with torch.inference_mode():
             return self._vectors(pixels.to(self.device))
@@ -66,8 +72,7 @@ class Matcher:
 def identify(name: str) -> dict[str, Any]:
     """What decides a matcher's vectors: kind, model, and the digest of its weights where they are local.
 
-    Quick beside loading it: files are read, no model is built. A model of a hub stands for itself by its name, a local
-    one by its content, so that it may be moved.
+    No model is built. A model of a hub stands for itself by its name, a local one by its content: it may be moved.
 
     Raises:
         InputError: if there is no such kind of matcher, or what it names locally is missing.
@@ -76,7 +81,10 @@ def identify(name: str) -> dict[str, Any]:
     if kind == "embedded":
         return {"kind": kind, "model": kind, "weights": content_digest(EMBEDDED / "clip")}
     if kind == "unicom":
-        return _identify_unicom(model)
+        if not is_file_of_unicom(model):
+            return {"kind": kind, "model": known_size(model), "weights": PUBLISHED[known_size(model)].sha256}
+        found = check_weights(Path(model))
+        return {"kind": kind, "model": {w.sha256: size for size, w in PUBLISHED.items()}.get(found), "weights": found}
     if kind == "run":
         files = [Path(model) / file for file in ("model.json", "model.safetensors")]
         return {"kind": kind, "model": "a folder", "weights": content_digest(*files)}
@@ -97,7 +105,8 @@ def load_matcher(name: str) -> Matcher:
         InputError: if there is none, or its weights are missing and cannot be downloaded.
     """
     kind, model = _split(name)
-    return LOADERS[kind](model, identify(name))
+    made_by = identify(name)
+    return Matcher(*LOADERS[kind](model), made_by)
 
 
 def content_digest(*paths: Path) -> str:
@@ -135,19 +144,8 @@ def _local(kind: str, model: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _identify_unicom(model: str) -> dict[str, Any]:
-    from spn4cir.data_gen.unicom import PUBLISHED, check_weights, known_size
-
-    if not is_file_of_unicom(model):
-        return {"kind": "unicom", "model": known_size(model), "weights": PUBLISHED[known_size(model)].sha256}
-    found = check_weights(Path(model))
-    return {"kind": "unicom", "model": {w.sha256: size for size, w in PUBLISHED.items()}.get(found), "weights": found}
-
-
 def is_file_of_unicom(model: str) -> bool:
     """Whether what stands behind ``unicom:`` is a file rather than a size."""
-    from spn4cir.data_gen.unicom import SIZES
-
     return model not in SIZES and (Path(model).suffix in WEIGHTS or Path(model).exists())
 
 
@@ -163,50 +161,25 @@ def _download(kind: str, hub: str, then: str = "") -> str:
     return f" (where there is no network: get https://huggingface.co/{hub} and {then})" if hub else ""
 
 
-def _embedded(model: str, made_by: dict[str, Any]) -> Matcher:
-    from spn4cir.backbones import build_backbone
-
-    return _of_backbone(build_backbone(TrainConfig.backbone, model="embedded"), made_by)
-
-
-def _run(model: str, made_by: dict[str, Any]) -> Matcher:
-    from spn4cir.checkpoints import load_model
-
-    return _of_backbone(load_model(Path(model)), made_by)
-
-
-def _of_backbone(backbone: Any, made_by: dict[str, Any]) -> Matcher:
+def _of_backbone(backbone: Any) -> Parts:
     """Its target vector as it is; of several the mean, of unit norm again."""
-    from spn4cir.backbone import l2_normalize
 
-    def vectors(pixels: "Tensor") -> "Tensor":
+    def vectors(pixels: Tensor) -> Tensor:
         targets: Tensor = backbone.encode_target(pixels)  # (B, K, E)
         return targets[:, 0].float() if targets.shape[1] == 1 else l2_normalize(targets.float().mean(1))
 
-    says = "the target vector, or the mean of several"
-    return Matcher(backbone, backbone.transform, vectors, made_by, says)
+    return backbone, backbone.transform, vectors, "the target vector, or the mean of several"
 
 
-def _unicom(model: str, made_by: dict[str, Any]) -> Matcher:
-    from spn4cir.backbone import l2_normalize
-    from spn4cir.data_gen.unicom import SIZES, find_weights, load_unicom
-    from spn4cir.images import Transform
-
-    if is_file_of_unicom(model):
-        network = load_unicom(Path(model))
-    else:
-        network = load_unicom(find_weights(model), SIZES[made_by["model"]])
+def _unicom(model: str) -> Parts:
+    is_file = is_file_of_unicom(model)
+    network = load_unicom(Path(model)) if is_file else load_unicom(find_weights(model), SIZES[known_size(model)])
     transform = Transform(network.size.image, pad_ratio=None)  # resized, cropped and normalised as CLIP's images are
-    return Matcher(
-        network, transform, lambda pixels: l2_normalize(network(pixels)), made_by, "the projection of all patches"
-    )
+    return network, transform, lambda pixels: l2_normalize(network(pixels)), "the projection of all patches"
 
 
-def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
+def _open_clip(model: str) -> Parts:
     import open_clip
-
-    from spn4cir.backbone import l2_normalize
-    from spn4cir.backbones.shared_clip import load_clip
 
     schema, _, hub = model.partition(":")
     name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)
@@ -220,9 +193,7 @@ def _open_clip(model: str, made_by: dict[str, Any]) -> Matcher:
         raise _failed("open_clip", model, ValueError(str(error).rpartition("): ")[2]), advice) from None
     prepare = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
     transform = open_clip.transform.image_transform_v2(prepare, is_train=False)
-    return Matcher(
-        clip, transform, lambda pixels: l2_normalize(clip.encode_image(pixels)), made_by, "the image embedding"
-    )
+    return clip, transform, lambda pixels: l2_normalize(clip.encode_image(pixels)), "the image embedding"
 
 
 def _tagged(model: str) -> tuple[str, str]:
@@ -249,10 +220,8 @@ def _close(name: str, known: list[str]) -> str:
     return f"the closest of {len(known)} are {', '.join(close)}"
 
 
-def _timm(model: str, made_by: dict[str, Any]) -> Matcher:
+def _timm(model: str) -> Parts:
     import timm
-
-    from spn4cir.backbone import l2_normalize
 
     name = f"local-dir:{model}" if Path(model).is_dir() else model
     if ":" not in name and not timm.is_model(name):
@@ -265,14 +234,11 @@ def _timm(model: str, made_by: dict[str, Any]) -> Matcher:
         transform = data.create_transform(**data.resolve_model_data_config(network), is_training=False)
     except (RuntimeError, ValueError, OSError, KeyError, AttributeError) as error:
         raise _failed("timm", model, error, _download("timm", "" if Path(model).is_dir() else hub)) from None
-    return Matcher(network, transform, lambda pixels: l2_normalize(network(pixels)), made_by, "the pooled features")
+    return network, transform, lambda pixels: l2_normalize(network(pixels)), "the pooled features"
 
 
-def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
-    import torch
+def _transformers(model: str) -> Parts:
     from transformers import AutoImageProcessor, AutoModel
-
-    from spn4cir.backbone import l2_normalize
 
     try:
         processor = AutoImageProcessor.from_pretrained(model)
@@ -284,19 +250,19 @@ def _transformers(model: str, made_by: dict[str, Any]) -> Matcher:
     if lost:
         raise InputError(f"transformers:{model} lacks {len(lost)} weights of its model, such as {lost[0]}")
 
-    def transform(picture: "Image.Image") -> "Tensor":
+    def transform(picture: Image.Image) -> Tensor:
         pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
         return pixels
 
     read, says = _choose_vector(network, transform, pooler=not about["missing_keys"])
     if read is None:
         raise InputError(f"matcher transformers:{model} gives no vector for an image: {says}")
-    return Matcher(network, transform, lambda pixels: l2_normalize(read(pixels)), made_by, says)
+    return network, transform, lambda pixels: l2_normalize(read(pixels)), says
 
 
 def _choose_vector(
-    network: Any, transform: "Callable[[Image.Image], Tensor]", pooler: bool
-) -> "tuple[Callable[[Tensor], Tensor] | None, str]":
+    network: Any, transform: Callable[[Image.Image], Tensor], pooler: bool
+) -> tuple[Callable[[Tensor], Tensor] | None, str]:
     """Which vector of a model of transformers stands for an image: a function of pixels, and how to call it.
 
     The image embedding of models of images and texts; else the pooled output, unless its weights are missing and would
@@ -307,8 +273,6 @@ def _choose_vector(
         transform: RGB image → (3, H, W).
         pooler: whether the weights of a pooled output, if it has any, are there.
     """
-    import torch
-    from PIL import Image
 
     white = transform(Image.new("RGB", (64, 64), "white"))[None]
     images = getattr(network, "get_image_features", None)
@@ -327,24 +291,24 @@ def _choose_vector(
     if any(name.endswith("cls_token") for name, _ in network.named_parameters()):
         return lambda pixels: network(pixel_values=pixels).last_hidden_state[:, 0], "the class token"
 
-    def mean(pixels: "Tensor") -> "Tensor":
+    def mean(pixels: Tensor) -> Tensor:
         states: Tensor = network(pixel_values=pixels).last_hidden_state  # (B, L, D) or (B, D, H, W)
         return states.mean(1) if states.ndim == 3 else states.flatten(2).mean(2)
 
     return mean, "the mean over all places"
 
 
-def _pooled(output: Any) -> "Tensor":
+def _pooled(output: Any) -> Tensor:
     """The pooled vector of an output, which older models give by itself."""
     pooled: Tensor = output if hasattr(output, "ndim") else output.pooler_output
     return pooled
 
 
-LOADERS: dict[str, Callable[[str, dict[str, Any]], Matcher]] = {
-    "embedded": _embedded,
+LOADERS: dict[str, Callable[[str], Parts]] = {
+    "embedded": lambda _: _of_backbone(build_backbone(TrainConfig.backbone, model="embedded")),
     "unicom": _unicom,
     "open_clip": _open_clip,
     "timm": _timm,
     "transformers": _transformers,
-    "run": _run,
+    "run": lambda model: _of_backbone(load_model(Path(model))),
 }

@@ -21,7 +21,7 @@ from spn4cir.config import parse, recipes_folder
 from spn4cir.data_gen.sources import Candidate, Smallest, expand, folder_candidates, shard_candidates
 from spn4cir.data_gen.steps import is_done, mark_done
 from spn4cir.errors import InputError, run_command
-from spn4cir.files import read_json, read_jsonl, write_jsonl, write_text
+from spn4cir.files import read_json, write_text
 
 SPARE = 1.25  # candidates that are remembered for each image that is wanted, since some will not decode
 LARGEST = 256 << 20  # bytes of a picture that is worth looking at
@@ -66,11 +66,15 @@ def sample_images(config: SampleConfig) -> None:
     Raises:
         InputError: if the sources hold no image, or the folder holds another sample.
     """
+    import pandas
+
     from spn4cir.datasets.catalogue import Catalogue
 
     out = Path(config.output)
     files = expand(config.shards) if config.shards else [Path(config.folder or "")]
-    _check_output(config)
+    inner, folder = out.resolve(), files[0].resolve()
+    if config.folder and not config.list and inner.is_relative_to(folder):
+        raise InputError(f"--output {inner} lies in --folder {folder}, whose pictures it would join: give another")
     made_by = _made_by(config, files)
     table = out / f"{Catalogue.name}.csv"
     if is_done(table, made_by):
@@ -79,26 +83,21 @@ def sample_images(config: SampleConfig) -> None:
     _claim(out, made_by, config)
     wanted = config.images
     while True:
-        chosen, total = _candidates(config, files, out / "sample.jsonl", made_by, int(wanted * SPARE) + 64)
+        chosen, total = _candidates(config, files, int(wanted * SPARE) + 64)
         taken, broken = _take(chosen, out, config.images)
         if len(taken) == config.images or len(chosen) == total:
             break
         wanted *= 2  # so many are broken that the spare ones do not do
     if not taken:
         raise InputError(f"none of {total} images in {config.shards or config.folder} decodes")
-    _write_table(table, taken)
-    (out / "sample.jsonl").unlink(missing_ok=True)
-    (out / "sample.done.json").unlink(missing_ok=True)
+    rows = [(name, image_id, ascii(one.name)[1:-1]) for one, name, image_id in taken]
+    write_text(
+        table, pandas.DataFrame(rows, columns=["image", "image_id", "source"]).to_csv(index=False, lineterminator="\n")
+    )
     mark_done(table, made_by, **asdict(config), taken=len(taken), candidates=total, broken=broken)
     fewer = f", all there are of the {config.images} asked for" if len(taken) < config.images else ""
     print(f"sample: {len(taken)} of {total} images{fewer}, {broken} broken ones passed over → {table}")
     print(f"next: python data_gen/make_triplets.py --dataset {Catalogue.name} --data-root {shlex.quote(str(out))}")
-
-
-def _check_output(config: SampleConfig) -> None:
-    out, folder = Path(config.output).resolve(), Path(config.folder or "").resolve()
-    if config.folder and not config.list and out.is_relative_to(folder):
-        raise InputError(f"--output {out} lies in --folder {folder}, whose pictures it would join: give another")
 
 
 def _made_by(config: SampleConfig, files: Sequence[Path]) -> str:
@@ -107,7 +106,7 @@ def _made_by(config: SampleConfig, files: Sequence[Path]) -> str:
     Of a folder, that is each picture that may be taken, by a list or without one, with its size and time.
     """
     stamps = [[path.name, path.stat().st_size] for path in files if path.is_file()]
-    about = [config.images, config.seed, sorted(stamps), "", bool(config.folder) and str(config.folder)]
+    about = [config.images, config.seed, sorted(stamps), "", config.folder or False]
     total = hashlib.sha256(json.dumps(about).encode())
     for one in folder_candidates(files[0], config.list) if config.folder else ():
         time = one.source.stat().st_mtime_ns if one.size else 0
@@ -135,24 +134,14 @@ def _claim(out: Path, made_by: str, config: SampleConfig) -> None:
     write_text(note, json.dumps({"made_by": made_by, **asdict(config)}, indent=1) + "\n")
 
 
-def _candidates(
-    config: SampleConfig, files: Sequence[Path], note: Path, made_by: str, keep: int
-) -> tuple[list[Candidate], int]:
-    """The candidates of the smallest hashes, and how many there are in all; from the note if it was done before."""
-    made_by = f"{made_by}/{keep}"
-    if is_done(note, made_by):
-        rows, places = read_jsonl(note), {path.name: path for path in files if config.shards}
-        total = int(read_json(note.with_suffix(".done.json"))["total"])
-        return [Candidate.from_row(row, places, files[0]) for row in rows], total
+def _candidates(config: SampleConfig, files: Sequence[Path], keep: int) -> tuple[list[Candidate], int]:
+    """The candidates of the smallest hashes, and how many there are in all."""
     smallest = Smallest(keep)
     for candidate in folder_candidates(files[0], config.list) if config.folder else shard_candidates(files):
         smallest.add(f"{config.seed}/{candidate.name}", candidate)
     if not smallest.total:
         raise InputError(f"{config.shards or config.folder} holds no images")
-    chosen = smallest.sorted()
-    write_jsonl(note, (candidate.as_row() for candidate in chosen))
-    mark_done(note, made_by, total=smallest.total)
-    return chosen, smallest.total
+    return smallest.sorted(), smallest.total
 
 
 def _take(chosen: Sequence[Candidate], out: Path, images: int) -> tuple[list[tuple[Candidate, str, str]], int]:
@@ -160,20 +149,19 @@ def _take(chosen: Sequence[Candidate], out: Path, images: int) -> tuple[list[tup
     from tqdm import tqdm
 
     good: dict[int, bool] = {}
-    ids: dict[int, str] = {}
+    ids: dict[int, list[str]] = {}
     waiting = iter(range(len(chosen)))
     with tqdm(total=images, desc="sample", unit="image") as bar:
         while batch := list(islice(waiting, images - sum(good.values()))):
-            for number in sorted(batch, key=lambda n: chosen[n].place):  # the disk is read forwards
+            for number in sorted(batch, key=lambda n: (chosen[n].source, chosen[n].start)):  # the disk is read forwards
                 good[number] = _copy(chosen[number], out)
-                ids[number] = chosen[number].read_address() if good[number] else ""
+                ids[number] = chosen[number].image_ids() if good[number] else []
                 bar.update(good[number])
     taken, used = [], set[str]()
     for number in sorted(n for n, fine in good.items() if fine):
-        one = chosen[number]
-        image_id = next(i for i in (ids[number], one.safe_id, one.copy_name) if i and i not in used)
+        image_id = next(i for i in ids[number] if i not in used)
         used.add(image_id)
-        taken.append((one, one.copy_name, image_id))
+        taken.append((chosen[number], chosen[number].copy_name, image_id))
     return taken, len(good) - len(taken)
 
 
@@ -215,17 +203,6 @@ def _is_copy(place: Path, one: Candidate) -> bool:
         return False
     with one.open() as source:
         return place.read_bytes() == source.read()
-
-
-def _write_table(table: Path, taken: Sequence[tuple[Candidate, str, str]]) -> None:
-    import csv
-    import io
-
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "image_id", "source"])
-    writer.writerows([name, image_id, ascii(one.name)[1:-1]] for one, name, image_id in taken)
-    write_text(table, text.getvalue())
 
 
 if __name__ == "__main__":

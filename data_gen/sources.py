@@ -12,11 +12,11 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob  # pathlib's wants a folder to start from
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from spn4cir.errors import InputError
 
@@ -51,26 +51,17 @@ class Candidate:
         """Path of the copy below the output: by hash, never by a name that a tar gives."""
         return f"images/{self.key[:2]}/{self.key}{self.suffix}"
 
-    @property
-    def place(self) -> tuple[str, int]:
-        """What sorts candidates as they lie on the disk."""
-        return self.source.as_posix(), self.start
-
-    @property
-    def safe_id(self) -> str:
-        """The name, if it can be an image id; else empty."""
-        from spn4cir.datasets.pictures import safe_name
-
-        return self.name if safe_name(self.name) else ""
-
     def open(self) -> BinaryIO:
         """The bytes of the picture; fewer if the file is cut short."""
         return io.BytesIO(_read(self.source, self.start, self.size))
 
-    def read_address(self) -> str:
-        """The address that the JSON beside the picture gives, if it can be an image id; else empty."""
+    def image_ids(self) -> list[str]:
+        """Ids that the image may have, the best first: the address in the JSON beside it, its name, its copy's name."""
         from spn4cir.datasets.pictures import safe_name
 
+        return [text for text in (self._address(), self.name, self.copy_name) if safe_name(text)]
+
+    def _address(self) -> str:
         if self.about is None or self.about[1] > JSON_LIMIT:
             return ""
         try:
@@ -78,19 +69,7 @@ class Candidate:
         except (ValueError, RecursionError):
             return ""
         url = told.get("url") if isinstance(told, dict) else None
-        return url if isinstance(url, str) and safe_name(url) else ""
-
-    def as_row(self) -> dict[str, Any]:
-        """For a file; the source by its name."""
-        row = {"name": self.name, "source": self.source.name, "start": self.start, "size": self.size}
-        return row | {"suffix": self.suffix, "about": self.about, "key": self.key}
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any], shards: Mapping[str, Path], folder: Path) -> "Candidate":
-        """From a file; of a shard by its name or, where there are none, below the folder."""
-        source = shards[row["source"]] if shards else folder / row["name"]
-        about = tuple(row["about"]) if row["about"] else None
-        return cls(row["name"], source, row["start"], row["size"], row["suffix"], about, row["key"])
+        return url if isinstance(url, str) else ""
 
 
 def _read(path: Path, start: int, size: int) -> bytes:
@@ -100,11 +79,7 @@ def _read(path: Path, start: int, size: int) -> bytes:
 
 
 class Smallest:
-    """The candidates whose keyed hashes are smallest, whatever order they come in; a bounded number is held.
-
-    Args:
-        keep: how many.
-    """
+    """The ``keep`` candidates whose keyed hashes are smallest, whatever order they come in."""
 
     def __init__(self, keep: int):
         self._keep, self._heap, self._held = keep, list[int](), dict[int, Candidate]()

@@ -1,17 +1,17 @@
 """What all steps share: their settings and command line, notes of finished files, and journals of unfinished ones."""
 
-import itertools
 import json
 import os
+import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from spn4cir import embedded
-from spn4cir.config import parse, recipes_folder
+from spn4cir.config import parse, recipes_folder, take_option
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError, run_command
@@ -19,9 +19,12 @@ from spn4cir.files import Row, hash_files, locked, write_text
 
 EMBEDDED = Path(embedded.__file__).parent
 """Folder of the weights that are part of the package."""
+ROWS = 256  # references compared with all others at once: (ROWS, N) scores are all that is held
 POSITIVE = (
     "words", "max_new_tokens", "caption_batch_size", "match_batch_size", "pairs_per_image", "requests", "timeout",
+    "pairs", "max_caption_count", "requests_per_minute", "max_tokens",
 )  # fmt: skip
+"""Settings that are above 0, if they are set."""
 
 
 @dataclass
@@ -111,9 +114,6 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("pairs", "max_caption_count", "requests_per_minute", "max_tokens"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.prompt_file is None and "{words}" not in self.prompt:
@@ -121,8 +121,13 @@ class GenerateConfig:
         if self.retries < 0:
             raise InputError(f"retries must be 0 or more, got {self.retries}")
         if self.window is not None:
-            self._check_window(self.window)
-            self.window = self.window if self.fractions else [int(rank) for rank in self.window]
+            window, ordered = self.window, len(self.window) == 2 and self.window[0] < self.window[1]
+            ranks = ordered and window[0] >= 1 and not any(x % 1 for x in window)
+            if not ranks and not (ordered and self.fractions and window[0] >= 0):
+                raise InputError(
+                    f"window must be two ranks lo < hi with lo at least 1, or two fractions from 0 to 1, got {window}"
+                )
+            self.window = window if self.fractions else [int(rank) for rank in window]
         if not self.templates:
             raise InputError("templates must name at least one of difference, instead, unlike, target")
 
@@ -131,14 +136,6 @@ class GenerateConfig:
         """Whether the window is given as fractions of the other images."""
         window = self.window or [1.0, 1.0]
         return max(window) <= 1 and (min(window) < 1 or any(rank % 1 for rank in window))
-
-    def _check_window(self, window: list[float]) -> None:
-        ordered = len(window) == 2 and window[0] < window[1]
-        ranks = ordered and window[0] >= 1 and not any(x % 1 for x in window)
-        if not ordered or not (ranks or (self.fractions and window[0] >= 0)):
-            raise InputError(
-                f"window must be two ranks lo < hi with lo at least 1, or two fractions from 0 to 1, got {window}"
-            )
 
     @property
     def folder(self) -> Path:
@@ -188,16 +185,21 @@ def mark_done(path: Path, made_by: str, *others: Path, **about: Any) -> None:
     write_text(path.with_suffix(".done.json"), json.dumps(note, indent=1) + "\n")
 
 
+def draw_free(places: range, taken: Collection[int], name: str, count: int, seed: int) -> list[int]:
+    """Draw up to ``count`` places that are not taken, in ascending order; each name has a draw of its own."""
+    taken = sorted(place for place in taken if place in places)
+    free = len(places) - len(taken)
+    drawn = [places.start + n for n in sorted(random.Random(f"{seed}/{name}").sample(range(free), min(count, free)))]
+    for place in taken:
+        drawn = [n + (place <= n) for n in drawn]
+    return drawn
+
+
 class Journal:
     """Blocks of rows as they get ready, in files that survive a kill: a block is whole, or it is done again.
 
-    Each process appends to a file of its own, one line a block, and knows the blocks of all files that are there. Only
-    places in files are held in memory, not rows.
-
-    Args:
-        out: the file that the blocks will make up; the journal lies beside it.
-        made_by: digest of settings and inputs; journals of another one are not touched.
-        processes: who writes.
+    Each process appends to a file of its own beside ``out``, one line a block, and knows the blocks of all files that
+    are there. Only places in files are held in memory, not rows. Journals of another ``made_by`` are not touched.
 
     Raises:
         InputError: where a file cannot be written; what was written before stays.
@@ -206,16 +208,15 @@ class Journal:
     def __init__(self, out: Path, made_by: str, processes: Processes):
         self._pattern = f"{out.stem}.{made_by}.*.partial.jsonl"
         self._folder, self._places = out.parent, dict[int, tuple[Path, int]]()
-        own = out.with_name(self._pattern.replace("*", str(processes.index)))
-        cut_torn(own)
+        self.path = out.with_name(self._pattern.replace("*", str(processes.index)))
+        cut_torn(self.path)
         processes.wait()  # nobody reads what another one still cuts
         for path in sorted(out.parent.glob(self._pattern)):
             self._scan(path)
-        self.path = own
         try:
-            self._file = own.open("ab", buffering=0)
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
-            raise InputError(f"{own} cannot be written: {error.strerror}") from None
+            raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
         processes.wait()  # nobody writes what another one still scans
 
     def _scan(self, path: Path) -> None:
@@ -271,20 +272,14 @@ class Journal:
 
 def cut_torn(path: Path) -> None:
     """Cut off what follows the last newline of a file, if it is there."""
-    if path.is_file():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def run_step(step: Callable[[GenerateConfig, Dataset], None], text: str | None) -> None:
     """Run one step, or all, from the command line, with the preset of the dataset and the backbone.
 
-    Args:
-        step: what to run.
-        text: for ``--help``: a sentence, a blank line, examples.
+    ``text`` is for ``--help``: a sentence, a blank line, examples.
     """
 
     def main() -> None:
@@ -312,11 +307,11 @@ def find_preset(argv: Sequence[str]) -> Path:
         InputError: if there is no preset; lists those that exist.
     """
     folder = recipes_folder() / "triplets"
-    dataset = read_option(argv, "dataset") or GenerateConfig.dataset
-    backbone = read_option(argv, "backbone") or GenerateConfig.backbone
+    dataset = take_option(argv, "dataset")[0] or GenerateConfig.dataset
+    backbone = take_option(argv, "backbone")[0] or GenerateConfig.backbone
     files = [folder / f"{Path(name).name}.yaml" for name in (f"{dataset}_{backbone}", dataset)]
     found = next((file for file in files if file.is_file()), None)
-    if read_option(argv, "config") or {"-h", "--help"} & {*argv}:
+    if take_option(argv, "config")[0] or {"-h", "--help"} & {*argv}:
         return found or folder / f"{GenerateConfig.dataset}.yaml"
     if found is None:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
@@ -326,10 +321,3 @@ def find_preset(argv: Sequence[str]) -> Path:
         )
     Processes().say(f"preset: recipes/triplets/{found.name}")
     return found
-
-
-def read_option(argv: Sequence[str], option: str) -> str | None:
-    """Return the value that a command line gives for an option, the last of several."""
-    named = [b for a, b in itertools.pairwise(argv) if a == f"--{option}"]
-    named += [a.partition("=")[2] for a in argv if a.startswith(f"--{option}=")]
-    return named[-1] if named else None

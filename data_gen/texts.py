@@ -18,6 +18,7 @@ from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest, is_done, ma
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, short, stream_jsonl, write_jsonl
+from spn4cir.text_tokenizer import load_tokenizer
 
 NAMES = r"(?:target|output|answer|result|rewritten|rewrite|rewriting|revised|sentence|modification|text|caption)"
 LABEL = re.compile(
@@ -46,25 +47,18 @@ def difference(reference: str, target: str, draw: random.Random) -> str:
     """
     before, after = (_words(text) for text in (reference, target))
     low_before, low_after = ({word.lower() for word in words} for words in (before, after))
-    if not (low_before & low_after) - ARTICLES:
-        return ""
-    if not (low_before ^ low_after) - ARTICLES:
+    if not (low_before & low_after) - ARTICLES or not (low_before ^ low_after) - ARTICLES:
         return ""
     new = " ".join(word for word in after if word.lower() not in low_before)
     gone = " ".join(word for word in before if word.lower() not in low_after)
-    if new and gone:
-        return draw.choice([new, f"but {new}", f"make it {new}", f"{new} instead of {gone}"])
     if new:
-        return draw.choice([new, f"but {new}", f"make it {new}", f"with {new}"])
+        last = f"{new} instead of {gone}" if gone else f"with {new}"
+        return draw.choice([new, f"but {new}", f"make it {new}", last])
     return f"without {gone}" if gone else ""
 
 
 def compose_text(template: str, reference: str, target: str, draw: random.Random) -> str:
-    """A modification text by template: the paper's ``instead`` (0), ``unlike`` (1), ``target`` (2), or ``difference``.
-
-    Returns:
-        The text; empty if the template has nothing to say.
-    """
+    """A modification text by a template of ``FORMS`` or by ``difference``; empty if that has nothing to say."""
     if template == "difference":
         return difference(reference, target, draw)
     return FORMS[template].format(reference, target)
@@ -98,7 +92,7 @@ class TokenCounter:
     def __init__(self, tokenizer: str):
         self._clean: Any = None
         if tokenizer not in ("clip", "embedded"):
-            self._library = _load_tokenizer(tokenizer)
+            self._library = load_tokenizer(tokenizer, "give clip, embedded, or a folder of a tokenizer")
             return
         own = _of_clip(tokenizer)
         self._clean, self._library = own.clean_fn, getattr(own, "tokenizer", None)
@@ -129,30 +123,9 @@ def _is_plain(text: str) -> bool:
     return text.isascii() and text.isprintable() and "&" not in text
 
 
-def _load_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer, BertTokenizer
-
-    folder = Path(source)
-    bare = (folder / "vocab.txt").is_file() and not any(folder.glob("tokenizer*.json"))  # nothing says whose
-    try:
-        return (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"tokenizer {source!r} cannot be loaded; give clip, embedded, or a folder of a tokenizer: {said}"
-        ) from None
-
-
 @dataclass(frozen=True)
 class Prompt:
-    """What a rewriter is told: an instruction, and examples of a source and what people would say.
-
-    Args:
-        path: the file it came from.
-        instruction: how to rewrite.
-        examples: pairs of source and target.
-        max_new_tokens: bound of an answer.
-    """
+    """What a rewriter is told: an instruction, and examples of a source and what people would say."""
 
     path: Path
     instruction: str
@@ -214,9 +187,6 @@ def _examples(path: Path, given: Any) -> tuple[tuple[str, str], ...]:
 class Rewriter:
     """A model, its prompt, and the checks of its answers.
 
-    Args:
-        config: names the rewriter.
-
     Raises:
         InputError: for a prompt file or a setting that cannot work.
     """
@@ -225,12 +195,9 @@ class Rewriter:
         if not config.rewriter:
             raise InputError("rewriter_endpoint needs rewriter, the model's name on that server")
         self.config, self.prompt, self.out = config, load_prompt(config), config.file("rewrites.jsonl")
+        tokens = self.prompt.max_new_tokens
         self.engine: Engine = engine_of(
-            config.rewriter,
-            config.rewriter_endpoint,
-            config,
-            images=False,
-            max_new_tokens=self.prompt.max_new_tokens,
+            config.rewriter, config.rewriter_endpoint, config, images=False, max_new_tokens=tokens
         )
         self.about = {**self.engine.about, "prompt": self.prompt.name, "retries": config.retries}
 
@@ -243,12 +210,7 @@ class Rewriter:
         """Write rewrites.jsonl, unless it is done: a row for each triplet whose text a good answer replaces.
 
         A text that several pairs share is asked about once. What fails the checks is listed in rewrites.failed.jsonl.
-        All processes call this.
-
-        Args:
-            rows: gives the triplets, anew each time.
-            count: of tokens, for the bound.
-            made_by: digest of what made the triplets and of this rewriter.
+        All processes call this. ``rows`` gives the triplets, anew each time.
 
         Raises:
             InputError: if the model cannot work, or a file cannot be written.
@@ -270,13 +232,13 @@ class Rewriter:
         lost = self.out.with_name("rewrites.failed.jsonl")
         write_jsonl(lost, failed)
         made = {"model": self.engine.about["model"], "prompt": self.prompt.name, "made_by": made_by}
+        pairs = ((row["reference"], row["target"], row["modification"]) for row in rows())
         write_jsonl(
             self.out,
             (
-                {key: row[key] for key in ("reference", "target")}
-                | {"source": row["modification"], "rewritten": good[row["modification"]], **made}
-                for row in rows()
-                if row["modification"] in good
+                {"reference": reference, "target": target, "source": text, "rewritten": good[text], **made}
+                for reference, target, text in pairs
+                if text in good
             ),
         )
         mark_done(self.out, made_by, **self.about, texts=len(replies), failed=len(failed))
@@ -287,27 +249,23 @@ class Rewriter:
         """The same triplets, with the rewritten text in the template's place, where there is one."""
         known = {row["source"]: row["rewritten"] for row in stream_jsonl(self.out)}
         for row in rows:
-            text = known.get(row["modification"])
-            if text is None:
-                yield row
-                continue
-            made = {"template_text": row["modification"], "llm_caption": text, "rewriter": self.engine.about["model"]}
-            yield {**row, **made, "modification": text, "tokens": count([text])[0]}
+            if text := known.get(row["modification"]):
+                made = {"template_text": row["modification"], "llm_caption": text}
+                row |= made | {"rewriter": self.engine.about["model"], "modification": text, "tokens": count([text])[0]}
+            yield row
 
 
 def check_rewriting(
     prompt: Prompt, count: TokenCounter, limit: int, question: Question, answer: Answer
 ) -> tuple[str, str | None]:
     """A rewriting on one line, and what is wrong with it, if anything."""
-    text, source = sentence(answer.text), question.key
+    text, source, problem = sentence(answer.text), question.key, None
     shown = {said.lower() for pair in prompt.examples for said in pair}
-    if found := fault(text):
-        return text, found
     if text.lower() in shown and source.lower() not in shown:
-        return text, "one of the examples"
-    if answer.cut or len(text.split()) > 2 * len(source.split()) + 10 or count([text])[0] > limit:
-        return text, "too long"
-    return text, None
+        problem = "one of the examples"
+    elif answer.cut or len(text.split()) > 2 * len(source.split()) + 10 or count([text])[0] > limit:
+        problem = "too long"
+    return text, fault(text) or problem
 
 
 def sentence(answer: str) -> str:

@@ -7,28 +7,31 @@ examples:
 
 import dataclasses
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter, caption_similarity, compose_text
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import Row, count_lines, stream_jsonl, write_text
+from spn4cir.files import Row, count_lines, replaced, stream_jsonl, write_text
 from spn4cir.types import Triplet
 
 GROUP = 1 << 15  # rows of Parquet held in memory
 KINDS = ("jsonl", "json", "parquet")
 OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
 """Settings that say where and how fast a run was made."""
+DECIDING = ("templates", "seed", "tokenizer", "max_tokens", "max_caption_similarity", "max_caption_count")
+"""Settings that decide the text of a pair whose captions are given, rewriting aside."""
 COLUMNS = (  # of the Parquet file
     "reference", "target", "reference_path", "target_path", "modifications", "reference_caption", "target_caption",
     "rank", "similarity", "template", "model", "rewriter", "made_by",
@@ -39,11 +42,8 @@ CHUNK = 4096  # texts counted at once
 class Captions:
     """The captions of all images, and which of them occur too often.
 
-    Args:
-        config: settings; its folder holds captions.jsonl.
-
     Raises:
-        InputError: if that is missing, or a row of it is none.
+        InputError: if captions.jsonl is missing, or a row of it is none.
     """
 
     def __init__(self, config: GenerateConfig):
@@ -52,10 +52,9 @@ class Captions:
         self._model: str | None = None
         self._others: dict[str, str | None] = {}  # images whose caption came from another model than the first's
         for number, row in enumerate(stream_jsonl(path), 1):
-            try:
-                self.text[row["image_id"]] = row["caption"]
-            except KeyError as error:
-                raise InputError(f"{path}, line {number}: there is no {error}") from None
+            if lost := {"image_id", "caption"} - row.keys():
+                raise InputError(f"{path}, line {number}: there is no {min(lost)!r}")
+            self.text[row["image_id"]] = row["caption"]
             if number == 1:
                 self._model = row.get("model")
             elif row.get("model") != self._model:
@@ -79,11 +78,6 @@ def _normal(text: str) -> str:
 
 class Texts:
     """Rows with a text for each pair that has one to say, and the count of everything that was left out.
-
-    Args:
-        config: settings.
-        captions: of all images.
-        count: of tokens, for the guard.
 
     Attributes:
         pairs: pairs seen so far.
@@ -153,31 +147,19 @@ def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -
 
     Raises ``InputError`` where one cannot be written.
     """
-    places = [config.file(f"triplets.{kind}") for kind in KINDS]
-    beside = [path.with_name(path.name + ".tmp") for path in places]
-    try:
-        writer = TripletWriter(beside, dataset, made_by)
+    with ExitStack() as stack:
+        writer = TripletWriter(
+            [stack.enter_context(replaced(config.file(f"triplets.{kind}"))) for kind in KINDS], dataset, made_by
+        )
         try:
             yield writer
         finally:
             with suppress(OSError):  # of a full disk there is news already
                 writer.close()
-        for path, place in zip(beside, places, strict=True):
-            os.replace(path, place)
-    except OSError as error:
-        raise InputError(f"triplets in {config.folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        for path in beside:
-            path.unlink(missing_ok=True)
 
 
 class TripletWriter:
-    """Writes triplets as they come, and counts them.
-
-    Args:
-        paths: of JSONL, JSON and Parquet.
-        dataset: whose published shape, and whose paths of images.
-        made_by: digest of what made the triplets.
+    """Writes triplets as they come, to JSONL, to JSON in the dataset's published shape and to Parquet, and counts them.
 
     Attributes:
         count: triplets so far.
@@ -208,8 +190,10 @@ class TripletWriter:
     def add(self, row: Row) -> None:
         """Write one triplet."""
         self._rows.write(json.dumps({**row, "made_by": self._made_by}, ensure_ascii=False) + "\n")
-        entry = json.dumps(self._entry(row), ensure_ascii=False, indent=0)
-        self._entries.write(("," if self.count else "[") + "\n" + entry)
+        triplet = Triplet(row["reference"], (row["target"],), (row["modification"],))
+        entry = self._published(triplet, tuple(row["captions"]))
+        entry |= {"llm_caption": row["llm_caption"]} if "llm_caption" in row else {}
+        self._entries.write(("," if self.count else "[") + "\n" + json.dumps(entry, ensure_ascii=False, indent=0))
         self._group.append(self._record(row))
         if len(self._group) == GROUP:
             self._flush()
@@ -219,11 +203,6 @@ class TripletWriter:
         self.rewritten += "llm_caption" in row
         self.distinct.add(hash(row["modification"]))
         self.templates[row["template"]] += 1
-
-    def _entry(self, row: Row) -> Row:
-        triplet = Triplet(row["reference"], (row["target"],), (row["modification"],))
-        entry = self._published(triplet, tuple(row["captions"]))
-        return {**entry, "llm_caption": row["llm_caption"]} if "llm_caption" in row else entry
 
     def _record(self, row: Row) -> Row:
         paths = {f"{role}_path": self._path_of(row[role]) for role in ("reference", "target")}
@@ -259,7 +238,7 @@ def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     """
     processes, rewriter = Processes(), Rewriter.of(config)
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))
-    settings = select_text_settings(config) | ({"rewriter": rewriter.about} if rewriter else {})
+    settings = {name: getattr(config, name) for name in DECIDING} | ({"rewriter": rewriter.about} if rewriter else {})
     made_by = digest({"step": "write", "dataset": dataset.name, **settings}, pairs, captions)
     done = is_done(out, made_by)
     processes.wait()  # all have looked before the first one writes
@@ -270,35 +249,19 @@ def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     if rewriter:
         rewriter.rewrite(lambda: Texts(config, known, count).of(stream_jsonl(pairs)), count, made_by)
     if processes.first:
-        _write(config, dataset, Texts(config, known, count), rewriter, (made_by, settings))
+        texts = Texts(config, known, count)
+        rows = texts.of(tqdm(stream_jsonl(pairs), desc="write", unit="pair", leave=False))
+        with open_triplet_files(config, dataset, made_by) as files:
+            for row in rewriter.apply(rows, count) if rewriter else rows:
+                files.add(row)
+            if not files.count:
+                raise InputError(f"{pairs} gives no triplet: {describe_drops(texts.dropped) or 'there is no pair'}")
+            files.finish()
+        summary = write_summary(config, files, texts, made_by)
+        others = [config.file(name) for name in ("triplets.jsonl", "triplets.parquet", "summary.json")]
+        mark_done(out, made_by, *others, **settings, triplets=files.count, dropped=summary["dropped"])
+        print(f"write: {files.count} triplets, dropped: {describe_drops(texts.dropped) or 'none'} → {out}")
     processes.wait()
-
-
-def select_text_settings(config: GenerateConfig) -> dict[str, Any]:
-    """What decides the text of a pair whose captions are given, rewriting aside."""
-    names = ("templates", "seed", "tokenizer", "max_tokens", "max_caption_similarity", "max_caption_count")
-    return {name: getattr(config, name) for name in names}
-
-
-def _write(
-    config: GenerateConfig, dataset: Dataset, texts: Texts, rewriter: Rewriter | None, made: tuple[str, dict[str, Any]]
-) -> None:
-    from tqdm import tqdm
-
-    out, (made_by, settings) = config.file("triplets.json"), made
-    pairs = tqdm(stream_jsonl(config.file("pairs.jsonl")), desc="write", unit="pair", leave=False)
-    rows = rewriter.apply(texts.of(pairs), texts.count) if rewriter else texts.of(pairs)
-    with open_triplet_files(config, dataset, made_by) as files:
-        for row in rows:
-            files.add(row)
-        if not files.count:
-            told = describe_drops(texts.dropped) or "there is no pair"
-            raise InputError(f"{config.file('pairs.jsonl')} gives no triplet: {told}")
-        files.finish()
-    summary = write_summary(config, files, texts, made_by)
-    others = [config.file(name) for name in ("triplets.jsonl", "triplets.parquet", "summary.json")]
-    mark_done(out, made_by, *others, **settings, triplets=files.count, dropped=summary["dropped"])
-    print(f"write: {files.count} triplets, dropped: {describe_drops(texts.dropped) or 'none'} → {out}")
 
 
 def describe_drops(dropped: Mapping[str, int]) -> str:
@@ -340,10 +303,8 @@ def count_images(path: Path) -> dict[str, int | None]:
     """Count images, and those with pixels of their own; None where the first step left no file."""
     if not path.is_file():
         return {"images": None, "unique_images": None}
-    total, own = 0, 0
-    for row in stream_jsonl(path):
-        total, own = total + 1, own + (row.get("canonical") == row.get("image_id"))
-    return {"images": total, "unique_images": own}
+    unique = sum(row.get("canonical") == row.get("image_id") for row in stream_jsonl(path))
+    return {"images": count_lines(path), "unique_images": unique}
 
 
 if __name__ == "__main__":

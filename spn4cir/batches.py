@@ -287,7 +287,8 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         sides = [shuffle(self.side, f"{self.seed}/{epoch}/generated/{turn}") for turn in turns]
         if isinstance(main, np.ndarray):
             parts = [main[: len(self) * self.from_main], *([np.concatenate(sides)[:needed]] if sides else ())]
-            return np.concatenate([part.reshape(len(self), -1) for part in parts], axis=1)
+            drawn: Numbers = np.concatenate([part.reshape(len(self), -1) for part in parts], axis=1)
+            return drawn
         side = [item for items in sides for item in items]
         return [
             main[n * self.from_main : (n + 1) * self.from_main] + side[n * self.from_side : (n + 1) * self.from_side]

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,7 @@ BLOCK = 1 << 18  # rows that are in memory at once
 MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # odd constants of the splitmix64 generator
 
 
-class Widths(NamedTuple):
-    """The largest number of positives and of hard negatives of a triplet, and whether some lack reference or text."""
-
-    positives: int
-    negatives: int
-    is_partial: bool
+LISTS = ("targets", "texts", "negatives")
 
 
 class TripletTable(Sequence[Triplet]):
@@ -42,78 +36,61 @@ class TripletTable(Sequence[Triplet]):
         rows: rows of the table that belong to the sequence, ascending; None for all.
     """
 
-    def __init__(self, table: pyarrow.Table, rows: Numbers | range | None = None):
+    def __init__(self, table: pyarrow.Table, rows: Numbers | None = None):
         self.table = table
-        self.rows: Numbers | range = range(table.num_rows) if rows is None else rows
-        self._columns = [table.column(name) for name in ("reference", "targets", "texts", "negatives", "generated")]
+        self.rows = np.arange(table.num_rows, dtype=np.uint32) if rows is None else rows
 
     @classmethod
-    def from_columns(
-        cls, reference: pyarrow.ChunkedArray, targets: pyarrow.ChunkedArray, texts: pyarrow.ChunkedArray,
-        negatives: pyarrow.ChunkedArray | None,
-    ) -> TripletTable:  # fmt: skip
+    def from_columns(cls, columns: Mapping[str, pyarrow.ChunkedArray]) -> TripletTable:
         """Annotated triplets, whose columns hold texts, or lists of texts; nothing is copied."""
         import pyarrow as pa
 
-        count = len(reference)
-        columns = {"reference": reference, "targets": _as_lists(targets), "texts": _as_lists(texts)}
-        columns["negatives"] = pa.nulls(count, pa.list_(pa.string())) if negatives is None else _as_lists(negatives)
-        return cls(pa.table({**columns, "generated": pa.repeat(pa.scalar(False), count)}))
+        count = len(columns["reference"])
+        lists = {name: _as_lists(columns.get(name, pa.chunked_array([pa.nulls(count)]))) for name in LISTS}
+        generated = pa.repeat(pa.scalar(False), count)
+        return cls(pa.table({"reference": columns["reference"], **lists, "generated": generated}))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Triplet: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> TripletTable: ...
-
-    def __getitem__(self, index: int | slice) -> Triplet | TripletTable:
+    def __getitem__(self, index: Any) -> Any:
+        """The triplet at a position; of a slice a table."""
         if isinstance(index, slice):
             if index.step is not None and index.step < 1:
                 raise ValueError("a table of triplets is read forwards")
             return TripletTable(self.table, self.rows[index])
         row = int(self.rows[index])
-        reference, targets, texts, negatives, generated = (column[row].as_py() for column in self._columns)
-        parts = (tuple(value for value in values or () if value) for values in (targets, texts, negatives))
-        targets, texts, negatives = parts
-        return Triplet(reference or None, targets, texts, generated=generated, negatives=negatives)
+        found = {name: self.table.column(name)[row].as_py() for name in ("reference", *LISTS, "generated")}
+        lists: Any = {name: tuple(value for value in found[name] or () if value) for name in LISTS}
+        return Triplet(found["reference"] or None, generated=found["generated"], **lists)
 
     def take(self, positions: Numbers) -> TripletTable:
         """The triplets at some positions, ascending."""
-        picked = self._row_numbers()[positions]
-        return TripletTable(self.table, picked.astype(np.min_scalar_type(self.table.num_rows)))
+        return TripletTable(self.table, self.rows[positions])
 
     def joined(self, others: Sequence[Triplet]) -> TripletTable:
         """These triplets and then others, which are few enough to be held in memory."""
         import pyarrow as pa
 
-        names = self.table.column_names
-        rows = [{name: getattr(t, name) for name in names} for t in others]
-        added = pa.Table.from_pylist(rows, self.table.schema)
-        count = self.table.num_rows
-        whole = np.concatenate([self._row_numbers(), np.arange(count, count + len(rows))])
-        return TripletTable(pa.concat_tables([self.table, added]), whole)
-
-    def _row_numbers(self) -> Numbers:
-        rows = self.rows
-        return np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+        rows = [{name: getattr(t, name) for name in self.table.column_names} for t in others]
+        whole = pa.concat_tables([self.table, pa.Table.from_pylist(rows, self.table.schema)])
+        added = np.arange(self.table.num_rows, whole.num_rows, dtype=np.uint32)
+        return TripletTable(whole, np.concatenate([self.rows, added]))
 
     def _blocks(self) -> Iterator[pyarrow.Table]:
         """The rows in order, a bounded number of them at a time, each column in one piece."""
         for start in range(0, self.table.num_rows, BLOCK):
-            first, last = (bisect_left(self.rows, at) for at in (start, start + BLOCK))
-            part = self.table.slice(start, BLOCK).combine_chunks()
+            first, last = np.searchsorted(self.rows, (start, start + BLOCK))
+            part = self.table.slice(start, BLOCK)
             if last - first < len(part):
-                part = part.take(np.asarray(self.rows[first:last]).astype(np.int64) - start)
-            if last > first:
+                part = part.combine_chunks().take(self.rows[first:last].astype(np.int64) - start)
+            if len(part):
                 yield part.combine_chunks()
 
     def split_rows(self) -> tuple[Numbers, Numbers]:
         """Positions of annotated and of generated triplets; the generated ones come last."""
         generated = self.table.column("generated").combine_chunks()
-        first = bisect_left(self.rows, len(generated) - generated.true_count)
+        first = int(np.searchsorted(self.rows, len(generated) - generated.true_count))
         return np.arange(first, dtype=np.uint32), np.arange(first, len(self), dtype=np.uint32)
 
     @cached_property
@@ -156,18 +133,14 @@ class TripletTable(Sequence[Triplet]):
             before += len(block)
         return None
 
-    def find_image(self, image_id: str) -> int:
-        """Position of the first triplet that names an image."""
-        return next(n for n, triplet in enumerate(self) if image_id in triplet.image_ids)
-
-    def widths(self) -> Widths:
-        """The largest counts of targets and of hard negatives, at least 1 and 0; whether some triplets are partial."""
+    def widths(self) -> tuple[int, int, bool]:
+        """The largest counts of targets and of hard negatives, and whether some triplets lack reference or text."""
         positives, negatives, is_partial = 1, 0, False
         for block in self._blocks():
             positives = max(positives, int(_counts(block, "targets").max()))
             negatives = max(negatives, int(_counts(block, "negatives").max()))
             is_partial |= any(bool((_counts(block, name) == 0).any()) for name in ("reference", "texts"))
-        return Widths(positives, negatives, is_partial)
+        return positives, negatives, is_partial
 
     def ambiguous(self, identity: Mapping[str, int]) -> TripletTable:
         """The triplets of queries that may have several targets: of equal reference pixels, and text by its hash.
@@ -175,7 +148,7 @@ class TripletTable(Sequence[Triplet]):
         Args:
             identity: image id → number, equal for equal pixels.
         """
-        parts: list[tuple[Numbers, ...]] = []
+        parts: tuple[list[Numbers], ...] = ([], [], [], [])  # of each query: hash, triplet, least and greatest target
         before = 0
         for block in self._blocks():
             reference = np.zeros(len(block), np.uint64)  # 0 where there is none
@@ -188,15 +161,14 @@ class TripletTable(Sequence[Triplet]):
             lacking = np.flatnonzero(_counts(block, "texts") == 0)
             hashed = np.r_[_hash(values), np.zeros(len(lacking), np.uint64)]
             row = np.r_[rows, lacking]
-            parts.append(
-                (hashed + reference[row] * np.uint64(MIX[0]), (row + before).astype(np.int32), low[row], high[row])
-            )
+            found = (hashed + reference[row] * np.uint64(MIX[0]), row + before, low[row], high[row])
+            for part, values, kind in zip(parts, found, (np.uint64, np.int32, np.int32, np.int32), strict=True):
+                part.append(values.astype(kind))
             before += len(block)
-        if not parts:
+        if not before:
             return self
-        keys, row, low, high = (np.concatenate(part) for part in zip(*parts, strict=True))
-        del parts
-        order = np.argsort(keys, kind="stable")
+        keys, row, low, high = (np.concatenate([part.pop(0) for _ in range(len(part))]) for part in parts)
+        order = np.argsort(keys)
         keys = keys[order]
         starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
         several = np.minimum.reduceat(low[order], starts) != np.maximum.reduceat(high[order], starts)
@@ -210,7 +182,7 @@ class TripletTable(Sequence[Triplet]):
         """
         import pyarrow.compute as pc
 
-        drawn = [np.zeros(0)]
+        drawn: list[Numbers] = [np.zeros(0)]
         for block in self._blocks():
             sums = np.zeros(len(block), np.uint64)
             for mix, name in zip(MIX, ("targets",) if by_target else ("targets", "reference", "texts"), strict=False):

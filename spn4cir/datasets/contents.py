@@ -174,11 +174,11 @@ def _of_rows(rows: Rows, root: Path) -> Contents:
     roles = {**ROLES, **BOX_ROLES, "caption": (*ROLES["caption"], "txt"), "category": ("category", "label")}
     named = {role: rows.find(names) for role, names in roles.items() if role != "image"}
     columns = {role: rows.texts(column) for role, column in named.items() if column}
-    stored = [column for column in rows.columns if rows.is_image(column)]
+    stored = [column for column in rows.data.column_names if rows.is_image(column)]
     known = [column for column in stored if column.strip().lower() in IMAGES]
     listed = rows.find(ROLES["image"])
     if not known and not listed and len(stored) != 1:
-        raise InputError(f"{rows.place}: one column must be called {' or '.join(IMAGES)}; there are: {rows.columns}")
+        rows.find(IMAGES, needed=True)
     contents, paths = Contents(root, rows=rows), [""] * len(rows)
     places: list[str | tuple[str, int]] = [""] * len(rows)
     for column in known or stored[: not listed]:

@@ -16,8 +16,8 @@ from spn4cir.triplets import TripletTable
 
 ROLES = {
     "reference": ("reference", "q_img", "candidate"),
-    "target": ("target", "targets", "t_img"),
-    "modification": ("modification", "modifications", "q_text", "text", "texts", "caption", "captions"),
+    "targets": ("target", "targets", "t_img"),
+    "texts": ("modification", "modifications", "q_text", "text", "texts", "caption", "captions"),
     "negatives": ("negatives", "hns"),
 }
 IMAGES = "catalogue"
@@ -54,41 +54,35 @@ class Pairs(OwnImages):
 
     @cached_property
     def _columns(self) -> dict[str, str]:
-        """Role → column."""
-        found = {role: column for role, names in ROLES.items() if (column := self._rows.find(names))}
-        for role in ("reference", "target", "modification"):
-            if role not in found:
-                known = ", ".join(self._rows.columns)
-                raise InputError(
-                    f"{self._rows.place}: one column must be called {' or '.join(ROLES[role])}; there are: {known:.200}"
-                )
-        return found
+        """Column of ``TripletTable`` → column of the file."""
+        found = {role: self._rows.find(names, needed=role != "negatives") for role, names in ROLES.items()}
+        return {role: column for role, column in found.items() if column}
 
     @cached_property
     def _triplets(self) -> TripletTable:
-        rows, columns = self._rows, self._columns
-        reference, target, texts = (rows.ids(columns[role]) for role in ("reference", "target", "modification"))
-        negatives = rows.ids(columns["negatives"]) if "negatives" in columns else None
-        triplets = TripletTable.from_columns(reference, target, texts, negatives)
+        triplets = TripletTable.from_columns({role: self._rows.ids(name) for role, name in self._columns.items()})
         if not len(triplets):
-            raise InputError(f"{rows.place} holds no triplet")
+            raise InputError(f"{self._rows.place} holds no triplet")
         if incomplete := triplets.find_incomplete():
-            row, column = incomplete
-            role = "target" if column == "targets" else "modification"
-            raise wrong(rows.name(row), columns[role], "is empty" + " as the reference is" * (column == "texts"))
+            row, role = incomplete
+            more = " as the reference is" if role == "texts" else ""
+            raise wrong(self._rows.name(row), self._columns[role], f"is empty{more}")
         return triplets
+
+    def _where(self, image_id: str) -> str:
+        """The first row that names an image."""
+        return self._rows.name(next(n for n, triplet in enumerate(self._triplets) if image_id in triplet.image_ids))
 
     def read_triplets(self) -> TripletTable:
         """The rows of the table, none of which is in memory."""
         unknown = [i for i in self._triplets.image_ids if i not in self._contents.places]
         if unknown:
-            row = self._triplets.find_image(unknown[0])
-            raise InputError(f"{self._rows.name(row)}: {short(unknown[0])} is no image of the {IMAGES} beside it")
+            raise InputError(f"{self._where(unknown[0])}: {short(unknown[0])} is no image of the {IMAGES} beside it")
         return self._triplets
 
     @cached_property
     def _contents(self) -> Contents:
-        stored = [column for role in ("reference", "target") if self._rows.is_image(column := self._columns[role])]
+        stored = [column for role in ("reference", "targets") if self._rows.is_image(column := self._columns[role])]
         if stored:
             return _stored_images(self._rows, self.root or Path(), stored)
         if self.root is None:
@@ -101,7 +95,7 @@ class Pairs(OwnImages):
         contents, ids = Contents(self.root), self._triplets.image_ids
 
         def where(number: int) -> str:
-            return self._rows.name(self._triplets.find_image(ids[number]))
+            return self._where(ids[number])
 
         places = [inner(self.root, where, number, "of images", image_id) for number, image_id in enumerate(ids)]
         refuse_links(self.root, places, "of images", where)

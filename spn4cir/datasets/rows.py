@@ -48,11 +48,8 @@ class Rows:
     """
 
     def __init__(self, place: str, files: Sequence[Path] = ()):
-        import datasets
-
         self.place = place
-        splits = _open(place, files)
-        self.data = datasets.concatenate_datasets(list(splits.values()))
+        splits, self.data = _open(place, files)
         self._splits = _starts({name: len(part) for name, part in splits.items()})
         counts = {f"{place}, {name}" if len(splits) > 1 else place: len(part) for name, part in splits.items()}
         if len(files) > 1 and files[0].suffix.lower() == ".parquet":
@@ -65,23 +62,23 @@ class Rows:
     def __len__(self) -> int:
         return len(self.data)
 
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns."""
-        return list(self.data.column_names)
-
     def column(self, name: str) -> pyarrow.ChunkedArray:
         """A column as it lies on the disk."""
         return self.data.data.column(name)
 
-    def find(self, names: Sequence[str]) -> str | None:
-        """The first of these columns that is there; case does not matter."""
-        known = {column.strip().lower(): column for column in reversed(self.columns)}
-        return next((known[name] for name in names if name in known), None)
+    def find(self, names: Sequence[str], needed: bool = False) -> str | None:
+        """The first of these columns that is there, in any case. Raises ``InputError`` if a needed one is not."""
+        known: dict[str, str] = {column.strip().lower(): column for column in reversed(self.data.column_names)}
+        if found := [known[name] for name in names if name in known]:
+            return found[0]
+        if needed:
+            there = ", ".join(self.data.column_names)
+            raise InputError(f"{self.place}: one column must be called {' or '.join(names)}; there are: {there:.200}")
+        return None
 
     def name(self, row: int) -> str:
         """What messages call a row: its file and its number in it, from 1 on; of a tar the name of the sample."""
-        if "__url__" in self.columns:
+        if "__url__" in self.data.column_names:
             return f"{self.column('__url__')[row]}, {self.column('__key__')[row]}"
         return "{}, row {}".format(*_locate(self._parts, row))
 
@@ -189,8 +186,8 @@ def _holds_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _open(place: str, files: Sequence[Path]) -> Mapping[str, Any]:
-    """The splits by name. No script is run: files are read by readers of ``datasets`` itself."""
+def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
+    """The splits by name, and all of them as one. No script is run: ``datasets`` itself has the readers."""
     import datasets
 
     suffixes = {path.suffix.lower() for path in files}
@@ -207,10 +204,11 @@ def _open(place: str, files: Sequence[Path]) -> Mapping[str, Any]:
             found = datasets.load_dataset(place.removeprefix(HUB))
         else:
             found = datasets.load_from_disk(place)
+        splits = found if isinstance(found, dict) else {"train": found}
+        return splits, datasets.concatenate_datasets(list(splits.values()))
     except Exception as error:  # a dozen readers of foreign data: whatever one of them raises is said of this place
         said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise InputError(f"{place} cannot be read as a table of datasets: {said[:200]}") from None
-    return found if isinstance(found, dict) else {"train": found}
 
 
 def _split_of(path: Path, place: str) -> str:

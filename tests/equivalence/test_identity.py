@@ -9,6 +9,7 @@ from PIL import Image
 from spn4cir import identity
 from spn4cir.identity import canonical_ids, inspect_images
 from spn4cir.images import open_image
+from spn4cir.types import ImageRef
 
 LOSSLESS: list[dict[str, object]] = [
     {"format": "PNG", "compress_level": 1},
@@ -64,7 +65,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def classes(paths: dict[str, Path], cache: Path | None = None, workers: int | None = None) -> dict[str, str]:
-    found = inspect_images(paths, cache, workers, show=False)
+    found = inspect_images({i: ImageRef(path) for i, path in paths.items()}, cache, workers, show=False)
     assert not any(one.problem for one in found.values())
     return canonical_ids({i: one.pixels for i, one in found.items()})
 

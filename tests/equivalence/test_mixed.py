@@ -204,3 +204,14 @@ def test_targets_alone_equal_the_loop(name: str, stage: int, toy: Any, tmp_path:
     batch = case.batch()[1]
     assert batch.has_reference is None and batch.has_text is None and batch.positives == 3
     assert apart(case.slow(), case.fast()) < 1e-9
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_batch_of_images_alone_trains_nothing_in_stage_2(stage: int, toy: Any, tmp_path: Path) -> None:
+    """With a fixed temperature the loss has no gradient but zeros there, and the step goes on; stage 1 has others."""
+    objective, batch = Case("clip4cir", toy, tmp_path, stage, items=items_of([MIXED[3], MIXED[6]])).batch()
+    objective.temperature.requires_grad_(False)
+    objective(batch).backward()
+    found = [p.grad for p in objective.parameters() if p.requires_grad]
+    assert found and all(gradient is not None for gradient in found)
+    assert any(bool(gradient.any()) for gradient in found) == (stage == 1)  # type: ignore[union-attr]

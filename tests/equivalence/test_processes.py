@@ -196,4 +196,4 @@ def test_runs_of_two_processes_equal_those_of_one(both: tuple[ModuleType, Path, 
     if stage == 2:
         start.freeze_image_side()  # with the copies that training began with
     assert distance(one, two) < 1e-5
-    assert distance(one, start.state_dict()) > 1e-4
+    assert distance(one, start.state_dict()) > 0.1

@@ -19,9 +19,9 @@ from spn4cir.data_gen.unicom import (
     Unicom,
     Weights,
     check_weights,
+    detect_size,
     find_weights,
     load_unicom,
-    recognise,
 )
 from spn4cir.errors import InputError
 
@@ -172,7 +172,7 @@ def test_published_layout(name: str) -> None:
         model = Unicom(name)
     state = model.state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == published_layout(SIZES[name])
-    assert recognise(state, Path("x.pt")) == SIZES[name]
+    assert detect_size(state, Path("x.pt")) == SIZES[name]
     assert model.size.patches == {"ViT-B/32": 49, "ViT-B/16": 196, "ViT-L/14": 256, "ViT-L/14@336px": 576}[name]
     others = [published_layout(size) for other, size in SIZES.items() if other != name]
     assert published_layout(SIZES[name]) not in others
@@ -270,7 +270,7 @@ def test_no_network_and_no_file(tmp_path: Path, release: Path) -> None:
     with pytest.raises(InputError, match=r"needs FP16-ViT-B-32\.pt, which cannot be downloaded .*: get .*b32/FP16"):
         find_weights("ViT-B/32")
     assert str(tmp_path / "cache" / "unicom") in _told("ViT-B/32") and "\n" not in _told("ViT-B/32")
-    assert {path.suffix for path in (tmp_path / "cache" / "unicom").iterdir()} == {".lock"}
+    assert not list((tmp_path / "cache" / "unicom").iterdir())
 
 
 def _told(name: str) -> str:

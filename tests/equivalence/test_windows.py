@@ -58,7 +58,8 @@ def on_gpu(window: Window, never: list[list[int]], rows: int) -> list[list[Partn
     out = []
     for start in range(0, count, rows):
         block = range(start, min(start + rows, count))
-        out += window._count(scores[start : start + rows], block, [str(n) for n in block], [never[n] for n in block])
+        some = scores[start : start + rows], block, [str(n) for n in block], [never[n] for n in block]
+        out += window._partners(*some, by_counting=True)
     return out
 
 

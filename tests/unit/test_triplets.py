@@ -46,7 +46,7 @@ def as_table(given: list[dict[str, Any]], chunk: int = 7, kind: Any = None) -> T
     lists = pa.list_(kind)
     schema = pa.schema({"reference": kind, "targets": lists, "texts": lists, "negatives": lists})
     table = pa.Table.from_batches(pa.Table.from_pylist(given, schema).to_batches(max_chunksize=chunk), schema)
-    return TripletTable.from_columns(*(table[name] for name in schema.names))
+    return TripletTable.from_columns({name: table[name] for name in schema.names})
 
 
 @pytest.fixture(params=[16, 64, 1000])
@@ -90,9 +90,9 @@ def test_a_table_and_a_list_agree(whole: bool, kind: Any) -> None:
 
 
 def test_texts_alone_are_lists_of_one() -> None:
-    """Columns of texts, and one of nulls."""
+    """Columns of texts, without one of negatives."""
     column = pa.chunked_array([["a", "b"], ["c"]])
-    table = TripletTable.from_columns(column, column, column, pa.chunked_array([pa.nulls(3)]))
+    table = TripletTable.from_columns({"reference": column, "targets": column, "texts": column})
     assert list(table) == [Triplet(i, (i,), (i,)) for i in "abc"] and table[1:].image_ids == ["b", "c"]
 
 
@@ -156,7 +156,8 @@ def test_no_object_for_each_row() -> None:
     gc.collect()
     before = len(gc.get_objects())
     tracemalloc.start()
-    table = TripletTable.from_columns(*(pa.chunked_array([a]) for a in (numbers[:count], numbers[count:], texts)), None)
+    columns = {"reference": numbers[:count], "targets": numbers[count:], "texts": texts}
+    table = TripletTable.from_columns({name: pa.chunked_array([values]) for name, values in columns.items()})
     known, images = KnownTargets(table, identity), table.image_ids
     sampler = TripletSampler(*table.split_rows(), 100, None, seed=0)
     batch = next(iter(sampler))

@@ -328,6 +328,8 @@ def test_saving_gives_back_the_same_bits(makes: Makes, tmp_path: Path, frozen: b
     save_model(tmp_path / "run", backbone, {})
     read = load_model(tmp_path / "run")
     assert read.options == backbone.options and json.loads(json.dumps(read.options)) == read.options
+    if frozen:
+        read.freeze_image_side()  # which encodes fewer images at once, and so may round otherwise
     assert torch.equal(read.encode_target(pixels()), backbone.encode_target(pixels()))
     assert torch.equal(
         read.encode_query(pixels(), read.tokenize(TEXTS)), backbone.encode_query(pixels(), backbone.tokenize(TEXTS))

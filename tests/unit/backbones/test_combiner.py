@@ -157,7 +157,7 @@ def test_what_trains_gets_a_gradient(stage: int, train_clip: bool) -> None:
         backbone.freeze_image_side()
     backbone.train()
     rows = torch.arange(B)
-    objective = Objective(backbone, 0.01, False, None)
+    objective = Objective(backbone, 0.01)
     objective(TripletBatch(tokens, rows, rows.flip(0)[:, None], rows[:, None], pixels=pixels)).backward()
     moved = {name for name, p in backbone.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     trained = {name for name, p in backbone.named_parameters() if p.requires_grad}

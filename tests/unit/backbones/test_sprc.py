@@ -65,10 +65,8 @@ def trainable(backbone: SPRC) -> set[str]:
 
 
 def first_step(backbone: SPRC) -> None:
-    batch = TripletBatch(
-        backbone.tokenize(TEXTS), torch.tensor([1, 2, 3, 4]), torch.arange(4)[:, None], torch.arange(4)[:, None],
-        pixels=pixels(5),
-    )  # fmt: skip
+    rows = torch.arange(4)
+    batch = TripletBatch(backbone.tokenize(TEXTS), rows + 1, rows[:, None], rows[:, None], pixels=pixels(5))
     Objective(backbone.train(), 0.1, learn_temperature=True)(batch).backward()
 
 

@@ -71,6 +71,8 @@ def test_a_vocabulary_alone(tmp_path: Path) -> None:
 
 def test_no_such_tokenizer(tmp_path: Path) -> None:
     """One line that names it."""
-    with pytest.raises(InputError, match=r"tokenizer .*nowhere.* cannot be loaded") as caught:
+    with pytest.raises(
+        InputError, match=r"cannot load tokenizer .*nowhere.* \(give clip, embedded, or a folder"
+    ) as caught:
         TokenCounter(str(tmp_path / "nowhere"))
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -295,11 +296,15 @@ def test_nothing_is_left(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names the folder; no half file takes a place, and the same command then works."""
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    replace = os.replace
 
-    monkeypatch.setattr("spn4cir.data_gen.write_text.os.replace", full)
-    with pytest.raises(InputError, match="cannot be written: No space left"):
+    def full(source: Path, place: Path) -> None:
+        if "triplets" in place.name:
+            raise OSError(28, "No space left on device")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match=r"triplets.* cannot be written: No space left"):
         made(tmp_path, [("a", "b")])
     assert not list(tmp_path.glob("triplets*"))
     monkeypatch.undo()

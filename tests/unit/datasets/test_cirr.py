@@ -12,6 +12,7 @@ from spn4cir.datasets import load_dataset
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.generated import published_shape, read_generated
 from spn4cir.errors import InputError
+from spn4cir.results import metric_names, primary_names
 from spn4cir.types import Triplet
 
 CAPTIONS, SPLIT = "cirr/captions/cap.rc2.{}.json", "cirr/image_splits/split.rc2.{}.json"
@@ -76,9 +77,9 @@ def test_val(cirr: Path) -> None:
     rows = json.loads((cirr / CAPTIONS.format("val")).read_text())
     assert benchmark == CIRR(str(cirr)).benchmark("val", "cirr/val") and benchmark.name == "cirr/val"
     assert list(benchmark.gallery) == list(json.loads((cirr / SPLIT.format("val")).read_text()))
-    assert benchmark.exclude_reference and benchmark.has_known_targets and not benchmark.group_gallery
-    assert (benchmark.ks, benchmark.subset_ks) == ((1, 5, 10, 50), (1, 2, 3))
-    assert benchmark.selection == ("R@5", "Rs@1") and not benchmark.mean_over_groups
+    assert benchmark.exclude_reference and benchmark.has_known_targets and not benchmark.macro
+    assert metric_names(benchmark) == ["R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3"]
+    assert primary_names(benchmark) == ["R@5", "Rs@1"] and not any(q.tags for q in benchmark.queries)
     assert [(q.reference, q.targets, q.text, q.name) for q in benchmark.queries] == [
         (r["reference"], (r["target_hard"],), r["caption"], str(r["pairid"])) for r in rows
     ]
@@ -116,8 +117,8 @@ def test_layouts(cirr: Path, annotations: str, tree: str, suffix: str) -> None:
         path.rename(path.with_suffix(suffix))
     dataset = load_dataset("cirr", str(cirr))
     assert dataset.root == cirr and len(dataset.triplets()) == 18 and len(dataset.benchmark("val").queries) == 12
-    assert dataset.path("train-3-0-img1") == cirr / tree / "train" / "7" / f"train-3-0-img1{suffix}"
-    assert not [i for role in dataset.image_roles() for i in role.image_ids if not dataset.path(i).is_file()]
+    assert dataset.image("train-3-0-img1").path == cirr / tree / "train" / "7" / f"train-3-0-img1{suffix}"
+    assert not [i for role in dataset.image_roles() for i in role.image_ids if not dataset.image(i).path.is_file()]
 
 
 @pytest.mark.parametrize("folder", ["cirr", "cirr_dataset", "CIRR"])
@@ -130,7 +131,7 @@ def test_where_it_is_found(cirr: Path, monkeypatch: pytest.MonkeyPatch, folder: 
     monkeypatch.setenv("SPN4CIR_DATA", str(above if how == "environment" else above / "nowhere"))
     given = {"itself": str(root), "above": str(above), "environment": None}[how]
     dataset = load_dataset("cirr", given)
-    assert dataset.root == root and dataset.path("dev-0-0-img0") == root / "dev" / "dev-0-0-img0.png"
+    assert dataset.root == root and dataset.image("dev-0-0-img0").path == root / "dev" / "dev-0-0-img0.png"
 
 
 @pytest.mark.parametrize("how", ["itself", "above"])
@@ -140,7 +141,7 @@ def test_annotations_in_the_root_below_a_folder(cirr: Path, how: str) -> None:
         (cirr / "cirr" / folder).rename(cirr / folder)
     (cirr / "cirr").rmdir()
     dataset = load_dataset("cirr", str(cirr if how == "itself" else cirr.parent))
-    assert dataset.root == cirr and dataset.path("dev-0-0-img0").is_file()
+    assert dataset.root == cirr and dataset.image("dev-0-0-img0").path.is_file()
 
 
 def test_what_is_expected_is_said(tmp_path: Path) -> None:
@@ -155,21 +156,21 @@ def test_the_image_tree_may_be_in_two_places(cirr: Path) -> None:
     (cirr / "dev").rename(cirr / "img_raw" / "dev")
     (cirr / "dev").mkdir()
     dataset = CIRR(str(cirr))
-    assert dataset.path("dev-0-0-img0") == cirr / "img_raw/dev/dev-0-0-img0.png"
-    assert dataset.path("train-0-0-img0") == cirr / "train/7/train-0-0-img0.png"
+    assert dataset.image("dev-0-0-img0").path == cirr / "img_raw/dev/dev-0-0-img0.png"
+    assert dataset.image("train-0-0-img0").path == cirr / "train/7/train-0-0-img0.png"
 
 
 def test_paths(cirr: Path) -> None:
     """As the split file says; where it should lie, if it is missing; an error for an id that none lists."""
     dataset = CIRR(str(cirr))
-    assert dataset.path("train-0-0-img0") == cirr / "train/7/train-0-0-img0.png"
+    assert dataset.image("train-0-0-img0").path == cirr / "train/7/train-0-0-img0.png"
     (cirr / "dev/dev-0-0-img0.png").unlink()
-    assert dataset.path("dev-0-0-img0") == cirr / "dev/dev-0-0-img0.png"
+    assert dataset.image("dev-0-0-img0").path == cirr / "dev/dev-0-0-img0.png"
     for image_id in "nothing", "../../x", "", "train/7/train-0-0-img0":
-        assert refused(lambda image_id=image_id: dataset.path(image_id)) == f"cirr: unknown image id {image_id!r}"  # type: ignore[misc]
+        assert refused(lambda image_id=image_id: dataset.image(image_id).path) == f"cirr: unknown image id {image_id!r}"  # type: ignore[misc]
     for folder in "train", "dev", "test1":
         shutil.rmtree(cirr / folder)
-    assert "holds no pictures: expected there captions/" in refused(lambda: CIRR(str(cirr)).path("train-0-0-img0"))
+    assert "holds no pictures: expected there captions/" in refused(lambda: CIRR(str(cirr)).image("train-0-0-img0"))
 
 
 @each_split
@@ -302,7 +303,7 @@ def test_test1_is_not_needed(cirr: Path) -> None:
         (cirr / path).unlink()
     dataset = CIRR(str(cirr))
     assert len(dataset.triplets()) == 18 and len(dataset.benchmark("val").queries) == 12
-    assert dataset.path("dev-0-0-img0").is_file()
+    assert dataset.image("dev-0-0-img0").path.is_file()
     assert not [c for c in dataset.checks() if c.level == "problem"]
     assert "split.rc2.test1.json is missing" in refused(lambda: dataset.check_submission(cirr / "x.json"))
 

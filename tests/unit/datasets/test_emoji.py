@@ -10,6 +10,8 @@ from spn4cir.datasets import load_dataset
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
 from spn4cir.images import open_image, pixel_hash
+from spn4cir.measures import measure_name
+from spn4cir.results import primary_names
 from spn4cir.types import Benchmark
 
 SPLITS = ("val", "test")
@@ -24,7 +26,7 @@ each_split = pytest.mark.parametrize("split", SPLITS)
 @pytest.fixture(scope="module")
 def hashes() -> dict[str, str]:
     """Hash of the pixels of every image."""
-    return {i: pixel_hash(open_image(DATA.path(i))) for i in BENCHMARKS["val"].gallery}
+    return {i: pixel_hash(open_image(DATA.image(i).path)) for i in BENCHMARKS["val"].gallery}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def test_sizes() -> None:
 
 @each_split
 def test_queries_per_attribute(split: str) -> None:
-    """Each attribute has at least 50 queries, so that a group's metric means something."""
-    counts = Counter(query.group for query in BENCHMARKS[split].queries)
+    """Each attribute has at least 50 queries, so that a tag's metric means something."""
+    counts = Counter(tag for query in BENCHMARKS[split].queries for tag in query.tags)
     assert set(counts) == {"concept", "gender", "tone", "direction", "color", "hair", "age"}
     assert min(counts.values()) >= 50
 
@@ -55,15 +57,15 @@ def test_targets_are_held_out() -> None:
     """Targets of val and test are disjoint from each other, from training images, and from all training triplets."""
     assert not TARGETS["val"] & TARGETS["test"]
     assert not (TARGETS["val"] | TARGETS["test"]) & TRAIN
-    assert not (TARGETS["val"] | TARGETS["test"]) & {i for t in DATA.triplets() for i in (t.reference, t.target)}
+    assert not (TARGETS["val"] | TARGETS["test"]) & {i for t in DATA.triplets() for i in (t.reference, t.targets[0])}
 
 
 def test_training_triplets_use_training_images() -> None:
     """Reference and target of each triplet are training images and differ; no pair comes twice."""
     triplets = DATA.triplets()
-    assert {i for t in triplets for i in (t.reference, t.target)} <= TRAIN
-    assert all(t.reference != t.target for t in triplets)
-    assert len({(t.reference, t.target) for t in triplets}) == len(triplets)
+    assert {i for t in triplets for i in (t.reference, t.targets[0])} <= TRAIN
+    assert all(t.reference != t.targets[0] for t in triplets)
+    assert len({(t.reference, t.targets[0]) for t in triplets}) == len(triplets)
     assert not any(t.generated for t in triplets)
 
 
@@ -81,22 +83,23 @@ def test_protocol(split: str) -> None:
     assert benchmark.name == f"emoji/{split}" and benchmark.exclude_reference
     assert set(benchmark.gallery) == TRAIN | TARGETS["val"] | TARGETS["test"]
     assert list(benchmark.gallery) == sorted(benchmark.gallery)
-    assert set(benchmark.selection) <= {f"R@{k}" for k in benchmark.ks}
+    names = [measure_name(measure) for measure in benchmark.measures]
+    assert names == ["R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3"] and primary_names(benchmark) == ["R@1"]
 
 
 @each_split
 def test_queries_change_exactly_one_attribute(split: str, attributes: dict[str, make_emoji.Attributes]) -> None:
-    """By the names' attributes, reference and target differ in the one that the query is grouped by."""
+    """By the names' attributes, reference and target differ in the query's tag."""
     for query in BENCHMARKS[split].queries:
-        reference, target = attributes[query.reference], attributes[query.targets[0]]
-        assert make_emoji.changed(reference, target) == query.group
-        assert [k for k in reference if reference[k] != target.get(k)] == [query.group]
+        (tag,), reference, target = query.tags, attributes[query.reference], attributes[query.targets[0]]
+        assert make_emoji.changed(reference, target) == tag
+        assert [k for k in reference if reference[k] != target.get(k)] == [tag]
         assert reference.keys() == target.keys()
 
 
 def test_triplets_change_exactly_one_attribute(attributes: dict[str, make_emoji.Attributes]) -> None:
     """So do the training triplets."""
-    assert all(make_emoji.changed(attributes[t.reference], attributes[t.target]) for t in DATA.triplets())
+    assert all(make_emoji.changed(attributes[t.reference], attributes[t.targets[0]]) for t in DATA.triplets())
 
 
 @each_split
@@ -140,7 +143,7 @@ def test_texts_do_not_name_the_whole_target() -> None:
 def test_unknown_ids_raise(image_id: str) -> None:
     """An unknown id is an InputError that shows it; no id leads out of the folder of pictures."""
     with pytest.raises(InputError, match="unknown image id"):
-        DATA.path(image_id)
+        DATA.image(image_id)
 
 
 def test_label_of_an_unknown_id_raises() -> None:
@@ -151,7 +154,7 @@ def test_label_of_an_unknown_id_raises() -> None:
 
 def test_all_pictures_are_there() -> None:
     """Each id has its file, and a name to show."""
-    assert not [i for i in BENCHMARKS["val"].gallery if not DATA.path(i).is_file() or not DATA.label(i)]
+    assert not [i for i in BENCHMARKS["val"].gallery if not DATA.image(i).path.is_file() or not DATA.label(i)]
 
 
 def test_unknown_split_and_dataset() -> None:

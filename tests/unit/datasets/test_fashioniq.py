@@ -15,7 +15,8 @@ from spn4cir.datasets import load_dataset
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import published_shape, read_generated
 from spn4cir.errors import InputError
-from spn4cir.types import Triplet
+from spn4cir.results import metric_names, primary_names
+from spn4cir.types import Benchmark, Triplet
 
 CATEGORIES = ("dress", "shirt", "toptee")
 PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")
@@ -48,12 +49,19 @@ def refused(read: Callable[[], object]) -> str:
     return str(error.value)
 
 
+def galleries(benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
+    """What each category's queries are ranked over, which is the same for all of them."""
+    found = {(tag, query.candidates) for query in benchmark.queries for tag in query.tags}
+    assert len(found) == len(dict(found)) and {measure.over for measure in benchmark.measures} == {"candidates"}
+    return dict(found)
+
+
 def test_triplets_in_file_order(fashioniq: Path) -> None:
     """Dress, shirt, toptee; reference and target are not confused."""
     triplets = FashionIQ(str(fashioniq)).triplets()
     assert len(triplets) == 36 and not any(t.generated for t in triplets)
     rows = [r for c in CATEGORIES for r in json.loads((fashioniq / f"captions/cap.{c}.train.json").read_text())]
-    assert [(t.reference, t.target) for t in triplets] == [(row["candidate"], row["target"]) for row in rows]
+    assert [(t.reference, t.targets[0]) for t in triplets] == [(row["candidate"], row["target"]) for row in rows]
     assert {t.reference[:2] for t in triplets[:12]} == {"BD"} and {t.reference[:2] for t in triplets[24:]} == {"BT"}
 
 
@@ -112,16 +120,17 @@ def test_protocols(fashioniq: Path, protocol: str | None) -> None:
     benchmark = FashionIQ(str(fashioniq)).benchmark("val", protocol)
     assert benchmark.name == (protocol or "fashioniq/original")
     assert benchmark.exclude_reference is (protocol in PROTOCOLS[1:])
-    assert (benchmark.ks, benchmark.subset_ks) == ((10, 50), ())
-    assert benchmark.selection == ("R@10", "R@50") and benchmark.mean_over_groups and benchmark.has_known_targets
+    assert metric_names(benchmark) == primary_names(benchmark) == ["R@10", "R@50"]
+    assert benchmark.macro == CATEGORIES and benchmark.has_known_targets
+    ranked = galleries(benchmark)
     for category in CATEGORIES:
         ids = ids_of(category, "val")
         if protocol == "fashioniq/val-union":  # references are the first 5, targets the next 8
-            assert set(benchmark.group_gallery[category]) == set(ids[:13])
+            assert set(ranked[category]) == set(ids[:13])
         else:
-            assert list(benchmark.group_gallery[category]) == ids
-    assert set(benchmark.gallery) == {i for ids in benchmark.group_gallery.values() for i in ids}
-    assert Counter(q.group for q in benchmark.queries) == dict.fromkeys(CATEGORIES, 8)
+            assert list(ranked[category]) == ids
+    assert set(benchmark.gallery) == {i for ids in ranked.values() for i in ids}
+    assert Counter(tag for q in benchmark.queries for tag in q.tags) == dict.fromkeys(CATEGORIES, 8)
     assert all(len(q.targets) == 1 and q.targets[0] != q.reference for q in benchmark.queries)
 
 
@@ -140,7 +149,7 @@ def test_images_shared_by_categories_are_one(fashioniq: Path) -> None:
     edit(fashioniq / "image_splits/split.toptee.val.json", lambda ids: [*ids, "BSVA00003"])
     benchmark = FashionIQ(str(fashioniq)).benchmark("val")
     assert benchmark.gallery.count("BSVA00003") == 1 and len(benchmark.gallery) == 42
-    assert "BSVA00003" in benchmark.group_gallery["toptee"] and "BSVA00003" in benchmark.group_gallery["shirt"]
+    assert all("BSVA00003" in galleries(benchmark)[category] for category in ("toptee", "shirt"))
 
 
 def test_training_images(fashioniq: Path) -> None:
@@ -165,8 +174,8 @@ def test_layouts_of_pictures(fashioniq: Path, layout: str) -> None:
                 if (old := fashioniq / "images" / f"{image_id}.png").exists():
                     old.rename(new)
     dataset = FashionIQ(str(fashioniq))
-    assert dataset.path("BSTR00003") == fashioniq / layout.format(id="BSTR00003", category="shirt")
-    assert not [i for role in dataset.image_roles() for i in role.image_ids if not dataset.path(i).is_file()]
+    assert dataset.image("BSTR00003").path == fashioniq / layout.format(id="BSTR00003", category="shirt")
+    assert not [i for role in dataset.image_roles() for i in role.image_ids if not dataset.image(i).path.is_file()]
 
 
 def test_png_is_preferred(fashioniq: Path) -> None:
@@ -177,22 +186,22 @@ def test_png_is_preferred(fashioniq: Path) -> None:
     (fashioniq / "images/BDTR00002.png").unlink()
     (fashioniq / "images/BDTR00001.txt").touch()
     dataset = FashionIQ(str(fashioniq))
-    assert [dataset.path(f"BDTR0000{n}").suffix for n in (1, 2)] == [".png", ".jpg"]
+    assert [dataset.image(f"BDTR0000{n}").path.suffix for n in (1, 2)] == [".png", ".jpg"]
 
 
 def test_paths_of_what_is_missing(fashioniq: Path) -> None:
     """A missing picture has the path where it should lie; no picture at all is an error that says what is expected."""
     (fashioniq / "images/BDTR00001.png").unlink()
-    assert FashionIQ(str(fashioniq)).path("BDTR00001") == fashioniq / "images/BDTR00001.png"
+    assert FashionIQ(str(fashioniq)).image("BDTR00001").path == fashioniq / "images/BDTR00001.png"
     shutil.rmtree(fashioniq / "images")
-    message = refused(lambda: FashionIQ(str(fashioniq)).path("BDTR00001"))
+    message = refused(lambda: FashionIQ(str(fashioniq)).image("BDTR00001"))
     assert "holds no pictures" in message and "images/ID.png" in message and "XiaoxiaoGuo/fashion-iq" in message
 
 
 @pytest.mark.parametrize("image_id", ["../../x", "..", "/etc/passwd", "", "a/b", "a\\b"])
 def test_no_id_leads_out(fashioniq: Path, image_id: str) -> None:
     """An id with a path in it is refused."""
-    assert "is no image id" in refused(lambda: FashionIQ(str(fashioniq)).path(image_id))
+    assert "is no image id" in refused(lambda: FashionIQ(str(fashioniq)).image(image_id))
 
 
 @pytest.mark.parametrize("folder", ["fashioniq", "fashionIQ_dataset", "fashionIQ"])
@@ -341,5 +350,5 @@ def test_pictures_are_read(fashioniq: Path) -> None:
     """Negative control of all of the above: the fixture is whole."""
     dataset = FashionIQ(str(fashioniq))
     assert not [c for c in dataset.checks() if c.level == "problem"]
-    with Image.open(dataset.path("BTVA00013")) as picture:
+    with Image.open(dataset.image("BTVA00013").path) as picture:
         assert picture.size == (48, 40)

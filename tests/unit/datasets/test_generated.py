@@ -167,8 +167,8 @@ def test_other_images_have_places(cirr: Path, other: Path, where: str) -> None:
     mixed = {**CIRR, "reference": "train-0-0-img0", "target_hard": "train-1-0-img1"}
     dataset, triplets, notes = open_generated(at(other / where, OTHER, mixed), whole)
     assert triplets[0] == Triplet("http://x/1", ("http://x/2",), ("red",), generated=True) and not notes
-    assert dataset.path("http://x/2") == other / "images/2.png"
-    assert dataset.path("train-0-0-img0") == whole.path("train-0-0-img0")
+    assert dataset.image("http://x/2").path == other / "images/2.png"
+    assert dataset.image("train-0-0-img0").path == whole.image("train-0-0-img0").path
     assert dataset.training_images() == [*whole.training_images(), "http://x/1", "http://x/2"]
     assert dataset.benchmark("val") == whole.benchmark("val") and dataset.triplets() == whole.triplets()
     assert open_generated(at(other, mixed), whole)[0] is whole  # nothing to add
@@ -180,7 +180,7 @@ def test_other_images_below_the_current_directory(cirr: Path, other: Path, monke
     with pytest.raises(InputError, match="put a copy of this file into the folder that its paths start from"):
         open_generated(path, Cirr(str(cirr)))
     monkeypatch.chdir(other)
-    assert open_generated(path, Cirr(str(cirr)))[0].path("http://x/1") == other / "images/1.png"
+    assert open_generated(path, Cirr(str(cirr)))[0].image("http://x/1").path == other / "images/1.png"
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -222,7 +222,7 @@ def test_places_are_found_again(
     assert entry.keys() == {*OTHER, "caption1", "caption2"} and not str(entry["reference"]).startswith(("/", ".."))
     path = at(folder, entry)
     dataset, triplets, _ = open_generated(path, Cirr(str(cirr)))
-    assert triplets == [triplet] and dataset.path("images/2.png") == other / "images/2.png"
+    assert triplets == [triplet] and dataset.image("images/2.png").path == other / "images/2.png"
     assert read(path, catalogue.training_images()) == ([triplet], [])  # as a catalogue, its ids are known
 
 

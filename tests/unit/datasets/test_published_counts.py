@@ -5,6 +5,7 @@ They lie beside the project, in ``../shared/data``; where they do not, these tes
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from spn4cir.dataset import Check
 from spn4cir.datasets.cirr import CIRR, _faults
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.reading import Entry, read_entries
+from spn4cir.results import metric_names, primary_names
 from spn4cir.types import Triplet
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -72,19 +74,21 @@ def test_fashioniq_train(triplets: list[Triplet], category: str, expected: tuple
     """Triplets, images of the split file, distinct references, targets, and both."""
     start = sum(len(rows(c, "train")) for c in CATEGORIES[: CATEGORIES.index(category)])
     own = triplets[start : start + expected[0]]
-    references, targets = {t.reference for t in own}, {t.target for t in own}
+    references, targets = {t.reference for t in own}, {t.targets[0] for t in own}
     listed = split_of(category, "train")
     assert (
         len(rows(category, "train")), len(set(listed)), len(references), len(targets), len(references | targets),
     ) == expected  # fmt: skip
     assert len(listed) == len(set(listed)) and references | targets <= set(listed)
-    assert [(t.reference, t.target) for t in own] == [(r["candidate"], r["target"]) for r in rows(category, "train")]
-    assert len({(t.reference, t.target) for t in own}) == len(own), "a pair is never repeated inside a category"
+    assert [(t.reference, t.targets[0]) for t in own] == [
+        (r["candidate"], r["target"]) for r in rows(category, "train")
+    ]
+    assert len({(t.reference, t.targets[0]) for t in own}) == len(own), "a pair is never repeated inside a category"
 
 
 def test_fashioniq_train_in_all(fashion: FashionIQ, triplets: list[Triplet]) -> None:
     """18,000 triplets of 25,136 images, 45,429 listed; what remains can be extra negatives (section 7.2)."""
-    references, targets = {t.reference for t in triplets}, {t.target for t in triplets}
+    references, targets = {t.reference for t in triplets}, {t.targets[0] for t in triplets}
     named = references | targets
     assert (len(triplets), len(references), len(targets), len(named)) == (18000, 12525, 17839, 25136)
     listed = [i for c in CATEGORIES for i in split_of(c, "train")]
@@ -92,12 +96,12 @@ def test_fashioniq_train_in_all(fashion: FashionIQ, triplets: list[Triplet]) -> 
     images = fashion.training_images()
     assert len(images) == len(set(images)) == 45429 and set(images[:25136]) == named
     assert (sum(i not in named for i in listed), len(set(listed) - named)) == (20593, 20293)
-    assert not [t for t in triplets if t.reference == t.target]
+    assert not [t for t in triplets if t.reference == t.targets[0]]
 
 
 def test_fashioniq_candidates_are_in_the_published_order(fashion: FashionIQ, triplets: list[Triplet]) -> None:
     """Reference, then target, in file order: the numbers of published banks (section 1.3)."""
-    walked = list(dict.fromkeys(i for t in triplets for i in (t.reference, t.target)))
+    walked = list(dict.fromkeys(i for t in triplets for i in (t.reference, t.targets[0])))
     assert fashion.training_images()[:25136] == walked == fashion.image_roles()[0].image_ids
 
 
@@ -138,13 +142,17 @@ def test_fashioniq_texts_of_train(triplets: list[Triplet]) -> None:
 def test_fashioniq_val(fashion: FashionIQ, category: str, expected: tuple[int, ...]) -> None:
     """Queries, gallery of the original split, distinct references, targets, and both: the gallery of the union."""
     benchmark, union = fashion.benchmark("val"), fashion.benchmark("val", "fashioniq/val-union")
-    asked = [q for q in benchmark.queries if q.group == category]
+    gathered = {q.candidates for q in union.queries if q.tags == (category,)}
+    asked = [q for q in benchmark.queries if q.tags == (category,)]
     references, targets = {q.reference for q in asked}, {t for q in asked for t in q.targets}
-    sizes = (len(asked), len(benchmark.group_gallery[category]), len(references), len(targets))
-    assert (*sizes, len(union.group_gallery[category])) == expected
-    assert list(benchmark.group_gallery[category]) == split_of(category, "val")
-    assert set(union.group_gallery[category]) == references | targets
-    assert [q for q in union.queries if q.group == category] == asked
+    sizes = (len(asked), len(asked[0].candidates), len(references), len(targets))
+    assert (*sizes, len(next(iter(gathered)))) == expected
+    assert list(asked[0].candidates) == split_of(category, "val")
+    assert (
+        len({q.candidates for q in asked}) == len(gathered) == 1 and set(next(iter(gathered))) == references | targets
+    )
+    same = [replace(q, candidates=asked[0].candidates) for q in union.queries if q.tags == (category,)]
+    assert same == asked
     assert [q.text for q in asked] == [
         " and ".join(text.strip(".?, ") for text in row["captions"]) for row in rows(category, "val")
     ]
@@ -156,9 +164,9 @@ def test_fashioniq_val_in_all(fashion: FashionIQ) -> None:
     without = fashion.benchmark("val", "fashioniq/original-noref")
     assert fashion.benchmark("val") == original
     assert (len(original.queries), len(original.gallery), len(set(original.gallery))) == (6016, 15415, 15415)
-    assert sum(len(ids) for ids in original.group_gallery.values()) == 15536
+    assert sum(len(ids) for ids in {q.candidates for q in original.queries}) == 15536
     assert (original.exclude_reference, without.exclude_reference) == (False, True)
-    assert (original.queries, original.group_gallery) == (without.queries, without.group_gallery)
+    assert (original.queries, original.measures) == (without.queries, without.measures)
     assert fashion.benchmark("val", "fashioniq/val-union").exclude_reference
 
 
@@ -211,8 +219,9 @@ def test_cirr_queries(
     assert (len(benchmark.queries), len(benchmark.gallery)) == (queries, gallery)
     assert len({q.reference for q in benchmark.queries}) == references
     assert (round(sum(words) / len(words), 1), max(words)) == (mean, longest)
-    assert all({q.reference, *q.targets} <= set(q.candidates) for q in benchmark.queries)
-    assert all(len(set(q.candidates)) == 6 for q in benchmark.queries)
+    assert all(
+        {q.reference, *q.targets} <= set(q.candidates) and len(set(q.candidates)) == 6 for q in benchmark.queries
+    )
     assert len({q.name for q in benchmark.queries}) == queries and benchmark.exclude_reference
     entries = raw(f"cirr/captions/cap.rc2.{split}.json")
     assert len({entry["img_set"]["id"] for entry in entries}) == 503
@@ -226,7 +235,8 @@ def test_cirr_val_targets(photos: CIRR) -> None:
     assert (len(targets), len(targets | {q.reference for q in benchmark.queries})) == (2206, 2265)
     scores = {s for entry in raw("cirr/captions/cap.rc2.val.json") for s in entry["target_soft"].values()}
     assert scores == {1.0, 0.5, 0.2, -1.0}
-    assert (benchmark.ks, benchmark.subset_ks, benchmark.selection) == ((1, 5, 10, 50), (1, 2, 3), ("R@5", "Rs@1"))
+    assert metric_names(benchmark) == ["R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3"]
+    assert primary_names(benchmark) == ["R@5", "Rs@1"]
 
 
 def test_cirr_is_what_is_published(photos: CIRR) -> None:
