@@ -29,10 +29,7 @@ SECONDS = 5.0
 
 
 class StoredRows:
-    """Rows of a ``.npy`` file, memory-mapped: only those that are asked for are read.
-
-    Raises ``ValueError``, ``OSError`` or ``EOFError`` if it is no such file, or is cut off.
-    """
+    """Rows of a ``.npy`` file, memory-mapped. Raises ``ValueError``, ``OSError`` or ``EOFError`` if it is damaged."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -116,10 +113,7 @@ class EmbeddingStore:
         return missing
 
     def create(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Replace what is there by arrays without a block, given the shape of a row of each.
-
-        Raises ``InputError`` if the disk has no room for them.
-        """
+        """Replace what is there by empty arrays, given the shape of their rows. Raises ``InputError`` without space."""
         self.remove()
         self.root.mkdir(parents=True, exist_ok=True)
         sizes = [math.prod(shape) * np.dtype(self.dtypes[name]).itemsize for name, shape in shapes.items()]
