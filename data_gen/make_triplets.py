@@ -15,7 +15,7 @@ import html
 import random
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -158,10 +158,9 @@ def check_settings(config: GenerateConfig, dataset: Dataset) -> None:
             rewriter.engine.look()
 
 
-def read_summary(config: GenerateConfig) -> dict[str, Any]:
+def read_summary(config: GenerateConfig) -> Any:
     """Read what ``write_summary`` wrote. Raises ``InputError`` if it is missing or damaged."""
-    found: dict[str, Any] = read_json(config.file("summary.json"), "python data_gen/write_text.py")
-    return found
+    return read_json(config.file("summary.json"), "python data_gen/write_text.py")
 
 
 def list_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -179,16 +178,11 @@ def print_summary(config: GenerateConfig, dataset: Dataset) -> None:
     if summary["dropped"].get("difference has nothing to say", 0) > MANY * summary["counts"]["pairs"]:
         print("most pairs of captions share no word, so no change can be named: try --templates '[instead]'")
     print("\nfor example:")
-    for row in pick_rows(config.file("triplets.jsonl"), summary["counts"]["triplets"], 8):
+    step = max(1, summary["counts"]["triplets"] // 8)
+    for row in islice(stream_jsonl(config.file("triplets.jsonl")), 0, 8 * step, step):
         print(f"  {row['captions'][0]}  +  «{row['modification']}»  →  {row['captions'][1]}")
     files = [config.file(name) for name in ("triplets.json", "triplets.parquet", "sheet.html", "sheet.png")]
     print(f"\n{dataset.name}: " + ", ".join(str(path) for path in files if path.is_file()))
-
-
-def pick_rows(path: Path, total: int, count: int) -> list[Row]:
-    """Rows from all over a file."""
-    step = max(1, total // count)
-    return [row for number, row in enumerate(stream_jsonl(path)) if number % step == 0][:count]
 
 
 def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
@@ -196,10 +190,10 @@ def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
     usual = f"{config.dataset}/{config.backbone}_stage2_generated.yaml"
     recipe = config.recipe or (usual if (recipes_folder() / usual).is_file() else None)
     stage = 2 if recipe and "_stage2" in recipe else 1
-    words = ["accelerate", "launch", f"recipes/stage{stage}.py"]
-    words += (
+    means = (
         ["--config", f"recipes/{recipe}"] if recipe else ["--dataset", config.dataset, "--backbone", config.backbone]
     )
+    words = ["accelerate", "launch", f"recipes/stage{stage}.py", *means]
     if config.data_root and (recipe is None or recipe.startswith(f"{config.dataset}/")):
         words += ["--data-root", config.data_root]  # another dataset's recipe has its own
     words += ["--generated", str(config.file("triplets.json"))]
