@@ -147,7 +147,7 @@ def test_what_a_stage_says_comes_next_runs(call: Call, runs: Path, backbone: str
 def test_stage_2_finds_the_newest_stage_1_of_its_own_backbone(
     refused: Call, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not that of another one, which is newer; where there is none, how to get one is said, in a checkout or outside."""
+    """Not that of another one, which is newer; where there is none, how to get one is said, in a checkout or not."""
     for backbone in ("sprc", "clip4cir"):
         save_model(runs / "emoji" / backbone / "stage1-x", build_backbone(backbone), {})
         (runs / "emoji" / backbone / "stage1-x" / "result.json").write_text("{}")

@@ -65,7 +65,7 @@ def refused(call: Call, capfd: pytest.CaptureFixture[str], tmp_path: Path, runs:
         out, err = capfd.readouterr()
         lines = [line for line in err.replace("\r", "\n").split("\n") if line.strip("\x1b[A ") and "%|" not in line]
         assert stopped.value.code == 2 and len(lines) == 1, (out, err)
-        assert not out or re.fullmatch(r"recipe \S+\n", out), out
+        assert not out or re.fullmatch(r"(recipe|preset:) \S+\n", out), out
         assert files() == before, "something was left behind"
         return lines[0].removeprefix("error: ")
 
