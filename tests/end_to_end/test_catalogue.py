@@ -125,7 +125,7 @@ def test_other_images_for_a_published_dataset(
         assert found["steps"] == 3 and found["protocol"] == "fashioniq/original-noref"
         assert trained and all(t.generated and (shop / t.reference).is_file() for t in trained)
     named = {i for t in trained for i in t.image_ids}
-    held = {json.loads(note.read_text())["images"] for note in runs.glob("banks/*/*.json")}
+    held = {json.loads(note.read_text())["rows"] for note in runs.glob("banks/*/store.json")}
     assert len(named) in held  # candidates are these alone
 
 

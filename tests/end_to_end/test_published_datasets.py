@@ -20,6 +20,7 @@ from spn4cir.backbones import BACKBONES, build_backbone
 from spn4cir.batches import TripletCollate, TripletRows
 from spn4cir.checkpoints import save_model
 from spn4cir.cli import data_command, evaluate_command
+from spn4cir.config import training_command
 from spn4cir.datasets.submission import LIMIT
 from spn4cir.types import Triplet
 
@@ -64,7 +65,7 @@ def refused(call: Call, capfd: pytest.CaptureFixture[str], tmp_path: Path, runs:
         out, err = capfd.readouterr()
         lines = [line for line in err.replace("\r", "\n").split("\n") if line.strip("\x1b[A ") and "%|" not in line]
         assert stopped.value.code == 2 and len(lines) == 1, (out, err)
-        assert not out or re.fullmatch(r"recipe \S+\n", out), out
+        assert not out or re.fullmatch(r"(recipe|preset:) \S+\n", out), out
         assert files() == before, "something was left behind"
         return lines[0].removeprefix("error: ")
 
@@ -171,7 +172,7 @@ def test_all_recipes_run(
         assert {key: options[key] for key in weights} == weights
         if stage == 1:
             named = f" --dataset {dataset}" + f" --backbone {backbone}" * (backbone != "clip4cir")
-            assert f"spn4cir-train --stage 2{named} --data-root {root} --init {found['run']}" in out
+            assert f"next: {training_command(2)}{named} --data-root {root} --init {found['run']}" in out
         else:
             assert Path(said["init"]).name.startswith("stage1-")
         assert {"R@10", "R@50", "Rmean"} <= set(found["metrics"])
