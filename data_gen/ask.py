@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import Row, short
+from spn4cir.files import short
 from spn4cir.types import ImageRef
 
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
@@ -127,12 +127,14 @@ def ask(
         engine: answers them.
         check: tidies an answer, and judges it.
         config: ``retries`` and ``seed``.
-        finish: takes all replies in the order of the questions, in the first process only; it writes the final files.
+        finish: takes all replies in the order of the questions, in the first process only.
 
     Raises:
         InputError: if the engine cannot work, or the journal cannot be written; what was committed stays.
     """
-    processes, order = Processes(), _order(questions, engine)
+    processes, lengths = Processes(), engine.lengths(questions) if questions else None
+    # the longest first, so that what is too much for the memory shows at once
+    order = sorted(range(len(questions)), key=(lambda n: -lengths[n]) if lengths else (lambda n: n))
     blocks = [order[start : start + engine.block] for start in range(0, len(order), engine.block)]
     made_by = _made_by(questions, engine, config)
     journal = Journal(out, made_by, processes)
@@ -146,7 +148,8 @@ def ask(
     processes.wait()
     merged = Journal(out, made_by, processes)
     if processes.first:
-        finish(_in_order(order, merged.rows()))
+        found = dict(zip(order, merged.rows(), strict=True))
+        finish([Reply(**found[n]) for n in range(len(order))])
         merged.remove()
     else:
         merged.close()
@@ -239,21 +242,9 @@ def settle(engine: Engine, check: Check, config: GenerateConfig, questions: Sequ
     return [replies[question.key] for question in questions]
 
 
-def _order(questions: Sequence[Question], engine: Engine) -> list[int]:
-    """Positions of the questions, the longest first, so that what is too much for the memory shows at once."""
-    lengths = engine.lengths(questions) if questions else None
-    return sorted(range(len(questions)), key=(lambda n: -lengths[n]) if lengths else (lambda n: n))
-
-
 def _made_by(questions: Sequence[Question], engine: Engine, config: GenerateConfig) -> str:
     asked = hashlib.sha256()
     for one in questions:
         asked.update(json.dumps([one.key, one.chat, str(one.image or ""), one.mark]).encode())
     settings = {"block": engine.block, "retries": config.retries, "seed": config.seed, "questions": asked.hexdigest()}
     return digest({**engine.about, **settings})
-
-
-def _in_order(order: Sequence[int], rows: Iterator[Row]) -> list[Reply]:
-    """Replies in the order of the questions, from rows in the order of the blocks."""
-    found = dict(zip(order, rows, strict=True))
-    return [Reply(**found[n]) for n in range(len(order))]

@@ -50,14 +50,7 @@ def weights_digest(folder: Path) -> str | None:
 
 
 class Local:
-    """A language model of transformers on this process's device; one batch is one block.
-
-    Args:
-        model: ``embedded``, a hub name or a folder.
-        images: whether it looks at images, or only reads.
-        batch_size: questions answered at once.
-        max_new_tokens: bound of an answer.
-    """
+    """A language model of transformers on this process's device; one batch is one block. As for ``engine_of``."""
 
     workers = 2  # one batch is decoded while the model is busy with another
 
@@ -86,10 +79,10 @@ class Local:
             raise self._unknown(error) from None
 
     def _unknown(self, error: Exception) -> InputError:
-        where = (
-            "name a folder that holds one, or one of the hub (`hf download NAME` fetches it where there is a network)"
+        return InputError(
+            f"model {self.name!r} cannot be loaded: name a folder that holds one, or one of the hub (`hf download "
+            f"NAME` fetches it where there is a network); {' '.join(str(error).split())[:200]}"
         )
-        return InputError(f"model {self.name!r} cannot be loaded: {where}; {' '.join(str(error).split())[:200]}")
 
     def _load(self) -> None:
         """Load the model once. Raises ``InputError`` for one that cannot do what is asked."""
@@ -174,10 +167,8 @@ class Local:
             try:
                 inputs = inputs.to(self.device)
                 inputs = {k: v.to(self._model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-                pad = self._tokenizer.pad_token_id
-                out = self._model.generate(
-                    **inputs, max_new_tokens=self.max_new_tokens, num_beams=1, pad_token_id=pad, **how
-                )
+                pad, most = self._tokenizer.pad_token_id, self.max_new_tokens
+                out = self._model.generate(**inputs, max_new_tokens=most, num_beams=1, pad_token_id=pad, **how)
             except torch.OutOfMemoryError:
                 raise InputError(
                     f"{self.device} has no room for a batch of {self.block}: lower caption_batch_size"

@@ -314,6 +314,10 @@ def find_preset(argv: Sequence[str]) -> Path:
     if take_option(argv, "config")[0] or {"-h", "--help"} & {*argv}:
         return found or folder / f"{GenerateConfig.dataset}.yaml"
     if found is None:
+        from spn4cir.datasets import DATASETS, load_dataset
+
+        if dataset not in DATASETS:
+            load_dataset(dataset)  # raises
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise InputError(
             f"recipes/triplets: there is no preset for dataset {dataset!r} with backbone {backbone!r}; "

@@ -16,7 +16,7 @@ from spn4cir.datasets.skip import skip_notes
 from spn4cir.errors import InputError
 from spn4cir.identity import PUBLISHED_CLASSES, inspect_images, read_optimized
 from spn4cir.results import metric_names, primary_names
-from spn4cir.triplets import Numbers, TripletTable, join, named_images
+from spn4cir.triplets import Numbers, TripletTable, join_triplets, named_images
 from spn4cir.types import Benchmark, Query, Triplet, recall_measures
 
 Say = Callable[[str], None]
@@ -106,7 +106,7 @@ def load_triplets(
         raise InputError(f"no triplets to train on: {more}give generated ones")
     if config.selection == "val":
         assert benchmark is not None
-        return dataset, join(triplets, generated), benchmark
+        return dataset, join_triplets(triplets, generated), benchmark
     if triplets:
         triplets, selection = split_holdout(config, triplets)
     else:
@@ -116,7 +116,7 @@ def load_triplets(
         config.select_by = [name for name in config.select_by or () if name not in lacking] or None
         names = ", ".join(config.select_by or primary_names(selection))
         say(f"{selection.name} has no {', '.join(lacking)}: selected by {names}")
-    return dataset, join(triplets, generated), selection
+    return dataset, join_triplets(triplets, generated), selection
 
 
 def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Sequence[Triplet], Benchmark]:

@@ -203,7 +203,7 @@ def named_images(triplets: Sequence[Triplet]) -> Iterable[str]:
     return dict.fromkeys(i for triplet in triplets for i in triplet.image_ids)
 
 
-def join(triplets: Sequence[Triplet], others: Sequence[Triplet]) -> Sequence[Triplet]:
+def join_triplets(triplets: Sequence[Triplet], others: Sequence[Triplet]) -> Sequence[Triplet]:
     """Triplets and then others, which are a list; a table where the first are one."""
     return triplets.joined(others) if isinstance(triplets, TripletTable) and others else [*triplets, *others]
 

@@ -41,11 +41,11 @@ Call = Callable[..., str]
 class Fewer(Emoji):
     """The embedded dataset with 72 of its training images and 16 val queries, ranked over what these name."""
 
-    def training_images(self) -> list[str]:
-        return super().training_images()[::40]
+    def list_training_images(self) -> list[str]:
+        return super().list_training_images()[::40]
 
-    def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        whole = super().benchmark(split, protocol)
+    def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
+        whole = super().read_benchmark(split, protocol)
         queries = whole.queries[::120]
         named = {i for q in queries for i in (q.reference, *q.targets, *q.candidates)}
         return dataclasses.replace(whole, queries=queries, gallery=tuple(sorted(named)))
@@ -120,7 +120,7 @@ def check_figures(out: str, run: Path, result: dict[str, Any]) -> None:
     found = json.loads(out)
     assert found["run"] == str(run) and found["data"] == result["data"]
     assert found["metrics"] == pytest.approx(result["metrics"]) and found["metrics"]["R@50"] > 0
-    assert found["groups"] == result["groups"]
+    assert found["tags"] == result["tags"] and found["count"] == result["count"]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -12,7 +12,7 @@ import pytest
 
 from spn4cir import triplets as module
 from spn4cir.batches import KnownTargets, TripletSampler
-from spn4cir.triplets import TripletTable, join, named_images, shuffle
+from spn4cir.triplets import TripletTable, join_triplets, named_images, shuffle
 from spn4cir.types import Triplet
 
 IDS = [f"i{n}" for n in range(60)]
@@ -79,8 +79,8 @@ def test_a_table_and_a_list_agree(whole: bool, kind: Any) -> None:
     agree(few, rest)
     agree(few[5:50], rest[5:50])
     more = [Triplet("i1", ("i2",), ("x", "y"), generated=True), Triplet("i1", ("i4",), ("x",), generated=True)]
-    agree(join(few, more), rest + more)
-    annotated, generated = join(few, more).split_rows()  # type: ignore[attr-defined]
+    agree(join_triplets(few, more), rest + more)
+    annotated, generated = join_triplets(few, more).split_rows()  # type: ignore[attr-defined]
     assert annotated.tolist() == list(range(len(rest))) and generated.tolist() == [len(rest), len(rest) + 1]
     agree(pickle.loads(pickle.dumps(few)), rest)
     with pytest.raises(IndexError):
