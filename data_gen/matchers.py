@@ -37,8 +37,8 @@ class Matcher:
         module: what ``vectors`` reads, put in eval mode.
         transform: RGB image → (3, H, W).
         vectors: (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32.
-        says: which vector of the model it is, in a few words.
         made_by: kind, model and digest of its weights.
+        says: which vector of the model it is, in a few words.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class Matcher:
         module: nn.Module,
         transform: Callable[[Image.Image], Tensor],
         vectors: Callable[[Tensor], Tensor],
-        says: str,
         made_by: dict[str, Any],
+        says: str,
     ):
         self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
         self.made_by, self.says = made_by, says
@@ -106,7 +106,8 @@ def load_matcher(name: str) -> Matcher:
     """
     kind, model = _split(name)
     made_by = identify(name)
-    return Matcher(*LOADERS[kind](model), made_by)
+    module, transform, vectors, says = LOADERS[kind](model)
+    return Matcher(module, transform, vectors, made_by, says)
 
 
 def content_digest(*paths: Path) -> str:
