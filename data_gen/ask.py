@@ -25,19 +25,12 @@ FIRST, LATER = 8, 64  # so many unreadable answers in a row, nothing before or s
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked.
-
-    Args:
-        key: names the question among all.
-        prompt: what a user says, or a whole chat; an image belongs to its last message.
-        image: a picture to look at.
-        mark: what else decides the answer, such as the hash of the pixels.
-    """
+    """What a model is asked; ``key`` names the question among all."""
 
     key: str
-    prompt: str | Sequence[Message]
+    prompt: str | Sequence[Message]  # what a user says, or a whole chat; an image belongs to its last message
     image: ImageRef | None = None
-    mark: str = ""
+    mark: str = ""  # what else decides the answer, such as the hash of the pixels
 
     @property
     def chat(self) -> list[dict[str, str]]:
@@ -48,17 +41,11 @@ class Question:
 
 
 class Answer(NamedTuple):
-    """What an engine says.
-
-    Attributes:
-        text: as the model wrote it.
-        cut: whether it reached the bound of tokens without an end.
-        problem: why there is nothing to read at all, if so; such a question is not asked again.
-    """
+    """What an engine says."""
 
     text: str
-    cut: bool = False
-    problem: str | None = None
+    cut: bool = False  # whether it reached the bound of tokens without an end
+    problem: str | None = None  # why there is nothing to read at all, if so; such a question is not asked again
 
 
 class Reply(NamedTuple):
@@ -78,17 +65,11 @@ class Try(NamedTuple):
 
 
 class Engine(Protocol):
-    """Whatever answers: a model here, or a server.
+    """Whatever answers: a model here, or a server."""
 
-    Attributes:
-        about: everything that decides its answers.
-        block: how many questions it takes at once, the unit of commit.
-        workers: how many blocks may be under way at any time.
-    """
-
-    about: dict[str, Any]
-    block: int
-    workers: int
+    about: dict[str, Any]  # everything that decides its answers
+    block: int  # how many questions it takes at once, the unit of commit
+    workers: int  # how many blocks may be under way at any time
 
     def look(self) -> None:
         """Raise ``InputError`` if it is known at once that this cannot work."""

@@ -42,14 +42,8 @@ class Trouble(NamedTuple):
 class Endpoint:
     """A model behind ``/v1/chat/completions``; one question is one block.
 
-    Args:
-        address: of the server, such as http://host:8000/v1.
-        model: the model's name there.
-        config: ``requests``, ``requests_per_minute`` (both of all processes together), ``timeout``, ``retries``.
-        max_new_tokens: bound of an answer.
-
-    Raises:
-        InputError: if the address is none, or the key cannot be one.
+    ``config`` bounds ``requests`` and ``requests_per_minute`` of all processes together. Raises ``InputError`` if the
+    address is none, or the key cannot be one.
     """
 
     block = 1

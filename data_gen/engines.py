@@ -22,12 +22,8 @@ DRAWN = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # as
 def engine_of(model: str, endpoint: str | None, config: GenerateConfig, *, images: bool, max_new_tokens: int) -> Engine:
     """The engine that a configuration means; nothing is loaded or sent yet.
 
-    Args:
-        model: ``embedded``, a name or folder of transformers, or the model's name on the server.
-        endpoint: address of an OpenAI-compatible server, if it is one.
-        config: batch size, and how a server is asked.
-        images: whether the questions have images.
-        max_new_tokens: bound of an answer.
+    ``model`` is ``embedded``, a name or folder of transformers, or the model's name on the server at ``endpoint``;
+    ``images`` says whether the questions have images.
     """
     if endpoint is not None:
         from spn4cir.data_gen.endpoint import Endpoint

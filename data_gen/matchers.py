@@ -74,8 +74,7 @@ def identify(name: str) -> dict[str, Any]:
 
     No model is built. A model of a hub stands for itself by its name, a local one by its content: it may be moved.
 
-    Raises:
-        InputError: if there is no such kind of matcher, or what it names locally is missing.
+    Raises ``InputError`` if there is no such kind of matcher, or what it names locally is missing.
     """
     kind, model = _split(name)
     if kind == "embedded":
@@ -97,12 +96,8 @@ def identify(name: str) -> dict[str, Any]:
 def load_matcher(name: str) -> Matcher:
     """The matcher of a name, on the CPU.
 
-    Args:
-        name: ``embedded``, ``unicom:SIZE`` or ``unicom:FILE``, ``open_clip:MODEL:TAG``, ``timm:MODEL``,
-            ``transformers:NAME`` or ``run:FOLDER``.
-
-    Raises:
-        InputError: if there is none, or its weights are missing and cannot be downloaded.
+    It is ``embedded``, ``unicom:SIZE`` or ``unicom:FILE``, ``open_clip:MODEL:TAG``, ``timm:MODEL``,
+    ``transformers:NAME`` or ``run:FOLDER``. Raises ``InputError`` if its weights are missing and cannot be downloaded.
     """
     kind, model = _split(name)
     made_by = identify(name)
@@ -152,8 +147,8 @@ def is_file_of_unicom(model: str) -> bool:
 
 def _failed(kind: str, model: str, error: Exception, advice: str) -> InputError:
     """One line for whatever a library raises."""
-    said = " ".join(str(error).split())[:250]
-    return InputError(f"matcher {kind}:{model} cannot be loaded{advice}: {said or type(error).__name__}")
+    said = " ".join(str(error).split())[:250] or type(error).__name__
+    return InputError(f"matcher {kind}:{model} cannot be loaded{advice}: {said}")
 
 
 def _download(kind: str, hub: str, then: str = "") -> str:
@@ -268,11 +263,7 @@ def _choose_vector(
 
     The image embedding of models of images and texts; else the pooled output, unless its weights are missing and would
     be random, as those of a classifier's are; else the class token; else the mean over all places.
-
-    Args:
-        network: the model; it is shown a white image.
-        transform: RGB image → (3, H, W).
-        pooler: whether the weights of a pooled output, if it has any, are there.
+    The model is shown a white image; ``pooler`` says whether the weights of a pooled output, if any, are there.
     """
 
     white = transform(Image.new("RGB", (64, 64), "white"))[None]

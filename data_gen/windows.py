@@ -57,8 +57,8 @@ def encode_vectors(
 
     ``load`` loads the matcher; it is not called where all vectors are stored.
 
-    Raises:
-        InputError: if an image is missing or its vector is not of unit norm, or the disk or the device has no room.
+    Raises ``InputError`` if an image is missing or its vector is not of unit norm, or the disk or the device has no
+    room.
     """
     stored = store.open()
     processes.wait()  # no process writes before all have looked
@@ -131,12 +131,8 @@ class Partner(NamedTuple):
 class Window:
     """Draws partners of images from ranks [lo, hi) of all others.
 
-    Args:
-        vectors: (N, E) of unit norm, float32; only read.
-        lo: first rank, at least 1.
-        hi: behind the last rank, at most N.
-        per_image: partners of each image, as far as the window holds so many.
-        seed: of the draws; each image has its own, by its name.
+    ``vectors`` (N, E) are of unit norm, in float32, and only read. Each image has draws of its own, by its name, and
+    ``per_image`` partners as far as the window holds so many.
     """
 
     def __init__(self, vectors: Array, lo: int, hi: int, per_image: int, seed: int):
