@@ -31,23 +31,15 @@ Parts: TypeAlias = tuple[nn.Module, Callable[[Image.Image], Tensor], Callable[[T
 
 
 class Matcher:
-    """An image encoder.
-
-    Args:
-        module: what ``vectors`` reads, put in eval mode.
-        transform: RGB image → (3, H, W).
-        vectors: (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32.
-        made_by: kind, model and digest of its weights.
-        says: which vector of the model it is, in a few words.
-    """
+    """An image encoder, put in eval mode."""
 
     def __init__(
         self,
         module: nn.Module,
-        transform: Callable[[Image.Image], Tensor],
-        vectors: Callable[[Tensor], Tensor],
-        made_by: dict[str, Any],
-        says: str,
+        transform: Callable[[Image.Image], Tensor],  # RGB image → (3, H, W)
+        vectors: Callable[[Tensor], Tensor],  # (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32
+        made_by: dict[str, Any],  # kind, model and digest of its weights
+        says: str,  # which vector of the model it is, in a few words
     ):
         self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
         self.made_by, self.says = made_by, says

@@ -37,13 +37,8 @@ def difference(reference: str, target: str, draw: random.Random) -> str:
     Captions without a common word have no difference worth naming: the text would be the whole target caption, and a
     model could learn from it to ignore the reference.
 
-    Args:
-        reference: caption of the reference image.
-        target: caption of the target image.
-        draw: picks among several phrasings.
-
-    Returns:
-        The text; empty if the captions hold the same words, or no word in common, articles aside.
+    ``draw`` picks among several phrasings. The text is empty if the two captions hold the same words, or no word in
+    common, articles aside.
     """
     before, after = (_words(text) for text in (reference, target))
     low_before, low_after = ({word.lower() for word in words} for words in (before, after))

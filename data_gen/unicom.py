@@ -132,12 +132,8 @@ def known_size(name: str) -> str:
 def load_unicom(path: Path, size: Size | None = None) -> Unicom:
     """The model whose weights a file holds, in float32, on the CPU, in eval mode.
 
-    Args:
-        path: file of ``torch.save`` with the published names; half precision becomes single.
-        size: dimensions; None recognises the published ones by their shapes.
-
-    Raises:
-        InputError: if the file is none, or if a name in it is missing, unexpected or of another shape.
+    The file is one of ``torch.save`` with the published names. Without a size, the published ones are recognised by
+    their shapes. Raises ``InputError`` if a name in it is missing, unexpected or of another shape.
     """
     from spn4cir.importers import read_published
 

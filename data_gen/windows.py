@@ -146,12 +146,9 @@ class Window:
     def draw(
         self, positions: Sequence[int], names: Sequence[str], never: Sequence[Collection[int]]
     ) -> list[list[Partner]]:
-        """Return the partners of B images, by rank.
+        """Return the partners of the images at some positions, by rank.
 
-        Args:
-            positions: of the images among the vectors.
-            names: of them, that key the draws.
-            never: positions that are no partner of each, beside itself.
+        Their names key the draws; ``never`` are positions that are no partner of each, beside itself.
         """
         with torch.inference_mode():
             scores = self._all[torch.as_tensor(positions, device=self.device)] @ self._all.T  # (B, N)
@@ -226,12 +223,8 @@ def _select(scores: Tensor, ranks: Tensor) -> Tensor:
 def bracket(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of the score at a rank of each row, by counting what is above a threshold and halving the range.
 
-    Args:
-        scores: (B, N), at most 1.1 in absolute value but for −inf.
-        ranks: (B,), from 1, at most as many as there are finite scores.
-
-    Returns:
-        low and high, (B,) each: at least ``rank`` scores are above low, and fewer are above high.
+    Scores (B, N) are at most 1.1 in absolute value but for −inf, ranks (B,) from 1 to the number of finite scores. Of
+    low and high, (B,) each, at least ``rank`` scores are above low, and fewer are above high.
     """
     low, high = torch.full_like(scores[:, 0], -1.1), torch.full_like(scores[:, 0], 1.1)
     for _ in range(HALVINGS):
