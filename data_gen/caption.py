@@ -43,8 +43,7 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
     now goes to captions.kept.jsonl. What came with the dataset, or is given in a file, is not asked for. An image whose
     answer could not be read is asked about again by the next run.
 
-    Raises:
-        InputError: for a prompt, a model or a file that cannot work; what was answered before stays.
+    Raises ``InputError`` for a prompt, a model or a file that cannot work; what was answered before stays.
     """
     out, failed, processes = config.file("captions.jsonl"), config.file("captions.failed.jsonl"), Processes()
     ids = wanted_images(config)
@@ -82,8 +81,7 @@ def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
 def wanted_images(config: GenerateConfig) -> list[str]:
     """Images to caption, in the dataset's order: all unique ones, or those of them that occur in a pair.
 
-    Raises:
-        InputError: if a file of a step before is missing, or the pairs name an image that is none.
+    Raises ``InputError`` if a file of a step before is missing, or the pairs name an image that is none.
     """
     ids = canonical_images(config)
     if config.caption_images == "all":
@@ -104,8 +102,7 @@ def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str])
 
     A caption of a duplicate, which has the same pixels, is as good.
 
-    Raises:
-        InputError: if the file cannot be read, or lacks an image.
+    Raises ``InputError`` if the file cannot be read, or lacks an image.
     """
     rows = read_jsonl(config.file("images.jsonl"))
     if config.captions:
@@ -126,8 +123,7 @@ def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str])
 def read_captions(path: Path) -> dict[str, str]:
     """Captions by image id, of a JSON list or of JSON lines; the last of several is taken, as in the published files.
 
-    Raises:
-        InputError: if the file is missing or damaged, or an entry has no image id or no caption.
+    Raises ``InputError`` if the file is missing or damaged, or an entry has no image id or no caption.
     """
     entries = read_json(path) if path.suffix != ".jsonl" else _lines(path)
     found = {}

@@ -26,9 +26,8 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
 
     Images that are missing or do not decode are left out, and listed in images.failed.jsonl.
 
-    Raises:
-        InputError: if fewer than two different images are left, the output folder holds the images of another source,
-            or its files would lie among the dataset's own.
+    Raises ``InputError`` if fewer than two different images are left, the output folder holds the images of another
+    source, or its files would lie among the dataset's own.
     """
     processes = Processes()
     if processes.first:

@@ -79,12 +79,9 @@ def describe_window(config: GenerateConfig, ranks: Any, similarities: Any) -> li
     stated = {tuple(window) for window in known.get("ranks", {}).values() if window}
     first, end = stated.pop() if len(stated) == 1 else (int(ranks.min()), int(ranks.max()) + 1)
     images = f" of {known['images']:,} images" if "images" in known else ""
-    low, *quarters, high = np.quantile(similarities, [0, 0.25, 0.5, 0.75, 1])
-    middle = ", ".join(f"{value:.3f}" for value in quarters)
-    return [
-        f"Ranks {first:,} to {end - 1:,}: {len(ranks):,} pairs{images}",
-        f"similarity from {low:.3f} to {high:.3f}, quarters at {middle}",
-    ]
+    low, *quarters, high = (f"{value:.3f}" for value in np.quantile(similarities, [0, 0.25, 0.5, 0.75, 1]))
+    told = f"similarity from {low} to {high}, quarters at {', '.join(quarters)}"
+    return [f"Ranks {first:,} to {end - 1:,}: {len(ranks):,} pairs{images}", told]
 
 
 def _window_file(config: GenerateConfig) -> dict[str, Any]:
@@ -241,8 +238,7 @@ def write_lines(canvas: Image.Image, place: tuple[int, int], lines: Sequence[str
 
 def paste_centred(canvas: Image.Image, picture: Image.Image, place: tuple[int, int], size: int) -> None:
     """Put a thumbnail into the middle of a square."""
-    x, y = place
-    canvas.paste(picture, (x + (size - picture.width) // 2, y + (size - picture.height) // 2))
+    canvas.paste(picture, (place[0] + (size - picture.width) // 2, place[1] + (size - picture.height) // 2))
 
 
 def save_png(path: Path, picture: Image.Image) -> None:

@@ -14,16 +14,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from spn4cir.data_gen.ask import Answer, Question, Try
+from PIL import Image
+
+from spn4cir.data_gen.ask import Answer, Engine, Question, Try
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 KEY = "SPN4CIR_API_KEY"  # the environment variable that holds the secret; it is never written anywhere
 AGAIN = (408, 409, 425, 429)  # and 5xx: refusals that may pass
@@ -39,17 +38,11 @@ class Trouble(NamedTuple):
     away: bool = False  # whether the server answers nobody now, rather than not this question
 
 
-class Endpoint:
+class Endpoint(Engine):
     """A model behind ``/v1/chat/completions``; one question is one block.
 
-    Args:
-        address: of the server, such as http://host:8000/v1.
-        model: the model's name there.
-        config: ``requests``, ``requests_per_minute`` (both of all processes together), ``timeout``, ``retries``.
-        max_new_tokens: bound of an answer.
-
-    Raises:
-        InputError: if the address is none, or the key cannot be one.
+    ``config`` bounds ``requests`` and ``requests_per_minute`` of all processes together. Raises ``InputError`` if the
+    address is none, or the key cannot be one.
     """
 
     block = 1
@@ -68,12 +61,6 @@ class Endpoint:
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError(f"{KEY} holds letters that no key has")  # http.client would show it
         self._opener = urllib.request.build_opener(_Stay)
-
-    def look(self) -> None:
-        """Nothing is known before the first question."""
-
-    def lengths(self, questions: Sequence[Question]) -> None:
-        """All the same: the server makes its own batches."""
 
     def close(self) -> None:
         """No request is sent again."""
@@ -199,7 +186,7 @@ def chat_address(address: str) -> str:
     return f"{whole}{'' if urlsplit(whole).path else '/v1'}/chat/completions"
 
 
-def make_data_url(picture: "Image.Image") -> str:
+def make_data_url(picture: Image.Image) -> str:
     """Return a data URL that holds an RGB image: as a PNG, or as a JPEG of good quality if it is large."""
     content, kind = io.BytesIO(), "png" if picture.width * picture.height <= LOSSLESS else "jpeg"
     picture.save(content, kind, compress_level=1, quality=95)  # of a PNG, of a JPEG

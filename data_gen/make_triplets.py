@@ -79,12 +79,9 @@ def sample_triplets(config: GenerateConfig, total: int) -> list[Row]:
 def describe_origin(row: Row) -> str:
     """Say where a triplet's text and partner come from, in a few words."""
     told = [row["template"] + (f" instead of {row['shortened']}, which was too long" if "shortened" in row else "")]
-    if "llm_caption" in row:
-        told.append("rewritten")
-    if row["rank"] is not None:
-        told.append(f"rank {row['rank']}")
-    if row["similarity"] is not None:
-        told.append(f"similarity {row['similarity']:.2f}")
+    told += ["rewritten"] if "llm_caption" in row else []
+    told += [f"rank {row['rank']}"] if row["rank"] is not None else []
+    told += [f"similarity {row['similarity']:.2f}"] if row["similarity"] is not None else []
     return " · ".join(told)
 
 
