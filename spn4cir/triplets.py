@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -39,6 +40,11 @@ class TripletTable(Sequence[Triplet]):
     def __init__(self, table: pyarrow.Table, rows: Numbers | None = None):
         self.table = table
         self.rows = np.arange(table.num_rows, dtype=np.uint32) if rows is None else rows
+        # kept since table.column() takes time for each of its thousands of chunks
+        self._columns = {name: table.column(name) for name in ("reference", *LISTS, "generated")}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TripletTable, (self.table, self.rows)
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, pyarrow.ChunkedArray]) -> TripletTable:
@@ -60,7 +66,7 @@ class TripletTable(Sequence[Triplet]):
                 raise ValueError("a table of triplets is read forwards")
             return TripletTable(self.table, self.rows[index])
         row = int(self.rows[index])
-        found = {name: self.table.column(name)[row].as_py() for name in ("reference", *LISTS, "generated")}
+        found = {name: column[row].as_py() for name, column in self._columns.items()}
         lists: Any = {name: tuple(value for value in found[name] or () if value) for name in LISTS}
         return Triplet(found["reference"] or None, generated=found["generated"], **lists)
 
@@ -80,7 +86,7 @@ class TripletTable(Sequence[Triplet]):
     def _blocks(self) -> Iterator[pyarrow.Table]:
         """The rows in order, a bounded number of them at a time, each column in one piece."""
         for start in range(0, self.table.num_rows, BLOCK):
-            first, last = np.searchsorted(self.rows, (start, start + BLOCK))
+            first, last = (bisect_left(self.rows, at) for at in (start, start + BLOCK))
             part = self.table.slice(start, BLOCK)
             if last - first < len(part):
                 part = part.combine_chunks().take(self.rows[first:last].astype(np.int64) - start)
@@ -90,7 +96,7 @@ class TripletTable(Sequence[Triplet]):
     def split_rows(self) -> tuple[Numbers, Numbers]:
         """Positions of annotated and of generated triplets; the generated ones come last."""
         generated = self.table.column("generated").combine_chunks()
-        first = int(np.searchsorted(self.rows, len(generated) - generated.true_count))
+        first = bisect_left(self.rows, len(generated) - generated.true_count)
         return np.arange(first, dtype=np.uint32), np.arange(first, len(self), dtype=np.uint32)
 
     @cached_property

@@ -48,7 +48,7 @@ class Rows:
     """
 
     def __init__(self, place: str, files: Sequence[Path] = ()):
-        self.place = place
+        self.place, self._read_from = place, dict[str, Any]()
         splits, self.data = _open(place, files)
         self._splits = _starts({name: len(part) for name, part in splits.items()})
         counts = {f"{place}, {name}" if len(splits) > 1 else place: len(part) for name, part in splits.items()}
@@ -58,6 +58,9 @@ class Rows:
             ordered = sorted(files, key=lambda path: list(splits).index(_split_of(path, place)))
             counts = {str(path): parquet.read_metadata(path).num_rows for path in ordered}
         self._parts = _starts(counts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read_from": {}}  # another process maps the files itself
 
     def __len__(self) -> int:
         return len(self.data)
@@ -79,7 +82,7 @@ class Rows:
     def name(self, row: int) -> str:
         """What messages call a row: its file and its number in it, from 1 on; of a tar the name of the sample."""
         if "__url__" in self.data.column_names:
-            return f"{self.column('__url__')[row]}, {self.column('__key__')[row]}"
+            return f"{self._cell('__url__', row)}, {self._cell('__key__', row)}"
         return "{}, row {}".format(*_locate(self._parts, row))
 
     def row_id(self, row: int) -> str:
@@ -150,8 +153,13 @@ class Rows:
         """The image in a column and a row."""
         return ImageRef(StoredBytes(self._read, column, row, *self._files), box, self.name(row))
 
+    def _cell(self, column: str, row: int) -> Any:
+        if column not in self._read_from:  # kept since column() takes time for each of its chunks
+            self._read_from[column] = self.column(column)
+        return self._read_from[column][row].as_py()
+
     def _read(self, column: str, row: int) -> bytes:
-        value = self.column(column)[row].as_py()
+        value = self._cell(column, row)
         found: bytes | None = value["bytes"] if isinstance(value, dict) else value
         if not found:
             raise OSError("the row holds no image")

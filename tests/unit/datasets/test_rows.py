@@ -1,6 +1,7 @@
 """Catalogues in every form that ``datasets`` opens: the same images as in a folder, read where they lie."""
 
 import io
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ def test_images_are_those_of_the_folder(form: str, folder: Path, tmp_path: Path)
     assert [one.pixels for one in inspected.values()] == [one.pixels for one in expected.values()]
     source, plain = ImageSource(found.image, Transform(8)), ImageSource(Path, Transform(8))
     assert source.stack(ids).equal(plain.stack([str(folder / name) for name in NAMES]))
+    sent = pickle.loads(pickle.dumps(found))  # as data loaders of some systems have it
+    assert open_image(sent.image(ids[3])).tobytes() == open_image(found.image(ids[3])).tobytes()
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
     assert examine(found).can_train
 
