@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from spn4cir.config import recipes_folder
+from spn4cir.config import recipes_folder, training_command
 from spn4cir.data_gen import draw
 from spn4cir.data_gen.caption import caption_images, check_captioner
 from spn4cir.data_gen.deduplicate import deduplicate
@@ -187,10 +187,12 @@ def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
     usual = f"{config.dataset}/{config.backbone}_stage2_generated.yaml"
     recipe = config.recipe or (usual if (recipes_folder() / usual).is_file() else None)
     stage = 2 if recipe and "_stage2" in recipe else 1
-    means = (
-        ["--config", f"recipes/{recipe}"] if recipe else ["--dataset", config.dataset, "--backbone", config.backbone]
-    )
-    words = ["accelerate", "launch", f"recipes/stage{stage}.py", *means]
+    means = ["--config", f"recipes/{recipe}"] if recipe else []
+    if not recipe:
+        is_known = (recipes_folder() / config.dataset / f"{config.backbone}_stage1.yaml").is_file()
+        named = ["--dataset", config.dataset, "--backbone", config.backbone]
+        means = named if is_known else ["--config", "FILE", *named]  # there is no recipe: settings of one's own
+    words = [*training_command(stage).split(), *means]
     if config.data_root and (recipe is None or recipe.startswith(f"{config.dataset}/")):
         words += ["--data-root", config.data_root]  # another dataset's recipe has its own
     words += ["--generated", str(config.file("triplets.json"))]
