@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spn4cir.data_gen.steps import GenerateConfig, Journal, digest
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import Row, short
+from spn4cir.files import short
 from spn4cir.types import ImageRef
 
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
@@ -25,19 +25,12 @@ FIRST, LATER = 8, 64  # so many unreadable answers in a row, nothing before or s
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked.
-
-    Args:
-        key: names the question among all.
-        prompt: what a user says, or a whole chat; an image belongs to its last message.
-        image: a picture to look at.
-        mark: what else decides the answer, such as the hash of the pixels.
-    """
+    """What a model is asked; ``key`` names the question among all."""
 
     key: str
-    prompt: str | Sequence[Message]
+    prompt: str | Sequence[Message]  # what a user says, or a whole chat; an image belongs to its last message
     image: ImageRef | None = None
-    mark: str = ""
+    mark: str = ""  # what else decides the answer, such as the hash of the pixels
 
     @property
     def chat(self) -> list[dict[str, str]]:
@@ -48,17 +41,11 @@ class Question:
 
 
 class Answer(NamedTuple):
-    """What an engine says.
-
-    Attributes:
-        text: as the model wrote it.
-        cut: whether it reached the bound of tokens without an end.
-        problem: why there is nothing to read at all, if so; such a question is not asked again.
-    """
+    """What an engine says."""
 
     text: str
-    cut: bool = False
-    problem: str | None = None
+    cut: bool = False  # whether it reached the bound of tokens without an end
+    problem: str | None = None  # why there is nothing to read at all, if so; such a question is not asked again
 
 
 class Reply(NamedTuple):
@@ -78,29 +65,26 @@ class Try(NamedTuple):
 
 
 class Engine(Protocol):
-    """Whatever answers: a model here, or a server.
+    """Whatever answers: a model here, or a server; it inherits what it has nothing to do for."""
 
-    Attributes:
-        about: everything that decides its answers.
-        block: how many questions it takes at once, the unit of commit.
-        workers: how many blocks may be under way at any time.
-    """
-
-    about: dict[str, Any]
-    block: int
-    workers: int
+    about: dict[str, Any]  # everything that decides its answers
+    block: int  # how many questions it takes at once, the unit of commit
+    workers: int  # how many blocks may be under way at any time
 
     def look(self) -> None:
         """Raise ``InputError`` if it is known at once that this cannot work."""
+        return None
 
     def lengths(self, questions: Sequence[Question]) -> list[int] | None:
         """How long the input of each question is, in any unit; None if it is all the same to this engine."""
+        return None
 
     def answer(self, questions: Sequence[Question], turn: Try) -> list[Answer]:
         """Answer the questions of a block, or some of them; called from several threads."""
 
     def close(self) -> None:
         """Nothing more will be asked; an answer that is being waited for may be given up."""
+        return None
 
 
 Check = Callable[[Question, Answer], tuple[str, str | None]]
@@ -119,20 +103,15 @@ def ask(
 
     A block is a function of the whole list of questions, never of what a killed run has left to do, and it is asked,
     checked, asked again where the check failed, and then committed. So neither a kill nor the number of processes
-    changes an answer. All processes call this.
-
-    Args:
-        out: the file that ``finish`` writes; the journal lies beside it.
-        questions: keys are unique.
-        engine: answers them.
-        check: tidies an answer, and judges it.
-        config: ``retries`` and ``seed``.
-        finish: takes all replies in the order of the questions, in the first process only; it writes the final files.
+    changes an answer. All processes call this; in the first, ``finish`` takes all replies in the order of the
+    questions, whose keys are unique, and writes ``out``, beside which the journal lies.
 
     Raises:
         InputError: if the engine cannot work, or the journal cannot be written; what was committed stays.
     """
-    processes, order = Processes(), _order(questions, engine)
+    processes, lengths = Processes(), engine.lengths(questions) if questions else None
+    # the longest first, so that what is too much for the memory shows at once
+    order = sorted(range(len(questions)), key=(lambda n: -lengths[n]) if lengths else (lambda n: n))
     blocks = [order[start : start + engine.block] for start in range(0, len(order), engine.block)]
     made_by = _made_by(questions, engine, config)
     journal = Journal(out, made_by, processes)
@@ -146,7 +125,8 @@ def ask(
     processes.wait()
     merged = Journal(out, made_by, processes)
     if processes.first:
-        finish(_in_order(order, merged.rows()))
+        found = dict(zip(order, merged.rows(), strict=True))
+        finish([Reply(**found[n]) for n in range(len(order))])
         merged.remove()
     else:
         merged.close()
@@ -184,7 +164,9 @@ class _Work:
                         self._take(waiting.pop(one), replies)
                         bar.set_postfix(failed=self.failed, refresh=False)
                         bar.update(len(replies))
-                self._end()
+                if self.held and not self.read_any:
+                    self._give_up()
+                self._commit()
             except BaseException:
                 self._rescue(waiting)
                 raise
@@ -202,12 +184,6 @@ class _Work:
         for number, replies in self.held:
             self.journal.add(number, [reply._asdict() for reply in replies])
         self.held = []
-
-    def _end(self) -> None:
-        """Commit what was held back; but not if nothing was ever read."""
-        if self.held and not self.read_any:
-            self._give_up()
-        self._commit()
 
     def _give_up(self) -> None:
         found = self.held[-1][1][-1]
@@ -239,21 +215,9 @@ def settle(engine: Engine, check: Check, config: GenerateConfig, questions: Sequ
     return [replies[question.key] for question in questions]
 
 
-def _order(questions: Sequence[Question], engine: Engine) -> list[int]:
-    """Positions of the questions, the longest first, so that what is too much for the memory shows at once."""
-    lengths = engine.lengths(questions) if questions else None
-    return sorted(range(len(questions)), key=(lambda n: -lengths[n]) if lengths else (lambda n: n))
-
-
 def _made_by(questions: Sequence[Question], engine: Engine, config: GenerateConfig) -> str:
     asked = hashlib.sha256()
     for one in questions:
         asked.update(json.dumps([one.key, one.chat, str(one.image or ""), one.mark]).encode())
     settings = {"block": engine.block, "retries": config.retries, "seed": config.seed, "questions": asked.hexdigest()}
     return digest({**engine.about, **settings})
-
-
-def _in_order(order: Sequence[int], rows: Iterator[Row]) -> list[Reply]:
-    """Replies in the order of the questions, from rows in the order of the blocks."""
-    found = dict(zip(order, rows, strict=True))
-    return [Reply(**found[n]) for n in range(len(order))]

@@ -41,10 +41,9 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
 
     Captions that were made before, by the same model and prompt and of the same pixels, are kept; what no image needs
     now goes to captions.kept.jsonl. What came with the dataset, or is given in a file, is not asked for. An image whose
-    answer could not be read, since a server failed, say, is asked about again by the next run.
+    answer could not be read is asked about again by the next run.
 
-    Raises:
-        InputError: for a prompt, a model or a file that cannot work; what was answered before stays.
+    Raises ``InputError`` for a prompt, a model or a file that cannot work; what was answered before stays.
     """
     out, failed, processes = config.file("captions.jsonl"), config.file("captions.failed.jsonl"), Processes()
     ids = wanted_images(config)
@@ -70,10 +69,7 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
 
 
 def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
-    """Raise ``InputError`` for a prompt or a model that cannot work, before hours of other steps.
-
-    No model is looked for where captions are there already.
-    """
+    """Raise ``InputError`` for a prompt, or for a model that is needed, that cannot work."""
     read_captioner_prompt(config)
     if config.captions:
         read_captions(dataset.file(config.captions))
@@ -85,8 +81,7 @@ def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
 def wanted_images(config: GenerateConfig) -> list[str]:
     """Images to caption, in the dataset's order: all unique ones, or those of them that occur in a pair.
 
-    Raises:
-        InputError: if a file of a step before is missing, or the pairs name an image that is none.
+    Raises ``InputError`` if a file of a step before is missing, or the pairs name an image that is none.
     """
     ids = canonical_images(config)
     if config.caption_images == "all":
@@ -107,8 +102,7 @@ def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str])
 
     A caption of a duplicate, which has the same pixels, is as good.
 
-    Raises:
-        InputError: if the file cannot be read, or lacks an image.
+    Raises ``InputError`` if the file cannot be read, or lacks an image.
     """
     rows = read_jsonl(config.file("images.jsonl"))
     if config.captions:
@@ -129,8 +123,7 @@ def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str])
 def read_captions(path: Path) -> dict[str, str]:
     """Captions by image id, of a JSON list or of JSON lines; the last of several is taken, as in the published files.
 
-    Raises:
-        InputError: if the file is missing or damaged, or an entry has no image id or no caption.
+    Raises ``InputError`` if the file is missing or damaged, or an entry has no image id or no caption.
     """
     entries = read_json(path) if path.suffix != ".jsonl" else _lines(path)
     found = {}
@@ -155,17 +148,7 @@ def _lines(path: Path) -> list[Any]:
 
 
 class _Job:
-    """What is asked about each image, and what becomes of the answers.
-
-    Args:
-        config: of the run.
-        dataset: whose images they are.
-        engine: answers.
-        ids: images that need a caption made.
-
-    Raises:
-        InputError: if the prompt names the category, and an image has none.
-    """
+    """What is asked about each image that needs a caption, and what becomes of the answers."""
 
     def __init__(self, config: GenerateConfig, dataset: Dataset, engine: Engine, ids: Sequence[str]):
         self.config, self.dataset, self.engine, self.ids = config, dataset, engine, ids
@@ -178,9 +161,8 @@ class _Job:
 
     def prompt(self, image_id: str) -> str:
         """What is asked about an image."""
-        if "{category}" not in self.template:
-            return self.template
-        return self.template.replace("{category}", self.dataset.category(image_id))
+        named = "{category}" in self.template
+        return self.template.replace("{category}", self.dataset.category(image_id)) if named else self.template
 
     def question(self, image_id: str) -> Question:
         """The question about an image."""
@@ -188,8 +170,8 @@ class _Job:
 
     def recipe(self, image_id: str) -> str:
         """A short name for everything that decides an image's caption."""
-        about = {"step": "caption", **self.engine.about}
-        return digest({**about, "prompt": self.prompt(image_id), "pixels": self.pixels[image_id]})
+        own = {"prompt": self.prompt(image_id), "pixels": self.pixels[image_id]}
+        return digest({"step": "caption", **self.engine.about, **own})
 
     def made_by(self, given: dict[str, str]) -> str:
         """A short name for everything that decides the file."""
@@ -216,38 +198,36 @@ class _Job:
         return asked, path
 
     def finish(self, replies: list[Reply], out: Path, made_by: str, given: dict[str, str]) -> None:
-        """Write captions and failures, and tell how many there are.
-
-        Raises:
-            InputError: if there is no caption at all.
-        """
+        """Write captions and failures, and tell how many there are. Raises ``InputError`` if there is no caption."""
         failed_file, rows = out.with_name("captions.failed.jsonl"), self.kept(out)
         failed = [reply for reply in replies if reply.problem]
         reasons = Counter(reply.problem if reply.read else "no readable answer" for reply in failed)
-        write_jsonl(
-            failed_file,
-            ({"image_id": r.key, "reason": r.problem, "answer": r.text, "read": r.read} for r in failed),
-        )
+        listed = ({"image_id": r.key, "reason": r.problem, "answer": r.text, "read": r.read} for r in failed)
+        write_jsonl(failed_file, listed)
         for reply in replies:
             if not reply.problem:
-                rows[reply.key] = self._row(reply.key, reply.text, self.config.captioner)
-        rows |= {image_id: self._row(image_id, text, GIVEN) for image_id, text in given.items()}
+                prompt = hashlib.sha256(self.prompt(reply.key).encode()).hexdigest()[:8]
+                made = {"model": self.config.captioner, "prompt": prompt, "made_by": self.recipe(reply.key)}
+                rows[reply.key] = {"image_id": reply.key, "caption": reply.text, **made}
+        for image_id, text in given.items():
+            own = {"model": GIVEN, "prompt": None, "made_by": digest({GIVEN: text})}
+            rows[image_id] = {"image_id": image_id, "caption": text, **own}
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         if not rows:
             raise InputError(f"none of {len(replies)} captions passed the checks ({told}): see {failed_file}")
-        _put_by(out, {row["made_by"] for row in rows.values()})
+        used = {row["made_by"] for row in rows.values()}
+        kept = {row["made_by"]: row for row in _earlier(out) if row["made_by"] not in used}
+        kept_file = out.with_name("captions.kept.jsonl")
+        if kept:
+            write_jsonl(kept_file, kept.values())  # they were paid for, and may be wanted again
+        else:
+            kept_file.unlink(missing_ok=True)
         write_jsonl(out, (rows[i] for i in canonical_images(self.config) if i in rows))
         about = {**self.engine.about, "prompt": self.template, "words": self.config.words}
         mark_done(out, made_by, failed_file, **about, captions=len(rows), given=len(given), failed=dict(reasons))
         lost = f"; {len(failed)} failed ({told}), listed in {failed_file}" if failed else ""
         again = "; the same command asks again about those without a readable answer" if _unread(failed_file) else ""
         print(f"caption: {len(rows)} captions{lost}{again} → {out}")
-
-    def _row(self, image_id: str, text: str, model: str) -> Row:
-        asked = model != GIVEN
-        prompt = hashlib.sha256(self.prompt(image_id).encode()).hexdigest()[:8] if asked else None
-        made_by = self.recipe(image_id) if asked else digest({GIVEN: text})
-        return {"image_id": image_id, "caption": text, "model": model, "prompt": prompt, "made_by": made_by}
 
 
 def _earlier(out: Path) -> list[Row]:
@@ -256,30 +236,15 @@ def _earlier(out: Path) -> list[Row]:
     return [row for file in files for row in read_jsonl(file) if row.get("model") != GIVEN and "made_by" in row]
 
 
-def _put_by(out: Path, used: set[str]) -> None:
-    """Keep the rows of earlier runs that are not in use: they were paid for, and may be wanted again."""
-    rows = {row["made_by"]: row for row in _earlier(out) if row["made_by"] not in used}
-    file = out.with_name("captions.kept.jsonl")
-    if rows:
-        write_jsonl(file, rows.values())
-    else:
-        file.unlink(missing_ok=True)
-
-
 def _unread(failed: Path) -> bool:
     """Whether a question was left without any readable answer."""
     return any(not row.get("read", True) for row in read_jsonl(failed))
 
 
 def read_captioner_prompt(config: GenerateConfig) -> str:
-    """The prompt, or that of the file.
-
-    Raises:
-        InputError: if it does not say where the number of words goes.
-    """
-    if config.prompt_file is None:
-        prompt, source = config.prompt, "prompt"
-    else:
+    """The prompt, or that of the file. Raises ``InputError`` if it does not say where the number of words goes."""
+    prompt, source = config.prompt, "prompt"
+    if config.prompt_file is not None:
         source = f"prompt_file {config.prompt_file}"
         try:
             prompt = Path(config.prompt_file).read_text(encoding="utf-8").strip()
@@ -325,7 +290,7 @@ def repeats(text: str) -> bool:
         for start in range(len(words) - times * size + 1):
             if words[start : start + times * size] == words[start : start + size] * times:
                 return True
-    grams = [tuple(words[n : n + 3]) for n in range(len(words) - 2)]
+    grams = list(zip(words, words[1:], words[2:], strict=False))
     return len(grams) >= 12 and len(set(grams)) < len(grams) / 2
 
 

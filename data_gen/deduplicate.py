@@ -7,9 +7,8 @@ examples:
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spn4cir.data_gen.steps import GenerateConfig, is_done, mark_done, run_step
 from spn4cir.dataset import Dataset
@@ -25,12 +24,10 @@ if TYPE_CHECKING:
 def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     """Write images.jsonl: one row per candidate, with its pixel hash and canonical image.
 
-    Images that are missing or do not decode are left out, and listed in images.failed.jsonl. Of several processes only
-    the first works.
+    Images that are missing or do not decode are left out, and listed in images.failed.jsonl.
 
-    Raises:
-        InputError: if fewer than two different images are left, the output folder holds the images of another source,
-            or its files would lie among the dataset's own.
+    Raises ``InputError`` if fewer than two different images are left, the output folder holds the images of another
+    source, or its files would lie among the dataset's own.
     """
     processes = Processes()
     if processes.first:
@@ -50,16 +47,17 @@ def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
         print(f"deduplicate: {out} is done")
         return
     inspected = inspect_images(images, config.file("images.cache.jsonl"))
-    failed = list(_failed(inspected, images))
-    _note_failed(config.file("images.failed.jsonl"), failed)
+    problems = {image_id: one for image_id, one in inspected.items() if one.problem}
+    failed = [{"image_id": i, "reason": _reason(one, str(images[i]))} for i, one in problems.items()]
+    if failed:
+        write_jsonl(config.file("images.failed.jsonl"), failed)
+    else:
+        config.file("images.failed.jsonl").unlink(missing_ok=True)
     canonical = canonical_ids({i: one.pixels for i, one in inspected.items() if not one.problem})
     unique, listed = len(set(canonical.values())), f": see {config.file('images.failed.jsonl')}" if failed else ""
     if not canonical:
-        first = failed[0]
-        raise InputError(
-            f"{dataset.name}: none of {len(ids)} images can be used, such as {images[first['image_id']]}, which "
-            f"{first['reason']}{listed}"
-        )
+        such = f"{images[failed[0]['image_id']]}, which {failed[0]['reason']}"
+        raise InputError(f"{dataset.name}: none of {len(ids)} images can be used, such as {such}{listed}")
     if unique < 2:
         only = f"{len(canonical)} images are" if len(canonical) > 1 else "1 image is"
         raise InputError(f"{dataset.name}: {only} left, of 1 picture, which cannot be paired with another{listed}")
@@ -68,6 +66,11 @@ def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     mark_done(out, made_by, source=source, images=len(canonical), unique=unique, failed=len(failed))
     left_out = f", {len(failed)} left out{listed}" if failed else ""
     print(f"deduplicate: {len(canonical)} images, {unique} unique{left_out} → {out}")
+
+
+def _reason(inspected: "Inspected", image: str) -> str:
+    detail = inspected.detail.replace(image, Path(image).name)
+    return "is missing" if inspected.problem == "missing" else f"does not decode: {detail}"
 
 
 def _candidates(config: GenerateConfig, dataset: Dataset) -> list[str]:
@@ -121,27 +124,11 @@ def _made_by(images: dict[str, ImageRef]) -> str:
         try:
             told = image.path.stat() if image.path else None
             stamp = f"{told.st_size} {told.st_mtime_ns}" if told else str(image)
-            total.update(f"{json.dumps(image_id)} {stamp}{image.box or ''}\n".encode())
+            stamp += f"{image.box or ''}"
         except OSError:
-            total.update(f"{json.dumps(image_id)} missing\n".encode())
+            stamp = "missing"
+        total.update(f"{json.dumps(image_id)} {stamp}\n".encode())
     return total.hexdigest()[:16]
-
-
-def _failed(inspected: "dict[str, Inspected]", images: dict[str, ImageRef]) -> Iterator[dict[str, Any]]:
-    for image_id, (_, problem, detail) in inspected.items():
-        if problem:
-            told = detail.replace(str(images[image_id]), Path(str(images[image_id])).name)
-            yield {
-                "image_id": image_id,
-                "reason": "is missing" if problem == "missing" else f"does not decode: {told}",
-            }
-
-
-def _note_failed(path: Path, failed: list[dict[str, Any]]) -> None:
-    if failed:
-        write_jsonl(path, failed)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def canonical_images(config: GenerateConfig) -> list[str]:
@@ -150,11 +137,7 @@ def canonical_images(config: GenerateConfig) -> list[str]:
 
 
 def reference_images(config: GenerateConfig, dataset: Dataset) -> list[str]:
-    """Canonical images that act as reference, in the dataset's order.
-
-    Raises:
-        InputError: if they are to be those of annotated triplets, and there are none.
-    """
+    """Canonical images that act as reference, in the dataset's order. Raises ``InputError`` if there are none."""
     rows = read_jsonl(config.file("images.jsonl"))
     wanted = {row["image_id"] for row in rows}
     if config.references == "annotated":

@@ -79,12 +79,9 @@ def describe_window(config: GenerateConfig, ranks: Any, similarities: Any) -> li
     stated = {tuple(window) for window in known.get("ranks", {}).values() if window}
     first, end = stated.pop() if len(stated) == 1 else (int(ranks.min()), int(ranks.max()) + 1)
     images = f" of {known['images']:,} images" if "images" in known else ""
-    low, *quarters, high = np.quantile(similarities, [0, 0.25, 0.5, 0.75, 1])
-    middle = ", ".join(f"{value:.3f}" for value in quarters)
-    return [
-        f"Ranks {first:,} to {end - 1:,}: {len(ranks):,} pairs{images}",
-        f"similarity from {low:.3f} to {high:.3f}, quarters at {middle}",
-    ]
+    low, *quarters, high = (f"{value:.3f}" for value in np.quantile(similarities, [0, 0.25, 0.5, 0.75, 1]))
+    told = f"similarity from {low} to {high}, quarters at {', '.join(quarters)}"
+    return [f"Ranks {first:,} to {end - 1:,}: {len(ranks):,} pairs{images}", told]
 
 
 def _window_file(config: GenerateConfig) -> dict[str, Any]:
@@ -105,28 +102,26 @@ def compute_shares(config: GenerateConfig, similarities: Any) -> dict[str, list[
 def draw_chart(shares: dict[str, list[float]]) -> Image.Image:
     """Bars of the window's pairs before those of all pairs, each as shares of its own total."""
     canvas = Image.new("RGB", (WIDTH - 2 * GAP, PLOT_HEIGHT + 60), "white")
-    draw, edges = ImageDraw.Draw(canvas), shares["edges"]
-    used = [n for n in range(len(edges) - 1) if any(shares[name][n] for name in shares if name != "edges")]
-    low, high = edges[used[0]], edges[used[-1] + 1]
-    top = max(max(values) for name, values in shares.items() if name != "edges")
+    draw, edges, bottom = ImageDraw.Draw(canvas), shares["edges"], 20 + PLOT_HEIGHT
+    bars = {name: values for name, values in shares.items() if name != "edges"}
+    used = [n for n in range(len(edges) - 1) if any(values[n] for values in bars.values())]
+    low, high, top = edges[used[0]], edges[used[-1] + 1], max(map(max, bars.values()))
 
     def across(value: float) -> int:
         return 20 + round((value - low) / (high - low) * (canvas.width - 40))
 
+    tops = {name: [bottom - round(values[n] / top * PLOT_HEIGHT) for n in used] for name, values in bars.items()}
+    sides = [(across(edges[n]), max(across(edges[n]), across(edges[n + 1]) - 1)) for n in used]
     for name, ink in (("all", LINE), ("window", BLUE)):
-        for n in used if name in shares else ():
-            height = round(shares[name][n] / top * PLOT_HEIGHT)
-            left, right = across(edges[n]), across(edges[n + 1]) - 1
-            if height:
-                draw.rectangle((left, 20 + PLOT_HEIGHT - height, max(left, right), 20 + PLOT_HEIGHT), fill=ink)
-    for n in used if "all" in shares else ():  # where the window's bars stand before them
-        y = 20 + PLOT_HEIGHT - round(shares["all"][n] / top * PLOT_HEIGHT)
-        draw.line((across(edges[n]), y, across(edges[n + 1]) - 1, y), fill=GREY)
-    draw.line((20, 20 + PLOT_HEIGHT, canvas.width - 20, 20 + PLOT_HEIGHT), fill=GREY)
-    for n in range(6):
-        value = low + n / 5 * (high - low)
-        draw.text((across(value), 24 + PLOT_HEIGHT), f"{value:.2f}", fill=GREY, font=font(13), anchor="ma")
-    draw.text((canvas.width // 2, 40 + PLOT_HEIGHT), "similarity", fill=GREY, font=font(13), anchor="ma")
+        for (left, right), y in zip(sides, tops.get(name, ()), strict=False):
+            if y < bottom:
+                draw.rectangle((left, y, right, bottom), fill=ink)
+    for (left, right), y in zip(sides, tops.get("all", ()), strict=False):  # where the window's bars hide them
+        draw.line((left, y, right, y), fill=GREY)
+    draw.line((20, bottom, canvas.width - 20, bottom), fill=GREY)
+    for value in (low + n / 5 * (high - low) for n in range(6)):
+        draw.text((across(value), bottom + 4), f"{value:.2f}", fill=GREY, font=font(13), anchor="ma")
+    draw.text((canvas.width // 2, bottom + 20), "similarity", fill=GREY, font=font(13), anchor="ma")
     for y, (name, told, ink) in enumerate((("window", "pairs of the window", BLUE), ("all", "all pairs", LINE))):
         if name in shares:
             draw.rectangle((24, 4 + 18 * y, 36, 16 + 18 * y), fill=ink)
@@ -178,15 +173,7 @@ def has_letters(text: str) -> bool:
 
 
 class Thumbnails:
-    """Thumbnails of a dataset's images, and a word about those that cannot be shown.
-
-    Args:
-        dataset: says where images lie.
-        size: of the longer side.
-
-    Attributes:
-        problems: what was wrong with each image that has no thumbnail.
-    """
+    """Thumbnails of a dataset's images, ``size`` pixels on the longer side; ``problems`` of those that have none."""
 
     def __init__(self, dataset: Dataset, size: int):
         self._dataset, self._size = dataset, size
@@ -251,8 +238,7 @@ def write_lines(canvas: Image.Image, place: tuple[int, int], lines: Sequence[str
 
 def paste_centred(canvas: Image.Image, picture: Image.Image, place: tuple[int, int], size: int) -> None:
     """Put a thumbnail into the middle of a square."""
-    x, y = place
-    canvas.paste(picture, (x + (size - picture.width) // 2, y + (size - picture.height) // 2))
+    canvas.paste(picture, (place[0] + (size - picture.width) // 2, place[1] + (size - picture.height) // 2))
 
 
 def save_png(path: Path, picture: Image.Image) -> None:

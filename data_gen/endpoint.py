@@ -13,16 +13,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from spn4cir.data_gen.ask import Answer, Question, Try
+from PIL import Image
+
+from spn4cir.data_gen.ask import Answer, Engine, Question, Try
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 KEY = "SPN4CIR_API_KEY"  # the environment variable that holds the secret; it is never written anywhere
 AGAIN = (408, 409, 425, 429)  # and 5xx: refusals that may pass
@@ -31,30 +31,18 @@ LOSSLESS = 1 << 20  # pixels of an image that is sent as it is; larger ones as a
 
 
 class Trouble(NamedTuple):
-    """Why a request got no answer.
-
-    Attributes:
-        text: one line.
-        wait: seconds that the server asks for.
-        away: whether the server answers nobody now, rather than not this question.
-    """
+    """Why a request got no answer."""
 
     text: str
-    wait: float = 0.0
-    away: bool = False
+    wait: float = 0.0  # seconds that the server asks for
+    away: bool = False  # whether the server answers nobody now, rather than not this question
 
 
-class Endpoint:
+class Endpoint(Engine):
     """A model behind ``/v1/chat/completions``; one question is one block.
 
-    Args:
-        address: of the server, such as http://host:8000/v1.
-        model: the model's name there.
-        config: ``requests``, ``requests_per_minute`` (both of all processes together), ``timeout``, ``retries``.
-        max_new_tokens: bound of an answer.
-
-    Raises:
-        InputError: if the address is none, or the key cannot be one.
+    ``config`` bounds ``requests`` and ``requests_per_minute`` of all processes together. Raises ``InputError`` if the
+    address is none, or the key cannot be one.
     """
 
     block = 1
@@ -74,22 +62,12 @@ class Endpoint:
             raise InputError(f"{KEY} holds letters that no key has")  # http.client would show it
         self._opener = urllib.request.build_opener(_Stay)
 
-    def look(self) -> None:
-        """Nothing is known before the first question."""
-
-    def lengths(self, questions: Sequence[Question]) -> None:
-        """All the same: the server makes its own batches."""
-
     def close(self) -> None:
         """No request is sent again."""
         self._closed.set()
 
     def answer(self, questions: Sequence[Question], turn: Try) -> list[Answer]:
-        """Send one question, again if need be.
-
-        Raises:
-            InputError: if the server cannot be reached, or refuses for good.
-        """
+        """Send each question, again if need be. Raises ``InputError`` if the server is away, or refuses for good."""
         return [self._answer(question, turn) for question in questions]
 
     def _answer(self, question: Question, turn: Try) -> Answer:
@@ -115,11 +93,8 @@ class Endpoint:
 
         messages: list[dict[str, Any]] = list(question.chat)
         if question.image:
-            parts = [
-                {"type": "image_url", "image_url": {"url": make_data_url(open_image(question.image))}},
-                {"type": "text", "text": messages[-1]["content"]},
-            ]
-            messages[-1] = {**messages[-1], "content": parts}
+            picture = {"type": "image_url", "image_url": {"url": make_data_url(open_image(question.image))}}
+            messages[-1]["content"] = [picture, {"type": "text", "text": messages[-1]["content"]}]
         request = {"model": self.model, "messages": messages, "max_tokens": self.max_new_tokens, "temperature": 0.0}
         if turn.number:
             named = repr((turn.seed, turn.number, question.key)).encode()
@@ -138,16 +113,13 @@ class Endpoint:
                 content = reply.read()
         except urllib.error.HTTPError as error:
             return self._refused(error)
-        except TimeoutError:
-            return Trouble(f"{self.address} gave no answer within {self.config.timeout:g} seconds")
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                return Trouble(f"{self.address} gave no answer within {self.config.timeout:g} seconds")
-            refused = not isinstance(error.reason, ConnectionResetError | BrokenPipeError)
-            told = "cannot be reached" if refused else "dropped the connection"
-            return Trouble(f"{self.address} {told}: {_line(str(error.reason))}", away=refused)
         except (http.client.HTTPException, OSError) as error:
-            return Trouble(f"{self.address} dropped the connection: {_line(str(error) or type(error).__name__)}")
+            reason = getattr(error, "reason", error)  # of a URLError
+            if isinstance(reason, TimeoutError):
+                return Trouble(f"{self.address} gave no answer within {self.config.timeout:g} seconds")
+            dropped = reason is error or isinstance(reason, ConnectionResetError | BrokenPipeError)
+            told = "dropped the connection" if dropped else "cannot be reached"
+            return Trouble(f"{self.address} {told}: {_line(str(reason) or type(reason).__name__)}", away=not dropped)
         return read_answer(content)
 
     def _refused(self, error: urllib.error.HTTPError) -> Trouble:
@@ -204,11 +176,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 
 def chat_address(address: str) -> str:
-    """The whole address of the chat, from one with or without ``/v1`` and a slash at the end.
-
-    Raises:
-        InputError: if it is no http or https address.
-    """
+    """The whole address of the chat, from one with or without ``/v1``. Raises ``InputError`` if it is none of http."""
     parts = urlsplit(address.strip())
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(f"endpoint must be an address such as http://host:8000/v1, got {address!r}")
@@ -218,15 +186,11 @@ def chat_address(address: str) -> str:
     return f"{whole}{'' if urlsplit(whole).path else '/v1'}/chat/completions"
 
 
-def make_data_url(picture: "Image.Image") -> str:
+def make_data_url(picture: Image.Image) -> str:
     """Return a data URL that holds an RGB image: as a PNG, or as a JPEG of good quality if it is large."""
-    content = io.BytesIO()
-    lossless = picture.width * picture.height <= LOSSLESS
-    if lossless:
-        picture.save(content, "PNG", compress_level=1)
-    else:
-        picture.save(content, "JPEG", quality=95)
-    return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(content.getvalue()).decode()}"
+    content, kind = io.BytesIO(), "png" if picture.width * picture.height <= LOSSLESS else "jpeg"
+    picture.save(content, kind, compress_level=1, quality=95)  # of a PNG, of a JPEG
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def read_answer(content: bytes) -> Answer | Trouble:
@@ -265,11 +229,7 @@ def _seconds(header: str | None) -> float:
     """Seconds from a Retry-After header, which holds a number or a date; 0 for none."""
     if not header:
         return 0.0
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+    for read in (float, lambda date: email.utils.parsedate_to_datetime(date).timestamp() - time.time()):
+        with suppress(ValueError):
+            return max(0.0, read(header))
+    return 0.0

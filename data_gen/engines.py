@@ -5,7 +5,7 @@ import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spn4cir.data_gen.ask import Answer, Engine, Question, Try
 from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest
@@ -13,21 +13,14 @@ from spn4cir.distributed import own_device
 from spn4cir.errors import InputError
 from spn4cir.types import ImageRef
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 DRAWN = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # asked again, greedy would say the same
 
 
 def engine_of(model: str, endpoint: str | None, config: GenerateConfig, *, images: bool, max_new_tokens: int) -> Engine:
     """The engine that a configuration means; nothing is loaded or sent yet.
 
-    Args:
-        model: ``embedded``, a name or folder of transformers, or the model's name on the server.
-        endpoint: address of an OpenAI-compatible server, if it is one.
-        config: batch size, and how a server is asked.
-        images: whether the questions have images.
-        max_new_tokens: bound of an answer.
+    ``model`` is ``embedded``, a name or folder of transformers, or the model's name on the server at ``endpoint``;
+    ``images`` says whether the questions have images.
     """
     if endpoint is not None:
         from spn4cir.data_gen.endpoint import Endpoint
@@ -49,15 +42,8 @@ def weights_digest(folder: Path) -> str | None:
     return total.hexdigest()[:16]
 
 
-class Local:
-    """A language model of transformers on this process's device; one batch is one block.
-
-    Args:
-        model: ``embedded``, a hub name or a folder.
-        images: whether it looks at images, or only reads.
-        batch_size: questions answered at once.
-        max_new_tokens: bound of an answer.
-    """
+class Local(Engine):
+    """A language model of transformers on this process's device; one batch is one block. As for ``engine_of``."""
 
     workers = 2  # one batch is decoded while the model is busy with another
 
@@ -86,10 +72,10 @@ class Local:
             raise self._unknown(error) from None
 
     def _unknown(self, error: Exception) -> InputError:
-        where = (
-            "name a folder that holds one, or one of the hub (`hf download NAME` fetches it where there is a network)"
+        return InputError(
+            f"model {self.name!r} cannot be loaded: name a folder that holds one, or one of the hub (`hf download "
+            f"NAME` fetches it where there is a network); {' '.join(str(error).split())[:200]}"
         )
-        return InputError(f"model {self.name!r} cannot be loaded: {where}; {' '.join(str(error).split())[:200]}")
 
     def _load(self) -> None:
         """Load the model once. Raises ``InputError`` for one that cannot do what is asked."""
@@ -163,7 +149,7 @@ class Local:
         cut = [out.shape[1] >= self.max_new_tokens and not ends & set(row) for row in out.tolist()]
         return [Answer(text.strip(), one) for text, one in zip(texts, cut, strict=True)]
 
-    def _generate(self, inputs: Any, seed: int | None) -> "Tensor":
+    def _generate(self, inputs: Any, seed: int | None) -> Any:
         """(B, T) new tokens; greedy without a seed."""
         import torch
 
@@ -174,24 +160,18 @@ class Local:
             try:
                 inputs = inputs.to(self.device)
                 inputs = {k: v.to(self._model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-                pad = self._tokenizer.pad_token_id
-                out = self._model.generate(
-                    **inputs, max_new_tokens=self.max_new_tokens, num_beams=1, pad_token_id=pad, **how
-                )
+                pad, most = self._tokenizer.pad_token_id, self.max_new_tokens
+                out = self._model.generate(**inputs, max_new_tokens=most, num_beams=1, pad_token_id=pad, **how)
             except torch.OutOfMemoryError:
                 raise InputError(
                     f"{self.device} has no room for a batch of {self.block}: lower caption_batch_size"
                 ) from None
-        new: Tensor = out[:, inputs["input_ids"].shape[1] :].cpu()
-        return new
+        return out[:, inputs["input_ids"].shape[1] :].cpu()
 
     def _ends(self) -> set[int]:
         """Tokens that end an answer."""
         end = self._model.generation_config.eos_token_id
         return {self._tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
-
-    def close(self) -> None:
-        """Nothing is waited for."""
 
 
 def _with_image(chat: list[dict[str, str]]) -> list[dict[str, Any]]:

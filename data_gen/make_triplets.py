@@ -15,31 +15,15 @@ import html
 import random
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from spn4cir.config import recipes_folder
+from spn4cir.config import recipes_folder, training_command
+from spn4cir.data_gen import draw
 from spn4cir.data_gen.caption import caption_images, check_captioner
 from spn4cir.data_gen.deduplicate import deduplicate
-from spn4cir.data_gen.draw import (
-    GREY,
-    LINE,
-    Shown,
-    Thumbnails,
-    font,
-    has_letters,
-    html_page,
-    html_table,
-    image_tag,
-    line_height,
-    paste_centred,
-    save_png,
-    wrap,
-    write_lines,
-    write_window,
-)
 from spn4cir.data_gen.match_pairs import match_pairs
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter
@@ -59,7 +43,7 @@ FEW = 256  # triplets that do not fill two of the usual batches
 def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     """All four steps, pictures to look at, and a summary."""
     check_settings(config, dataset)
-    for step in (deduplicate, match_pairs, caption_images, write_triplets, write_window, write_sheet):
+    for step in (deduplicate, match_pairs, caption_images, write_triplets, draw.write_window, write_sheet):
         step(config, dataset)
     if Processes().first:
         print_summary(config, dataset)
@@ -73,13 +57,13 @@ def write_sheet(config: GenerateConfig, dataset: Dataset) -> None:
     done = is_done(out, made_by)
     processes.wait()
     if processes.first and not done:
-        summary, pictures = read_summary(config), Thumbnails(dataset, SIDE)
+        summary, pictures = read_summary(config), draw.Thumbnails(dataset, SIDE)
         total = summary["counts"]["triplets"]
         rows = sample_triplets(config, total)
         shown = [pictures.show(row) for row in rows]
         title = f"{len(rows)} of {total:,} triplets of {dataset.name}"
-        save_png(picture, draw_sheet(title, shown))
-        write_text(out, html_page(title, _summary(summary) + _cards(shown)))
+        draw.save_png(picture, draw_sheet(title, shown))
+        write_text(out, draw.html_page(title, _summary(summary) + _cards(shown)))
         mark_done(out, made_by, picture, triplets=[[row["reference"], row["target"]] for row in rows])
         pictures.report_problems("sheet")
     processes.wait()
@@ -95,65 +79,62 @@ def sample_triplets(config: GenerateConfig, total: int) -> list[Row]:
 def describe_origin(row: Row) -> str:
     """Say where a triplet's text and partner come from, in a few words."""
     told = [row["template"] + (f" instead of {row['shortened']}, which was too long" if "shortened" in row else "")]
-    if "llm_caption" in row:
-        told.append("rewritten")
-    if row["rank"] is not None:
-        told.append(f"rank {row['rank']}")
-    if row["similarity"] is not None:
-        told.append(f"similarity {row['similarity']:.2f}")
+    told += ["rewritten"] if "llm_caption" in row else []
+    told += [f"rank {row['rank']}"] if row["rank"] is not None else []
+    told += [f"similarity {row['similarity']:.2f}"] if row["similarity"] is not None else []
     return " · ".join(told)
 
 
-def draw_sheet(title: str, shown: Sequence[Shown]) -> Image.Image:
+def draw_sheet(title: str, shown: Sequence[draw.Shown]) -> Image.Image:
     """Draw triplets in two columns: reference, text, target, and the captions below the pictures."""
     cells = [_cell(*one) for one in shown]
-    top = 2 * GAP + line_height(24)
+    top = 2 * GAP + draw.line_height(24)
     lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
     tall = [max(cell.height for cell in line) for line in lines]
     canvas = Image.new("RGB", (2 * CELL + 3 * GAP, top + sum(tall) + GAP * (len(tall) + 1)), "white")
-    x = GAP + round(font(24).getlength(title)) + 2 * GAP
-    write_lines(canvas, (GAP, GAP), [title], 24)
-    if any(not has_letters(text) for row, _, _ in shown for text in (row["modification"], *row["captions"])):
+    x = GAP + round(draw.font(24).getlength(title)) + 2 * GAP
+    draw.write_lines(canvas, (GAP, GAP), [title], 24)
+    if any(not draw.has_letters(text) for row, _, _ in shown for text in (row["modification"], *row["captions"])):
         lacking = "Boxes are letters that the font of this picture lacks: see sheet.html"
-        write_lines(canvas, (x, GAP + 10), [lacking], SMALL, GREY)
+        draw.write_lines(canvas, (x, GAP + 10), [lacking], SMALL, draw.GREY)
     y = top
     for line, height in zip(lines, tall, strict=True):
         for column, cell in enumerate(line):
             x = GAP + column * (CELL + GAP)
             canvas.paste(cell, (x, y))
-            ImageDraw.Draw(canvas).rectangle((x, y, x + CELL - 1, y + height - 1), outline=LINE)
+            ImageDraw.Draw(canvas).rectangle((x, y, x + CELL - 1, y + height - 1), outline=draw.LINE)
         y += height + GAP
     return canvas
 
 
 def _cell(row: Row, reference: Image.Image, target: Image.Image) -> Image.Image:
-    captions = [wrap(text, SMALL, SIDE, most=5) for text in row["captions"]]
-    text, told = wrap(row["modification"], TEXT, MIDDLE), wrap(describe_origin(row), SMALL, MIDDLE)
-    height = SIDE + 4 + max(map(len, captions)) * line_height(SMALL)
-    middle = len(text) * line_height(TEXT) + 6 + len(told) * line_height(SMALL)
+    captions = [draw.wrap(text, SMALL, SIDE, most=5) for text in row["captions"]]
+    text, told = draw.wrap(row["modification"], TEXT, MIDDLE), draw.wrap(describe_origin(row), SMALL, MIDDLE)
+    height = SIDE + 4 + max(map(len, captions)) * draw.line_height(SMALL)
+    middle = len(text) * draw.line_height(TEXT) + 6 + len(told) * draw.line_height(SMALL)
     canvas = Image.new("RGB", (CELL, max(height, middle) + 2 * PAD), "white")
     for picture, lines, x in zip((reference, target), captions, (PAD, CELL - PAD - SIDE), strict=True):
-        paste_centred(canvas, picture, (x, PAD), SIDE)
-        write_lines(canvas, (x, PAD + SIDE + 4), lines, SMALL, GREY)
-    y = write_lines(canvas, (PAD + SIDE + GAP, PAD + max(0, (SIDE - middle) // 2)), text, TEXT)
-    write_lines(canvas, (PAD + SIDE + GAP, y + 6), told, SMALL, GREY)
+        draw.paste_centred(canvas, picture, (x, PAD), SIDE)
+        draw.write_lines(canvas, (x, PAD + SIDE + 4), lines, SMALL, draw.GREY)
+    y = draw.write_lines(canvas, (PAD + SIDE + GAP, PAD + max(0, (SIDE - middle) // 2)), text, TEXT)
+    draw.write_lines(canvas, (PAD + SIDE + GAP, y + 6), told, SMALL, draw.GREY)
     return canvas
 
 
 def _summary(summary: Mapping[str, Any]) -> str:
     dropped, templates = ([(name, f"{n:,}") for name, n in summary[part].items()] for part in ("dropped", "templates"))
-    tables = html_table("Counts", list_facts(summary)) + html_table("Dropped", dropped or [("none", "0")])
-    tables += html_table("Templates", templates)
-    settings = html_table("", [(name, value) for name, value in summary["settings"].items() if value is not None])
+    tables = draw.html_table("Counts", list_facts(summary)) + draw.html_table("Dropped", dropped or [("none", "0")])
+    tables += draw.html_table("Templates", templates)
+    settings = draw.html_table("", [(name, value) for name, value in summary["settings"].items() if value is not None])
     return f'<div class="tables">{tables}</div><details><summary>Settings</summary>{settings}</details>\n'
 
 
-def _cards(shown: Sequence[Shown]) -> str:
+def _cards(shown: Sequence[draw.Shown]) -> str:
     cards = []
     for row, *pictures in shown:
         names, captions = (row["reference"], row["target"]), row["captions"]
         sides = [
-            f"<div>{image_tag(picture, name)}<small>{html.escape(caption)}</small></div>"
+            f"<div>{draw.image_tag(picture, name)}<small>{html.escape(caption)}</small></div>"
             for picture, name, caption in zip(pictures, names, captions, strict=True)
         ]
         origin = f"<small>{html.escape(describe_origin(row))}</small>"
@@ -174,10 +155,9 @@ def check_settings(config: GenerateConfig, dataset: Dataset) -> None:
             rewriter.engine.look()
 
 
-def read_summary(config: GenerateConfig) -> dict[str, Any]:
+def read_summary(config: GenerateConfig) -> Any:
     """Read what ``write_summary`` wrote. Raises ``InputError`` if it is missing or damaged."""
-    found: dict[str, Any] = read_json(config.file("summary.json"), "python data_gen/write_text.py")
-    return found
+    return read_json(config.file("summary.json"), "python data_gen/write_text.py")
 
 
 def list_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -195,16 +175,11 @@ def print_summary(config: GenerateConfig, dataset: Dataset) -> None:
     if summary["dropped"].get("difference has nothing to say", 0) > MANY * summary["counts"]["pairs"]:
         print("most pairs of captions share no word, so no change can be named: try --templates '[instead]'")
     print("\nfor example:")
-    for row in pick_rows(config.file("triplets.jsonl"), summary["counts"]["triplets"], 8):
+    step = max(1, summary["counts"]["triplets"] // 8)
+    for row in islice(stream_jsonl(config.file("triplets.jsonl")), 0, 8 * step, step):
         print(f"  {row['captions'][0]}  +  «{row['modification']}»  →  {row['captions'][1]}")
     files = [config.file(name) for name in ("triplets.json", "triplets.parquet", "sheet.html", "sheet.png")]
     print(f"\n{dataset.name}: " + ", ".join(str(path) for path in files if path.is_file()))
-
-
-def pick_rows(path: Path, total: int, count: int) -> list[Row]:
-    """Rows from all over a file."""
-    step = max(1, total // count)
-    return [row for number, row in enumerate(stream_jsonl(path)) if number % step == 0][:count]
 
 
 def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
@@ -212,10 +187,12 @@ def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
     usual = f"{config.dataset}/{config.backbone}_stage2_generated.yaml"
     recipe = config.recipe or (usual if (recipes_folder() / usual).is_file() else None)
     stage = 2 if recipe and "_stage2" in recipe else 1
-    words = ["accelerate", "launch", f"recipes/stage{stage}.py"]
-    words += (
-        ["--config", f"recipes/{recipe}"] if recipe else ["--dataset", config.dataset, "--backbone", config.backbone]
-    )
+    means = ["--config", f"recipes/{recipe}"] if recipe else []
+    if not recipe:
+        is_known = (recipes_folder() / config.dataset / f"{config.backbone}_stage1.yaml").is_file()
+        named = ["--dataset", config.dataset, "--backbone", config.backbone]
+        means = named if is_known else ["--config", "FILE", *named]  # there is no recipe: settings of one's own
+    words = [*training_command(stage).split(), *means]
     if config.data_root and (recipe is None or recipe.startswith(f"{config.dataset}/")):
         words += ["--data-root", config.data_root]  # another dataset's recipe has its own
     words += ["--generated", str(config.file("triplets.json"))]

@@ -29,17 +29,11 @@ BINS = 200
 
 @dataclass(frozen=True)
 class Pool:
-    """Images that may be partners of each other, and the window over them.
+    """Images that may be partners of each other, and the window over them."""
 
-    Attributes:
-        category: that they share; empty where all candidates are one pool.
-        ids: of the images.
-        window: ranks [lo, hi) among the others; None draws uniformly.
-    """
-
-    category: str
+    category: str  # that they share; empty where all candidates are one pool
     ids: tuple[str, ...]
-    window: tuple[int, int] | None
+    window: tuple[int, int] | None  # ranks [lo, hi) among the others; None draws uniformly
 
 
 def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
@@ -76,19 +70,12 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
 
 @dataclass
 class Matching:
-    """Draws pairs.
-
-    Args:
-        config: of the step.
-        vectors: (N, E) of all candidates; None where draws are uniform.
-        row_of: image id → its row of them.
-        never: image id → targets that it is not to have.
-    """
+    """Draws pairs."""
 
     config: GenerateConfig
-    vectors: "Array | None"
-    row_of: Mapping[str, int]
-    never: Mapping[str, Collection[str]]
+    vectors: "Array | None"  # (N, E) of all candidates; None where draws are uniform
+    row_of: Mapping[str, int]  # image id → its row of them
+    never: Mapping[str, Collection[str]]  # image id → targets that it is not to have
     _pool: Pool | None = None
     _place: Mapping[str, int] = field(default_factory=dict)
     _window: "Window | None" = None
@@ -178,8 +165,7 @@ def pools_of(config: GenerateConfig, dataset: Dataset) -> list[Pool]:
 
     A category with too few images for a pair of the window is left out, and that is said.
 
-    Raises:
-        InputError: if there are too few images for a pair, or the window reaches beyond all others.
+    Raises ``InputError`` if there are too few images for a pair, or the window reaches beyond all others.
     """
     ids, groups = canonical_images(config), dict[str, list[str]]()
     for image_id in ids:

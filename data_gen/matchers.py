@@ -31,23 +31,15 @@ Parts: TypeAlias = tuple[nn.Module, Callable[[Image.Image], Tensor], Callable[[T
 
 
 class Matcher:
-    """An image encoder.
-
-    Args:
-        module: what ``vectors`` reads, put in eval mode.
-        transform: RGB image → (3, H, W).
-        vectors: (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32.
-        says: which vector of the model it is, in a few words.
-        made_by: kind, model and digest of its weights.
-    """
+    """An image encoder, put in eval mode."""
 
     def __init__(
         self,
         module: nn.Module,
-        transform: Callable[[Image.Image], Tensor],
-        vectors: Callable[[Tensor], Tensor],
-        says: str,
-        made_by: dict[str, Any],
+        transform: Callable[[Image.Image], Tensor],  # RGB image → (3, H, W)
+        vectors: Callable[[Tensor], Tensor],  # (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32
+        made_by: dict[str, Any],  # kind, model and digest of its weights
+        says: str,  # which vector of the model it is, in a few words
     ):
         self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
         self.made_by, self.says = made_by, says
@@ -74,8 +66,7 @@ def identify(name: str) -> dict[str, Any]:
 
     No model is built. A model of a hub stands for itself by its name, a local one by its content: it may be moved.
 
-    Raises:
-        InputError: if there is no such kind of matcher, or what it names locally is missing.
+    Raises ``InputError`` if there is no such kind of matcher, or what it names locally is missing.
     """
     kind, model = _split(name)
     if kind == "embedded":
@@ -97,16 +88,13 @@ def identify(name: str) -> dict[str, Any]:
 def load_matcher(name: str) -> Matcher:
     """The matcher of a name, on the CPU.
 
-    Args:
-        name: ``embedded``, ``unicom:SIZE`` or ``unicom:FILE``, ``open_clip:MODEL:TAG``, ``timm:MODEL``,
-            ``transformers:NAME`` or ``run:FOLDER``.
-
-    Raises:
-        InputError: if there is none, or its weights are missing and cannot be downloaded.
+    It is ``embedded``, ``unicom:SIZE`` or ``unicom:FILE``, ``open_clip:MODEL:TAG``, ``timm:MODEL``,
+    ``transformers:NAME`` or ``run:FOLDER``. Raises ``InputError`` if its weights are missing and cannot be downloaded.
     """
     kind, model = _split(name)
     made_by = identify(name)
-    return Matcher(*LOADERS[kind](model), made_by)
+    module, transform, vectors, says = LOADERS[kind](model)
+    return Matcher(module, transform, vectors, made_by, says)
 
 
 def content_digest(*paths: Path) -> str:
@@ -151,8 +139,8 @@ def is_file_of_unicom(model: str) -> bool:
 
 def _failed(kind: str, model: str, error: Exception, advice: str) -> InputError:
     """One line for whatever a library raises."""
-    said = " ".join(str(error).split())[:250]
-    return InputError(f"matcher {kind}:{model} cannot be loaded{advice}: {said or type(error).__name__}")
+    said = " ".join(str(error).split())[:250] or type(error).__name__
+    return InputError(f"matcher {kind}:{model} cannot be loaded{advice}: {said}")
 
 
 def _download(kind: str, hub: str, then: str = "") -> str:
@@ -267,11 +255,7 @@ def _choose_vector(
 
     The image embedding of models of images and texts; else the pooled output, unless its weights are missing and would
     be random, as those of a classifier's are; else the class token; else the mean over all places.
-
-    Args:
-        network: the model; it is shown a white image.
-        transform: RGB image → (3, H, W).
-        pooler: whether the weights of a pooled output, if it has any, are there.
+    The model is shown a white image; ``pooler`` says whether the weights of a pooled output, if any, are there.
     """
 
     white = transform(Image.new("RGB", (64, 64), "white"))[None]

@@ -63,8 +63,7 @@ def sample_images(config: SampleConfig) -> None:
     taken, in that order, with their bytes as they are. One pass over the headers of the shards finds them; only the
     chosen are read. Killed at any time, the same command goes on and ends with the same files.
 
-    Raises:
-        InputError: if the sources hold no image, or the folder holds another sample.
+    Raises ``InputError`` if the sources hold no image, or the folder holds another sample.
     """
     import pandas
 

@@ -27,24 +27,15 @@ JSON_LIMIT = 1 << 20  # bytes of a member that tells the address
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image that may be taken: a range of bytes in a shard, or a file (then ``start`` is 0).
+    """An image that may be taken: a range of bytes in a shard, or a file (then ``start`` is 0)."""
 
-    Attributes:
-        name: of shard and sample, or the path below the folder; it decides on the hash.
-        source: the file to read.
-        start, size: where its bytes lie.
-        suffix: of the picture.
-        about: start and size of the JSON beside it, or None.
-        key: the hash, by which its copy is called.
-    """
-
-    name: str
+    name: str  # of shard and sample, or the path below the folder; it decides on the hash
     source: Path
     start: int
     size: int
     suffix: str
-    about: tuple[int, int] | None = None
-    key: str = ""
+    about: tuple[int, int] | None = None  # start and size of the JSON beside it
+    key: str = ""  # the hash, by which its copy is called
 
     @property
     def copy_name(self) -> str:
@@ -107,8 +98,7 @@ class Smallest:
 def expand(pattern: str) -> list[Path]:
     """Files that a pattern of braces and wildcards names: ``{00..12}``, ``{a,b}``, ``*``, ``?``.
 
-    Raises:
-        InputError: if one of the braces' names is no file, nothing matches, or two files are called the same.
+    Raises ``InputError`` if one of the braces' names is no file, nothing matches, or two files are called the same.
     """
     files = []
     for name in _braces(pattern):
@@ -145,8 +135,7 @@ def _braces(pattern: str) -> Iterator[str]:
 def shard_candidates(shards: Sequence[Path]) -> Iterator[Candidate]:
     """Pictures of all shards, with where their bytes lie.
 
-    Raises:
-        InputError: if a shard is no plain tar, or cut short.
+    Raises ``InputError`` if a shard is no plain tar, or cut short.
     """
     from tqdm import tqdm
 
@@ -189,8 +178,7 @@ def _members(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, str, tupl
 def folder_candidates(folder: Path, listed: str | None) -> Iterator[Candidate]:
     """Pictures below a folder; or those that a list names, there or not.
 
-    Raises:
-        InputError: if the folder or the list is missing, or a line of it leads out of the folder.
+    Raises ``InputError`` if the folder or the list is missing, or a line of it leads out of the folder.
     """
     from spn4cir.datasets.pictures import SUFFIXES, safe_name, stray_links, walk
     from spn4cir.datasets.reading import inner_path

@@ -201,8 +201,7 @@ class Journal:
     Each process appends to a file of its own beside ``out``, one line a block, and knows the blocks of all files that
     are there. Only places in files are held in memory, not rows. Journals of another ``made_by`` are not touched.
 
-    Raises:
-        InputError: where a file cannot be written; what was written before stays.
+    Raises ``InputError`` where a file cannot be written; what was written before stays.
     """
 
     def __init__(self, out: Path, made_by: str, processes: Processes):
@@ -303,8 +302,7 @@ def find_preset(argv: Sequence[str]) -> Path:
     It is recipes/triplets/<dataset>_<backbone>.yaml, or else recipes/triplets/<dataset>.yaml. A command line with
     ``--config`` or ``--help`` needs none.
 
-    Raises:
-        InputError: if there is no preset; lists those that exist.
+    Raises ``InputError`` if there is no preset; lists those that exist.
     """
     folder = recipes_folder() / "triplets"
     dataset = take_option(argv, "dataset")[0] or GenerateConfig.dataset
@@ -314,6 +312,10 @@ def find_preset(argv: Sequence[str]) -> Path:
     if take_option(argv, "config")[0] or {"-h", "--help"} & {*argv}:
         return found or folder / f"{GenerateConfig.dataset}.yaml"
     if found is None:
+        from spn4cir.datasets import DATASETS, load_dataset
+
+        if dataset not in DATASETS:
+            load_dataset(dataset)  # raises
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise InputError(
             f"recipes/triplets: there is no preset for dataset {dataset!r} with backbone {backbone!r}; "

@@ -37,13 +37,8 @@ def difference(reference: str, target: str, draw: random.Random) -> str:
     Captions without a common word have no difference worth naming: the text would be the whole target caption, and a
     model could learn from it to ignore the reference.
 
-    Args:
-        reference: caption of the reference image.
-        target: caption of the target image.
-        draw: picks among several phrasings.
-
-    Returns:
-        The text; empty if the captions hold the same words, or no word in common, articles aside.
+    ``draw`` picks among several phrasings. The text is empty if the two captions hold the same words, or no word in
+    common, articles aside.
     """
     before, after = (_words(text) for text in (reference, target))
     low_before, low_after = ({word.lower() for word in words} for words in (before, after))
@@ -84,9 +79,6 @@ class TokenCounter:
     Args:
         tokenizer: ``clip``, that of OpenAI's CLIP; ``embedded``, that of the embedded CLIP; or one of transformers by
             name or folder, which may hold ``vocab.txt`` alone.
-
-    Raises:
-        InputError: if there is no such tokenizer.
     """
 
     def __init__(self, tokenizer: str):
@@ -148,8 +140,7 @@ class Prompt:
 def load_prompt(config: GenerateConfig) -> Prompt:
     """Read the file that is named; or that of the dataset, recipes/prompts/rewrite_<dataset>.yaml; or rewrite.yaml.
 
-    Raises:
-        InputError: naming the file and the key that is missing or wrong.
+    Raises ``InputError`` naming the file and the key that is missing or wrong.
     """
     prompts = recipes_folder() / "prompts"
     own = prompts / f"rewrite_{Path(config.dataset).name}.yaml"
@@ -187,8 +178,7 @@ def _examples(path: Path, given: Any) -> tuple[tuple[str, str], ...]:
 class Rewriter:
     """A model, its prompt, and the checks of its answers.
 
-    Raises:
-        InputError: for a prompt file or a setting that cannot work.
+    Raises ``InputError`` for a prompt file or a setting that cannot work.
     """
 
     def __init__(self, config: GenerateConfig):
@@ -212,8 +202,7 @@ class Rewriter:
         A text that several pairs share is asked about once. What fails the checks is listed in rewrites.failed.jsonl.
         All processes call this. ``rows`` gives the triplets, anew each time.
 
-        Raises:
-            InputError: if the model cannot work, or a file cannot be written.
+        Raises ``InputError`` if the model cannot work, or a file cannot be written.
         """
         done, processes = is_done(self.out, made_by), Processes()
         processes.wait()

@@ -70,12 +70,7 @@ PUBLISHED = {
 
 
 class Block(nn.Module):
-    """``x + proj(attention(norm1(x)))``, then ``x + fc2(relu6(fc1(norm2(x))))``; queries, keys and values have no bias.
-
-    Args:
-        width: of each patch vector.
-        heads: of attention; they divide the width.
-    """
+    """``x + proj(attention(norm1(x)))``, then ``x + fc2(relu6(fc1(norm2(x))))``; queries, keys, values have no bias."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -98,12 +93,7 @@ class Unicom(nn.Module):
     """A vision transformer without class token: all patch vectors side by side are projected to one vector.
 
     ``BN(W2 BN(W1 [norm(x_1); …; norm(x_P)]))``. The published training skipped blocks at random; evaluation does not.
-
-    Args:
-        size: one of ``SIZES`` by name, or dimensions; weights are random.
-
-    Raises:
-        InputError: if there is no such size.
+    ``size`` is one of ``SIZES`` by name, or dimensions; weights are random.
     """
 
     def __init__(self, size: "str | Size" = "ViT-L/14"):
@@ -142,12 +132,8 @@ def known_size(name: str) -> str:
 def load_unicom(path: Path, size: Size | None = None) -> Unicom:
     """The model whose weights a file holds, in float32, on the CPU, in eval mode.
 
-    Args:
-        path: file of ``torch.save`` with the published names; half precision becomes single.
-        size: dimensions; None recognises the published ones by their shapes.
-
-    Raises:
-        InputError: if the file is none, or if a name in it is missing, unexpected or of another shape.
+    The file is one of ``torch.save`` with the published names. Without a size, the published ones are recognised by
+    their shapes. Raises ``InputError`` if a name in it is missing, unexpected or of another shape.
     """
     from spn4cir.importers import read_published
 
@@ -195,8 +181,7 @@ def find_weights(name: str) -> Path:
 
     The cache is ``$SPN4CIR_CACHE/unicom``, or ``~/.cache/spn4cir/unicom`` without that variable.
 
-    Raises:
-        InputError: if the size is unknown, or the file neither there nor to be had, or its checksum is another.
+    Raises ``InputError`` if the size is unknown, or the file neither there nor to be had, or its checksum is another.
     """
     weights = PUBLISHED[known_size(name)]
     folder = Path(os.environ.get("SPN4CIR_CACHE") or Path.home() / ".cache" / "spn4cir") / "unicom"

@@ -9,9 +9,8 @@ threads or processes, nor the device moves a pair.
 import itertools
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spn4cir.batches import prefetch
 from spn4cir.data_gen.matchers import Matcher
 from spn4cir.data_gen.steps import ROWS, GenerateConfig, digest, draw_free
 from spn4cir.dataset import Dataset
@@ -35,7 +35,6 @@ ERRORS = 8
 PAIRS = 2**15  # images that are compared in float64 at once
 HALVINGS = 18  # of the range of scores, where a rank is bracketed by counting
 THREADS = 16  # images decoded at the same time, on a machine with that many cores
-AHEAD = 2  # blocks of pixels in memory: the one that is encoded, and the next
 TOLERANCE = 1e-3  # between one and the length of a vector
 
 
@@ -58,8 +57,8 @@ def encode_vectors(
 
     ``load`` loads the matcher; it is not called where all vectors are stored.
 
-    Raises:
-        InputError: if an image is missing or its vector is not of unit norm, or the disk or the device has no room.
+    Raises ``InputError`` if an image is missing or its vector is not of unit norm, or the disk or the device has no
+    room.
     """
     stored = store.open()
     processes.wait()  # no process writes before all have looked
@@ -91,7 +90,7 @@ def _encode_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     """First row and checked vectors, on the CPU, of each block of images; with a progress bar if it is to be shown."""
     with tqdm(total=sum(map(len, blocks.values())), desc="encode", unit="image", disable=not shown) as bar:
-        for start, pixels in _decode_blocks(blocks, images):
+        for start, pixels in prefetch(_decode_blocks(blocks, images)):
             try:
                 found = matcher.encode(pixels).float().cpu()  # (b, E)
             except torch.cuda.OutOfMemoryError:
@@ -110,29 +109,15 @@ def _encode_blocks(
 
 
 def _decode_blocks(blocks: Mapping[int, Sequence[str]], images: ImageSource) -> Iterator[tuple[int, Tensor]]:
-    """(b, 3, H, W) of each block, images being decoded in threads ahead."""
-    waiting, todo = deque[tuple[int, list[Future[Tensor]]]](), iter(blocks.items())
+    """(b, 3, H, W) of each block, whose images are decoded in threads."""
     share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's cores
-    pool = ThreadPoolExecutor(max(1, min(THREADS, share)))
-    try:
-        while True:
-            while len(waiting) < AHEAD and (block := next(todo, None)):
-                waiting.append((block[0], [pool.submit(images, image_id) for image_id in block[1]]))
-            if not waiting:
-                return
-            n, futures = waiting.popleft()
-            found = [future.result() for future in futures]
-            del futures
+    with ThreadPoolExecutor(max(1, min(THREADS, share))) as pool:
+        for start, ids in blocks.items():
+            found = list(pool.map(images, ids))
             if len({pixels.shape for pixels in found}) > 1:
-                raise InputError(
-                    f"images {blocks[n][0]} … {blocks[n][-1]} do not become equally large: this matcher's "
-                    "preprocessing states no size"
-                )
-            stacked = torch.stack(found)
-            del found
-            yield n, stacked
-    finally:
-        pool.shutdown(cancel_futures=True)
+                told = f"images {ids[0]} … {ids[-1]} do not become equally large"
+                raise InputError(f"{told}: this matcher's preprocessing states no size")
+            yield start, torch.stack(found)
 
 
 class Partner(NamedTuple):
@@ -146,12 +131,8 @@ class Partner(NamedTuple):
 class Window:
     """Draws partners of images from ranks [lo, hi) of all others.
 
-    Args:
-        vectors: (N, E) of unit norm, float32; only read.
-        lo: first rank, at least 1.
-        hi: behind the last rank, at most N.
-        per_image: partners of each image, as far as the window holds so many.
-        seed: of the draws; each image has its own, by its name.
+    ``vectors`` (N, E) are of unit norm, in float32, and only read. Each image has draws of its own, by its name, and
+    ``per_image`` partners as far as the window holds so many.
     """
 
     def __init__(self, vectors: Array, lo: int, hi: int, per_image: int, seed: int):
@@ -165,12 +146,9 @@ class Window:
     def draw(
         self, positions: Sequence[int], names: Sequence[str], never: Sequence[Collection[int]]
     ) -> list[list[Partner]]:
-        """Return the partners of B images, by rank.
+        """Return the partners of the images at some positions, by rank.
 
-        Args:
-            positions: of the images among the vectors.
-            names: of them, that key the draws.
-            never: positions that are no partner of each, beside itself.
+        Their names key the draws; ``never`` are positions that are no partner of each, beside itself.
         """
         with torch.inference_mode():
             scores = self._all[torch.as_tensor(positions, device=self.device)] @ self._all.T  # (B, N)
@@ -245,12 +223,8 @@ def _select(scores: Tensor, ranks: Tensor) -> Tensor:
 def bracket(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of the score at a rank of each row, by counting what is above a threshold and halving the range.
 
-    Args:
-        scores: (B, N), at most 1.1 in absolute value but for −inf.
-        ranks: (B,), from 1, at most as many as there are finite scores.
-
-    Returns:
-        low and high, (B,) each: at least ``rank`` scores are above low, and fewer are above high.
+    Scores (B, N) are at most 1.1 in absolute value but for −inf, ranks (B,) from 1 to the number of finite scores. Of
+    low and high, (B,) each, at least ``rank`` scores are above low, and fewer are above high.
     """
     low, high = torch.full_like(scores[:, 0], -1.1), torch.full_like(scores[:, 0], 1.1)
     for _ in range(HALVINGS):

@@ -42,8 +42,7 @@ CHUNK = 4096  # texts counted at once
 class Captions:
     """The captions of all images, and which of them occur too often.
 
-    Raises:
-        InputError: if captions.jsonl is missing, or a row of it is none.
+    Raises ``InputError`` if captions.jsonl is missing, or a row of it is none.
     """
 
     def __init__(self, config: GenerateConfig):
@@ -77,17 +76,12 @@ def _normal(text: str) -> str:
 
 
 class Texts:
-    """Rows with a text for each pair that has one to say, and the count of everything that was left out.
-
-    Attributes:
-        pairs: pairs seen so far.
-        dropped: how many of them were dropped, by reason.
-        shortened: texts that were too long, so that the target's caption stands in their place.
-    """
+    """Rows with a text for each pair that has one to say, and the count of everything that was left out."""
 
     def __init__(self, config: GenerateConfig, captions: Captions, count: TokenCounter):
         self.config, self.captions, self.count = config, captions, count
-        self.pairs, self.shortened, self.dropped = 0, 0, Counter[str]()
+        self.pairs, self.dropped = 0, Counter[str]()  # pairs seen so far; how many of them were dropped, by reason
+        self.shortened = 0  # texts that were too long, so that the target's caption stands in their place
 
     def of(self, pairs: Iterable[Row]) -> Iterator[Row]:
         """Rows of pairs, in their order; each holds ``tokens``, how long its text is."""
@@ -143,10 +137,7 @@ class Texts:
 
 @contextmanager
 def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -> Iterator["TripletWriter"]:
-    """Open the three files beside their places, which they take at the end, unless an error occurs.
-
-    Raises ``InputError`` where one cannot be written.
-    """
+    """Open the three files, which are whole or not there at all. Raises ``InputError`` where one cannot be written."""
     with ExitStack() as stack:
         writer = TripletWriter(
             [stack.enter_context(replaced(config.file(f"triplets.{kind}"))) for kind in KINDS], dataset, made_by
@@ -159,15 +150,7 @@ def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -
 
 
 class TripletWriter:
-    """Writes triplets as they come, to JSONL, to JSON in the dataset's published shape and to Parquet, and counts them.
-
-    Attributes:
-        count: triplets so far.
-        words, tokens: of their texts together.
-        distinct: hashes of their texts.
-        templates: how many of them each template made.
-        rewritten: how many hold a text that a model wrote anew.
-    """
+    """Writes triplets as they come, to JSONL, JSON in the dataset's published shape and Parquet, and counts them."""
 
     def __init__(self, paths: list[Path], dataset: Dataset, made_by: str):
         import pyarrow as pa
@@ -179,7 +162,7 @@ class TripletWriter:
         self._path_of = lru_cache(1 << 18)(lambda image_id: str(dataset.image(image_id)))
         self._published = entry_writer(dataset, paths[1].parent)
         self.count, self.words, self.tokens, self.rewritten = 0, 0, 0, 0
-        self.distinct, self.templates = set[int](), Counter[str]()
+        self.distinct, self.templates = set[int](), Counter[str]()  # hashes of texts; triplets of each template
         self._group: list[Row] = []
         kinds = {"modifications": pa.list_(pa.string()), "rank": pa.int64(), "similarity": pa.float64()}
         self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
@@ -233,8 +216,7 @@ class TripletWriter:
 def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     """Write triplets.jsonl with what each came from, triplets.json as published, triplets.parquet, and summary.json.
 
-    Raises:
-        InputError: if a file is missing or damaged, or no pair gives a triplet; what was there before stays.
+    Raises ``InputError`` if a file is missing or damaged, or no pair gives a triplet; what was there before stays.
     """
     processes, rewriter = Processes(), Rewriter.of(config)
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))

@@ -76,10 +76,7 @@ def save_model(folder: Path, backbone: Backbone, about: dict[str, Any]) -> None:
 
 
 def read_model(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Name and options of the backbone of a run or checkpoint folder.
-
-    Raises ``InputError`` if the folder holds no complete model.
-    """
+    """Name and options of the backbone in a run or checkpoint folder. Raises ``InputError`` if it is incomplete."""
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no model: {name} is missing")

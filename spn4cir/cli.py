@@ -58,6 +58,9 @@ def _evaluate() -> None:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.k is not None and (args.k < 1 or not args.top_k):
         raise InputError(f"--k must be at least 1 and needs --top-k FILE, got {args.k}")
+    others = {"--ranks": args.ranks, "--top-k": args.top_k, "--json": args.json, "--ablate": args.ablate}
+    if args.submission and (useless := [option for option, value in others.items() if value]):
+        raise InputError(f"--submission writes only what the evaluation server takes: leave out {useless[0]}")
     _check_output("--json", args.json)
     for option, path in (("--ranks", args.ranks), ("--top-k", args.top_k)):
         _check_output(option, path)
@@ -83,12 +86,11 @@ def _check_output(option: str, output: str | Path | None) -> None:
 
 
 def _evaluate_run(args: argparse.Namespace) -> None:
-    import torch
-
     from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone
     from spn4cir.datasets import load_dataset
     from spn4cir.datasets.skip import skip_notes
+    from spn4cir.distributed import Processes, own_device
     from spn4cir.evaluate import evaluate
     from spn4cir.images import ImageSource
     from spn4cir.results import git_commit, metrics_table
@@ -109,19 +111,23 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     if args.submission:
         _check_submission(args.submission, benchmark)
     backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone or TrainConfig.backbone)
-    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    processes = Processes()
+    processes.wait()  # of torchrun or accelerate launch: each encodes and ranks its share
+    backbone.to(own_device())
     images = ImageSource(dataset.image, backbone.transform)
     model = f"model {run or 'embedded weights, not trained on any triplet'}"
+    top = 50 if args.submission else (args.k or 100) if args.top_k else 0
+    result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
+    if not processes.first:
+        return
     if args.submission:
         print(model)
-        rankings = evaluate(backbone, benchmark, images, batch_size=args.batch_size, top=50).rankings
+        rankings = result.rankings
         names = [query.name for query in benchmark.queries]
         lists = [dict(zip(names, rankings[over].top, strict=True)) for over in ("gallery", "subset")]
         for path in dataset.write_submission(args.submission, *lists):
             print(dataset.check_submission(path))
         return
-    top = (args.k or 100) if args.top_k else 0
-    result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
     lines = [model, *dataset.notes(), *skip_notes(dataset), metrics_table(result)]
     print("\n".join(lines), file=_shown(args.json))
     for path, column in ((args.ranks, "ranks"), (args.top_k, "top")):

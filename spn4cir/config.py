@@ -91,12 +91,9 @@ class AdamWConfig:
 
 
 RENAMED = {
-    "annotated": "max_annotated",
-    "negatives.above": "negatives.max_similarity",
-    "beta2": "adamw.beta2",
-    "eps": "adamw.eps",
-    "schedule: drops": "schedule: multistep",
-}
+    "annotated": "max_annotated", "negatives.above": "negatives.max_similarity", "beta2": "adamw.beta2",
+    "eps": "adamw.eps", "schedule: drops": "schedule: multistep",
+}  # fmt: skip
 """Old settings and values, and what they are called now."""
 GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [

@@ -115,7 +115,7 @@ def _equal(
     for image_id, first in canonical.items():
         classes.setdefault(first, []).append(image_id)
     several = [ids for ids in classes.values() if len(ids) > 1]
-    copies = sum(len(ids) - 1 for ids in several)
+    copies = len(canonical) - len(classes)
     examples = tuple(" = ".join(ids[:4]) for ids in several)
     checks = [Check("images that are a copy of another", copies, None, "note" if copies else "fact", examples)]
     own = set(roles[0].image_ids)

@@ -57,6 +57,9 @@ class Neighbours:
         self._longest = 0.0  # length of a vector
         self._index = self._build(faiss, effort) if gallery.numel() else None
 
+    def __len__(self) -> int:
+        return len(self.gallery)
+
     def _build(self, faiss: Any, effort: int) -> Any:
         """The index of all vectors."""
         for _, block in blocks(self.gallery, torch.empty(0)):

@@ -17,10 +17,7 @@ Row = dict[str, Any]
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Give a path to write to; the file there takes the place of ``path`` at the end, unless an error occurs.
-
-    Raises ``InputError`` if the file cannot be written.
-    """
+    """Give a path to write to, which replaces ``path`` unless an error occurs. Raises ``InputError`` if it cannot."""
     beside = path.with_name(path.name + ".tmp")
     try:
         try:
@@ -105,10 +102,7 @@ def read_json(path: Path, source: str = "") -> Any:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Return the rows of a JSONL file without a torn last line.
-
-    Raises ``InputError`` if the file is missing, or another line is not a JSON object.
-    """
+    """Return the rows of a JSONL file but for a torn last line. Raises ``InputError`` for another that is no object."""
     return list(stream_jsonl(path))
 
 

@@ -44,9 +44,7 @@ def onecycle(
     return high + (low - high) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-SCHEDULES: dict[str, Callable[..., float]] = {
-    "constant": constant, "cosine": cosine, "multistep": multistep, "onecycle": onecycle,
-}  # fmt: skip
+SCHEDULES: dict[str, Callable[..., float]] = {f.__name__: f for f in (constant, cosine, multistep, onecycle)}
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

@@ -29,10 +29,7 @@ SECONDS = 5.0
 
 
 class StoredRows:
-    """Rows of a ``.npy`` file, memory-mapped: only those that are asked for are read.
-
-    Raises ``ValueError``, ``OSError`` or ``EOFError`` if it is no such file, or is cut off.
-    """
+    """Rows of a ``.npy`` file, memory-mapped. Raises ``ValueError``, ``OSError`` or ``EOFError`` if it is damaged."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -107,19 +104,16 @@ class EmbeddingStore:
 
     def missing(self) -> list[int]:
         """First rows of the blocks that are not on disk. Raises ``InputError`` if it has no room for them."""
-        arrays = self.open(BEGUN)
-        if arrays is None:
+        digits, arrays = self._digits(BEGUN), self.open(BEGUN)
+        if not digits or arrays is None:
             return list(self._starts)
-        missing = [start for start, digit in zip(self._starts, self._digits(BEGUN), strict=True) if digit == "0"]
+        missing = [start for start, digit in zip(self._starts, digits, strict=True) if digit == "0"]
         rows = sum(min(self.block, self.rows - start) for start in missing)
         self._check_room(sum(array.whole()[0].nbytes for array in arrays.values()) * rows)
         return missing
 
     def create(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Replace what is there by arrays without a block, given the shape of a row of each.
-
-        Raises ``InputError`` if the disk has no room for them.
-        """
+        """Replace what is there by empty arrays, given the shape of their rows. Raises ``InputError`` without space."""
         self.remove()
         self.root.mkdir(parents=True, exist_ok=True)
         sizes = [math.prod(shape) * np.dtype(self.dtypes[name]).itemsize for name, shape in shapes.items()]

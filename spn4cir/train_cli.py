@@ -84,10 +84,8 @@ def find_recipe(dataset: str, backbone: str, stage: int) -> Path:
     check_backbone(backbone)
     if dataset not in DATASETS:
         load_dataset(dataset)  # raises
-    stages: dict[str, list[str]] = {}
-    for file in sorted(path.parent.glob("*.yaml")):
-        name, _, rest = file.stem.partition("_")
-        stages.setdefault(name, []).append(rest)
-    available = ", ".join(f"{name} ({', '.join(rest)})" for name, rest in stages.items()) or "none, give --config FILE"
+    recipes = [file.stem.partition("_") for file in sorted(path.parent.glob("*.yaml"))]
+    stages = {name: ", ".join(stage for other, _, stage in recipes if other == name) for name, _, _ in recipes}
+    available = ", ".join(f"{name} ({rest})" for name, rest in stages.items()) or "none, give --config FILE"
     pair = f"dataset {dataset!r} with backbone {backbone!r}"
     raise InputError(f"recipes: there is no recipe for {pair}; available: {available}")

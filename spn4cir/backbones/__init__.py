@@ -25,16 +25,13 @@ def check_backbone(name: str) -> None:
 
 
 def build_backbone(name: str, load_weights: bool = True, separated: bool = False, **options: Any) -> Backbone:
-    """Build a backbone by name, with its own options.
+    """Build a backbone by name, with its own options. Raises ``InputError`` for an unknown name or option.
 
     Args:
         name: one of ``BACKBONES``.
         load_weights: False builds the architecture alone, for a checkpoint to fill.
         separated: the text side has copies of what it shared with the image side, as in stage 2.
         options: arguments of its constructor.
-
-    Raises:
-        InputError: for an unknown name or option.
     """
     check_backbone(name)
     known = get_type_hints(BACKBONES[name].__init__)

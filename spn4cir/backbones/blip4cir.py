@@ -35,10 +35,7 @@ LEFT_OUT = {"layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0, "attention_probs
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``BlipConfig.from_dict`` takes: BLIP with ViT-B/16 as published, but for the entries that are given.
-
-    Raises ``InputError`` for an unknown entry.
-    """
+    """What ``BlipConfig.from_dict`` takes: published BLIP with these entries. Raises ``InputError`` for another one."""
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
     for part, known in ((config, PUBLISHED), (vision, VISION), (text, TEXT)):
         if unknown := [key for key in part if key not in known and (part is not text or key != "encoder_hidden_size")]:

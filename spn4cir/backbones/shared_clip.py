@@ -34,9 +34,8 @@ def load_clip(
     located = f"local-dir:{EMBEDDED}" if model == "embedded" else model
     try:
         with _missing_weights() as missing:
-            clip = open_clip.create_model(
-                located, pretrained if load_weights else None, load_weights=load_weights, weights_only=True
-            )
+            tag = pretrained if load_weights else None
+            clip = open_clip.create_model(located, tag, load_weights=load_weights, weights_only=True)
             tokenizer = open_clip.get_tokenizer(located)
     except (RuntimeError, ValueError, OSError) as error:
         said = " ".join(str(error).split())[:200]

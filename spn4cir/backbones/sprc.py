@@ -145,11 +145,9 @@ class SPRC(Backbone):
         # K tokens that are all read stand before the text
         mask = torch.cat([tokens["mask"].new_ones(len(text), self.count), tokens["mask"]], dim=1)  # (B, K + T)
         queries = self.blip2.query_tokens.expand(len(text), -1, -1)
+        embedded = self.blip2.embeddings(input_ids=text, query_embeds=queries)
         hidden = self.blip2.qformer(
-            query_embeds=self.blip2.embeddings(input_ids=text, query_embeds=queries),
-            query_length=self.count,
-            attention_mask=mask,
-            encoder_hidden_states=reference,
+            query_embeds=embedded, query_length=self.count, attention_mask=mask, encoder_hidden_states=reference
         ).last_hidden_state  # (B, K + T, H)
         fused = hidden[:, : self.count]
         reader = self.blip2 if self.twin is None else self.twin

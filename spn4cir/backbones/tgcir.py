@@ -191,12 +191,9 @@ def _off_orthogonal(tokens: Tensor) -> Tensor:
 
 def _check_layout(clip: nn.Module, model: str) -> None:
     """Raises ``InputError`` for a CLIP whose positions are not what the tokens are made of."""
-    visual = getattr(clip, "visual", None)
-    vision = (
-        isinstance(visual, VisionTransformer)
-        and (visual.pool_type, visual.attn_pool, visual.final_ln_after_pool) == ("tok", None, False)
-        and isinstance(visual.proj, Tensor)
-    )
+    visual: Any = getattr(clip, "visual", None)
+    vision = isinstance(visual, VisionTransformer) and isinstance(visual.proj, Tensor)
+    vision = vision and (visual.pool_type, visual.attn_pool, visual.final_ln_after_pool) == ("tok", None, False)
     if not (vision and has_openai_text(clip)):
         needs = "tgcir needs a CLIP with a vision transformer in OpenAI's layout"
         advice = "take ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu"

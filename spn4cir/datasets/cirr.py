@@ -111,12 +111,11 @@ class CIRR(Dataset):
         """``cirr/val``, or ``cirr/test1``, whose targets only the evaluation server knows."""
         chosen = self.choose_protocol(split, protocol)
         listed, place = self._listed(split), self._split_file(split)
-        queries, seen = [], set()
+        queries: dict[str, Query] = {}
         for entry in self._entries(split):
             name = str(entry.number("pairid"))
-            if name in seen:
+            if name in queries:
                 raise entry.error("pairid", f"{name} occurs twice")
-            seen.add(name)
             targets = (entry.image_id("target_hard", listed, place),) if split != "test1" else ()
             reference = entry.image_id("reference", listed, place)
             members = tuple(entry.entry("img_set").image_ids("members", listed, place))
@@ -124,18 +123,11 @@ class CIRR(Dataset):
                 raise entry.error("target_hard", "is the reference, which is not ranked")
             if len(set(members)) != GROUP:
                 raise entry.error("img_set", f"expected {GROUP} different members, got {len(set(members))}")
-            for image_id in (reference, *targets):
-                if image_id not in members:
-                    raise entry.error("img_set", f"its members lack {image_id!r}")
-            queries.append(Query(reference, entry.text("caption"), targets, (), members, name))
+            if lost := [image_id for image_id in (reference, *targets) if image_id not in members]:
+                raise entry.error("img_set", f"its members lack {lost[0]!r}")
+            queries[name] = Query(reference, entry.text("caption"), targets, (), members, name)
         measures = recall_measures(1, 5, 10, 50, primary=(5,)) + recall_measures(1, 2, 3, primary=(1,), over="subset")
-        return Benchmark(
-            name=chosen,
-            gallery=tuple(listed),
-            queries=tuple(queries),
-            exclude_reference=True,
-            measures=measures,
-        )
+        return Benchmark(chosen, tuple(listed), tuple(queries.values()), exclude_reference=True, measures=measures)
 
     def write_submission(
         self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]

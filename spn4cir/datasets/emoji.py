@@ -8,7 +8,7 @@ the training images; both are ranked over the whole dataset.
 import json
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
@@ -42,22 +42,17 @@ class Emoji(Dataset):
 
     def read_triplets(self) -> list[Triplet]:
         """The 2,000 annotated triplets; the first n are a fair sample of them."""
-        return [Triplet(r["reference"], (r["target"],), (r["modification"],)) for r in _rows(FOLDER / "train.jsonl")]
+        return [Triplet(r["reference"], (r["target"],), (r["modification"],)) for r in _rows("train")]
 
     def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """``emoji/val`` or ``emoji/test``: ranked over all images, reference removed, tags are attributes."""
         chosen = self.choose_protocol(split, protocol)
-        queries = tuple(
+        queries = [
             Query(r["reference"], r["modification"], (r["target"],), (r["attribute"],), tuple(r["subset"]))
-            for r in _rows(FOLDER / f"{split}.jsonl")
-        )
-        return Benchmark(
-            name=chosen,
-            gallery=tuple(sorted(self._known)),
-            queries=queries,
-            exclude_reference=True,
-            measures=recall_measures(1, 5, 10, 50, primary=(1,)) + recall_measures(1, 2, 3, over="subset"),
-        )
+            for r in _rows(split)
+        ]
+        measures = recall_measures(1, 5, 10, 50, primary=(1,)) + recall_measures(1, 2, 3, over="subset")
+        return Benchmark(chosen, tuple(sorted(self._known)), tuple(queries), exclude_reference=True, measures=measures)
 
     def label(self, image_id: str) -> str:
         """The Unicode name."""
@@ -85,5 +80,5 @@ def load_names() -> dict[str, str]:
     return {i: names[i] for i in sorted(names) if names[i].count("skin tone") < 2 and i not in components}
 
 
-def _rows(path: Path) -> list[dict]:  # type: ignore[type-arg]
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _rows(split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (FOLDER / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]

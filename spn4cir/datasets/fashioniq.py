@@ -76,7 +76,7 @@ class FashionIQ(Dataset):
         """One gallery per category; metrics are means over the three."""
         chosen = self.choose_protocol(split, protocol)
         queries: list[Query] = []
-        galleries: list[tuple[str, ...]] = []
+        images: dict[str, None] = {}
         for category in CATEGORIES:
             if chosen.endswith("/val-union"):
                 rows = self._rows(category, split)
@@ -88,17 +88,12 @@ class FashionIQ(Dataset):
             if same and not chosen.endswith("/original"):
                 where = f"{self._captions(category, split)}, entry {same[0]}, field 'target'"
                 raise InputError(f"{where}: is the reference, which {chosen} does not rank")
-            galleries.append(gallery)
+            images |= dict.fromkeys(gallery)
             # the text is "c0 and c1" even where one of them is empty, as in published evaluations
             queries += [Query(row[0], " and ".join(row[2]), (row[1],), (category,), gallery) for row in rows]
-        return Benchmark(
-            name=chosen,
-            gallery=tuple(dict.fromkeys(i for ids in galleries for i in ids)),
-            queries=tuple(queries),
-            exclude_reference=not chosen.endswith("/original"),
-            measures=recall_measures(10, 50, primary=(10, 50), over="candidates"),
-            macro=CATEGORIES,
-        )
+        measures = recall_measures(10, 50, primary=(10, 50), over="candidates")
+        is_original = chosen.endswith("/original")
+        return Benchmark(chosen, tuple(images), tuple(queries), not is_original, measures, macro=CATEGORIES)
 
     def notes(self) -> list[str]:
         """How many training triplets have no caption at all; nothing where there are no training triplets."""

@@ -102,8 +102,8 @@ def _triplet(entry: Entry, allowed: frozenset[str], other: AddImage | None) -> T
                 raise entry.error(key, f"{image_id[:60]!r} is no training image")
             other(entry, key.removesuffix("_name"), image_id)
         ids.append(image_id)
-    one = isinstance(entry.get(shape[2], object, "a text"), str)
-    texts = [entry.text(shape[2])] if one else entry.texts(shape[2])
+    is_text = isinstance(entry.get(shape[2], object, "a text"), str)
+    texts = [entry.text(shape[2])] if is_text else entry.texts(shape[2])
     return Triplet(ids[0], (ids[1],), tuple(text for text in texts if text.strip()), generated=True)
 
 
@@ -164,10 +164,10 @@ def picture_places(dataset: Dataset, folder: Path) -> Callable[[str], str]:
 
 def entry_writer(dataset: Dataset, folder: Path) -> Callable[[Triplet, tuple[str, str]], dict[str, object]]:
     """What ``published_shape`` says of a triplet and its captions, in a file of ``folder``."""
-    place = picture_places(dataset, folder) if dataset.name == "catalogue" else None
+    place = picture_places(dataset, folder) if dataset.name == "catalogue" else str
 
     def entry(triplet: Triplet, captions: tuple[str, str]) -> dict[str, object]:
-        places = (place(str(triplet.reference)), place(triplet.targets[0])) if place else None
+        places = place(str(triplet.reference)), place(triplet.targets[0])
         return published_shape(dataset.name, triplet, captions, places)
 
     return entry

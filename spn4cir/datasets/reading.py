@@ -41,10 +41,7 @@ def find_root(
 
 
 class Entry:
-    """One object of an annotation file, under a number or a key, whose fields are checked as they are read.
-
-    Raises ``InputError`` if the value there is no object.
-    """
+    """One object of an annotation file, its fields checked as they are read. Raises ``InputError`` if it is none."""
 
     def __init__(self, path: Path, where: object, value: object):
         self.path, self.where = path, where

@@ -138,10 +138,9 @@ def account(backbone: Backbone, published: Published) -> list[str]:
     lines.append(_line("matched", len(matched)))
     lines += [_line(word, len(keys), keys) for word, keys in {**apart, "of another shape": shapes}.items()]
     lines.append(_line("ignored", len(published.ignored)))
-    named: dict[str, list[str]] = {}
-    for key, reason in published.ignored.items():
-        named.setdefault(reason, []).append(key)
-    lines += [f"{'':19}{len(keys):>5}  {reason}: {_some(keys)}" for reason, keys in named.items()]
+    for reason in dict.fromkeys(published.ignored.values()):
+        keys = [key for key, why in published.ignored.items() if why == reason]
+        lines.append(f"{'':19}{len(keys):>5}  {reason}: {_some(keys)}")
     kinds = [f"{state[key].dtype} → {own[key].dtype}" for key in matched if state[key].dtype != own[key].dtype]
     lines += [_line("converted", kinds.count(kind), [kind]) for kind in sorted(set(kinds))]
     return [line.replace("torch.", "") for line in lines]

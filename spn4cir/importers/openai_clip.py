@@ -36,10 +36,7 @@ def name_clip_model(stated: str | None, state: Mapping[str, Tensor]) -> str:
 
 
 def _read_dimensions(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read from shapes what a config of open_clip states; each head has width 64 in all of OpenAI's models.
-
-    Raises ``InputError`` that names the tensor that would be needed.
-    """
+    """Read from shapes what open_clip's config states; heads are 64 wide. Raises ``InputError`` without a tensor."""
 
     def count(prefix: str) -> int:
         return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
@@ -67,10 +64,7 @@ def _read_dimensions(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def recognise_clip_model(state: Mapping[str, Tensor]) -> str:
-    """Return open_clip's name of the OpenAI model that has these shapes.
-
-    Raises ``InputError`` with the dimensions found, if it is none of them.
-    """
+    """Return open_clip's name of the OpenAI model with these shapes. Raises ``InputError`` if there is none."""
     found = _read_dimensions(state)
     for name in OPENAI:
         config = open_clip.get_model_config(name)

@@ -78,10 +78,7 @@ def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the configuration from shapes under published names without prefix.
-
-    Raises ``InputError`` that names the tensor that would be needed.
-    """
+    """Read the configuration from shapes under published names. Raises ``InputError`` that names a missing tensor."""
     layer = "Qformer.bert.encoder.layer."
     crossed = {int(name.split(".")[4]) for name in state if name.startswith(layer) and ".crossattention." in name}
     layers = len({name.split(".")[4] for name in state if name.startswith(layer)})

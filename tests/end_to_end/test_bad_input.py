@@ -46,7 +46,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tm
                 runpy.run_path(str(ROOT / program), run_name="__main__")
         out, err = capfd.readouterr()
         assert stopped.value.code not in (0, None)
-        assert not out or re.fullmatch(r"recipe \S+\n", out), out
+        assert not out or re.fullmatch(r"(recipe|preset:) \S+\n", out), out
         assert len(shown(err)) == 1, err
         assert "Traceback" not in err and shown(err)[0].startswith("error: ")
         assert files() == before, "something was left behind"
@@ -130,18 +130,18 @@ def test_a_bad_value_in_a_recipe_is_named(fails: Call, tmp_path: Path, text: str
 @pytest.mark.parametrize("image", ["i05", "i39"], ids=["of a triplet", "of the bank"])
 def test_a_bad_training_image_is_named(fails: Call, toy, image: str, damage: str) -> None:  # type: ignore[no-untyped-def]
     """A missing image, and one that does not decode, are found before anything is written."""
-    spoil(toy.path(image), damage)
+    spoil(toy.image(image).path, damage)
     line = fails(STAGE1, *PLAIN, "--dataset", "toy", "--data-root", toy.folder, "--batch-size", 8, "--max-steps", 1)
-    assert str(toy.path(image)) in line and ("is missing" if damage == "missing" else "does not decode") in line
+    assert str(toy.image(image).path) in line and ("is missing" if damage == "missing" else "does not decode") in line
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_bad_gallery_image_is_named(fails: Call, toy, damage: str) -> None:  # type: ignore[no-untyped-def]
     """Images that only the evaluation reads are checked before training too, and by the evaluation."""
-    spoil(toy.path("i45"), damage)
+    spoil(toy.image("i45").path, damage)
     data = ("--dataset", "toy", "--data-root", toy.folder)
-    assert str(toy.path("i45")) in fails(EVAL, *data)
-    assert str(toy.path("i45")) in fails(STAGE1, *PLAIN, *data, "--batch-size", 8, "--max-steps", 1)
+    assert str(toy.image("i45").path) in fails(EVAL, *data)
+    assert str(toy.image("i45").path) in fails(STAGE1, *PLAIN, *data, "--batch-size", 8, "--max-steps", 1)
 
 
 def spoil(path: Path, damage: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from spn4cir import train
+from spn4cir import batches
 from spn4cir.batches import TripletRows
 from spn4cir.cli import evaluate_command
 from spn4cir.datasets.emoji import Emoji
@@ -51,7 +51,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Triplet]:
             super().__init__(triplets, seed)
             found[:] = triplets
 
-    monkeypatch.setattr(train, "TripletRows", Rows)
+    monkeypatch.setattr(batches, "TripletRows", Rows)
     return found
 
 
@@ -66,7 +66,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for image_id, job in found:
         place = root / job / f"<{image_id}>.png"
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(dataset.path(image_id), place)
+        shutil.copy(dataset.image(image_id).source, place)
         place.with_suffix(".txt").write_text(f"drawn {dataset.label(image_id)}\nnot read\n", encoding="utf-8")
     (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     return root
@@ -94,7 +94,7 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
         out, _ = call(STAGES[stage], *data, "--generated", "auto", *FEW)
         found = result_of(runs, stage, "catalogue")
         assert found["steps"] == 3 and found["protocol"] == found["selected_on"] == "catalogue/holdout-generated-0.1"
-        assert "generated triplets put aside, no question of a person's" in out
+        assert "held-out triplets, no annotated queries" in out
     assert "queries of your own, where this says; spn4cir-eval" in out
     with pytest.raises(SystemExit):
         call("spn4cir-eval", "--run", found["run"])
@@ -103,7 +103,7 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
     (shop / "queries.csv").write_text(f"reference,modification,target\n{rows}", encoding="utf-8")
     (shop / "broken.png").unlink()
     result = json.loads(call("spn4cir-eval", "--run", found["run"], "--json", "-")[0])
-    assert result["protocol"] == "catalogue/val" and result["groups"]["all"]["queries"] == 5
+    assert result["protocol"] == "catalogue/val" and result["count"] == 5
 
 
 def zero_shot(call: Call, root: Path, stage: int, made: Path) -> str:
@@ -124,8 +124,8 @@ def test_other_images_for_a_published_dataset(
         found = result_of(runs, stage, "fashioniq")
         assert found["steps"] == 3 and found["protocol"] == "fashioniq/original-noref"
         assert trained and all(t.generated and (shop / t.reference).is_file() for t in trained)
-    named = {i for t in trained for i in (t.reference, t.target)}
-    held = {json.loads(note.read_text())["images"] for note in runs.glob("banks/*/*.json")}
+    named = {i for t in trained for i in t.image_ids}
+    held = {json.loads(note.read_text())["rows"] for note in runs.glob("banks/*/store.json")}
     assert len(named) in held  # candidates are these alone
 
 

@@ -23,8 +23,8 @@ from spn4cir.errors import InputError
 class Few(Emoji):
     """Ninety training images whose names share words."""
 
-    def training_images(self) -> list[str]:
-        return [i for i in super().training_images() if "firefighter" in self.label(i) or "judge" in self.label(i)]
+    def list_training_images(self) -> list[str]:
+        return [i for i in super().list_training_images() if "firefighter" in self.label(i) or "judge" in self.label(i)]
 
 
 def test_images_become_triplets(tmp_path: Path) -> None:

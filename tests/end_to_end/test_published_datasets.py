@@ -15,11 +15,12 @@ import yaml
 from conftest import stated
 from safetensors.torch import load_file
 
-from spn4cir import train
+from spn4cir import batches, stages, train
 from spn4cir.backbones import BACKBONES, build_backbone
 from spn4cir.batches import TripletCollate, TripletRows
 from spn4cir.checkpoints import save_model
 from spn4cir.cli import data_command, evaluate_command
+from spn4cir.config import training_command
 from spn4cir.datasets.submission import LIMIT
 from spn4cir.types import Triplet
 
@@ -64,7 +65,7 @@ def refused(call: Call, capfd: pytest.CaptureFixture[str], tmp_path: Path, runs:
         out, err = capfd.readouterr()
         lines = [line for line in err.replace("\r", "\n").split("\n") if line.strip("\x1b[A ") and "%|" not in line]
         assert stopped.value.code == 2 and len(lines) == 1, (out, err)
-        assert not out or re.fullmatch(r"recipe \S+\n", out), out
+        assert not out or re.fullmatch(r"(recipe|preset:) \S+\n", out), out
         assert files() == before, "something was left behind"
         return lines[0].removeprefix("error: ")
 
@@ -118,7 +119,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Triplet]:
             super().__init__(triplets, seed)
             seen[:] = triplets
 
-    monkeypatch.setattr(train, "TripletRows", Recorded)
+    monkeypatch.setattr(batches, "TripletRows", Recorded)
     return seen
 
 
@@ -171,7 +172,7 @@ def test_all_recipes_run(
         assert {key: options[key] for key in weights} == weights
         if stage == 1:
             named = f" --dataset {dataset}" + f" --backbone {backbone}" * (backbone != "clip4cir")
-            assert f"spn4cir-train --stage 2{named} --data-root {root} --init {found['run']}" in out
+            assert f"next: {training_command(2)}{named} --data-root {root} --init {found['run']}" in out
         else:
             assert Path(said["init"]).name.startswith("stage1-")
         assert {"R@10", "R@50", "Rmean"} <= set(found["metrics"])
@@ -191,7 +192,7 @@ def test_zero_shot_trains_on_generated_triplets_alone(
         found = result_of(runs, dataset, f"stage{stage}-*")
         assert found["steps"] == 2 and found["protocol"] == found["selected_on"]
         assert stage == 2 or "--max-annotated 0 --generated captions/" in out  # what it says comes next sees no other
-    named = {i for t in trained for i in (t.reference, t.target)}
+    named = {i for t in trained for i in t.image_ids}
     banks = {json.loads(path.read_text())["rows"] for path in runs.glob("banks/*/store.json")}
     assert len(named) == 9 and 9 in banks and len(banks) == 2  # the other one is the gallery's
 
@@ -236,7 +237,7 @@ def test_what_is_put_aside_is_not_trained_on(
         out, _ = call(*recipe("fashioniq", stage, fashioniq, "--selection", "holdout", "--seed", seed, *init))
         found = result_of(runs, "fashioniq", f"stage{stage}-*")
         assert found["selected_on"] == "fashioniq/holdout-0.1" and found["protocol"] == "fashioniq/original-noref"
-        assert "the best on fashioniq/holdout-0.1, training triplets put aside" in out
+        assert "the best on fashioniq/holdout-0.1, held-out training triplets" in out
         kept.append(list(trained))
     aside = [t for t in everything if t not in kept[0]]
     assert 1 <= len(aside) <= 9 and len(kept[0]) == len(everything) - len(aside)  # about a tenth of 36
@@ -273,11 +274,11 @@ def evaluated(call: Call, *arguments: object) -> dict[str, Any]:
 
 
 def test_every_protocol_can_be_asked_for(call: Call, fashioniq: Path, tmp_path: Path) -> None:
-    """Each id is in its result; categories are groups; the ablation comes along; results of one id are combined."""
+    """Each id is in its result; categories are tags; the ablation comes along; results of one id are combined."""
     data = ("--dataset", "fashioniq", "--data-root", fashioniq)
     results = {name: evaluated(call, *data, "--protocol", name) for name in FASHIONIQ}
     for name, result in results.items():
-        assert result["protocol"] == name and set(result["groups"]) == {"dress", "shirt", "toptee"}
+        assert result["protocol"] == name and set(result["tags"]) == {"dress", "shirt", "toptee"}
     assert len({result["data"] for result in results.values()}) == 3
     metrics = [result["metrics"]["R@10"] for result in results.values()]
     assert metrics[0] <= metrics[1] <= metrics[2] and metrics[0] < metrics[2]  # each ranks fewer images than the last
@@ -386,7 +387,7 @@ def test_a_skip_list_is_honoured(
     found = result_of(runs, dataset)
     note = f"{root / 'skip_list.json'} leaves out 2 images (2 missing)"
     assert note in out and found["protocol"].endswith("+skip") and found["selected_on"] == found["protocol"]
-    assert trained and not any({t.reference, t.target} & set(lost) for t in trained)
+    assert trained and not any({*t.image_ids} & set(lost) for t in trained)
     out, err = call(EVAL, "--run", found["run"], "--json", "-")
     assert json.loads(out)["protocol"] == found["protocol"] and json.loads(out)["data"] == found["data"] and note in err
     if dataset == "cirr":
@@ -402,9 +403,10 @@ def test_published_classes_share_a_row(
     class Recorded(TripletCollate):
         def __init__(self, *given: Any):
             super().__init__(*given)
-            seen.update(rows=self.rows, identity=self.identity)
+            assert self.bank is not None
+            seen.update(rows=self.bank.rows, identity=self.identity)
 
-    monkeypatch.setattr(train, "TripletCollate", Recorded)
+    monkeypatch.setattr(stages, "TripletCollate", Recorded)
     names = [f"BDTR{n:05d}" for n in range(5, 13)]
     call(*recipe("fashioniq", 2, fashioniq, "--init", model))
     assert len({seen["rows"][name] for name in names}) == len({seen["identity"][name] for name in names}) == 8
@@ -526,5 +528,5 @@ def test_triplets_of_cirr_are_made_and_trained_on(
         before, after, (text,) = row["caption1"], row["caption2"], row["caption"]
         assert text in (f"{after} instead of {before}", f"Unlike {before}, I want {after}")
     call(*recipe("cirr", 2, cirr, "--init", model, "--generated", file, generated=True))
-    found = {(t.reference, t.target, t.texts) for t in trained if t.generated}
+    found = {(t.reference, t.targets[0], t.texts) for t in trained if t.generated}
     assert found == {(row["reference"], row["target_hard"], tuple(row["caption"])) for row in rows}

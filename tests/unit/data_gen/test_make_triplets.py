@@ -29,7 +29,7 @@ def test_the_next_command(tmp_path: Path) -> None:
     """The recipe for generated triplets, that of the preset, or stage 1; and options that it takes."""
     paper = ["recipes/stage2.py", "--config", "recipes/cirr/tgcir_stage2_generated.yaml", "--data-root", "x y"]
     assert told(tmp_path, dataset="cirr", backbone="tgcir", data_root="x y") == paper
-    own = ["recipes/stage1.py", "--dataset", "catalogue", "--backbone", "sprc", "--data-root", "x"]
+    own = ["recipes/stage1.py", "--config", "FILE", "--dataset", "catalogue", "--backbone", "sprc", "--data-root", "x"]
     assert told(tmp_path, False, dataset="catalogue", backbone="sprc", data_root="x") == own
     few = told(tmp_path, False, 54, dataset="catalogue", data_root="x")
     assert few[-2:] == ["--batch-size", "13"] and parse(

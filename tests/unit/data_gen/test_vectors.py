@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from spn4cir import store as stores
 from spn4cir.backbones import build_backbone
-from spn4cir.data_gen import windows
 from spn4cir.data_gen.matchers import Matcher, identify, load_matcher
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.windows import encode_vectors, open_store
@@ -387,7 +386,7 @@ def test_decoding_is_ahead_but_bounded(tmp_path: Path, toy: Toy, monkeypatch: py
 
     counting.matcher._vectors = encode
     encoded(tmp_path / "x", toy, counting.matcher)
-    assert max(most[1:]) == windows.AHEAD * AT_ONCE
+    assert max(most[1:]) == 2 * AT_ONCE
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from spn4cir.dataset_check import examine
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.fashioniq import FashionIQ
+from spn4cir.datasets.generated import with_images
 from spn4cir.datasets.skip import NAME, read_skip_list, skip_notes, write_skip_list
 from spn4cir.errors import InputError
 from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
@@ -68,6 +69,21 @@ def test_a_benchmark_without_skipped_images() -> None:
     assert benchmark == replace(
         Known().benchmark("val"), name=benchmark.name, gallery=("d", "e"), queries=benchmark.queries, skipped=1
     )
+
+
+def test_extra_images_beside_it() -> None:
+    """They are for training alone, with a check of their own; skipped ones go; the dataset itself stays as it was."""
+    dataset = without("b", "y")
+    wider = with_images(dataset, {i: ImageRef(Path("other") / i) for i in ("x", "y")}, "look at others")
+    assert wider.training_images() == ["a", "c", "x"] and dataset.training_images() == ["a", "c"]
+    assert wider.triplets() == dataset.triplets() and wider.benchmark("val") == dataset.benchmark("val")
+    assert wider.image("x").path == Path("other/x") and wider.image("a").path == Path("a")
+    assert (wider.check_command("x"), wider.check_command("a")) == (
+        "look at others", "spn4cir-data check --dataset known",
+    )  # fmt: skip
+    more = with_images(wider, {"z": ImageRef(Path("z"))})
+    assert more.training_images() == ["a", "c", "x", "z"] and more.check_command("z") == "look at others"
+    assert not dataset.extra_images and wider.extra_images.keys() == {"x", "y"}
 
 
 def test_a_benchmark_that_is_not_touched_keeps_its_id() -> None:
