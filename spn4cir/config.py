@@ -279,7 +279,7 @@ def _spell(argument: str) -> str:
         return argument
     option, equals, value = argument[2:].partition("=")
     head, dot, tail = option.partition(".")
-    option = head.replace("-", "_") + dot + tail
+    option = head.replace("-", "_") + dot + tail.replace("-", "_")
     if option in RENAMED:
         raise InputError(f"option --{option} is now called --{RENAMED[option]}")
     return f"--{option}{equals}{value}"

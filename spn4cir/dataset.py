@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
@@ -149,6 +149,10 @@ class Dataset(ABC):
             ImageRole(f"{split} gallery", list(self.read_benchmark(split).image_ids), True) for split in self.protocols
         ]
         return [ImageRole("of training", self.list_training_images(), True), *galleries]
+
+    def triplet_entry(self, triplet: Triplet, place: Callable[[str], str] = str) -> dict[str, object]:
+        """A generated triplet in the published JSON shape; ``place`` gives the path of an image's picture."""
+        return {"target": triplet.targets[0], "candidate": triplet.reference, "captions": list(triplet.texts)}
 
     def write_submission(
         self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]

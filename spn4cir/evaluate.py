@@ -183,13 +183,8 @@ def _rankings(benchmark: Benchmark) -> Iterator[_Ranked]:
     wanted = {measure.over for measure in benchmark.measures}
     plans: list[tuple[tuple[str, ...], Sequence[str], list[int]]] = []
     if wanted & {"gallery", "subset"}:
-        plans.append(
-            (
-                ("gallery", "subset") if "subset" in wanted else ("gallery",),
-                benchmark.gallery,
-                list(range(len(benchmark.queries))),
-            )
-        )
+        over: tuple[str, ...] = ("gallery", "subset") if "subset" in wanted else ("gallery",)
+        plans.append((over, benchmark.gallery, list(range(len(benchmark.queries)))))
     if "candidates" in wanted:
         by_candidates: dict[int, list[int]] = {}
         for number, query in enumerate(benchmark.queries):
@@ -242,22 +237,21 @@ def first_items(
     """
     row = {item: n for n, item in enumerate(benchmark.gallery)}
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    wanted = {measure.over for measure in benchmark.measures}
+    for over in sorted(wanted | ({"gallery"} if "subset" in wanted else set())):  # on all processes alike
+        width = max(len(q.candidates) for q in benchmark.queries) if over == "subset" else k
+        empty = torch.zeros(len(benchmark.queries), width, device=query.device)
+        found[over] = empty, torch.zeros_like(empty, dtype=torch.long)
 
     def note(over: str, part: _Ranked, values: tuple[Tensor, Tensor]) -> None:
-        width = max(len(q.candidates) for q in benchmark.queries) if over == "subset" else k
-        if over not in found:
-            empty = torch.zeros(len(benchmark.queries), width, device=query.device)
-            found[over] = empty, torch.zeros_like(empty, dtype=torch.long)
         scores, rows = values
         rows = rows if part.ids is benchmark.gallery else torch.tensor([row[i] for i in part.ids]).to(rows)[rows]
         found[over][0][part.numbers, : scores.shape[1]] = scores.float()
         found[over][1][part.numbers, : rows.shape[1]] = rows.masked_fill(scores.isneginf(), -1) + 1  # 0 is padding
 
     for part in _rankings(benchmark):
-        own, vectors = (
-            query[part.numbers],
-            target if part.ids is benchmark.gallery else target[[row[i] for i in part.ids]],
-        )
+        own, is_whole = query[part.numbers], part.ids is benchmark.gallery
+        vectors = target if is_whole else target[[row[i] for i in part.ids]]
         note(part.over[0], part, top_k(own, vectors, k, part.excluded))
         if part.subset is not None and part.subset.shape[1]:
             note("subset", part, top_k(own, vectors, part.subset.shape[1], part.excluded, part.subset))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spn4cir.errors import InputError
-from spn4cir.files import write_text
+from spn4cir.files import replaced, write_text
 from spn4cir.measures import MEASURES, Ranks, macro_mean, measure_name
 from spn4cir.types import Benchmark, Query
 
@@ -76,6 +76,8 @@ class Result:
         Args:
             columns: ``ranks``, and ``top`` with its scores.
         """
+        if "top" in columns and not all(ranking.top for ranking in self.rankings.values()):
+            raise InputError(f"{self.protocol}: no first items were kept: evaluate with top above 0")
         for number, query in enumerate(self.queries):
             row: dict[str, Any] = {"query": number, "name": query.name, "reference": query.reference}
             row |= {"text": query.text, "targets": list(query.targets), "tags": list(query.tags)}
@@ -100,9 +102,9 @@ class Result:
             import pyarrow
             from pyarrow import parquet
 
-            beside = path.with_name(path.name + ".tmp")
-            parquet.write_table(pyarrow.Table.from_pylist(list(self.rows(*columns))), beside)
-            beside.replace(path)
+            table = pyarrow.Table.from_pylist(list(self.rows(*columns)))
+            with replaced(path) as beside:
+                parquet.write_table(table, beside)
         else:
             raise InputError(f"{path}: one row per query is written as .parquet or .jsonl")
 

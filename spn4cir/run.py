@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -227,11 +228,15 @@ class Run:
     def _next(self) -> str:
         """What a person is likely to do next, with the data of this run."""
         if self.stage == 2:
-            return f"spn4cir-eval --run {self.folder} --ablate"
+            return f"spn4cir-eval --run {shlex.quote(str(self.folder))} --ablate"
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
         same = {name: getattr(self.config, name) for name in ("max_annotated", "generated", "generated_share")}
-        data = "".join(f" --{name.replace('_', '-')} {value}" for name, value in same.items() if value is not None)
-        return f"{training_command(2)}{options_of(self.config)}{aside} --init {self.folder}{data}"
+        data = "".join(
+            f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
+            for name, value in same.items()
+            if value is not None
+        )
+        return f"{training_command(2)}{options_of(self.config)}{aside} --init {shlex.quote(str(self.folder))}{data}"
 
 
 def stage_name(stage: Any) -> str:
@@ -243,7 +248,9 @@ def options_of(config: TrainConfig) -> str:
     """Options that name the dataset, the backbone and the data of a run, where they are not the default's."""
     named = {"dataset": config.dataset, "backbone": config.backbone, "data_root": config.data_root}
     return "".join(
-        f" --{name.replace('_', '-')} {value}" for name, value in named.items() if value != getattr(TrainConfig, name)
+        f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in named.items()
+        if value != getattr(TrainConfig, name)
     )
 
 

@@ -117,6 +117,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
                 continue
             row = {"step": state["step"], "epoch": epoch, **log.numbers(objective, config.lr * factor, norm)}
             if is_saved:
+                check_parameters(parameters, state["step"], run)
                 training.check()
             if is_last or (not inside and config.eval_every and epoch % config.eval_every == 0):
                 result = training.evaluate()
@@ -186,13 +187,22 @@ def check_finite(loss: Tensor, norm: Tensor | None, batch: TripletBatch, run: Ru
     if all(bool(torch.isfinite(number)) for number in numbers):
         return
     named = "; ".join(batch.triplets[:3]) + (f"; and {len(batch) - 3} more" if len(batch) > 3 else "")
-    saved = run.folder / "last.safetensors"
-    kept = f"{saved} keeps the last saved state" if saved.is_file() else "no state was saved yet"
     shown = ", ".join(f"{number.item():.4g}" for number in numbers)
     raise InputError(
         f"step {batch.step + 1}: loss{' and gradient norm' * (len(numbers) > 1)} {shown}: not finite; lower lr, now "
-        f"{run.config.lr}, or set adamw.max_grad_norm; {kept}; triplets of the batch: {named}"
+        f"{run.config.lr}, or set adamw.max_grad_norm; {_kept(run)}; triplets of the batch: {named}"
     )
+
+
+def check_parameters(parameters: Sequence[nn.Parameter], step: int, run: Run) -> None:
+    """Raises ``InputError`` if a weight is not finite, so that no such state is saved."""
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise InputError(f"step {step}: weights are not finite: lower lr, now {run.config.lr}; {_kept(run)}")
+
+
+def _kept(run: Run) -> str:
+    saved = run.folder / "last.safetensors"
+    return f"{saved} keeps the last saved state" if saved.is_file() else "no state was saved yet"
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

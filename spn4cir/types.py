@@ -104,8 +104,10 @@ class Measure:
     primary: bool = False
 
     def __post_init__(self) -> None:
-        if self.k < 1:
+        if not isinstance(self.k, int) or self.k < 1:
             raise InputError(f"a measure counts from the first rank on, got k={self.k}")
+        if self.over not in ("gallery", "candidates", "subset"):
+            raise InputError(f"a measure is over gallery, candidates or subset, got {self.over!r}")
 
 
 def recall_measures(
@@ -150,25 +152,39 @@ class Benchmark:
             raise InputError(f"{self.name}: the text {lost[0]!r} is not in the gallery")
         if len(set(self.measures)) < len(self.measures) or not self.measures:
             raise InputError(f"{self.name}: needs measures, and each once")
+        needs_candidates = any(measure.over != "gallery" for measure in self.measures)
         checked: dict[int, frozenset[str]] = {}  # one tuple of candidates may serve thousands of queries
         for number, query in enumerate(self.queries):
-            if query.reference is None and query.text is None:
-                raise InputError(f"{self.name}: query {number} has neither a reference nor a text")
-            missing = [i for i in query.targets if i not in known]
             if id(query.candidates) not in checked:
                 checked[id(query.candidates)] = frozenset(query.candidates)
-                missing += [i for i in query.candidates if i not in known]
+                self._check(number, query, known, len(checked[id(query.candidates)]))
+            else:
+                self._check(number, query, known, None)
             own = checked[id(query.candidates)]
-            if missing:
-                raise InputError(f"{self.name}: query {number} names {missing[0]!r}, which the gallery lacks")
-            lost = [i for i in query.targets if i not in own] if own else []
-            if lost:
+            if lost := [i for i in query.targets if own and i not in own]:
                 raise InputError(f"{self.name}: query {number} has the target {lost[0]!r}, which its candidates lack")
-            if self.exclude_reference and query.targets and set(query.targets) == {query.reference}:
-                raise InputError(
-                    f"{self.name}: query {number} has no target but its reference {query.reference!r}, "
-                    "which is not ranked"
-                )
+            if needs_candidates and not own:
+                raise InputError(f"{self.name}: query {number} has no candidates, and a measure is over them")
+
+    def _check(self, number: int, query: Query, known: frozenset[str], distinct: int | None) -> None:
+        """Raises ``InputError`` for a query without a meaning; its candidates are checked if ``distinct`` is given."""
+        candidates = query.candidates if distinct is not None else ()
+        faults = {
+            "has neither a reference nor a text": query.reference is None and query.text is None,
+            f"has the text {query.reference!r} as its reference": query.reference in self.texts,
+            "names a target twice": len(set(query.targets)) < len(query.targets),
+            "names a candidate twice": len(candidates) != (distinct or 0),
+            "has tags that are no tuple": not isinstance(query.tags, tuple),
+            f"has no target but its reference {query.reference!r}, which is not ranked": bool(
+                self.exclude_reference and query.targets and set(query.targets) == {query.reference}
+            ),
+        }
+        missing = [i for i in (*query.targets, *candidates) if i not in known]
+        told = (
+            f"names {missing[0]!r}, which the gallery lacks" if missing else next((f for f in faults if faults[f]), "")
+        )
+        if told:
+            raise InputError(f"{self.name}: query {number} {told}")
 
     @property
     def has_known_targets(self) -> bool:

@@ -4,7 +4,7 @@ Source: Liu et al., "Image retrieval on real-life images with pre-trained vision
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -128,6 +128,11 @@ class CIRR(Dataset):
             queries[name] = Query(reference, entry.text("caption"), targets, (), members, name)
         measures = recall_measures(1, 5, 10, 50, primary=(5,)) + recall_measures(1, 2, 3, primary=(1,), over="subset")
         return Benchmark(chosen, tuple(listed), tuple(queries.values()), exclude_reference=True, measures=measures)
+
+    def triplet_entry(self, triplet: Triplet, place: Callable[[str], str] = str) -> dict[str, object]:
+        """With the fields of CIRR's own annotations."""
+        entry = {"pairid": 0, "reference": triplet.reference, "target_hard": triplet.targets[0]}
+        return {**entry, "caption": list(triplet.texts), "img_set": {"members": [""]}}
 
     def write_submission(
         self, folder: Path, ranked: Mapping[str, Sequence[str]], within: Mapping[str, Sequence[str]]

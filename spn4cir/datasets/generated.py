@@ -163,30 +163,10 @@ def picture_places(dataset: Dataset, folder: Path) -> Callable[[str], str]:
 
 
 def entry_writer(dataset: Dataset, folder: Path) -> Callable[[Triplet, tuple[str, str]], dict[str, object]]:
-    """What ``published_shape`` says of a triplet and its captions, in a file of ``folder``."""
-    place = picture_places(dataset, folder) if dataset.name == "catalogue" else str
+    """What a file in ``folder`` says of a triplet and the captions of its reference and target."""
+    place = picture_places(dataset, folder)
 
     def entry(triplet: Triplet, captions: tuple[str, str]) -> dict[str, object]:
-        places = place(str(triplet.reference)), place(triplet.targets[0])
-        return published_shape(dataset.name, triplet, captions, places)
+        return {**dataset.triplet_entry(triplet, place), "caption1": captions[0], "caption2": captions[1]}
 
     return entry
-
-
-def published_shape(
-    dataset: str, triplet: Triplet, captions: tuple[str, str], places: tuple[str, str] | None = None
-) -> dict[str, object]:
-    """One entry as it is published for a dataset; for a catalogue, the shape of out-of-domain images.
-
-    Captions are those of reference and target; ``places`` are the paths of their pictures, by default the ids.
-    """
-    reference, target, texts = triplet.reference, triplet.targets[0], list(triplet.texts)
-    entry: dict[str, object] = {"target": target, "candidate": reference, "captions": texts}
-    if dataset == "catalogue":
-        paths = places or (reference, target)
-        entry = {"reference": paths[0], "target": paths[1], "reference_name": reference, "target_name": target}
-        entry["captions"] = texts
-    elif dataset == "cirr":
-        entry = {"pairid": 0, "reference": reference, "target_hard": target, "caption": texts}
-        entry["img_set"] = {"members": [""]}
-    return {**entry, "caption1": captions[0], "caption2": captions[1]}

@@ -1,7 +1,7 @@
 """Images of one's own as a dataset, whatever they are read from, and queries of one's own about them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from spn4cir.datasets.tables import SUFFIXES as TABLES
 from spn4cir.datasets.tables import find_table, read_table
 from spn4cir.errors import InputError
 from spn4cir.files import short
-from spn4cir.types import Benchmark, ImageRef, Query, recall_measures
+from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 ASKED = {name: (name,) for name in ("reference", "modification", "target", "group")}
 QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and group if there are groups"
@@ -92,6 +92,12 @@ class OwnImages(Dataset):
             return ""
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"caption {path} cannot be read: {error}") from None
+
+    def triplet_entry(self, triplet: Triplet, place: Callable[[str], str] = str) -> dict[str, object]:
+        """The shape of out-of-domain images, which says where their pictures are."""
+        reference, target = str(triplet.reference), triplet.targets[0]
+        paths = {"reference": place(reference), "target": place(target)}
+        return {**paths, "reference_name": reference, "target_name": target, "captions": list(triplet.texts)}
 
     def notes(self) -> list[str]:
         """What was left out."""

@@ -5,6 +5,7 @@ Parquet, CSV, JSONL and tar files are converted once, into the cache of ``datase
 
 from __future__ import annotations
 
+import csv
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -206,7 +207,10 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
         named.setdefault(_split_of(path, place), []).append(escape(str(path)))
     try:
         if files:
-            reader, options = READERS[suffixes.pop()]
+            reader, given = READERS[suffixes.pop()]
+            options: dict[str, Any] = dict(given)
+            if reader == "csv":  # texts as they are written: 007, NA and null are no numbers and no nulls
+                options |= {"keep_default_na": False, "features": _text_columns(files[0], **given)}
             found = datasets.load_dataset(reader, data_files=dict(sorted(named.items(), key=_split_order)), **options)
         elif place.startswith(HUB):
             found = datasets.load_dataset(place.removeprefix(HUB))
@@ -217,6 +221,16 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
     except Exception as error:  # a dozen readers of foreign data: whatever one of them raises is said of this place
         said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise InputError(f"{place} cannot be read as a table of datasets: {said[:200]}") from None
+
+
+def _text_columns(path: Path, sep: str = ",") -> Any:
+    """The columns that the head line of a table names, all of them texts."""
+    import datasets
+
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        return datasets.Features(
+            {name: datasets.Value("string") for name in next(csv.reader(lines, delimiter=sep), [])}
+        )
 
 
 def _split_of(path: Path, place: str) -> str:

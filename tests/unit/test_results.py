@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def test_metrics_and_tags() -> None:
 def test_two_measures_of_one_name() -> None:
     """Recall over the gallery and over candidates of their own would be one column."""
     measures = (Measure("recall", 1), Measure("recall", 1, over="candidates"))
-    benchmark = Benchmark("x/val", tuple("abcd"), QUERIES, False, measures)
+    queries = tuple(replace(query, candidates=tuple("abcd")) for query in QUERIES)
+    benchmark = Benchmark("x/val", tuple("abcd"), queries, False, measures)
     with pytest.raises(InputError, match="x/val: two measures are called R@1"):
         compute_metrics(benchmark, {})
 

@@ -77,3 +77,31 @@ def test_primary_measures() -> None:
     assert recall_measures(1, 5, primary=(5,), over="subset") == (
         Measure("recall", 1, "subset"), Measure("recall", 5, "subset", primary=True),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("query", "told"), [
+    (Query("s", None, ("a",)), "query 0 has the text 's' as its reference"),
+    (Query("a", "x", ("b", "b")), "query 0 names a target twice"),
+    (Query("a", "x", ("b",), (), ("a", "b", "b")), "query 0 names a candidate twice"),
+    (Query("a", "x", ("b",), "red"), "query 0 has tags that are no tuple"),  # type: ignore[arg-type]
+    (Query(None, None, ("b",)), "query 0 has neither a reference nor a text"),
+])  # fmt: skip
+def test_queries_without_a_meaning(query: Query, told: str) -> None:
+    """They would be ranked as something else, without a word."""
+    with pytest.raises(InputError, match=told):
+        Benchmark("x/val", ("a", "b", "c", "s"), (query,), False, recall_measures(1), {"s": "a text"})
+
+
+def test_a_measure_over_candidates_needs_them() -> None:
+    """Of each query."""
+    queries = (Query("a", "x", ("b",), (), ("a", "b")), Query("a", "x", ("b",)))
+    for over in ("candidates", "subset"):
+        with pytest.raises(InputError, match="query 1 has no candidates, and a measure is over them"):
+            Benchmark("x/val", ("a", "b"), queries, False, (Measure("recall", 1, over),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [("recall", 1.5), ("recall", 0), ("recall", 1, "galery")])
+def test_measures_without_a_meaning(given: tuple[object, ...]) -> None:
+    """A cut-off between ranks, or something that is not ranked."""
+    with pytest.raises(InputError, match=r"from the first rank on|over gallery, candidates or subset"):
+        Measure(*given)  # type: ignore[arg-type]

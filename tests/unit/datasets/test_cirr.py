@@ -10,7 +10,7 @@ import pytest
 
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.cirr import CIRR
-from spn4cir.datasets.generated import published_shape, read_generated
+from spn4cir.datasets.generated import entry_writer, read_generated
 from spn4cir.errors import InputError
 from spn4cir.results import metric_names, primary_names
 from spn4cir.types import Triplet
@@ -324,7 +324,7 @@ def test_generated_triplets_in_the_published_shape(cirr: Path, tmp_path: Path) -
     """What is written for CIRR has its fields and is read back over its images."""
     dataset = CIRR(str(cirr))
     triplet = Triplet("train-0-0-img0", ("train-1-0-img1",), ("a dog", "a dog instead of a cat"), generated=True)
-    entry = published_shape("cirr", triplet, ("a cat", "a dog"))
+    entry = entry_writer(dataset, tmp_path)(triplet, ("a cat", "a dog"))
     assert entry == {
         "pairid": 0, "reference": "train-0-0-img0", "target_hard": "train-1-0-img1",
         "caption": ["a dog", "a dog instead of a cat"], "img_set": {"members": [""]}, "caption1": "a cat",

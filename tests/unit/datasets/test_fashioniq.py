@@ -13,7 +13,7 @@ from PIL import Image
 from spn4cir.batches import TripletRows
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.fashioniq import FashionIQ
-from spn4cir.datasets.generated import published_shape, read_generated
+from spn4cir.datasets.generated import entry_writer, read_generated
 from spn4cir.errors import InputError
 from spn4cir.results import metric_names, primary_names
 from spn4cir.types import Benchmark, Triplet
@@ -332,7 +332,7 @@ def test_generated_triplets_in_the_published_shape(fashioniq: Path, tmp_path: Pa
     """What is written for FashionIQ has its fields and is read back over its images; others' fields are ignored."""
     dataset = FashionIQ(str(fashioniq))
     triplet = Triplet("BDTR00000", ("BSTR00001",), ("a red shirt",), generated=True)
-    entry = published_shape("fashioniq", triplet, ("a dress", "a red shirt"))
+    entry = entry_writer(dataset, tmp_path)(triplet, ("a dress", "a red shirt"))
     assert entry == {
         "target": "BSTR00001", "candidate": "BDTR00000", "captions": ["a red shirt"],
         "caption1": "a dress", "caption2": "a red shirt",

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from spn4cir.datasets import load_dataset
 from spn4cir.datasets.cirr import CIRR as Cirr
-from spn4cir.datasets.generated import open_generated, picture_places, published_shape
+from spn4cir.datasets.generated import entry_writer, open_generated, picture_places
 from spn4cir.datasets.generated import read_generated as read
 from spn4cir.errors import InputError
 from spn4cir.types import Triplet
@@ -55,10 +56,11 @@ def test_an_empty_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["emoji", "fashioniq", "cirr"])
-def test_what_is_written_is_read_back(tmp_path: Path, dataset: str) -> None:
-    """published_shape and read_generated are inverse, and CIRR's shape has CIRR's fields."""
+def test_what_is_written_is_read_back(tmp_path: Path, dataset: str, fashioniq: Path, cirr: Path) -> None:
+    """entry_writer and read_generated are inverse, and CIRR's shape has CIRR's fields."""
     triplet = Triplet("a", ("b",), ("red ä",), generated=True)
-    entry = published_shape(dataset, triplet, ("one", "two"))
+    root = {"fashioniq": str(fashioniq), "cirr": str(cirr)}.get(dataset)
+    entry = entry_writer(load_dataset(dataset, root), tmp_path)(triplet, ("one", "two"))
     assert (entry["caption1"], entry["caption2"]) == ("one", "two")
     assert entry.keys() - {"caption1", "caption2"} == (CIRR if dataset == "cirr" else FASHIONIQ).keys() - {
         "caption1", "caption2",
@@ -216,9 +218,8 @@ def test_places_are_found_again(
 
     monkeypatch.chdir(tmp_path)
     catalogue, folder = Catalogue(str(other)), tmp_path / out / "deep"
-    place = picture_places(catalogue, folder)
     triplet = Triplet("images/1.png", ("images/2.png",), ("red",), generated=True)
-    entry = published_shape("catalogue", triplet, ("one", "two"), (place("images/1.png"), place("images/2.png")))
+    entry = entry_writer(catalogue, folder)(triplet, ("one", "two"))
     assert entry.keys() == {*OTHER, "caption1", "caption2"} and not str(entry["reference"]).startswith(("/", ".."))
     path = at(folder, entry)
     dataset, triplets, _ = open_generated(path, Cirr(str(cirr)))

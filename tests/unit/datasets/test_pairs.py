@@ -268,3 +268,19 @@ def test_the_holdout_of_a_table(table: Path) -> None:
     assert list(few.triplets) == list(load_dataset("pairs", str(table)).triplets())[:7]
     named = list(dict.fromkeys(i for t in rest for i in t.image_ids))
     assert data.candidate_images(config) == list(dict.fromkeys([*named, *data.dataset.training_images()]))
+
+
+def test_cells_of_a_csv_are_what_is_written(tmp_path: Path) -> None:
+    """No number, null or missing value is guessed: ids keep their zeros, and texts that look like nothing stay texts."""
+    for name in ("007", "NA", "1e3"):
+        draw_picture(tmp_path / "catalogue" / f"{name}.png", name)
+    (tmp_path / "catalogue" / "catalogue.csv").write_text(
+        "image,image_id\n007.png,007\nNA.png,NA\n1e3.png,1e3\n", encoding="utf-8"
+    )
+    (tmp_path / "triplets.csv").write_text(
+        "reference,target,modification\n007,NA,None\nNA,1e3,null\n1e3,007,12\n007,1e3,\n", encoding="utf-8"
+    )
+    triplets = Pairs(str(tmp_path)).triplets()
+    assert [(t.reference, t.targets, t.texts) for t in triplets] == [
+        ("007", ("NA",), ("None",)), ("NA", ("1e3",), ("null",)), ("1e3", ("007",), ("12",)), ("007", ("1e3",), ()),
+    ]  # fmt: skip
