@@ -55,7 +55,7 @@ def encode_benchmark(
         modes: ``composed``; ``text only`` and ``image only`` leave out the other part of each query that has both.
 
     Raises:
-        InputError: if the gallery holds texts and the backbone cannot embed them.
+        InputError: if the gallery holds texts and the backbone cannot embed them, or an embedding is not finite.
     """
     device = next(backbone.parameters()).device
     row = {item: n for n, item in enumerate(benchmark.gallery)}
@@ -88,7 +88,12 @@ def encode_benchmark(
     for part in _share(text_queries, batch_size):
         for mode, rows in queries.items():
             rows.put(part, _compose(backbone, benchmark, part, None, mode))
-    return EncodedBenchmark(targets.joined(), {mode: rows.joined() for mode, rows in queries.items()})
+    encoded = EncodedBenchmark(targets.joined(), {mode: rows.joined() for mode, rows in queries.items()})
+    if not all(bool(vectors.isfinite().all()) for vectors in (encoded.target, *encoded.queries.values())):
+        raise InputError(
+            f"{backbone.name}: embeddings of {benchmark.name} are not finite: lower lr, or check the weights"
+        )
+    return encoded
 
 
 def _share(items: Sequence[T], batch_size: int) -> Iterator[Sequence[T]]:

@@ -171,6 +171,31 @@ def test_the_first_step_that_is_not_finite(
 # --- a bank and an image side that moves
 
 
+def test_weights_that_are_not_finite_are_not_saved(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that was finite may still leave such weights: the state before it stays."""
+    config = configure(save_every=2, eval_every=0, max_steps=4)
+    after_step, steps = Objective.after_step, [0]
+
+    def broken(objective: Objective) -> None:
+        after_step(objective)
+        steps[0] += 1
+        if steps[0] == 4:
+            next(p for p in objective.parameters() if p.requires_grad).data.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(Objective, "after_step", broken)
+    with pytest.raises(
+        InputError, match=r"step 4: weights are not finite: lower lr, .*last\.safetensors keeps the last"
+    ):
+        train(config, 1)
+
+
+def test_embeddings_that_are_not_finite_are_said_in_a_line(configure: Configure, tmp_path: Path) -> None:
+    """Weights so large that their products are not: nothing is saved."""
+    with pytest.raises(InputError, match=r"clip4cir: embeddings of toy/val are not finite: lower lr"):
+        train(configure(lr=1e38, max_steps=1), 1)
+    assert not list(tmp_path.rglob("last.safetensors")) and not list(tmp_path.rglob("model.safetensors"))
+
+
 def test_a_bank_needs_a_frozen_image_side(backbone: Backbone) -> None:
     """Else it would be stale after one step."""
     bank = BankCandidates(banks.Bank(None, torch.zeros(3, 1, 128), {}, "x"))

@@ -271,7 +271,7 @@ def test_the_holdout_of_a_table(table: Path) -> None:
 
 
 def test_cells_of_a_csv_are_what_is_written(tmp_path: Path) -> None:
-    """No number, null or missing value is guessed: ids keep their zeros, and texts that look like nothing stay texts."""
+    """Nothing is guessed: ids keep their zeros, and texts that look like numbers or like nothing stay texts."""
     for name in ("007", "NA", "1e3"):
         draw_picture(tmp_path / "catalogue" / f"{name}.png", name)
     (tmp_path / "catalogue" / "catalogue.csv").write_text(
