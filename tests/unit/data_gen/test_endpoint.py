@@ -1,6 +1,7 @@
 """Captions through a server, and through one that misbehaves."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,11 +112,20 @@ def test_retry_after_holds_all_requests(tmp_path: Path, server: FaultyServer, da
 
 def test_a_crowded_server_is_waited_for(tmp_path: Path, server: FaultyServer, dataset: Dataset) -> None:
     """As long as it answers others, a refusal for crowding is no reason to give up, however often it comes."""
-    server.faults = {"0-0-0": ["status:429"] * 4}
-    server.slow = 0.02
-    config = config_of(tmp_path, server, retries=2, requests=2)
+    server.faults = {"0-0-0": ["status:429"] * 6}
+    answer, turns = server._answer, {True: threading.Semaphore(1), False: threading.Semaphore(0)}
+
+    def alternate(request: Any, fault: str, colour: str) -> None:
+        """Refuse one image and answer another in turn, so that a thread that stalls is not taken for a crowd."""
+        refused = colour == "0-0-0"
+        turns[refused].acquire(timeout=20)
+        answer(request, fault, colour)
+        turns[not refused].release(12 if refused and not fault else 1)
+
+    server._answer = alternate  # type: ignore[method-assign]
+    config = config_of(tmp_path, server, retries=3, requests=2, timeout=30)
     caption_images(config, dataset)
-    assert captions(config) == GOOD and len(server.requests) == 16
+    assert captions(config) == GOOD and len(server.requests) == 18
 
 
 def test_requests_per_minute(
