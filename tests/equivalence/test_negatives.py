@@ -486,8 +486,8 @@ def test_parts_need_a_query_that_is_a_sum(kind: str, configure: Configure, tmp_p
 
 
 @pytest.mark.parametrize("wrong", [
-    lambda: NegativesConfig([]), lambda: NegativesConfig(["text", "text"]), lambda: NegativesConfig(max_similarity=1.0),
-    lambda: BankConfig(limit=0),
+    lambda: NegativesConfig([]), lambda: NegativesConfig(["text", "text"]), lambda: NegativesConfig(["query", "query"]),
+    lambda: TrainConfig(negatives=NegativesConfig(max_similarity=1.0)), lambda: TrainConfig(bank=BankConfig(limit=0)),
 ])  # fmt: skip
 def test_settings_that_make_no_sense(wrong: Callable[[], object]) -> None:
     """No type, a type twice, a bound that nothing exceeds, and no candidate at all."""
