@@ -192,7 +192,8 @@ class TripletCollate:
         widths = self.known.positives, self.known.negatives
         rows = []
         for triplet in triplets:
-            parts = ([number.get(i, PADDING) for i in ids] for ids in (triplet.targets, triplet.negatives))
+            lists = (dict.fromkeys(ids) for ids in (triplet.targets, triplet.negatives))  # each image once
+            parts = ([number.get(i, PADDING) for i in ids] for ids in lists)
             rows.append([n for part, width in zip(parts, widths, strict=True) for n in _pad(part, width)])
         return torch.tensor(rows)
 

@@ -67,7 +67,7 @@ class TripletTable(Sequence[Triplet]):
             return TripletTable(self.table, self.rows[index])
         row = int(self.rows[index])
         found = {name: column[row].as_py() for name, column in self._columns.items()}
-        lists: Any = {name: tuple(dict.fromkeys(v for v in found[name] or () if v)) for name in LISTS}
+        lists: Any = {name: tuple(value for value in found[name] or () if value) for name in LISTS}
         return Triplet(found["reference"] or None, generated=found["generated"], **lists)
 
     def take(self, positions: Numbers) -> TripletTable:

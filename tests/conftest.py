@@ -5,7 +5,8 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
 from PIL import Image
@@ -89,6 +90,13 @@ MIXED = [
     Triplet("i17", ("i02",), ("in white",), negatives=("i10", "i18")),
 ]
 """Several targets, hard negatives, and queries without a reference or a text, on images of the toy dataset."""
+
+
+def stand_in(image: Callable[[str], ImageRef], kind: type[Dataset] = Dataset) -> Dataset:
+    """As much of a dataset as the writing of triplets asks for; entries in the shape of a kind of dataset."""
+    entry = kind.triplet_entry
+    own = SimpleNamespace(name="x", root=None, image=image, triplet_entry=lambda *given: entry(cast(Any, None), *given))
+    return cast(Dataset, own)
 
 
 def draw_picture(path: Path, seed: object, size: tuple[int, int] = (48, 40)) -> None:

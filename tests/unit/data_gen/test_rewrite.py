@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import yaml
+from conftest import stand_in
 from tiny_backbones import EMBEDDED
 
 from spn4cir.config import recipes_folder
@@ -15,13 +15,12 @@ from spn4cir.data_gen.ask import Answer, Question, Try
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.texts import Prompt, TokenCounter, check_rewriting, load_prompt, sentence
 from spn4cir.data_gen.write_text import write_triplets
-from spn4cir.dataset import Dataset
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
 from spn4cir.types import ImageRef
 
-NOBODY = cast(Dataset, SimpleNamespace(name="x", image=lambda i: ImageRef(Path(i))))
+NOBODY = stand_in(lambda i: ImageRef(Path(i)))
 PROMPT = Prompt(Path("p.yaml"), "rewrite", (("a red cat", "make the cat red"), ("two dogs", "show two dogs")))
 CAPTIONS = {"a": "red apple", "b": "green apple", "c": "small tree", "d": "two dogs"}
 PAIRS = [("a", "b"), ("c", "b"), ("a", "c"), ("b", "d")]

@@ -4,11 +4,10 @@ import html
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from conftest import draw_picture
+from conftest import draw_picture, stand_in
 from PIL import Image
 
 from spn4cir.data_gen.draw import compute_shares, draw_chart, font, has_letters, sample_pairs, wrap, write_window
@@ -27,7 +26,7 @@ def pictures(tmp_path: Path) -> Dataset:
     for n in range(30):
         draw_picture(folder / f"i{n}.png", n, size=[(40, 40), (300, 2), (3, 200), (90, 60)][n % 4])
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(folder / "i4.png")
-    return cast(Dataset, SimpleNamespace(name="x", image=lambda i: ImageRef(folder / f"{i}.png")))
+    return stand_in(lambda i: ImageRef(folder / f"{i}.png"))
 
 
 def written(

@@ -6,22 +6,23 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from conftest import stand_in
 
 from spn4cir.data_gen.make_triplets import print_summary
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.texts import caption_similarity, compose_text, difference
 from spn4cir.data_gen.write_text import write_triplets
 from spn4cir.dataset import Dataset
+from spn4cir.datasets import DATASETS
 from spn4cir.datasets.generated import read_generated
 from spn4cir.errors import InputError
 from spn4cir.files import read_jsonl, write_jsonl
 from spn4cir.types import ImageRef, Triplet
 
-NOBODY = cast(Dataset, SimpleNamespace(name="x", image=lambda image_id: ImageRef(Path("pictures") / f"{image_id}.png")))
+NOBODY = stand_in(lambda image_id: ImageRef(Path("pictures") / f"{image_id}.png"))
 
 
 def drawn(reference: str, target: str) -> set[str]:
@@ -211,7 +212,7 @@ def test_the_json_is_what_the_library_would_write_at_once(tmp_path: Path, datase
     """Written entry by entry, the published file has the bytes of one list."""
     config = made(tmp_path, [("a", "b"), ("b", "e")])
     config.file("triplets.done.json").unlink()
-    write_triplets(config, cast(Dataset, SimpleNamespace(name=dataset, image=NOBODY.image)))
+    write_triplets(config, stand_in(NOBODY.image, cast(type[Dataset], DATASETS[dataset])))
     text = config.file("triplets.json").read_text()
     entries = json.loads(text)
     assert text == json.dumps(entries, ensure_ascii=False, indent=0) + "\n"
