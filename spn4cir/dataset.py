@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from spn4cir.errors import InputError
 from spn4cir.triplets import TripletTable
@@ -122,6 +122,10 @@ class Dataset(ABC):
     def caption(self, image_id: str) -> str:
         """The caption that came with an image; else empty."""
         return ""
+
+    def columns(self, image_ids: Sequence[str]) -> Mapping[str, Any]:
+        """Further columns that the files have about images, each an Arrow array in the order of the ids."""
+        return {}
 
     def check_command(self, image_id: str) -> str:
         """The command that lists all broken images like this one."""

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir.errors import InputError
+from spn4cir.files import replaced
 from spn4cir.search import BLOCK, blocks, top_k
 
 Kind: TypeAlias = Literal["exact", "ivf", "hnsw"]
@@ -39,23 +41,25 @@ class Neighbours:
         index: which.
         effort: clusters that ``ivf`` looks into, or vectors that ``hnsw`` keeps in sight; more is slower, misses less.
 
+        saved: file of ``save`` to read the index from, ``ivf`` or ``hnsw`` alone; None builds it.
+
     Raises:
-        InputError: if faiss is not installed.
+        InputError: if faiss is not installed, or the file is missing, damaged or of another gallery.
         ValueError: if a vector is not finite.
     """
 
-    def __init__(self, gallery: Tensor, index: Kind = "exact", effort: int = 64):
+    def __init__(self, gallery: Tensor, index: Kind = "exact", effort: int = 64, saved: Path | None = None):
         if index not in get_args(Kind) or effort < 1:
             raise ValueError(f"index must be one of {', '.join(get_args(Kind))} and effort positive: {index}, {effort}")
         self.gallery, self.kind = gallery, index
-        try:
-            faiss = importlib.import_module("faiss")
-        except ImportError as error:
-            advice = "pip install 'spn4cir[faiss-cpu]', or faiss-gpu on a CUDA machine"
-            raise InputError(f"faiss is missing: {advice}") from error
+        faiss = import_faiss()
         self._on_gpu = index != "hnsw" and faiss.get_num_gpus() > 0
         self._longest = 0.0  # length of a vector
-        self._index = self._build(faiss, effort) if gallery.numel() else None
+        self._index = None
+        if saved is not None:
+            self._index = self._read(faiss, saved, effort)
+        elif gallery.numel():
+            self._index = self._build(faiss, effort)
 
     def __len__(self) -> int:
         return len(self.gallery)
@@ -85,6 +89,26 @@ class Neighbours:
         for _, block in blocks(self.gallery, torch.empty(0)):
             index.add(_array(block.flatten(0, 1)))
         return index
+
+    def save(self, path: Path) -> None:
+        """Write the index, vectors included."""
+        faiss = import_faiss()
+        with replaced(path) as beside:
+            faiss.write_index(faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index, str(beside))
+
+    def _read(self, faiss: Any, path: Path, effort: int) -> Any:
+        try:
+            index = faiss.read_index(str(path))
+        except RuntimeError:
+            raise InputError(f"{path} is missing or damaged: build the index anew") from None
+        count, _, width = self.gallery.shape
+        if (index.ntotal, index.d) != (count * self.gallery.shape[1], width):
+            raise InputError(f"{path} is an index of other vectors: build the index anew")
+        if self.kind == "hnsw":
+            index.hnsw.efSearch = effort
+        else:
+            index.nprobe = min(effort, index.nlist)
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index) if self._on_gpu else index
 
     @torch.no_grad()
     def top_k(
@@ -148,6 +172,15 @@ class Neighbours:
         rows = rows.gather(1, order).masked_fill(scores.isneginf(), -1)
         missing = max(0, k - rows.shape[1])
         return F.pad(scores[:, :k], (0, missing), value=-torch.inf), F.pad(rows[:, :k], (0, missing), value=-1)
+
+
+def import_faiss() -> Any:
+    """The module faiss. Raises ``InputError`` if it is not installed."""
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as error:
+        advice = "pip install 'spn4cir[faiss-cpu]', or faiss-gpu on a CUDA machine"
+        raise InputError(f"faiss is missing: {advice}") from error
 
 
 def _array(vectors: Tensor) -> np.ndarray[Any, Any]:

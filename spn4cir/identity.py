@@ -176,11 +176,11 @@ def _look_all(images: Sequence[ImageRef], known: Mapping[str, tuple[Stamp, str]]
 
 
 def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
-    stamp = _stamp(image)
+    stamp = image_stamp(image)
     if stamp is not None and (before := known.get(_key(image))) and before[0] == stamp:
         return Inspected(before[1]), None
     inspected = _inspect(image)
-    unchanged = stamp is not None and not inspected.problem and _stamp(image) == stamp
+    unchanged = stamp is not None and not inspected.problem and image_stamp(image) == stamp
     return inspected, stamp if unchanged else None
 
 
@@ -191,7 +191,7 @@ def _key(image: ImageRef) -> str:
     return "" if image.path is None else f"{image.path.absolute()}{image.box or ''}"
 
 
-def _stamp(image: ImageRef) -> Stamp | None:
+def image_stamp(image: ImageRef) -> Stamp | None:
     """The stamp of a regular file, or of the files around stored bytes; None for anything else."""
     if isinstance(image.source, StoredBytes):
         return image.source.stamp

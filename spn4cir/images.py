@@ -58,7 +58,7 @@ def decode(image: ImageRef | Path) -> Image.Image:
     with opened as picture:
         if picture.format in ("EPS", "IPTC"):
             raise OSError("PostScript, or what may hold it, is a program and no picture")  # a decoder would run it
-        whole = _as_rgb(picture)
+        whole = to_rgb(picture)
         if box is None:
             return whole
         if box[2] > whole.width or box[3] > whole.height:
@@ -66,7 +66,8 @@ def decode(image: ImageRef | Path) -> Image.Image:
         return whole.crop(box)
 
 
-def _as_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture as RGB; transparent parts become white."""
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")

@@ -1,0 +1,227 @@
+"""An index in a folder: built from pictures, changed with them, and searched in memory-mapped vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spn4cir.datasets.reading import inner_path
+from spn4cir.errors import InputError
+from spn4cir.index import changes
+from spn4cir.index.approximate import open_approximate
+from spn4cir.index.changes import Changes
+from spn4cir.index.searchable import Nearest, SearchableIndex
+from spn4cir.index.snapshot import Mask, Snapshot, other_model
+from spn4cir.index.source import Source, read_source
+from spn4cir.model import Model, load
+from spn4cir.search import blocks, scores_of
+from spn4cir.selection import Condition, Kind
+from spn4cir.types import ImageRef
+
+
+class Index(SearchableIndex):
+    """A searchable index of pictures; see ``Index.build`` and ``Index.open``.
+
+    Attributes:
+        path: its folder.
+        changes: what the last ``build``, ``add``, ``remove`` or ``update`` did; None after ``open``.
+
+    Example:
+        >>> import spn4cir
+        >>> index = spn4cir.Index.build(spn4cir.load("embedded"), "pictures", "pictures.index")  # doctest: +SKIP
+        >>> [hit.id for hit in index.search(text="a red heart", k=3)]  # doctest: +SKIP
+    """
+
+    changes: Changes | None = None
+
+    def __init__(self, path: Path, model: Model | None = None, effort: int = 64):
+        self.path, self._model, self._effort = path, model, effort
+        self._sources: dict[int, Source] = {}
+        self.refresh()
+        if model is not None and model.fingerprint != self.snapshot.head.fingerprint:
+            raise other_model(path, self.snapshot.head.model, model.name)
+
+    @classmethod
+    def build(
+        cls,
+        model: Model,
+        source: str | Path,
+        path: str | Path,
+        *,
+        kind: str = "exact",
+        dtype: str = "float32",
+        dataset: str | None = None,
+    ) -> Index:
+        """Embed all images of a source, and write the index. A build that was killed goes on where it stopped.
+
+        Args:
+            model: from ``spn4cir.load``.
+            source: folder of pictures, table, ``hf:`` and a hub name, or name of a dataset.
+            path: new or empty folder.
+            kind: ``exact``; or ``hnsw`` or ``ivf`` of faiss, which are faster and may miss hits.
+            dtype: ``float32``, or ``float16`` for half the disk and memory.
+            dataset: name of the dataset whose files are in ``source``.
+
+        Raises:
+            InputError: if there are no pictures, the folder holds something else, or the disk has no room.
+        """
+        done = changes.build(model, read_source(source, dataset), Path(path), kind, dtype)
+        return cls._opened(Path(path), model, done)
+
+    @staticmethod
+    def open(path: str | Path, model: Model | None = None, *, effort: int = 64) -> SearchableIndex:
+        """Open an index by memory map.
+
+        Args:
+            path: its folder; or where an engine holds it: ``qdrant://HOST:PORT/COLLECTION``.
+            model: to embed queries; by default the one that it was built with is loaded at the first search.
+            effort: how much of an ``hnsw`` or ``ivf`` index a search looks at; more is slower and misses less.
+
+        Raises:
+            InputError: if there is none, it is damaged, or it is of another model.
+        """
+        from spn4cir.index.engines import open_engine
+
+        return open_engine(str(path), model) or Index(Path(path), model, effort)
+
+    @classmethod
+    def _opened(cls, path: Path, model: Model, done: Changes) -> Index:
+        index = cls(path, model)
+        index.changes = done
+        return index
+
+    def refresh(self) -> None:
+        """Read the last commit, such as one that another process made meanwhile."""
+        self.snapshot = Snapshot(self.path)
+        self._sources.clear()
+        for name in ("background", "_approximate"):
+            self.__dict__.pop(name, None)
+
+    def add(self, source: str | Path, dataset: str | None = None) -> Changes:
+        """Add the images of another source. Raises ``InputError`` for an id that the index holds already."""
+        return self._changed(changes.add(self.model, read_source(source, dataset), self.path))
+
+    def remove(self, ids: Sequence[str]) -> Changes:
+        """Remove images; an update leaves them out from now on. Raises ``InputError`` for an unknown id."""
+        return self._changed(changes.remove(self.path, ids))
+
+    def update(self) -> Changes:
+        """Follow the sources: encode what is new or has another content, and remove what is gone."""
+        return self._changed(changes.update(self.model, self.path))
+
+    def compact(self) -> Changes:
+        """Write all images into one segment, without those that are gone."""
+        return self._changed(changes.compact(self.path))
+
+    def _changed(self, done: Changes) -> Changes:
+        self.refresh()
+        self.changes = done
+        return done
+
+    @property
+    def model(self) -> Model:  # type: ignore[override]
+        """The model that queries are embedded with. Raises ``InputError`` if it has changed since the index was built."""
+        if self._model is None:
+            head = self.snapshot.head
+            self._model = load(head.model)
+            if self._model.fingerprint != head.fingerprint:
+                raise InputError(f"{self.path}: the model {head.model} has changed since: build the index anew")
+        return self._model
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of all images."""
+        return self.snapshot.live_ids()
+
+    def __len__(self) -> int:
+        return len(self.snapshot)
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """What each column holds: text, number or boolean."""
+        return self.snapshot.kinds
+
+    @cached_property
+    def background(self) -> Tensor:
+        """Vectors (S, K, E) of the background sample."""
+        return self.snapshot.gather(self.snapshot.sample().tolist()).float()
+
+    def nearest(
+        self, query: Tensor, count: int, conditions: Sequence[Condition] = (), exclude: Collection[str] = ()
+    ) -> Nearest:
+        """The candidates of a query (E,); under conditions, and in small segments, all images are scored."""
+        snapshot = self.snapshot
+        mask = snapshot.matching(conditions)
+        if exclude:
+            mask = mask.copy()
+            mask[snapshot.rows_of(list(exclude))] = False
+        found, floor = [np.zeros(0, np.int64)], -float("inf")
+        for start, vectors, approximate in zip(snapshot.starts, snapshot.vectors, self._approximate, strict=True):
+            part = mask[start : start + len(vectors)]
+            if approximate is not None and not conditions:
+                wanted = min(len(vectors), count + len(exclude))
+                scores, rows = approximate.top_k(query[None], wanted)
+                kept = rows[0, rows[0] >= 0].numpy()
+                if len(kept) < len(vectors):
+                    floor = max(floor, float(scores[0, : len(kept)].amin()) if len(kept) == wanted else -float("inf"))
+                found.append(start + kept[part[kept]])
+            else:
+                rows_, least = _best(query, vectors.whole(), part, count)
+                floor = max(floor, least)
+                found.append(start + rows_)
+        rows_found = np.concatenate(found)
+        files = snapshot.files.select(["id", "source", "path"]).take(rows_found).to_pydict()
+        return Nearest(
+            files["id"],
+            snapshot.gather(rows_found.tolist()).float(),
+            [self._path(source, path) for source, path in zip(files["source"], files["path"], strict=True)],
+            snapshot.columns.take(rows_found).to_pylist(),
+            floor,
+        )
+
+    @cached_property
+    def _approximate(self) -> list[Any]:
+        head = self.snapshot.head
+        return [
+            open_approximate(vectors.whole(), head.kind, self.path / part.key, self._effort)
+            for part, vectors in zip(head.segments, self.snapshot.vectors, strict=True)
+        ]
+
+    def find_image(self, image_id: str) -> ImageRef | None:
+        """The picture of an image; None for an id that the index lacks."""
+        try:
+            (row,) = self.snapshot.rows_of([image_id])
+        except InputError:
+            return None
+        about = self.snapshot.files.slice(row, 1).to_pylist()[0]
+        path = self._path(about["source"], about["path"])
+        if path is None:
+            return self._source(about["source"]).images.get(image_id)
+        return ImageRef(path, tuple(about["box"]) if about["box"] else None)
+
+    def _path(self, source: int, path: str | None) -> Path | None:
+        root = self.snapshot.head.sources[source].root
+        return None if path is None else Path(root) / inner_path(Path(root), "path", path)
+
+    def _source(self, number: int) -> Source:
+        """A source, read again for images that have no file of their own."""
+        if number not in self._sources:
+            note = self.snapshot.head.sources[number]
+            self._sources[number] = read_source(note.place, note.dataset)
+        return self._sources[number]
+
+
+def _best(query: Tensor, vectors: Tensor, mask: Mask, count: int) -> tuple[np.ndarray[Any, Any], float]:
+    """Rows of the highest scores among those of the mask, and the lowest of these scores; minus infinity for all."""
+    scores = torch.cat([scores_of(query[None], block)[0] for _, block in blocks(vectors, query)])
+    allowed = int(mask.sum())
+    if allowed < len(mask):
+        scores[torch.from_numpy(~mask)] = -torch.inf
+    best = scores.topk(min(count, allowed))
+    return best.indices.numpy(), float(best.values[-1]) if count < allowed else -float("inf")

@@ -1,0 +1,271 @@
+"""Search, whatever holds the vectors: queries as people make them in, hits out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from PIL import Image
+from torch import Tensor
+
+from spn4cir.errors import InputError
+from spn4cir.model import Model, Picture, open_picture
+from spn4cir.selection import (
+    Condition,
+    Kind,
+    Part,
+    Selection,
+    Where,
+    combine_vectors,
+    pair_parts,
+    parse_where,
+    score_statistics,
+    select,
+)
+from spn4cir.types import ImageRef
+
+NEGATIVE = 0.5
+"""Weight of what a query shall be unlike, or without, if none is given: a whole one drowns what it is taken from."""
+SPARE = 16  # candidates fetched beyond those needed
+ROUNDING = 1e-5  # two ways to add up a dot product of unit vectors in float32 differ by less
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A result of a search.
+
+    Args:
+        id: of the image.
+        score: dot product of unit vectors, from -1 to 1.
+        z: standard deviations above the query's mean score over the background sample.
+        path: of the picture; None for one that has no file of its own.
+        columns: what is known about the image.
+        folded: ids of near-duplicates, best first.
+    """
+
+    id: str
+    score: float
+    z: float
+    path: Path | None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    folded: tuple[str, ...] = ()
+
+
+ImageQuery: TypeAlias = "Picture | Hit"
+Images: TypeAlias = "ImageQuery | tuple[ImageQuery, float] | Sequence[ImageQuery | tuple[ImageQuery, float]]"
+Texts: TypeAlias = "str | tuple[str, float] | Sequence[str | tuple[str, float]]"
+
+
+class Nearest(NamedTuple):
+    """Candidates of a query.
+
+    ``ids``, ``vectors`` (C, K, E), ``paths`` and ``columns`` are of the candidates; ``floor`` is a score that no image
+    exceeds which is not among them, minus infinity if there is none.
+    """
+
+    ids: list[str]
+    vectors: Tensor
+    paths: list[Path | None]
+    columns: list[Mapping[str, Any]]
+    floor: float
+
+
+class SearchableIndex(ABC):
+    """An index that finds the images nearest to a query; a subclass says where the vectors are."""
+
+    model: Model
+
+    @property
+    @abstractmethod
+    def kinds(self) -> Mapping[str, Kind]:
+        """What each column holds."""
+
+    @property
+    @abstractmethod
+    def background(self) -> Tensor:
+        """Vectors (S, K, E) of the background sample."""
+
+    @abstractmethod
+    def nearest(
+        self, query: Tensor, count: int, conditions: Sequence[Condition] = (), exclude: Collection[str] = ()
+    ) -> Nearest:
+        """About ``count`` candidates of a query (E,), those of the highest scores, that satisfy all conditions."""
+
+    @abstractmethod
+    def find_image(self, image_id: str) -> ImageRef | None:
+        """The picture of an image; None for an id that the index lacks."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def search(
+        self,
+        image: Images | None = None,
+        text: Texts | None = None,
+        k: int = 10,
+        *,
+        unlike: Images | None = None,
+        without: Texts | None = None,
+        where: Where = (),
+        group: str | None = None,
+        min_score: float | None = None,
+        min_z: float | None = None,
+        fold: float | None = None,
+    ) -> list[Hit]:
+        """Find the k images that fit a query best, best first, equal scores by id.
+
+        An image is an id of the index, a hit, a file or a decoded picture; an id takes precedence over a file. Images
+        and texts may be several, and each a tuple with its weight: see ``embed``. Images of the index that are part of
+        the query are left out of the hits.
+
+        Args:
+            image: reference images.
+            text: modification texts; or what to find, without an image.
+            k: number of hits.
+            unlike: images to be unlike.
+            without: texts of what to be without.
+            where: conditions on columns that hits satisfy: ``["category=dress", "price<=50"]``, or a mapping from
+                column to value or values.
+            group: column of which each value occurs in one hit only, such as a product's id.
+            min_score: lowest score.
+            min_z: lowest z-score: a cut-off relative to how this query scores a fixed sample of the index.
+            fold: similarity from which near-duplicates are folded into the best of them.
+
+        Raises:
+            InputError: for a query without image and text, a picture that does not decode, a column that the index
+                lacks, or a value out of range.
+
+        Example:
+            >>> import spn4cir
+            >>> index = spn4cir.Index.open("pictures.index")  # doctest: +SKIP
+            >>> index.search("shoes/7.jpg", "but in red", k=3, where=["price<=50"])  # doctest: +SKIP
+        """
+        selection = Selection(k, min_score, min_z, fold, group)
+        query = self.embed(image, text, unlike=unlike, without=without)
+        used = [self._member(one) for given in (image, unlike) for one, _ in _weighted(given, 1.0)]
+        return self.search_vector(query, selection, where, [image_id for image_id in used if image_id is not None])
+
+    def embed(
+        self,
+        image: Images | None = None,
+        text: Texts | None = None,
+        *,
+        unlike: Images | None = None,
+        without: Texts | None = None,
+    ) -> Tensor:
+        """Embed a query of weighted parts → (E,), unit norm.
+
+        Each image is composed with each text, and the embeddings are averaged by weight; if the texts' largest weight
+        exceeds the images', the texts alone are added with the difference, and the reverse (``selection.pair_parts``).
+        What to be unlike, or without, is subtracted, with a weight of 0.5 if none is given.
+
+        Raises:
+            InputError: as ``search``.
+        """
+        images, texts = _weighted(image, 1.0), _weighted(text, 1.0)
+        negative_images, negative_texts = _weighted(unlike, NEGATIVE), _weighted(without, NEGATIVE)
+        if not images and not texts:
+            raise InputError("a search needs an image or a text to look for")
+        for given in (images, texts, negative_images, negative_texts):
+            if wrong := [weight for _, weight in given if not 0 < weight < float("inf")]:
+                raise InputError(f"weights must be positive numbers, got {wrong[0]}: use unlike or without to subtract")
+        parts = pair_parts([weight for _, weight in images], [weight for _, weight in texts])
+        parts += [Part(len(images) + n, None, -weight) for n, (_, weight) in enumerate(negative_images)]
+        parts += [Part(None, len(texts) + n, -weight) for n, (_, weight) in enumerate(negative_texts)]
+        pictures = [self._open(one) for one, _ in images + negative_images]
+        words = [_check_text(one) for one, _ in texts + negative_texts]
+        vectors = self.model.embed_queries(
+            [None if part.image is None else pictures[part.image] for part in parts],
+            [None if part.text is None else words[part.text] for part in parts],
+        )
+        return combine_vectors(vectors, [part.weight for part in parts])
+
+    def search_vector(
+        self, query: Tensor, selection: Selection, where: Where = (), exclude: Collection[str] = ()
+    ) -> list[Hit]:
+        """Find the images that fit a query (E,) best; more candidates are fetched until no other could be a hit.
+
+        Args:
+            query: unit norm, such as ``embed`` gives.
+            selection: how many hits, cut-offs, groups and folding.
+            where: conditions on columns.
+            exclude: ids that are left out.
+
+        Raises:
+            InputError: for a column that the index lacks, or a query of another width.
+        """
+        conditions = parse_where(where, self.kinds)
+        if selection.group is not None and selection.group not in self.kinds:
+            raise InputError(f"group: the index has no column {selection.group!r}; columns: {', '.join(self.kinds)}")
+        statistics = self._statistics(query)
+        low = _lowest(selection, statistics)
+        count = selection.k + SPARE
+        while True:
+            found = self.nearest(query, count, conditions, exclude)
+            groups = [row.get(selection.group) for row in found.columns] if selection.group is not None else None
+            picks = select(query, found.vectors, found.ids, selection, groups, statistics)
+            last = picks[-1].score if len(picks) == selection.k else low
+            if found.floor == float("-inf") or last > found.floor + ROUNDING:
+                break
+            count *= 4
+        return [
+            Hit(
+                found.ids[pick.position],
+                pick.score,
+                pick.z,
+                found.paths[pick.position],
+                found.columns[pick.position],
+                tuple(found.ids[n] for n in pick.folded),
+            )
+            for pick in picks
+        ]
+
+    def _statistics(self, query: Tensor) -> tuple[float, float]:
+        if query.shape != self.background.shape[2:]:
+            width = self.background.shape[2]
+            raise InputError(f"a query has {width} numbers in this index, got a tensor of shape {tuple(query.shape)}")
+        return score_statistics(query, self.background)
+
+    def _member(self, image: ImageQuery) -> str | None:
+        """The id of an image of the index; None for any other picture."""
+        if isinstance(image, Hit):
+            return image.id
+        return image if isinstance(image, str) and self.find_image(image) is not None else None
+
+    def _open(self, image: ImageQuery) -> Image.Image:
+        image_id = self._member(image)
+        if image_id is not None:
+            found = self.find_image(image_id)
+            if found is None:
+                raise InputError(f"{image_id!r} is not in the index")
+            return open_picture(found)
+        assert not isinstance(image, Hit)
+        return open_picture(image)
+
+
+def _lowest(selection: Selection, statistics: tuple[float, float]) -> float:
+    """The lowest score that a hit may have."""
+    mean, deviation = statistics
+    low = -float("inf") if selection.min_score is None else selection.min_score
+    if selection.min_z is not None:
+        low = max(low, mean + selection.min_z * deviation)
+    return low
+
+
+def _weighted(given: Any, default: float) -> list[tuple[Any, float]]:
+    """Images or texts, one or several, each with its weight."""
+    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str | tuple) else [given]
+    return [
+        one if isinstance(one, tuple) and not isinstance(one, ImageRef) else (one, default)
+        for one in several
+        if one is not None
+    ]
+
+
+def _check_text(text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"a text must say something, got {text!r}")
+    return text
