@@ -114,13 +114,14 @@ def combine_vectors(vectors: Tensor, weights: Sequence[float]) -> Tensor:
     Raises:
         InputError: if the vectors cancel out, or one is not finite.
     """
-    total = (vectors.double() * torch.tensor(weights, dtype=torch.float64)[:, None]).sum(0)
+    total: Tensor = (vectors.double() * torch.tensor(weights, dtype=torch.float64)[:, None]).sum(0)
     length = torch.linalg.vector_norm(total)
     if not bool(length.isfinite()):
         raise InputError("the query is not finite: check the model's weights")
     if length < 1e-6 * max(map(abs, weights)):
         raise InputError("the parts of the query cancel each other out: change a weight")
-    return (total / length).float()
+    combined: Tensor = (total / length).float()
+    return combined
 
 
 def score_candidates(query: Tensor, candidates: Tensor) -> Tensor:
