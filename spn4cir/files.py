@@ -116,13 +116,18 @@ def stream_jsonl(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return  # torn
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise InputError(f"{path}, line {number}: {error}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: expected an object")
-            yield row
+            yield parse_row(path, number, line)
+
+
+def parse_row(path: Path, number: int, line: str | bytes) -> Row:
+    """Return the object in a line of a JSONL file. Raises ``InputError`` that names the line."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise InputError(f"{path}, line {number}: {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{path}, line {number}: expected an object, got {short(row)}")
+    return row
 
 
 def count_lines(path: Path) -> int:
