@@ -35,17 +35,8 @@ def open_generated(
 ) -> tuple[Dataset, list[Triplet], list[str]]:
     """Triplets of a generated file, of images of a dataset or of others that the file says the place of.
 
-    Args:
-        path: the file.
-        dataset: whose training images are known.
-        ranked: image ids that no other image may have, since a benchmark ranks them.
-
-    Returns:
-        The dataset, with the other images if there are any; the triplets; and a line for each reason why some were left
-        out.
-
-    Raises:
-        InputError: naming the file, the entry and the field.
+    Other images may have none of the ids of ``ranked``, which a benchmark ranks. Returns the dataset, with the other
+    images if there are any, and what ``read_generated`` returns.
     """
     others = _Others(path, frozenset(ranked))
     triplets, notes = read_generated(path, dataset.training_images(), dataset.skip_reasons, others.add)
@@ -56,7 +47,7 @@ def open_generated(
 def read_generated(
     path: Path, known: Iterable[str], skipped: Iterable[str] = (), other: AddImage | None = None
 ) -> tuple[list[Triplet], list[str]]:
-    """Triplets of a generated file, whoever made it.
+    """The triplets of a generated file, whoever made it, and a line for each reason why some are left out.
 
     Args:
         path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
@@ -64,9 +55,6 @@ def read_generated(
         known: image ids that may occur.
         skipped: image ids whose triplets are left out.
         other: takes an image that is not known; None for an error.
-
-    Returns:
-        The triplets, and a line for each reason why some were left out.
 
     Raises:
         InputError: naming the file, the entry and the field.
@@ -128,11 +116,11 @@ class _Others:
             raise entry.error(key, f"{short(entry.text(key))} {what}; {advice}") from None
         if not self.images:
             roots = _roots(self._file.parent)
-            root = next((root for root in roots if (root / inner).is_file()), None)
-            if root is None:
+            found = [root for root in roots if (root / inner).is_file()]
+            if not found:
                 where = f"{short(inner.as_posix())} lies neither in {self._file.parent} nor in {roots[-1]}"
                 raise entry.error(key, f"{where}: put a copy of this file into the folder that its paths start from")
-            self._root = root
+            self._root = found[0]
         place = self._root / inner
         if self.images.setdefault(image_id, place) != place:
             raise entry.error(key, f"{short(image_id)} was {self.images[image_id]} before: one id, one picture")

@@ -22,12 +22,8 @@ QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and 
 class OwnImages(Dataset):
     """What datasets of one's own have in common: where they lie, their images, and queries in ``queries.csv``.
 
-    Args:
-        root: folder, file, or ``hf:`` and a hub name; None looks in SPN4CIR_DATA, then in data, for a folder of the
-            dataset's name.
-
-    Raises:
-        InputError: if there is none.
+    The root is a folder, a file, or ``hf:`` and a hub name; None looks in SPN4CIR_DATA, then in data, for a folder of
+    the dataset's name. Raises ``InputError`` if there is none.
     """
 
     def __init__(self, root: str | None = None):
@@ -79,9 +75,8 @@ class OwnImages(Dataset):
     def caption(self, image_id: str) -> str:
         """What the table, the file of captions or the text beside the picture says, on one line."""
         given = self._contents.captions.get(image_id, "")
-        return given or (self._text_beside(image_id) if self._contents.texts else "")
-
-    def _text_beside(self, image_id: str) -> str:
+        if given or not self._contents.texts:
+            return given
         path = (self._contents.root / image_id).with_suffix(".txt")  # only of a plain folder
         if path.is_symlink():  # might lead anywhere
             return ""
@@ -120,30 +115,22 @@ class OwnImages(Dataset):
                 "training does without by --selection holdout"
             )
         chosen = self.choose_protocol(split, protocol)
-        asked: dict[tuple[str, str, str], list[str]] = {}
+        asked: dict[tuple[str, str, str], dict[str, None]] = {}
         columns = read_table(self._queries, ASKED, ("reference", "modification", "target"))
         groups = columns.get("group", [""] * len(columns["target"]))
         rows = zip(columns["reference"], columns["modification"], columns["target"], groups, strict=True)
         for row, (reference, text, target, group) in enumerate(rows, 1):
+            where = f"{self._queries}, row {row}"
             for column, image_id in (("reference", reference), ("target", target)):
                 if image_id not in self._contents.places:
-                    raise wrong(
-                        f"{self._queries}, row {row}", column, f"{short(image_id)} is no image of the {self.name}"
-                    )
+                    raise wrong(where, column, f"{short(image_id)} is no image of the {self.name}")
             if not text.strip():
-                raise wrong(f"{self._queries}, row {row}", "modification", "is empty")
+                raise wrong(where, "modification", "is empty")
             if reference == target:
-                raise wrong(f"{self._queries}, row {row}", "target", "is the reference, which is not ranked")
-            asked.setdefault((reference, text.strip(), group), []).append(target)
+                raise wrong(where, "target", "is the reference, which is not ranked")
+            asked.setdefault((reference, text.strip(), group), {})[target] = None
         if not asked:
             raise InputError(f"{self._queries} holds no query")
-        return Benchmark(
-            name=chosen,
-            gallery=tuple(self._contents.places),
-            queries=tuple(
-                Query(r, text, tuple(dict.fromkeys(t)), (group,) if group else ())
-                for (r, text, group), t in asked.items()
-            ),
-            exclude_reference=True,
-            measures=recall_measures(1, 5, 10, 50, primary=(10, 50)),
-        )
+        queries = (Query(r, text, tuple(t), (group,) if group else ()) for (r, text, group), t in asked.items())
+        gallery, measures = tuple(self._contents.places), recall_measures(1, 5, 10, 50, primary=(10, 50))
+        return Benchmark(chosen, gallery, tuple(queries), exclude_reference=True, measures=measures)

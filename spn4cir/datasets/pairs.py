@@ -41,16 +41,12 @@ class Pairs(OwnImages):
         place = Path(self._place)
         if self._place.startswith(HUB) or any((place / name).is_file() for name in SAVED):
             return Rows(self._place)
-        if place.is_file():
-            return Rows(self._place, [place])
-        table = find_table(place, "triplets")
-        own = (path for path in sorted(place.rglob("*.parquet")) if IMAGES not in path.relative_to(place).parts[0])
-        files = [table] if table else list(own)
-        if not files:
-            raise InputError(
-                f"{self.name}: {place} holds no triplets.csv, .tsv, .jsonl or .parquet, and no Parquet file"
-            )
-        return Rows(str(table or place), files)
+        if table := place if place.is_file() else find_table(place, "triplets"):
+            return Rows(str(table), [table])
+        files = [path for path in sorted(place.rglob("*.parquet")) if IMAGES not in path.relative_to(place).parts[0]]
+        if files:
+            return Rows(self._place, files)
+        raise InputError(f"{self.name}: {place} holds no triplets.csv, .tsv, .jsonl or .parquet, and no Parquet file")
 
     @cached_property
     def _columns(self) -> dict[str, str]:
@@ -86,9 +82,8 @@ class Pairs(OwnImages):
         if stored:
             return _stored_images(self._rows, self.root or Path(), stored)
         if self.root is None:
-            raise InputError(
-                f"{self._rows.place}: columns reference and target hold no images, and no folder is beside it"
-            )
+            what = "columns reference and target hold no images, and no folder is beside it"
+            raise InputError(f"{self._rows.place}: {what}")
         beside = find_table(self.root, IMAGES) or self.root / IMAGES
         if beside.exists():
             return read_contents(beside)

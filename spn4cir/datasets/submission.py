@@ -23,13 +23,8 @@ def write_submission(
 ) -> list[Path]:
     """Write both files into a folder, made if it is missing, whole or not at all.
 
-    Args:
-        ranked: query name → first images of the gallery, at least 50.
-        within: query name → first images of the subset, at least 3.
-        benchmark: whose queries must all be there.
-
-    Raises:
-        InputError: if the server would refuse a file.
+    ``ranked`` are the first images of the gallery by query name, at least 50, ``within`` those of the subset, at least
+    3. Raises ``InputError`` if the server would refuse a file, such as for a query of the benchmark that is missing.
     """
     contents: dict[Path, str] = {}
     for metric, lists in (("recall", ranked), ("recall_subset", within)):
