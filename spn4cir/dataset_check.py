@@ -36,7 +36,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Everything but the look at single images, for machines."""
         values = asdict(replace(self, found={}))
-        return {"can_train": self.can_train, **{name: values[name] for name in values if name != "found"}}
+        del values["found"]
+        return {"can_train": self.can_train, **values}
 
 
 def examine(
@@ -44,11 +45,7 @@ def examine(
 ) -> Report:
     """Look at annotations and at every image, each decoded once; images on the skip list count as left out.
 
-    Args:
-        dataset: any.
-        cache: file of pixels seen before, see ``inspect_images``.
-        workers: how many images are decoded at once.
-        before: a report on the same images, to look at none again.
+    ``cache`` and ``workers`` are those of ``inspect_images``; a report ``before`` on the same images saves a look.
     """
     report = Report(dataset.name, str(dataset.root or "embedded"), dataset.checks())
     roles = dataset.image_roles()
@@ -85,7 +82,7 @@ def _usable(dataset: Dataset) -> list[Check]:
             faults.append(Check(f"queries of {name} that are left", len(benchmark.queries), None, level, examples))
     if triplets is not None and not triplets:
         level = "problem" if dataset.has_triplets else "fact"
-        faults.append(Check("triplets that are left to train on", 0, None, level))
+        faults.append(Check("triplets that are left to train on", 0, level=level))
     return faults
 
 

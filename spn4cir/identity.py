@@ -10,9 +10,9 @@ import stat
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import PIL
@@ -49,10 +49,10 @@ def inspect_images(
 ) -> dict[str, Inspected]:
     """Decode every image once and hash its pixels; no broken image stops it.
 
-    A file is *truncated* if it begins as an image and its data ends early: it begins as PNG, JPEG, GIF or WebP and the
-    end mark is missing (of a WebP: it is shorter than it says), or the decoder ran out of data, as it also does where a
-    damaged length promises too much. Everything else that does not decode is *unreadable*, a file cut within its first
-    bytes included. A file that only lacks what follows its last pixel decodes, and is whole.
+    A file is *truncated* if it begins as PNG, JPEG, GIF or WebP and the end mark is missing (of a WebP: it is shorter
+    than it says), or the decoder ran out of data, as it also does where a damaged length promises too much. Everything
+    else that does not decode is *unreadable*, a file cut within its first bytes included. A file that only lacks what
+    follows its last pixel decodes, and is whole.
 
     Args:
         images: image id → where its pixels come from; ids may share one.
@@ -60,9 +60,6 @@ def inspect_images(
             again. Several processes may share it. Where it cannot be read or written, all goes on without it.
         workers: threads (decoders and hashes run outside the interpreter's lock); by default one for each core.
         show: a progress bar.
-
-    Returns:
-        One entry for each id, in the order of ``images``.
     """
     sources = list(dict.fromkeys(images.values()))
     found: dict[ImageRef, Inspected] = {}
@@ -162,17 +159,13 @@ def _blocks(
         waiting: deque[tuple[Sequence[ImageRef], Future[list[Looked]]]] = deque()
         while True:
             for block in islice(todo, AHEAD * workers - len(waiting)):
-                waiting.append((block, pool.submit(_look_all, block, known)))
+                waiting.append((block, pool.submit(lambda part: [_look(image, known) for image in part], block)))
             if not waiting:
                 return
             block, future = waiting.popleft()
             yield block, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _look_all(images: Sequence[ImageRef], known: Mapping[str, tuple[Stamp, str]]) -> list[Looked]:
-    return [_look(image, known) for image in images]
 
 
 def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
@@ -242,27 +235,17 @@ class _Cache:
         self._descriptor: int | None = None
         if file is None:
             return
-        try:
-            torn = self._read(file, {_key(image) for image in images})
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            if torn:
-                self._write(b"\n")
-        except OSError:
-            pass  # a cache only saves time
-
-    def _read(self, file: Path, wanted: set[str]) -> bool:
-        """Take over what is whole and wanted, the last line of a file winning; tell whether the end is torn."""
-        line = b"\n"
-        try:
-            with file.open("rb") as lines:
+        wanted, line = {_key(image) for image in images}, b"\n"
+        with suppress(OSError):  # a cache only saves time
+            with suppress(FileNotFoundError), file.open("rb") as lines:
                 for line in lines:
                     row = _cache_row(line)
                     if row is not None and row[0] in wanted:
-                        self.known[row[0]] = row[1:]
-        except FileNotFoundError:
-            return False
-        return not line.endswith(b"\n")
+                        self.known[row[0]] = row[1:]  # the last line of an image wins
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if not line.endswith(b"\n"):  # torn
+                self._write(b"\n")
 
     def add(self, image: ImageRef, stamp: Stamp, pixels: str) -> None:
         """Remember an image, by one write so that lines of several processes do not mix."""
@@ -284,7 +267,7 @@ class _Cache:
     def __enter__(self) -> "_Cache":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
 
