@@ -40,10 +40,8 @@ class TripletBatch:
         query_identity: (B, 2), equal for equal pixels of references, and for equal texts.
         pixels: (U, 3, H, W) of the unique images of the batch, or None where features are given.
         features: stored features of the references, or None; their ``target`` is empty unless a text is missing.
-        has_reference: (B,) booleans; None if every query has a reference.
-        has_text: (B,) booleans; None if every query has a text.
+        has_reference, has_text: (B,) booleans; None if every query of the training has a reference and a text.
         label: (B,) classes, or None without classes.
-        step: of the run.
         triplets: one line per triplet, for messages.
     """
 
@@ -131,9 +129,7 @@ class TripletCollate:
     """Triplets with their drawn texts → a ``TripletBatch``.
 
     Args:
-        tokenize: B texts → tokens.
         identity: image id → number, equal for equal pixels; knows all images of the triplets.
-        images: pixels by image id.
         bank: frozen features, for stage 2; its rows must be the numbers of ``identity``. None for stage 1.
         classes: class name → number, where queries are scored against classes; None without.
     """
@@ -285,18 +281,13 @@ class TripletLoader:
     """The batches of a training, from any step on; ``workers`` processes load them, or a thread of this one if 0."""
 
     def __init__(self, triplets: Sequence[Triplet], collate: TripletCollate, sampler: TripletSampler, workers: int = 0):
-        self.sampler = sampler
+        self.sampler, self.parts = sampler, sampler.parts  # batches of one optimiser step
         rows = TripletRows(triplets, sampler.seed)
         self._loader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
 
     def __len__(self) -> int:
         """Optimiser steps of one epoch."""
         return len(self.sampler)
-
-    @property
-    def parts(self) -> int:
-        """Batches of one optimiser step."""
-        return self.sampler.parts
 
     def from_step(self, step: int) -> Iterator[TripletBatch]:
         """The batches from an optimiser step of the run to the end of its epoch, each with its step."""

@@ -101,10 +101,7 @@ class Dataset(ABC):
         return [t for t in triplets if not skipped.keys() & t.image_ids] if skipped else triplets
 
     def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """A protocol of a split without skipped images; its id ends in ``+skip`` if there are any.
-
-        Raises ``InputError`` for an unknown split or protocol.
-        """
+        """A protocol of a split, without skipped images then called ``NAME+skip``. Raises ``InputError`` if unknown."""
         whole = self.read_benchmark(split, protocol and protocol.removesuffix("+skip"))
         return without_images(whole, self.skip_reasons)
 

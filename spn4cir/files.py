@@ -49,14 +49,8 @@ def hash_files(*paths: Path, prefix: bytes = b"") -> str:
 def locked(path: Path, busy: str = "") -> Iterator[None]:
     """Hold a lock file, which is removed on exit; the system releases the lock of a process that is killed.
 
-    Without effect on a system or a disk that has no such locks.
-
-    Args:
-        path: of the lock file.
-        busy: error message if another process holds it; empty to wait for that process.
-
-    Raises:
-        InputError: if another process holds the lock and ``busy`` is given, or the file cannot be written.
+    Without effect on a system or a disk that has no such locks. Where another process holds the lock, raises
+    ``InputError`` with the message ``busy``, or waits if that is empty.
     """
     try:
         import fcntl

@@ -59,7 +59,6 @@ def inspect_images(
         cache: JSONL file of images that were decoded before; those whose size and time are the same are not opened
             again. Several processes may share it. Where it cannot be read or written, all goes on without it.
         workers: threads (decoders and hashes run outside the interpreter's lock); by default one for each core.
-        show: a progress bar.
     """
     sources = list(dict.fromkeys(images.values()))
     found: dict[ImageRef, Inspected] = {}
@@ -86,10 +85,7 @@ def read_optimized(path: Path) -> dict[str, str]:
     """Name → canonical name from an ``optimized_images.json``, in the order of the file; its paths are not opened.
 
     The file is a JSON array of three parts: canonical names, their paths, and an object of name → position of the
-    canonical name in the first part.
-
-    Raises:
-        InputError: if the file is missing or damaged, naming the part and the entry.
+    canonical name in the first part. Raises ``InputError`` that names the part and the entry if it is damaged.
     """
     parts = read_json(path)
     if not isinstance(parts, list) or len(parts) != 3:
@@ -111,15 +107,10 @@ def read_optimized(path: Path) -> dict[str, str]:
 
 
 def write_optimized(path: Path, canonical: Mapping[str, str], images: Mapping[str, ImageRef]) -> None:
-    """Write classes as ``optimized_images.json``, whole or not at all.
+    """Write classes as ``optimized_images.json``, numbered as they first occur, whole or not at all.
 
-    Args:
-        path: the file.
-        canonical: name → canonical name, as ``canonical_ids`` gives it; classes are numbered as they first occur.
-        images: canonical name → image, whose file is written as it is given.
-
-    Raises:
-        InputError: if a canonical name does not stand for itself, or has no path.
+    ``canonical`` is what ``canonical_ids`` gives, ``images`` are those of the canonical names, whose files are written
+    as they are given. Raises ``InputError`` if a canonical name does not stand for itself, or has no path.
     """
     number: dict[str, int] = {}
     for name, stands in canonical.items():

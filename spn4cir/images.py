@@ -22,11 +22,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class StoredBytes:
     """The source of an image whose bytes lie in a larger file, such as a row of a table; calling it reads them.
 
-    Args:
-        read: column and row → bytes.
-        column, row: where the image lies.
-        file: that larger file, or the first of several.
-        stamp: size in bytes and time of the last change in nanoseconds of all of them; None if there is no file.
+    ``file`` is that larger file, or the first of several; ``stamp`` the size in bytes and the time of the last change
+    in nanoseconds of all of them, None if there is no file.
     """
 
     read: Callable[[str, int], bytes]
@@ -74,11 +71,7 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def open_image(image: ImageRef | Path) -> Image.Image:
-    """Decode an image as RGB, cropped to its box; transparent parts become white.
-
-    Raises:
-        InputError: if the file is missing or does not decode.
-    """
+    """Decode an image as ``decode`` does. Raises ``InputError`` if the file is missing or does not decode."""
     try:
         return decode(image)
     except FileNotFoundError:
@@ -129,13 +122,7 @@ class Transform:
 
 
 class ImageSource:
-    """Image ids to pixels, for one transform; keeps what it decoded if told to.
-
-    Args:
-        image: image id → where its pixels come from.
-        transform: RGB image → (3, H, W).
-        keep: keep decoded pixels in memory (for small datasets).
-    """
+    """Image ids to pixels, for one transform; ``keep`` holds decoded pixels in memory (for small datasets)."""
 
     def __init__(
         self, image: Callable[[str], ImageRef | Path], transform: Callable[[Image.Image], Tensor], keep: bool = False

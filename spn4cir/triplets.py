@@ -74,15 +74,6 @@ class TripletTable(Sequence[Triplet]):
         """The triplets at some positions, ascending."""
         return TripletTable(self.table, self.rows[positions])
 
-    def joined(self, others: Sequence[Triplet]) -> TripletTable:
-        """These triplets and then others, which are few enough to be held in memory."""
-        import pyarrow as pa
-
-        rows = [{name: getattr(t, name) for name in self.table.column_names} for t in others]
-        whole = pa.concat_tables([self.table, pa.Table.from_pylist(rows, self.table.schema)])
-        added = np.arange(self.table.num_rows, whole.num_rows, dtype=np.uint32)
-        return TripletTable(whole, np.concatenate([self.rows, added]))
-
     def _blocks(self) -> Iterator[pyarrow.Table]:
         """The rows in order, a bounded number of them at a time, each column in one piece."""
         for start in range(0, self.table.num_rows, BLOCK):
@@ -203,8 +194,16 @@ def named_images(triplets: Sequence[Triplet]) -> Iterable[str]:
 
 
 def join_triplets(triplets: Sequence[Triplet], others: Sequence[Triplet]) -> Sequence[Triplet]:
-    """Triplets and then others, which are a list; a table where the first are one."""
-    return triplets.joined(others) if isinstance(triplets, TripletTable) and others else [*triplets, *others]
+    """Triplets and then others, which are few enough for a list; a table where the first are one."""
+    if not isinstance(triplets, TripletTable) or not others:
+        return [*triplets, *others]
+    import pyarrow as pa
+
+    table = triplets.table
+    rows = [{name: getattr(t, name) for name in table.column_names} for t in others]
+    whole = pa.concat_tables([table, pa.Table.from_pylist(rows, table.schema)])
+    added = np.arange(table.num_rows, whole.num_rows, dtype=np.uint32)
+    return TripletTable(whole, np.concatenate([triplets.rows, added]))
 
 
 Items: TypeAlias = list[int] | Numbers

@@ -49,15 +49,14 @@ def read_generated(
 ) -> tuple[list[Triplet], list[str]]:
     """The triplets of a generated file, whoever made it, and a line for each reason why some are left out.
 
+    Raises ``InputError`` that names the file, the entry and the field.
+
     Args:
         path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
             ``caption``, or ``reference_name``, ``target_name``, ``captions``: one text, or a list to draw from.
         known: image ids that may occur.
         skipped: image ids whose triplets are left out.
         other: takes an image that is not known; None for an error.
-
-    Raises:
-        InputError: naming the file, the entry and the field.
     """
     if not path.is_file():
         how = f"make them with {MAKE} and give --generated auto, or put the published file there"

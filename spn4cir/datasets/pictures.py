@@ -26,10 +26,7 @@ def safe_name(text: str) -> bool:
 
 @dataclass
 class Pictures:
-    """What a walk found: ``ids`` are pictures, ``data`` files that may hold pictures, the other lists are left out.
-
-    All are paths below the root, sorted.
-    """
+    """Sorted paths below a root: ``ids`` of pictures, ``data`` that may hold some; the other lists are left out."""
 
     ids: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
@@ -42,10 +39,8 @@ class Pictures:
 def walk(root: Path) -> Pictures:
     """All pictures below a folder, by suffix; hidden names and folders of data generation are passed over.
 
-    Links to pictures below the root are followed; all others, and links to folders, are not.
-
-    Raises:
-        InputError: if a folder cannot be read.
+    Links to pictures below the root are followed; all others, and links to folders, are not. Raises ``InputError`` for
+    a folder that cannot be read.
     """
     found, real, todo = Pictures(), os.path.realpath(root), [""]
     while todo:

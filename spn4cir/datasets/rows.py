@@ -40,15 +40,12 @@ SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 
 
 class Rows:
-    """The rows of a table, one split after the other.
+    """The rows of a table, one split after the other. Raises ``InputError`` if ``datasets`` cannot read it.
 
     Args:
         place: what messages call it: a file, a folder that ``save_to_disk`` wrote, or ``hf:`` and a hub name.
         files: the files of one format that it consists of; the first word train, validation or test in a path below
             the folder is the split, train if there is none. Empty for a saved folder and a hub name.
-
-    Raises:
-        InputError: if ``datasets`` cannot read it.
     """
 
     def __init__(self, place: str, files: Sequence[Path] = ()):
@@ -88,7 +85,7 @@ class Rows:
         return "{}/{}".format(*_locate(self._splits, row))
 
     def texts(self, name: str) -> list[str]:
-        """A column as texts, those of a list with spaces between them, a null as none. Raises ``InputError`` if not."""
+        """A column as texts, those of a list joined by spaces, a null as an empty one. Else raises ``InputError``."""
         import pyarrow as pa
 
         kind, as_text = self.column(name).type, getattr(self.data.features[name], "int2str", str)  # of a class its name
@@ -102,10 +99,7 @@ class Rows:
         return _holds_bytes(self.column(name).type)
 
     def ids(self, name: str) -> pyarrow.ChunkedArray:
-        """A column of texts, or lists of texts, as it lies on the disk; of images their paths, else what names the row.
-
-        Raises ``InputError`` if the column holds something else.
-        """
+        """A column of (lists of) texts, as it is on the disk; of images paths, or rows. Else raises ``InputError``."""
         import pyarrow as pa
         import pyarrow.compute as pc
 

@@ -43,10 +43,7 @@ def write_submission(
 
 
 def check_submission(path: Path, benchmark: Benchmark) -> str:
-    """Returns one line on a sound submission file, of either metric, that answers the queries of a benchmark.
-
-    Raises ``InputError`` that names the file, the entry and what is wrong with it.
-    """
+    """One line on a sound file of either metric. Raises ``InputError`` that names the file, the entry and its fault."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no regular file")
     return _check(path, read_json(path), path.stat().st_size, benchmark)

@@ -22,13 +22,12 @@ def find_table(folder: Path, stem: str) -> Path | None:
 def read_table(path: Path, roles: Mapping[str, Sequence[str]], needed: Sequence[str]) -> dict[str, list[str]]:
     """Return role → one text for each row; an empty cell is an empty text, and a role without a column has no entry.
 
+    Raises ``InputError`` if the file cannot be read, a needed column is missing, or a cell holds no text.
+
     Args:
         path: the table; its suffix says the format.
         roles: role → names that its column may have, the first that is there counts; case does not matter.
         needed: roles that must be there.
-
-    Raises:
-        InputError: if the file cannot be read, a needed column is missing, or a cell holds no text.
     """
     frame = _frame(path)
     columns = {role: find_column(path, list(frame.columns), names, role in needed) for role, names in roles.items()}
