@@ -121,20 +121,16 @@ def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Seq
     is_held = np.isfinite(drawn) & ((drawn < config.holdout) | (drawn == drawn.min()))
     held, rest = np.flatnonzero(is_held), np.flatnonzero(~is_held)
     if not 0 < len(held) < len(triplets):
-        raise InputError(
-            f"selection: holdout holds out {len(held)} of {len(triplets)} {'generated' if made else 'annotated'} "
-            f"triplets: nothing is left to select on, or to train on; holdout is {config.holdout}"
-        )
+        what = f"holdout holds out {len(held)} of {len(triplets)} {'generated' if made else 'annotated'} triplets"
+        why = f"nothing is left to select on, or to train on; holdout is {config.holdout}"
+        raise InputError(f"selection: {what}: {why}")
     own = [triplets[int(n)] for n in held]
     named = (i for t in (triplets if made else own) for i in (t.reference, *t.targets) if i is not None)
-    benchmark = Benchmark(
-        name=f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}",
-        gallery=tuple(dict.fromkeys(named)),
-        queries=tuple(Query(t.reference, t.texts[0] if t.texts else None, t.targets) for t in own),
-        exclude_reference=True,
-        measures=recall_measures(1, 5, 10, 50, primary=(10, 50)),
-        is_holdout=True,
-    )
+    gallery = tuple(dict.fromkeys(named))
+    queries = tuple(Query(t.reference, t.texts[0] if t.texts else None, t.targets) for t in own)
+    name = f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}"
+    measures = recall_measures(1, 5, 10, 50, primary=(10, 50))
+    benchmark = Benchmark(name, gallery, queries, exclude_reference=True, measures=measures, is_holdout=True)
     return triplets.take(rest) if isinstance(triplets, TripletTable) else [triplets[int(n)] for n in rest], benchmark
 
 

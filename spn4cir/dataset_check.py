@@ -122,10 +122,9 @@ def _equal(
             checks.append(Check.listed(f"{role.name}: copies of images {roles[0].name}", leak))
     path = dataset.root / PUBLISHED_CLASSES if dataset.root else None
     if path and path.is_file():
-        try:
-            listed = read_optimized(path)
-        except InputError as error:
-            return several, [*checks, Check(PUBLISHED_CLASSES, 0, None, "problem", (str(error),))]
+        listed = attempt(checks, PUBLISHED_CLASSES, True, partial(read_optimized, path))
+        if listed is None:
+            return several, checks
         wrong = [i for i, first in listed.items() if hashes.get(i) != hashes.get(first)]
         apart = [i for i, first in canonical.items() if {i, first} <= listed.keys() and listed[i] != listed[first]]
         what = f"{PUBLISHED_CLASSES}: images whose class disagrees with their pixels"

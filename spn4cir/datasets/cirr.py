@@ -175,7 +175,6 @@ class CIRR(Dataset):
 
 
 def _faults(entries: Sequence[Entry], split: str, listed: set[str]) -> list[Check]:
-    """What does not hold of the entries of one split, kind by kind."""
     fields = ("reference",) if split == "test1" else ("reference", "target_hard")
     rows: list[tuple[str, list[str], list[str]]] = []  # place, reference and target, members of the subset
     for entry in entries:

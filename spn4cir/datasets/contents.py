@@ -20,6 +20,9 @@ from spn4cir.files import short
 from spn4cir.types import ImageRef
 
 Box: TypeAlias = tuple[int, int, int, int]
+Place: TypeAlias = str | tuple[str, int]
+Columns: TypeAlias = Mapping[str, Sequence[str]]
+NameRow: TypeAlias = Callable[[int], str]
 ROLES = {
     "image": ("image", "path", "image_path", "file", "file_name"),
     "id": ("image_id", "id"),
@@ -42,7 +45,7 @@ class Contents:
     """
 
     root: Path
-    places: dict[str, str | tuple[str, int]] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
     categories: dict[str, str] | None = None
     titles: dict[str, str] = field(default_factory=dict)
@@ -59,13 +62,7 @@ class Contents:
         assert self.rows is not None
         return self.rows.image(*place, box)
 
-    def add(
-        self,
-        ids: Sequence[str],
-        places: Sequence[str | tuple[str, int]],
-        columns: Mapping[str, Sequence[str]],
-        where: Callable[[int], str],
-    ) -> None:
+    def add(self, ids: Sequence[str], places: Sequence[Place], columns: Columns, where: NameRow) -> None:
         """Add the rows of a table, which ``where`` gives names for messages; ``columns`` are role → a text of each row.
 
         Raises ``InputError`` for an id that cannot be one, or that occurs twice.
@@ -156,7 +153,7 @@ def _of_rows(rows: Rows, root: Path) -> Contents:
     if not known and not listed and len(stored) != 1:
         rows.find(IMAGES, needed=True)
     contents, paths = Contents(root, rows=rows), [""] * len(rows)
-    places: list[str | tuple[str, int]] = [""] * len(rows)
+    places: list[Place] = [""] * len(rows)
     for column in known or stored[: not listed]:
         sizes, names = rows.sizes(column).to_pylist(), rows.paths(column).to_pylist()
         for row, (size, name) in enumerate(zip(sizes, names, strict=True)):
@@ -179,15 +176,14 @@ def _of_rows(rows: Rows, root: Path) -> Contents:
     return contents
 
 
-def _box(columns: Mapping[str, Sequence[str]], row: int, where: Callable[[int], str]) -> Box | None:
+def _box(columns: Columns, row: int, where: NameRow) -> Box | None:
     """Left, upper, right, lower in pixels, as x0, y0, x1, y1 or a box; a bbox is left, upper, width, height."""
-    name = "x0" if columns.keys() >= {*CORNERS} else next((name for name in BOXES if name in columns), None)
-    if name is None:
-        return None
-    text = " ".join(columns[part][row] for part in (CORNERS if name == "x0" else (name,)))
+    names = CORNERS if columns.keys() >= {*CORNERS} else [name for name in BOXES if name in columns][:1]
+    text = " ".join(columns[name][row] for name in names)
     parts = re.findall(r"[^\s,;()\[\]]+", text)
     if not parts:
         return None
+    name = names[0]
     try:
         left, upper, right, lower = (float(part) for part in parts)
         if name == "bbox":
@@ -205,7 +201,7 @@ def _known(ids: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
     return [(image_id, value) for image_id, value in zip(ids, values, strict=True) if value.strip()] if values else []
 
 
-def inner(folder: Path, where: Callable[[int], str], row: int, column: str, value: str) -> str:
+def inner(folder: Path, where: NameRow, row: int, column: str, value: str) -> str:
     """A path below a folder, as a table gives it. Raises ``InputError`` that names the row."""
     with suppress(InputError):
         if safe_name(path := str(inner_path(folder, column, value))):
@@ -214,7 +210,7 @@ def inner(folder: Path, where: Callable[[int], str], row: int, column: str, valu
     raise wrong(where(row), column, told)
 
 
-def refuse_links(folder: Path, places: Sequence[str], column: str, where: Callable[[int], str]) -> None:
+def refuse_links(folder: Path, places: Sequence[str], column: str, where: NameRow) -> None:
     """Raise ``InputError`` for the first path below a folder that leads out of it by a link."""
     parents = [place.rpartition("/")[0] or "." for place in places]
     stray = stray_links(folder, set(parents))

@@ -1,7 +1,7 @@
 """Images of one's own as a dataset, whatever they are read from, and queries of one's own about them."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
+FILES = (*TABLES, ".tar")
 ASKED = {name: (name,) for name in ("reference", "modification", "target", "group")}
 QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and group if there are groups"
 
@@ -28,20 +29,16 @@ class OwnImages(Dataset):
 
     def __init__(self, root: str | None = None):
         place = Path(root) if root else Path(os.environ.get("SPN4CIR_DATA") or "data") / self.name
-        if place.is_file() and place.suffix.lower() in (*TABLES, ".tar"):
+        if place.is_file() and place.suffix.lower() in FILES:
             self.root = place.parent
         elif place.is_dir():
             self.root = place
         elif not str(root).startswith(HUB):
-            raise InputError(
-                f"{self.name}: {place} is no folder of pictures and no table: give --data-root FOLDER, or a file of "
-                f"{', '.join((*TABLES, '.tar'))}, or {HUB}OWNER/NAME"
-            )
+            what = f"give --data-root FOLDER, or a file of {', '.join(FILES)}, or {HUB}OWNER/NAME"
+            raise InputError(f"{self.name}: {place} is no folder of pictures and no table: {what}")
         self._place = str(place)
         self._queries = find_table(self.root, "queries") if self.root else None
-        self.protocols: Mapping[str, tuple[str, ...]] = (  # type: ignore[misc]
-            {"val": (f"{self.name}/val",)} if self._queries else {}
-        )
+        self.protocols = {"val": (f"{self.name}/val",)} if self._queries else {}  # type: ignore[misc]
 
     @cached_property
     def _contents(self) -> Contents:
@@ -110,10 +107,8 @@ class OwnImages(Dataset):
         Rows that ask the same of the same reference are one query with several targets.
         """
         if not self._queries:
-            raise InputError(
-                f"{self.name}: nobody has annotated any query: to evaluate on your own, write {self.root}/{QUERIES}; "
-                "training does without by --selection holdout"
-            )
+            what = f"to evaluate on your own, write {self.root}/{QUERIES}; training does without by --selection holdout"
+            raise InputError(f"{self.name}: nobody has annotated any query: {what}")
         chosen = self.choose_protocol(split, protocol)
         asked: dict[tuple[str, str, str], dict[str, None]] = {}
         columns = read_table(self._queries, ASKED, ("reference", "modification", "target"))

@@ -207,7 +207,6 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
 
 
 def _text_columns(path: Path, sep: str = ",") -> Any:
-    """The columns that the head line of a table names, all of them texts."""
     import datasets
 
     with path.open(encoding="utf-8-sig", newline="") as lines:

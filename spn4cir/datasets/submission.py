@@ -76,7 +76,6 @@ def _check(path: Path, content: Any, size: int, benchmark: Benchmark) -> str:
 
 
 def _fault(images: Any, query: Query, metric: str, gallery: set[str]) -> str:
-    """What is wrong with one ranked list, or nothing."""
     if not isinstance(images, list):
         return f"expected a list of image names, got {short(images)}"
     if wrong := [i for i in images if not isinstance(i, str)]:
