@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -65,8 +65,7 @@ class TripletBatch:
 
     def to(self, device: torch.device) -> "TripletBatch":
         """The same batch on another device."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: Any = {name: value.to(device) for name, value in parts.items() if isinstance(value, Tensor)}
+        moved: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         features = self.features and ImageFeatures(*(part.to(device) for part in self.features))
         tokens = {name: value.to(device) for name, value in self.tokens.items()}
         return replace(self, tokens=tokens, features=features, **moved)

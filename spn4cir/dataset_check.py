@@ -36,8 +36,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Everything but the look at single images, for machines."""
         values = asdict(replace(self, found={}))
-        del values["found"]
-        return {"can_train": self.can_train, **values}
+        return {"can_train": self.can_train, **{name: values[name] for name in values if name != "found"}}
 
 
 def examine(
@@ -135,8 +134,7 @@ def _equal(
 def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
     """What to leave out, given the list so far: image id → reason. Raises ``InputError`` if that would be everything.
 
-    Images that a report had listed and that are mended come back; those with another reason stay, as a person left
-    them out.
+    Images that were broken and decode now come back; those with another reason stay, as a person left them out.
     """
     if len(report.broken) == len(report.found):
         raise InputError(f"{report.dataset}: no picture in {report.root} decodes: a skip list would leave nothing")

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import PIL
 from PIL import Image
@@ -26,8 +26,7 @@ from spn4cir.images import StoredBytes, decode, pixel_hash
 from spn4cir.types import ImageRef
 
 Problem: TypeAlias = Literal["", "missing", "truncated", "unreadable"]
-Stamp: TypeAlias = tuple[int, int]
-"""Size in bytes and time of the last change in nanoseconds, by which a change of a file is noticed."""
+Stamp: TypeAlias = tuple[int, int]  # size in bytes and time of the last change in nanoseconds
 
 PUBLISHED_CLASSES = "optimized_images.json"
 BLOCK = 16  # images that a worker takes at once: small ones would otherwise cost more to hand out than to decode
@@ -102,7 +101,15 @@ def read_optimized(path: Path) -> dict[str, str]:
         raise InputError(f"{path}, part 2: {len(places)} paths for the {len(names)} names of part 1")
     if not isinstance(classes, dict):
         raise InputError(f"{path}, part 3: expected an object, found {type(classes).__name__}")
-    _check_classes(path, names, classes)
+    for name, number in classes.items():
+        if type(number) is not int:  # a bool is none
+            raise InputError(f"{path}, part 3, entry {name!r:.60}: expected a class id, found {number!r:.60}")
+        if not 0 <= number < len(names):
+            raise InputError(f"{path}, part 3, entry {name!r:.60}: class id {number} is not in 0 to {len(names) - 1}")
+    for number, name in enumerate(names):
+        if classes.get(name) != number:
+            told = f"maps {name!r:.60} to class {classes[name]}" if name in classes else f"lacks {name!r:.60}"
+            raise InputError(f"{path}, part 1, entry {number}: part 3 {told}, whose canonical name it is")
     return {name: names[number] for name, number in classes.items()}
 
 
@@ -123,20 +130,7 @@ def write_optimized(path: Path, canonical: Mapping[str, str], images: Mapping[st
     write_text(path, json.dumps([list(number), [Path(str(images[name])).as_posix() for name in number], classes]))
 
 
-def _check_classes(path: Path, names: list[str], classes: dict[str, Any]) -> None:
-    for name, number in classes.items():
-        if type(number) is not int:  # a bool is none
-            raise InputError(f"{path}, part 3, entry {name!r:.60}: expected a class id, found {number!r:.60}")
-        if not 0 <= number < len(names):
-            raise InputError(f"{path}, part 3, entry {name!r:.60}: class id {number} is not in 0 to {len(names) - 1}")
-    for number, name in enumerate(names):
-        if classes.get(name) != number:
-            told = f"maps {name!r:.60} to class {classes[name]}" if name in classes else f"lacks {name!r:.60}"
-            raise InputError(f"{path}, part 1, entry {number}: part 3 {told}, whose canonical name it is")
-
-
-Looked: TypeAlias = "tuple[Inspected, Stamp | None]"
-"""A result with the stamp to remember it under, or None if it is remembered or not to be."""
+Looked: TypeAlias = "tuple[Inspected, Stamp | None]"  # a result, and the stamp to remember it under, if it is to be
 
 
 def _blocks(
@@ -170,8 +164,8 @@ def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
 
 def _key(image: ImageRef) -> str:
     """The name of an image in the cache: its file, or its place in one, and its box if it has one."""
-    if isinstance(image.source, StoredBytes):
-        return f"{image.source.key}{image.box or ''}"
+    if isinstance(stored := image.source, StoredBytes):
+        return f"{stored.file}, {stored.column}, {stored.row}{image.box or ''}"
     return "" if image.path is None else f"{image.path.absolute()}{image.box or ''}"
 
 
@@ -204,7 +198,6 @@ def _line(error: Exception) -> str:
 
 
 def _ends_early(image: ImageRef, said: str) -> bool:
-    """Whether data that does not decode begins as an image and ends early."""
     if "truncated" in said.replace(str(image), "").lower():
         return True
     try:

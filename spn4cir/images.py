@@ -36,11 +36,6 @@ class StoredBytes:
         """The bytes of the image."""
         return self.read(self.column, self.row)
 
-    @property
-    def key(self) -> str:
-        """The name of the image in a cache."""
-        return f"{self.file}, {self.column}, {self.row}"
-
 
 def decode(image: ImageRef | Path) -> Image.Image:
     """Decode an image as RGB, cropped to its box; transparent parts become white. Raises whatever the decoder does."""

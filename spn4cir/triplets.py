@@ -206,8 +206,7 @@ def join_triplets(triplets: Sequence[Triplet], others: Sequence[Triplet]) -> Seq
     return TripletTable(whole, np.concatenate([triplets.rows, added]))
 
 
-Items: TypeAlias = list[int] | Numbers
-"""Item numbers: an array for the rows of a table, whose order NumPy draws."""
+Items: TypeAlias = list[int] | Numbers  # item numbers: an array for the rows of a table, whose order NumPy draws
 
 
 def item_numbers(*parts: Sequence[int] | Numbers) -> Items:

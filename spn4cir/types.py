@@ -17,8 +17,7 @@ if TYPE_CHECKING:  # so that commands can name these types without waiting for t
     from torch import Tensor
 
 Over: TypeAlias = Literal["gallery", "candidates", "subset"]
-Tokens: TypeAlias = "dict[str, Tensor]"
-"""Tokenised texts: each value has B rows."""
+Tokens: TypeAlias = "dict[str, Tensor]"  # tokenised texts: each value has B rows
 
 
 class ImageRef(NamedTuple):
@@ -162,6 +161,7 @@ class Benchmark:
         candidates = query.candidates if is_new else ()
         lost = [i for i in (*query.targets, *candidates) if i not in known]
         apart = [i for i in query.targets if own and i not in own]
+        is_unranked = self.exclude_reference and set(query.targets) == {query.reference}
         faults = {
             f"names {lost and lost[0]!r}, which the gallery lacks": lost,
             "has neither a reference nor a text": query.reference is None and query.text is None,
@@ -169,9 +169,7 @@ class Benchmark:
             "names a target twice": len(set(query.targets)) < len(query.targets),
             "names a candidate twice": is_new and len(candidates) > len(own),
             "has tags that are no tuple": not isinstance(query.tags, tuple),
-            f"has no target but its reference {query.reference!r}, which is not ranked": (
-                self.exclude_reference and set(query.targets) == {query.reference}
-            ),
+            f"has no target but its reference {query.reference!r}, which is not ranked": is_unranked,
             f"has the target {apart and apart[0]!r}, which its candidates lack": apart,
             "has no candidates, and a measure is over them": not own and {m.over for m in self.measures} != {"gallery"},
         }

@@ -1,7 +1,6 @@
 """Datasets by name. A new one is one file here, one line in ``DATASETS`` and one test."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from spn4cir.dataset import Dataset
 from spn4cir.datasets.catalogue import Catalogue
@@ -10,7 +9,6 @@ from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import with_images
 from spn4cir.datasets.pairs import Pairs
-from spn4cir.datasets.rows import HUB
 from spn4cir.datasets.skip import read_skip_list
 from spn4cir.errors import InputError
 
@@ -37,8 +35,6 @@ def open_extra_images(dataset: Dataset, place: str) -> tuple[Dataset, list[str]]
 
     Ids do not say where the pictures lie, so a bank is the same wherever that is. Raises ``InputError`` without any.
     """
-    if not Path(place).exists() and not place.startswith(HUB):
-        raise InputError(f"bank.extra: {place} is missing: give a folder of pictures, or a table of them")
     try:
         pictures = load_dataset(Catalogue.name, place)
         images = {f"bank.extra:{image_id}": pictures.image(image_id) for image_id in pictures.training_images()}

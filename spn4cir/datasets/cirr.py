@@ -56,9 +56,8 @@ class CIRR(Dataset):
         listed = read_json(path, SOURCE)
         if not isinstance(listed, dict):
             raise InputError(f"{path}: expected an object of image names and paths")
-        for image_id in listed:
-            if not PLAIN.fullmatch(image_id):
-                raise InputError(f"{path}: {image_id[:60]!r} is no image id")
+        if wrong := [image_id for image_id in listed if not PLAIN.fullmatch(image_id)]:
+            raise InputError(f"{path}: {wrong[0][:60]!r} is no image id")
         return {image_id: inner_path(path, image_id, value) for image_id, value in listed.items()}
 
     @cached_property

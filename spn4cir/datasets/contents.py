@@ -32,9 +32,7 @@ ROLES = {
 }
 CORNERS = ("x0", "y0", "x1", "y1")
 BOX_ROLES = {name: (name,) for name in (*CORNERS, *BOXES)}
-IMAGES = (*ROLES["image"], "img", "jpg", "jpeg", "png", "webp")
-"""Names of columns that hold the bytes of images."""
-READ_ALONE = ": give one as --data-root to read it"
+IMAGES = (*ROLES["image"], "img", "jpg", "jpeg", "png", "webp")  # names of columns that hold the bytes of images
 
 
 @dataclass
@@ -105,12 +103,13 @@ def _of_folder(root: Path) -> Contents:
     if found.data and not found.ids:
         return _of_rows(Rows(str(root), [root / name for name in found.data]), root)
     contents = Contents(root, {image_id: image_id for image_id in found.ids}, texts=found.has_texts)
+    alone = ": give one as --data-root to read it"
     unsafe = "pictures are left out since their names hold control characters, backslashes or no Unicode"
     for names, what, show, advice in (
         (found.links, f"links to folders, or out of {root}, are not followed", repr, ""),
         (found.unsafe, unsafe, ascii, ""),
         (found.own, "folders are passed over since they hold files of data generation", short, ""),
-        (found.data, "tables are passed over since there are pictures beside them", short, READ_ALONE),
+        (found.data, "tables are passed over since there are pictures beside them", short, alone),
     ):
         if names:
             contents.notes.append(f"{len(names)} {what}, such as {show(names[0])}{advice}")

@@ -18,8 +18,7 @@ from spn4cir.types import ImageRef, Triplet
 
 OUT_OF_DOMAIN = ("reference_name", "target_name", "captions")  # ids are addresses; reference and target are paths
 SHAPES = (OUT_OF_DOMAIN, ("candidate", "target", "captions"), ("reference", "target_hard", "caption"))
-AddImage: TypeAlias = Callable[[Entry, str, str], None]
-"""Takes an entry, the field that holds an image's path, and the image's id."""
+AddImage: TypeAlias = Callable[[Entry, str, str], None]  # of an entry, the field with an image's path, the image's id
 MAKE = "python data_gen/make_triplets.py"
 
 
@@ -40,8 +39,7 @@ def open_generated(
     """
     others = _Others(path, frozenset(ranked))
     triplets, notes = read_generated(path, dataset.training_images(), dataset.skip_reasons, others.add)
-    images = {image_id: ImageRef(path) for image_id, path in others.images.items()}
-    return with_images(dataset, images) if images else dataset, triplets, notes
+    return with_images(dataset, others.images) if others.images else dataset, triplets, notes
 
 
 def read_generated(
@@ -54,8 +52,7 @@ def read_generated(
     Args:
         path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
             ``caption``, or ``reference_name``, ``target_name``, ``captions``: one text, or a list to draw from.
-        known: image ids that may occur.
-        skipped: image ids whose triplets are left out.
+        known, skipped: image ids that may occur, and those whose triplets are left out.
         other: takes an image that is not known; None for an error.
     """
     if not path.is_file():
@@ -99,7 +96,7 @@ class _Others:
 
     def __init__(self, path: Path, ranked: frozenset[str]):
         self._file, self._ranked, self._root = path, ranked, Path()
-        self.images: dict[str, Path] = {}
+        self.images: dict[str, ImageRef] = {}
 
     def add(self, entry: Entry, key: str, image_id: str) -> None:
         """Take an image from the field that holds its path."""
@@ -120,7 +117,7 @@ class _Others:
                 where = f"{short(inner.as_posix())} lies neither in {self._file.parent} nor in {roots[-1]}"
                 raise entry.error(key, f"{where}: put a copy of this file into the folder that its paths start from")
             self._root = found[0]
-        place = self._root / inner
+        place = ImageRef(self._root / inner)
         if self.images.setdefault(image_id, place) != place:
             raise entry.error(key, f"{short(image_id)} was {self.images[image_id]} before: one id, one picture")
 

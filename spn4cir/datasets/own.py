@@ -102,10 +102,7 @@ class OwnImages(Dataset):
         return checks + [Check(note, 1, None, "note") for note in found.notes]
 
     def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """``catalogue/val``: the queries of ``queries.csv``, ranked over all images without the reference.
-
-        Rows that ask the same of the same reference are one query with several targets.
-        """
+        """``queries.csv`` over all images but the reference; rows of one question are a query with several targets."""
         if not self._queries:
             what = f"to evaluate on your own, write {self.root}/{QUERIES}; training does without by --selection holdout"
             raise InputError(f"{self.name}: nobody has annotated any query: {what}")

@@ -20,18 +20,15 @@ ROLES = {
     "texts": ("modification", "modifications", "q_text", "text", "texts", "caption", "captions"),
     "negatives": ("negatives", "hns"),
 }
-IMAGES = "catalogue"
-"""Name of the table or folder of images beside a table of triplets."""
+IMAGES = "catalogue"  # name of the table or folder of images beside a table of triplets
 
 
 class Pairs(OwnImages):
     """A table of triplets, memory-mapped: columns reference, target, modification, and negatives if there are any.
 
-    The names of MegaPairs (q_img, t_img, q_text, hns) are known too; targets and texts may be lists. The table is a
-    file, a folder that ``save_to_disk`` wrote, ``hf:`` and a hub name, or what a folder holds: a table called
-    ``triplets``, or else its Parquet files. Images are, in this order: what the columns reference and target hold, if
-    that is bytes; images of the catalogue beside the table, by their ids: a table or a folder called ``catalogue``;
-    files, by paths that start from the folder of the table.
+    Images are what the columns reference and target hold, if that is bytes; else those of the table or folder called
+    ``catalogue`` beside the table, by their ids; else files, by paths from the table's folder. docs/datasets.md lists
+    all forms of the table and names of its columns.
     """
 
     name = "pairs"

@@ -24,10 +24,8 @@ from spn4cir.types import ImageRef
 if TYPE_CHECKING:
     import pyarrow
 
-HUB = "hf:"
-"""What a name on the Hugging Face hub starts with."""
-SAVED = ("state.json", "dataset_dict.json")
-"""A folder that ``save_to_disk`` wrote holds one of these."""
+HUB = "hf:"  # before a name on the Hugging Face hub
+SAVED = ("state.json", "dataset_dict.json")  # a folder that save_to_disk wrote holds one of these
 READERS: Mapping[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
     ".tar": ("webdataset", {}),
@@ -192,7 +190,10 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
             reader, given = READERS[suffixes.pop()]
             options: dict[str, Any] = dict(given)
             if reader == "csv":  # texts as they are written: 007, NA and null are no numbers and no nulls
-                options |= {"keep_default_na": False, "features": _text_columns(files[0], **given)}
+                with files[0].open(encoding="utf-8-sig", newline="") as lines:
+                    names = next(csv.reader(lines, delimiter=given.get("sep", ",")), [])
+                texts = datasets.Features({name: datasets.Value("string") for name in names})
+                options |= {"keep_default_na": False, "features": texts}
             named = {s: [escape(str(path)) for path in files if _split_of(path, place) == s] for s in SPLITS}
             found = datasets.load_dataset(reader, data_files={s: named[s] for s in SPLITS if named[s]}, **options)
         elif place.startswith(HUB):
@@ -206,14 +207,6 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
         raise InputError(f"{place} cannot be read as a table of datasets: {said[:200]}") from None
 
 
-def _text_columns(path: Path, sep: str = ",") -> Any:
-    import datasets
-
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        names = next(csv.reader(lines, delimiter=sep), [])
-    return datasets.Features({name: datasets.Value("string") for name in names})
-
-
 def _split_of(path: Path, place: str) -> str:
     """The split that a file's path below its folder, or its name, speaks of."""
     name = path.stem if str(path) == place else path.relative_to(place).as_posix()
@@ -222,7 +215,7 @@ def _split_of(path: Path, place: str) -> str:
 
 
 def _starts(counts: Mapping[str, int]) -> tuple[list[str], list[int]]:
-    """Names of parts, and the row that each begins with; the row after the last one."""
+    """Names of parts, and the row that each begins with, then the row after the last one."""
     return list(counts), list(accumulate(counts.values(), initial=0))
 
 

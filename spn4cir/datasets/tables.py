@@ -10,8 +10,7 @@ from spn4cir.files import parse_row, short
 
 T = TypeVar("T")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-BOXES = ("box", "bbox")
-"""Columns that may hold lists of numbers."""
+BOXES = ("box", "bbox")  # columns that may hold lists of numbers
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
