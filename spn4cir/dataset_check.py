@@ -88,7 +88,6 @@ def _usable(dataset: Dataset) -> list[Check]:
 def _of_role(
     role: ImageRole, found: Mapping[str, Inspected], images: Mapping[str, ImageRef], skipped: Collection[str]
 ) -> list[Check]:
-    """How many images of a role are sound, and of each problem how many are not."""
     broken = {i: found[i].problem for i in role.image_ids if found[i].problem}
     checks = [Check(f"{role.name}: images that decode", len(role.image_ids) - len(broken), len(role.image_ids))]
     for problem in PROBLEMS:

@@ -149,11 +149,13 @@ class Benchmark:
             raise InputError(f"{self.name}: the text {lost[0]!r} is not in the gallery")
         if len(set(self.measures)) < len(self.measures) or not self.measures:
             raise InputError(f"{self.name}: needs measures, and each once")
+        needs_candidates = any(measure.over != "gallery" for measure in self.measures)
         checked: dict[int, frozenset[str]] = {}  # one tuple of candidates may serve thousands of queries
         for number, query in enumerate(self.queries):
             is_new = id(query.candidates) not in checked
             own = checked.setdefault(id(query.candidates), frozenset(query.candidates) if is_new else frozenset())
-            if fault := self._fault(query, known, own, is_new):
+            lacks = "has no candidates, and a measure is over them" if needs_candidates and not own else ""
+            if fault := self._fault(query, known, own, is_new) or lacks:
                 raise InputError(f"{self.name}: query {number} {fault}")
 
     def _fault(self, query: Query, known: frozenset[str], own: frozenset[str], is_new: bool) -> str:
@@ -161,7 +163,7 @@ class Benchmark:
         candidates = query.candidates if is_new else ()
         lost = [i for i in (*query.targets, *candidates) if i not in known]
         apart = [i for i in query.targets if own and i not in own]
-        is_unranked = self.exclude_reference and set(query.targets) == {query.reference}
+        is_unranked = self.exclude_reference and query.targets == (query.reference,)
         faults = {
             f"names {lost and lost[0]!r}, which the gallery lacks": lost,
             "has neither a reference nor a text": query.reference is None and query.text is None,
@@ -171,9 +173,8 @@ class Benchmark:
             "has tags that are no tuple": not isinstance(query.tags, tuple),
             f"has no target but its reference {query.reference!r}, which is not ranked": is_unranked,
             f"has the target {apart and apart[0]!r}, which its candidates lack": apart,
-            "has no candidates, and a measure is over them": not own and {m.over for m in self.measures} != {"gallery"},
         }
-        return next((fault for fault, is_true in faults.items() if is_true), "")
+        return next((fault for fault in faults if faults[fault]), "") if any(faults.values()) else ""
 
     @property
     def has_known_targets(self) -> bool:
