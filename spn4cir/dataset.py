@@ -117,9 +117,9 @@ class Dataset(ABC):
         """The caption that came with an image; else empty."""
         return ""
 
-    def columns(self, image_ids: Sequence[str]) -> Mapping[str, Any]:
-        """Further columns that the files have about images, each an Arrow array in the order of the ids."""
-        return {}
+    def other_columns(self) -> Sequence[pyarrow.Table]:
+        """Tables that say more of the listed training images, one row each and in that order, below each other."""
+        return ()
 
     def check_command(self, image_id: str) -> str:
         """The command that lists all broken images like this one."""

@@ -4,20 +4,25 @@ Which files are refused: those whose names hold control characters, backslashes 
 that lie outside the root, be it by a path or by a link.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from spn4cir.datasets.pictures import safe_name, stray_links, walk
 from spn4cir.datasets.reading import inner_path
 from spn4cir.datasets.rows import HUB, SAVED, Rows, holds_images
-from spn4cir.datasets.tables import BOXES, find_table, read_table
+from spn4cir.datasets.tables import BOXES, find_table, read_other_columns, read_table
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.types import ImageRef
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Box: TypeAlias = tuple[int, int, int, int]
 Place: TypeAlias = str | tuple[str, int]
@@ -51,6 +56,15 @@ class Contents:
     rows: Rows | None = None
     texts: bool = False
     notes: list[str] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+
+    def other_columns(self) -> list[pyarrow.Table]:
+        """Tables below each other that say more of the images, in the order of ``places``; none for a plain folder."""
+        if self.rows is None:
+            return [read_other_columns(path, {**ROLES, **BOX_ROLES}) for path in self.tables]
+        table, used = self.rows.data.data.table, {self.rows.find(names) for names in _roles_of_rows().values()}
+        names = [name for name in table.column_names if not (name in used or self.rows.is_image(name) or name[:2] == "__")]
+        return [table.select(names)]
 
     def image(self, image_id: str) -> ImageRef:
         """The image of a known id."""
@@ -126,7 +140,7 @@ def _of_folder(root: Path) -> Contents:
 
 def _of_tables(root: Path, tables: Sequence[Path]) -> Contents:
     """Tables of paths, each relative to the folder of its table."""
-    contents = Contents(root)
+    contents = Contents(root, tables=list(tables))
     for path in tables:
         columns = read_table(path, {**ROLES, **BOX_ROLES}, ("image",))
 
@@ -143,8 +157,7 @@ def _of_tables(root: Path, tables: Sequence[Path]) -> Contents:
 
 def _of_rows(rows: Rows, root: Path) -> Contents:
     """Images that are stored in a table, or at the paths that it gives."""
-    roles = {**ROLES, **BOX_ROLES, "caption": (*ROLES["caption"], "txt"), "category": ("category", "label")}
-    named = {role: rows.find(names) for role, names in roles.items() if role != "image"}
+    named = {role: rows.find(names) for role, names in _roles_of_rows().items() if role != "image"}
     columns = {role: rows.texts(column) for role, column in named.items() if column}
     stored = [column for column in rows.data.column_names if rows.is_image(column)]
     known = [column for column in stored if column.strip().lower() in IMAGES]
@@ -173,6 +186,10 @@ def _of_rows(rows: Rows, root: Path) -> Contents:
         ids = [rows.row_id(row) for row in range(len(rows))]
     contents.add(ids, places, columns, rows.name)
     return contents
+
+
+def _roles_of_rows() -> dict[str, tuple[str, ...]]:
+    return {**ROLES, **BOX_ROLES, "caption": (*ROLES["caption"], "txt"), "category": ("category", "label")}
 
 
 def _box(columns: Columns, row: int, where: NameRow) -> Box | None:

@@ -69,6 +69,10 @@ class OwnImages(Dataset):
             return image_id.partition("/")[0] if "/" in image_id else ""
         return categories.get(image_id, "")
 
+    def other_columns(self) -> Sequence[pyarrow.Table]:
+        """What the table says beside caption, category and title."""
+        return self._contents.other_columns()
+
     def caption(self, image_id: str) -> str:
         """What the table, the file of captions or the text beside the picture says, on one line."""
         given = self._contents.captions.get(image_id, "")

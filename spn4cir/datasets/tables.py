@@ -1,12 +1,17 @@
 """CSV, TSV, JSONL and Parquet tables, read as columns of texts. Every error names the file and the row."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spn4cir.errors import InputError
 from spn4cir.files import parse_row, short
+
+if TYPE_CHECKING:
+    import pyarrow
 
 T = TypeVar("T")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -35,6 +40,21 @@ def read_table(path: Path, roles: Mapping[str, Sequence[str]], needed: Sequence[
         for role, column in columns.items()
         if column is not None
     }
+
+
+def read_other_columns(path: Path, roles: Mapping[str, Sequence[str]]) -> pyarrow.Table:
+    """The columns of a table that have none of these roles, in the types that they are stored in."""
+    import pyarrow as pa
+
+    frame = _frame(path)
+    used = {find_column(path, list(frame.columns), names) for names in roles.values()}
+    columns = {}
+    for name in (name for name in frame.columns if name not in used):
+        try:
+            columns[str(name)] = pa.array(frame[name], from_pandas=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # a column of several types
+            columns[str(name)] = pa.array(frame[name].astype(str))
+    return pa.table(columns)
 
 
 def find_column(place: object, columns: Sequence[T], names: Sequence[str], needed: bool = False) -> T | None:
