@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CHUNK = 256  # queries scored at once; fixed, since the block size of a product can move its last bits
-BLOCK = 16_384  # candidate vectors scored at once; likewise
+BLOCK = 16_384  # candidate vectors scored at once; likewise, but ``top_k`` takes more for few queries
 
 
 class Searchable(Protocol):
@@ -42,9 +43,19 @@ def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
     return products if k == 1 else products.view(len(query), n, k).amax(2)
 
 
-def blocks(gallery: Tensor, query: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Parts of a gallery (G, K, E) to score at once, each with its first row, where and as wide as the queries."""
-    size, wide = _block_size(gallery), torch.promote_types(query.dtype, torch.float32)
+def _score_one(query: Tensor, block: Tensor) -> Tensor:
+    """Scores (1, n) of one query (1, E) on the CPU, where numpy takes half the time of torch's matrix product."""
+    products = np.einsum("nke,e->nk", block.numpy(), query[0].to(block.dtype).numpy())
+    return torch.from_numpy(products).amax(1)[None]
+
+
+def blocks(gallery: Tensor, query: Tensor, factor: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """Parts of a gallery (G, K, E) to score at once, each with its first row, where and as wide as the queries.
+
+    Args:
+        factor: how many times the usual size of a block.
+    """
+    size, wide = factor * _block_size(gallery), torch.promote_types(query.dtype, torch.float32)
     for start in range(0, len(gallery), size):
         yield start, gallery[start : start + size].to(query.device, wide)
 
@@ -62,17 +73,16 @@ class _Chunk:
     excluded: Tensor | None  # (b, X)
     members: Tensor | None  # (b, M)
 
-    def gallery_scores(self, start: int, block: Tensor) -> Tensor:
-        """Scores (b, n) of a block (n, K, E), minus infinity for images that are left out.
+    def mask_excluded(self, scores: Tensor, start: int) -> Tensor:
+        """Set the scores (b, n) of a block to minus infinity for images that are left out.
 
         Raises:
             ValueError: if one is not finite.
         """
-        scores = scores_of(self.query, block)
         if scores.numel() and not bool(torch.stack(torch.aminmax(scores)).isfinite().all()):
             raise ValueError("scores are not finite: an embedding holds NaN or infinity")
         if self.excluded is not None:
-            scores[inside(self.excluded, start, len(block))] = -torch.inf
+            scores[inside(self.excluded, start, scores.shape[1])] = -torch.inf
         return scores
 
     def restrict(self, scores: Tensor, start: int, count: int) -> Tensor:
@@ -83,7 +93,8 @@ class _Chunk:
 
     def scores(self, start: int, block: Tensor) -> Tensor:
         """Scores (b, n) of a block (n, K, E), of the members alone if there are any."""
-        scores = self.gallery_scores(start, block)
+        is_one = len(self.query) == 1 and self.query.device.type == "cpu"
+        scores = self.mask_excluded((_score_one if is_one else scores_of)(self.query, block), start)
         return scores if self.members is None else self.restrict(scores, start, len(block))
 
 
@@ -197,7 +208,7 @@ class _Rank:
         known = start >= self.last
         if known if again else not known and start not in self.holds:
             return
-        whole = self.chunk.gallery_scores(start, block)  # (b, n)
+        whole = self.chunk.mask_excluded(scores_of(self.chunk.query, block), start)  # (b, n)
         row, slot = ((self.targets >= start) & (self.targets < start + len(block))).nonzero(as_tuple=True)
         column = self.targets[row, slot] - start
         over_subset = self.chunk.restrict(whole, start, len(block)) if len(self.rankings) > 1 else whole
@@ -238,7 +249,10 @@ def top_k(
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = [chunk.query.new_zeros(len(chunk.query), 0, dtype=wide) for chunk in chunks]
     rows = [chunk.query.new_zeros(len(chunk.query), 0, dtype=torch.long) for chunk in chunks]
-    for start, block in blocks(gallery, query) if k else ():
+    # Few queries take larger blocks, with as many scores: on a busy CPU each operation's threads wait for each other.
+    is_copied = gallery.dtype != wide or gallery.device != query.device  # then the memory of a block counts too
+    factor = 1 if is_copied else CHUNK // min(max(1, len(query)), CHUNK)
+    for start, block in blocks(gallery, query, factor) if k else ():
         for n, chunk in enumerate(chunks):
             found, columns = _first(chunk.scores(start, block), k, scores[n])
             merged, order = torch.cat([scores[n], found], 1).sort(dim=1, descending=True, stable=True)
