@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
 from spn4cir.errors import InputError
 from spn4cir.triplets import TripletTable
 from spn4cir.types import Benchmark, ImageRef, Triplet
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Level: TypeAlias = Literal["fact", "note", "problem"]
 

@@ -43,7 +43,7 @@ def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
     return products if k == 1 else products.view(len(query), n, k).amax(2)
 
 
-def _score_one(query: Tensor, block: Tensor) -> Tensor:
+def score_one(query: Tensor, block: Tensor) -> Tensor:
     """Scores (1, n) of one query (1, E) on the CPU, where numpy takes half the time of torch's matrix product."""
     products = np.einsum("nke,e->nk", block.numpy(), query[0].to(block.dtype).numpy())
     return torch.from_numpy(products).amax(1)[None]
@@ -94,7 +94,7 @@ class _Chunk:
     def scores(self, start: int, block: Tensor) -> Tensor:
         """Scores (b, n) of a block (n, K, E), of the members alone if there are any."""
         is_one = len(self.query) == 1 and self.query.device.type == "cpu"
-        scores = self.mask_excluded((_score_one if is_one else scores_of)(self.query, block), start)
+        scores = self.mask_excluded((score_one if is_one else scores_of)(self.query, block), start)
         return scores if self.members is None else self.restrict(scores, start, len(block))
 
 

@@ -195,8 +195,10 @@ def named_images(triplets: Sequence[Triplet]) -> Iterable[str]:
 
 def join_triplets(triplets: Sequence[Triplet], others: Sequence[Triplet]) -> Sequence[Triplet]:
     """Triplets and then others, which are few enough for a list; a table where the first are one."""
-    if not isinstance(triplets, TripletTable) or not others:
+    if not isinstance(triplets, TripletTable):
         return [*triplets, *others]
+    if not others:
+        return triplets
     import pyarrow as pa
 
     table = triplets.table

@@ -63,7 +63,9 @@ class Contents:
         if self.rows is None:
             return [read_other_columns(path, {**ROLES, **BOX_ROLES}) for path in self.tables]
         table, used = self.rows.data.data.table, {self.rows.find(names) for names in _roles_of_rows().values()}
-        names = [name for name in table.column_names if not (name in used or self.rows.is_image(name) or name[:2] == "__")]
+        names = [
+            name for name in table.column_names if not (name in used or self.rows.is_image(name) or name[:2] == "__")
+        ]
         return [table.select(names)]
 
     def image(self, image_id: str) -> ImageRef:

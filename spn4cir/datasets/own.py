@@ -1,9 +1,12 @@
 """Images of one's own as a dataset, whatever they are read from, and queries of one's own about them."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spn4cir.dataset import Check, Dataset
 from spn4cir.datasets.contents import Contents, one_line, read_contents, wrong
@@ -14,6 +17,9 @@ from spn4cir.datasets.tables import find_table, read_table
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FILES = (*TABLES, ".tar")
 ASKED = {name: (name,) for name in ("reference", "modification", "target", "group")}
