@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir.distributed import (
-    all_gather_rows,
-    all_reduce_max,
-    all_reduce_sum,
-    process_rank,
-    world_size,
-)
+from spn4cir.distributed import all_gather_rows, all_reduce_max, all_reduce_sum, process_rank, world_size
 from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
 
 
@@ -68,18 +62,16 @@ def info_nce(
     Source: Feng et al., "Improving Composed Image Retrieval via Contrastive Learning with Scaling Positives and
     Negatives", ACM MM 2024; van den Oord et al., 2018 (InfoNCE).
     """
-    positives = positives.view(len(query), -1)  # (B, P)
-    pairs = positives.new_zeros(2, 0) if ignore is None else ignore
     if torch.is_tensor(temperature):
         temperature = temperature.to(query.device)
     else:
         if not temperature > 0:
             raise ValueError(f"a temperature is above 0, got {temperature}")
         temperature = torch.tensor(temperature, dtype=torch.float64, device=query.device)
-    vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, None)
-    spread = first is not None and world_size() > 1
-    assert not (spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
-    loss: Tensor = _InfoNCE.apply(query, vectors, temperature, _Batch(positives, pairs, threshold, first or 0, spread))
+    vectors, batch = _batch(candidates, positives.view(len(query), -1), ignore, threshold)
+    assert not (batch.spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
+    with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
+        loss: Tensor = _InfoNCE.apply(query, vectors, temperature, batch)
     return loss
 
 
@@ -89,27 +81,18 @@ def masked_share(
 ) -> float:
     """Share of the pairs of a query and a candidate, its positives aside, that ``info_nce`` masks as false negatives.
 
-    Over the queries and candidates of all processes, all of which take part.
-
-    Args:
-        candidates: (N, K, E), or this process's ``Shard``.
-        positives: (B, P) candidate rows, padded with -1.
-        ignore, threshold: as ``info_nce`` takes them.
+    Over the queries and candidates of all processes, all of which take part. Arguments are those of ``info_nce``,
+    positives (B, P) padded with -1.
     """
-    vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, 0)
-    spread = isinstance(candidates, Shard) and world_size() > 1
-    pairs, like = positives.new_zeros(2, 0) if ignore is None else ignore, None
-    batch = _Batch(positives, pairs, threshold, first, spread).of_all()
-    positives, pairs = batch.positives, batch.pairs
-    if threshold is not None:
-        dtype = torch.promote_types(vectors.dtype, torch.float32)
-        like = pooled(_positive_vectors(vectors, batch, dtype, positives.device))  # (B, P, E)
-    own = _within(_pairs(positives, positives >= 0), first, len(vectors))
-    mask = CandidateMask(_within(pairs, first, len(vectors)), own[:, :0], like, threshold or 1.0)
+    vectors, batch = _batch(candidates, positives, ignore, threshold)
+    batch = batch.of_all()
+    positives, dtype = batch.positives, torch.promote_types(vectors.dtype, torch.float32)
+    mask = _hidden(batch, len(vectors), _positive_vectors(vectors, batch, dtype, positives.device), True)
+    own = _within(row_pairs(positives, positives >= 0), batch.first, len(vectors))
     borders = [*range(0, len(vectors), 4096), len(vectors)]
     masked, others = 0, len(positives) * len(vectors) - own.shape[1]
-    for start, block in zip(borders, mask.blocks(borders, len(positives)), strict=False):
-        hidden = block.mask(vectors[start : start + 4096].to(positives.device))
+    for start, block in zip(borders, mask.blocks(borders), strict=False):
+        hidden = block.mask(len(positives), vectors[start : start + 4096].to(positives.device))
         inside = (own[1] >= start) & (own[1] < start + 4096)
         hidden[own[0, inside], own[1, inside] - start] = False
         masked += int(hidden.sum())
@@ -119,7 +102,7 @@ def masked_share(
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a query is to find, and what it is not to shun; rows are those of all candidates."""
+    """Positives (B, P) and ignored pairs (2, M) of some queries; rows are those of all candidates."""
 
     positives: Tensor
     pairs: Tensor
@@ -139,16 +122,20 @@ class _Batch:
         return _Batch(all_gather_rows(self.positives), kept, self.threshold, self.first, True)
 
 
+def _batch(
+    candidates: Tensor | Shard, positives: Tensor, ignore: Tensor | None, threshold: float | None
+) -> tuple[Tensor, _Batch]:
+    """The candidates that are here, and the batch that is scored against all of them."""
+    held, spread = (candidates, world_size() > 1) if isinstance(candidates, Shard) else (Shard(candidates), False)
+    pairs = positives.new_zeros(2, 0) if ignore is None else ignore
+    return held.vectors, _Batch(positives, pairs, threshold, held.first, spread)
+
+
 class _InfoNCE(torch.autograd.Function):
     """``info_nce``: the gradients of query and temperature are ready when the loss is."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, batch: _Batch) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
-            return _InfoNCE._forward(ctx, query, vectors, temperature, batch)
-
-    @staticmethod
-    def _forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch) -> Tensor:
+    def forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
         t = temperature.to(wide)
         local = query.to(wide).contiguous() / t
@@ -248,22 +235,23 @@ def _hidden(batch: _Batch, count: int, found: Tensor, cheap: bool) -> CandidateM
     apart = _apart(positives, cheap)
     pairs = batch.pairs[:, ~((positives[query] == row[:, None]) & ~apart[query]).any(1)]
     if cheap or positives.shape[1] > 1:
-        pairs = torch.cat([pairs, _pairs(positives, (positives >= 0) & apart)], 1)
-    shown = _pairs(positives, (positives >= 0) & ~apart) if like is not None else pairs[:, :0]
+        pairs = torch.cat([pairs, row_pairs(positives, (positives >= 0) & apart)], 1)
+    shown = row_pairs(positives, (positives >= 0) & ~apart) if like is not None else pairs[:, :0]
     pairs, shown = (_within(part, batch.first, count) for part in (pairs, shown))
     return CandidateMask(pairs, shown, like, 1.0 if batch.threshold is None else batch.threshold)
 
 
-def _pairs(rows: Tensor, chosen: Tensor) -> Tensor:
-    """(B, P) candidate rows, of which some are chosen → (2, M) pairs."""
+def row_pairs(rows: Tensor, chosen: Tensor) -> Tensor:
+    """(B, P) candidate rows, of which some are chosen → (2, M) pairs of query row and candidate row."""
     owner, slot = chosen.nonzero(as_tuple=True)
     return torch.stack([owner, rows[owner, slot]])
 
 
 def _within(pairs: Tensor, first: int, count: int) -> Tensor:
-    """Pairs whose candidate is one of ``count`` from ``first`` on, counted from there."""
+    """Pairs whose candidate is one of ``count`` from ``first`` on, counted from there, by candidate."""
     local = torch.stack([pairs[0], pairs[1] - first])
-    return local[:, (local[1] >= 0) & (local[1] < count)]
+    local = local[:, (local[1] >= 0) & (local[1] < count)]
+    return local[:, local[1].argsort()]
 
 
 def _join_processes(own: Softmax) -> Softmax:

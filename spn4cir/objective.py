@@ -14,7 +14,7 @@ from spn4cir.compute import gradient_cached
 from spn4cir.distributed import all_gather_rows
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
-from spn4cir.losses import Shard, info_nce, masked_share
+from spn4cir.losses import Shard, info_nce, masked_share, row_pairs
 from spn4cir.types import Composed, ImageFeatures
 
 TEMPERATURE_BOUNDS = (0.005, 0.5)
@@ -31,13 +31,7 @@ class Candidates(nn.Module, ABC):
 
 
 class ClassCentres(Candidates):
-    """Learned centres of classes, unit norm; the query's own class is its positive.
-
-    Args:
-        classes: C, their number.
-        vectors: K, sub-centres of each class; the nearest one counts.
-        width: E of the embedding.
-    """
+    """Learned centres (C, K, E) of classes, unit norm, the nearest of K counting; the query's class is its positive."""
 
     def __init__(self, classes: int, vectors: int, width: int):
         super().__init__()
@@ -65,7 +59,7 @@ class BankCandidates(Candidates):
     def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
         """Rows of the bank; ignored are further targets of the same query."""
         held, positives = Shard(self.bank.target, self.bank.first), batch.target[:, : batch.positives]
-        ignore = _pairs(batch.others)
+        ignore = None if batch.others is None else row_pairs(batch.others, batch.others >= 0)
         if self.limit is not None:
             held, positives, ignore = self._drawn(positives, ignore, batch.step)
         return held if self.bank.shared else held.vectors, positives, ignore
@@ -93,14 +87,6 @@ class BankCandidates(Candidates):
             kept = ignore[:, torch.isin(ignore[1], rows)]
             hidden = torch.cat([hidden, torch.stack([kept[0], torch.searchsorted(rows, kept[1])])], 1)
         return shard, torch.searchsorted(rows, positives).masked_fill(positives < 0, -1), hidden
-
-
-def _pairs(others: Tensor | None) -> Tensor | None:
-    """(B, A) rows padded with -1 → (2, M) pairs of query and row."""
-    if others is None:
-        return None
-    owner, slot = (others >= 0).nonzero(as_tuple=True)
-    return torch.stack([owner, others[owner, slot]])
 
 
 class Objective(nn.Module):
