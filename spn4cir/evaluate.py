@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from spn4cir.backbone import Backbone
 from spn4cir.bank import Bank
-from spn4cir.distributed import all_reduce_sum, process_rank, world_size
+from spn4cir.distributed import all_reduce, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
 from spn4cir.measures import Ranks
@@ -51,8 +51,7 @@ def encode_benchmark(
         backbone: its mode is left as it is, so call ``eval`` first.
         modes: ``composed``; ``text only`` and ``image only`` leave out the other part of each query that has both.
 
-    Raises:
-        InputError: if the gallery holds texts and the backbone cannot embed them, or an embedding is not finite.
+    Raises ``InputError`` if the gallery holds texts and the backbone cannot embed them, or an embedding is not finite.
     """
     device = next(backbone.parameters()).device
     row = {item: n for n, item in enumerate(benchmark.gallery)}
@@ -113,13 +112,11 @@ class _Rows:
         """The rows of all processes."""
         if world_size() == 1:
             return self.values
-        shape = torch.zeros(world_size(), 3, dtype=torch.long, device=self.device)  # a process may have had no batch
-        if len(self.values):
-            shape[process_rank()] = torch.tensor([*self.values.shape[1:], 0, 0][:3])
-        shape = all_reduce_sum(shape).amax(0)
-        if not len(self.values):
+        shape = torch.tensor([*self.values.shape[1:], 0, 0, 0][:3], dtype=torch.long, device=self.device)
+        shape = all_reduce(shape, "MAX")
+        if not len(self.values):  # this process had no batch
             self.values = torch.zeros(self.count, *(n for n in shape.tolist() if n), device=self.device)
-        return all_reduce_sum(self.values)
+        return all_reduce(self.values)
 
 
 def _features(
@@ -206,13 +203,7 @@ def _rankings(benchmark: Benchmark, target: Tensor) -> Iterator[_Ranked]:
 
 
 def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> dict[str, Ranks]:
-    """Ranks (Q, P, 2) of every target of each query, by what is ranked: gallery, candidates, subset.
-
-    Args:
-        benchmark: what is ranked, and whether the reference stays.
-        query: (Q, E).
-        target: (G, K, E) of the gallery.
-    """
+    """Ranks (Q, P, 2) of targets for queries (Q, E) and a gallery (G, K, E), by what is ranked, such as ``subset``."""
     most = max((len(q.targets) for q in benchmark.queries), default=0)
     empty = torch.zeros(len(benchmark.queries), most, 2, dtype=torch.long, device=query.device)
     found: dict[str, Tensor] = {measure.over: empty.clone() for measure in benchmark.measures}
@@ -221,16 +212,13 @@ def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> dict[st
         for over, ranked in zip(part.over, ranks, strict=False):
             if over in found and ranked is not None:
                 found[over][part.numbers, : ranked.shape[1]] = ranked
-    return {over: all_reduce_sum(ranks).cpu().numpy() for over, ranks in found.items()}
+    return {over: all_reduce(ranks).cpu().numpy() for over, ranks in found.items()}
 
 
 def first_items(
     benchmark: Benchmark, query: Tensor, target: Tensor, k: int
 ) -> dict[str, tuple[list[list[str]], list[list[float]]]]:
-    """Ids and scores of the first k items of each query (of the subset: all), best first, by what is ranked.
-
-    Other arguments are those of ``rank_queries``.
-    """
+    """Ids and scores of the first k items of each query, and all of its subset, best first, by what is ranked."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     wanted = {measure.over for measure in benchmark.measures}
     for over in sorted(wanted | ({"gallery"} if "subset" in wanted else set())):  # on all processes alike
@@ -248,7 +236,7 @@ def first_items(
             found[over][1][part.numbers, : rows.shape[1]] = rows + 1  # 0 is padding
     named = {}
     for over, (held, places) in found.items():
-        numbers, values = all_reduce_sum(places).tolist(), all_reduce_sum(held).tolist()
+        numbers, values = all_reduce(places).tolist(), all_reduce(held).tolist()
         ids = [[benchmark.gallery[n - 1] for n in row if n] for row in numbers]
         named[over] = ids, [list(compress(*pair)) for pair in zip(values, numbers, strict=True)]
     return named
@@ -288,8 +276,7 @@ def evaluate(
         batch_size: images encoded at once.
         top: number of first items to keep of each query.
 
-    Raises:
-        InputError: if there is no query, or its targets are not public and no first items are asked for.
+    Raises ``InputError`` if there is no query, or its targets are not public and no first items are asked for.
     """
     if not benchmark.queries:
         raise InputError(f"{benchmark.name} has no query")

@@ -39,9 +39,7 @@ class Neighbours:
         index: which.
         effort: clusters that ``ivf`` looks into, or vectors that ``hnsw`` keeps in sight; more is slower, misses less.
 
-    Raises:
-        InputError: if faiss is not installed.
-        ValueError: if a vector is not finite.
+    Raises ``InputError`` if faiss is not installed, ``ValueError`` if a vector is not finite.
     """
 
     def __init__(self, gallery: Tensor, index: Kind = "exact", effort: int = 64):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir.distributed import all_gather_rows, all_reduce_max, all_reduce_sum, process_rank, world_size
+from spn4cir.distributed import all_gather_rows, all_reduce, process_rank, world_size
 from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
 
 
@@ -30,13 +30,12 @@ def info_nce(
     ignore: Tensor | None = None,
     threshold: float | None = None,
 ) -> Tensor:
-    """Cross-entropy of each query's positive among all candidates.
+    """Cross-entropy of each query's positive among all candidates, a scalar.
 
     ``loss = mean_i [ -s(q_i, c_p) / t + log Σ_j exp(s(q_i, c_j) / t) ]`` with ``s`` the maximum dot product over a
-    candidate's K vectors. The same function serves stage 1 (candidates = the targets of the batch) and stage 2
-    (candidates = the whole bank). Several positives of one query are one term each, with the query's other positives
-    left out of its sum; the mean is over terms. Scores are computed and scaled in float32 or wider, whatever the
-    candidates are stored in.
+    candidate's K vectors. Candidates are the targets of the batch in stage 1, the whole bank in stage 2. Several
+    positives of one query are one term each, with the query's other positives left out of its sum; the mean is over
+    terms. Scores are computed and scaled in float32 or wider, whatever the candidates are stored in.
 
     Candidates are read a block at a time, so memory does not grow with their number. Where they are frozen the same
     pass carries the gradient, ``(softmax-weighted mean of candidates - positive) / t``; where they learn, the backward
@@ -53,11 +52,7 @@ def info_nce(
         threshold: leave out candidates whose cosine similarity to one of the query's positives exceeds this; of images
             with K vectors that of their means. None for no such bound.
 
-    Returns:
-        Scalar.
-
-    Raises:
-        ValueError: if no query has a positive, or one that no candidate has, or the temperature is not above 0.
+    Raises ``ValueError`` if no query has a positive, or one that no candidate has, or the temperature is not above 0.
 
     Source: Feng et al., "Improving Composed Image Retrieval via Contrastive Learning with Scaling Positives and
     Negatives", ACM MM 2024; van den Oord et al., 2018 (InfoNCE).
@@ -96,7 +91,7 @@ def masked_share(
         inside = (own[1] >= start) & (own[1] < start + 4096)
         hidden[own[0, inside], own[1, inside] - start] = False
         masked += int(hidden.sum())
-    counts = all_reduce_sum(torch.tensor([masked, others], device=positives.device))
+    counts = all_reduce(torch.tensor([masked, others], device=positives.device))
     return int(counts[0]) / max(int(counts[1]), 1)
 
 
@@ -153,7 +148,7 @@ class _InfoNCE(torch.autograd.Function):
         rows = slice(process_rank() * len(query), (process_rank() + 1) * len(query)) if own.spread else slice(None)
         apart = _apart(own.positives, cheap)  # (B, 1)
         owner, slot = (own.positives >= 0).nonzero(as_tuple=True)  # (T,) terms
-        count = int(all_reduce_sum(torch.tensor(len(owner), device=query.device))) if own.spread else len(owner)
+        count = int(all_reduce(torch.tensor(len(owner), device=query.device))) if own.spread else len(owner)
         if not count:
             raise ValueError("no query has a positive: the mean over no terms is undefined")
         each = (world_size() if own.spread else 1) / count  # weight of a term
@@ -200,7 +195,7 @@ def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device
     found = vectors[rows] if len(vectors) else vectors.new_zeros(len(rows), *vectors.shape[1:])
     found = found.to(device, dtype).view(*here.shape, *found.shape[1:]) * here[..., None, None]
     if batch.spread:
-        found, here = all_reduce_sum(found), all_reduce_sum(here.int()) > 0
+        found, here = all_reduce(found), all_reduce(here.int()) > 0
     if bool((here != (batch.positives >= 0)).any()):
         lost = batch.positives[here != (batch.positives >= 0)][0].item()
         raise ValueError(f"a query's positive is row {lost}, which no candidate has")
@@ -256,8 +251,8 @@ def _within(pairs: Tensor, first: int, count: int) -> Tensor:
 
 def _join_processes(own: Softmax) -> Softmax:
     """What ``streaming_softmax`` gave on each process → what it gives for the candidates of all."""
-    top = all_reduce_max(own.top)
+    top = all_reduce(own.top, "MAX")
     share = own.total * (own.top - finite(top)).exp()  # (B,)
-    joined = all_reduce_sum(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
+    joined = all_reduce(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
     total = joined[:, :1]
     return Softmax(top, total[:, 0], joined[:, 1:] / total.clamp(min=torch.finfo(total.dtype).tiny))

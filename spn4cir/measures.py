@@ -25,8 +25,7 @@ Values = NDArray[np.float64]
 def best_ranks(ranks: Ranks) -> Ranks:
     """Ranks (Q, P, 2) of all targets → (Q, 2) of each query's best one.
 
-    Raises:
-        ValueError: if there is no query, or one of them has no ranked target, or a last rank is before the first.
+    Raises ``ValueError`` if there is no query, or one of them has no ranked target, or a last rank is before the first.
     """
     ranks = np.asarray(ranks)
     if not len(ranks):
@@ -70,9 +69,7 @@ def average_precision(ranks: Ranks, k: int) -> Values:
 def precision(ranks: Ranks, k: int) -> Values:
     """Share of targets among the first ``m = min(P, k)``, P the number of targets: its mean is mMP@k.
 
-    Ties are shared evenly.
-
-    Source: the modified mean precision of the Google Universal Image Embedding challenge, 2022.
+    Ties are shared evenly. Source: modified mean precision of the Google Universal Image Embedding challenge, 2022.
     """
     first, last, count = _in_order(ranks)
     most = np.minimum(count, k)
@@ -96,10 +93,9 @@ def _in_order(ranks: Ranks) -> tuple[Ranks, Ranks, Ranks]:
 def _ties(first: Ranks, last: Ranks, k: int) -> list[tuple[Values, Values, int, Values]]:
     """Each group of equal scores that holds targets, of one query's ranks (P,).
 
-    Returns:
-        For each group: its ranks up to ``k`` in the whole ranking (n,); the probability that a target stands there
-        (n,); the number of targets before the group; and the expected number of the group's targets before each rank,
-        given that a target stands there (n,).
+    Returns for each group its ranks up to ``k`` in the whole ranking (n,), the probability that a target stands there
+    (n,), the number of targets before the group, and the expected number of its targets before each rank, given that
+    a target stands there (n,).
     """
     groups = Counter(pair for pair in zip(first.tolist(), last.tolist(), strict=True) if pair[0] > 0)
     found, before = [], 0

@@ -44,10 +44,9 @@ class ClassCentres(Candidates):
 
 
 class BankCandidates(Candidates):
-    """Frozen targets of a bank: all of them, or some that are drawn anew for each step.
+    """Frozen targets of a bank, of several processes this one's share.
 
     Args:
-        bank: of several processes, this one's share.
         limit: number of candidates drawn for a step, beside the targets of its triplets; None for the whole bank.
         seed: of the draw, which depends on the step too, so it is the same on all processes, and after a resume.
     """
@@ -69,9 +68,8 @@ class BankCandidates(Candidates):
 
         Source: the ablation of the number of negatives of Feng et al., 2024; there each query draws its own.
         """
-        chance = np.random.default_rng((self.seed, step))
         assert self.limit is not None
-        count = min(self.limit, self.bank.total)
+        chance, count = np.random.default_rng((self.seed, step)), min(self.limit, self.bank.total)
         drawn = torch.from_numpy(chance.choice(self.bank.total, count, replace=False)).sort().values
         drawn = drawn.to(positives.device)
         wanted = torch.unique(all_gather_rows(positives))  # (W,) of all processes
@@ -101,9 +99,8 @@ class Objective(nn.Module):
             ``query``, ``text``, ``reference``; the loss is their mean.
         max_similarity: candidates more similar to a positive than this are masked as false negatives; None for none.
 
-    Raises:
-        InputError: if the temperature is out of bounds, or the backbone has no such negatives.
-        ValueError: if a bank is given and the image side is not frozen: it would be stale after one step.
+    Raises ``InputError`` if the temperature is out of bounds, or the backbone has no such negatives; ``ValueError`` if
+    a bank is given and the image side is not frozen.
     """
 
     def __init__(
@@ -167,8 +164,7 @@ class Objective(nn.Module):
         if batch.pixels is None:
             return None
         if not self.backbone.is_frozen:
-            encoded: ImageFeatures = gradient_cached(self.backbone.encode_image, self.backbone.chunk, batch.pixels)
-            return encoded
+            return gradient_cached(self.backbone.encode_image, self.backbone.chunk, batch.pixels)
         with torch.no_grad(), torch.autocast(batch.pixels.device.type, enabled=False):  # as the bank was made
             return self.backbone.encode_image(batch.pixels)
 
@@ -186,8 +182,7 @@ class Objective(nn.Module):
             # the query alone, as chunks of whole triplets would have states and parts, and others none
             return Composed(self.backbone.compose_partial(own, texts, *parts[len(names) :]).query)
 
-        composed: Composed = gradient_cached(compose, self.backbone.chunk, batch.reference, *tokens, *masks)
-        return composed
+        return gradient_cached(compose, self.backbone.chunk, batch.reference, *tokens, *masks)
 
     def _against_batch(self, composed: Composed, features: ImageFeatures | None, batch: TripletBatch) -> Tensor:
         """Stage 1: candidates are the targets, and hard negatives, of all processes."""

@@ -122,7 +122,10 @@ def candidate_gradient(
         if not block.none:
             scores = scores.masked_fill(block.mask(len(query), vectors), -torch.inf)
         share = (scores - finite(found.top)[:, None]).exp_().mul_(weight[:, None])  # (B, n)
-        parts.append((_spread(share, which, vectors.shape[1]).T @ query).view(vectors.shape))
+        if which is not None:  # (B, n) weights of candidates → (B, n·K) weights of their vectors
+            spread = share.new_zeros(*share.shape, vectors.shape[1])
+            share = spread.scatter_(2, which[..., None], share[..., None]).flatten(1)
+        parts.append((share.T @ query).view(vectors.shape))
     return torch.cat(parts) if parts else query.new_zeros(candidates.shape)
 
 
@@ -204,14 +207,6 @@ def _scores(query: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
     products = vectors.flatten(0, 1) @ query.T  # (n·K, B), the faster way round where there are many vectors
     scores, which = products.view(n, k, len(query)).max(1)  # (n, B)
     return scores.T.contiguous(), which.T.contiguous()
-
-
-def _spread(weights: Tensor, which: Tensor | None, k: int) -> Tensor:
-    """(B, n) weights of candidates → (B, n·K) weights of their vectors."""
-    if which is None:
-        return weights
-    spread = weights.new_zeros(*weights.shape, k)
-    return spread.scatter_(2, which[..., None], weights[..., None]).flatten(1)
 
 
 @functools.cache
