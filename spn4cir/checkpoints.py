@@ -32,7 +32,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``write_tensors`` wrote. Raises ``InputError`` if the file is missing or broken."""
-    note = read_note(path)
+    note = read_note(path)  # raises
     return load_file(path), note
 
 

@@ -68,10 +68,8 @@ def checkpoint_blocks(module: nn.Module) -> int:
 
 
 def compile_blocks(module: nn.Module) -> int:
-    """Let torch make kernels for the blocks of a model that train; returns how many there are.
-
-    Kernels hold for any number of rows. What is frozen is left as it is: the bank was made with it, to the bit.
-    """
+    """Let torch make kernels, for any number of rows, for the blocks that train; returns how many there are."""
+    # what is frozen is left as it is: the bank was made with it, to the bit
     blocks = [block for block in blocks_of(module) if any(p.requires_grad for p in block.parameters())]
     for block in blocks:
         block.compile(dynamic=True)

@@ -226,11 +226,8 @@ def training_command(stage: int) -> str:
 def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:
     """Settings from ``--config FILE`` (``default`` if not given) and then from options, in whatever order they stand.
 
-    Args:
-        kind: a dataclass.
-        default: YAML file.
-        argv: without the program's name; the command line's own if None.
-        text: for ``--help``: a sentence, a blank line, examples.
+    They fill a dataclass. ``argv`` lacks the program's name and is the command line's own for None; ``text`` is for
+    ``--help``: a sentence, a blank line, examples.
 
     Raises ``InputError`` naming the file and the key for an unknown key, or the option for a wrong value.
     """

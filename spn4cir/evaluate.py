@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import compress
 from typing import NamedTuple, TypeVar
 
@@ -25,8 +25,7 @@ T = TypeVar("T")
 COMPOSED, IMAGE_ONLY, TEXT_ONLY = "composed", "image only", "text only"
 
 
-@dataclass
-class EncodedBenchmark:
+class EncodedBenchmark(NamedTuple):
     """A benchmark as embeddings: ``target`` (G, K, E) of its gallery, and queries (Q, E) by how they were made."""
 
     target: Tensor
@@ -140,8 +139,7 @@ def _compose(
 ) -> Tensor:
     """Query vectors (B, E) of these queries, all of which have a reference, or none.
 
-    A query that lacks the part that a mode keeps gets zeros: all items score the same, so it is right as often as
-    chance.
+    A query that lacks the part that a mode keeps gets zeros: all items score the same, by chance the right one first.
     """
     texts = [benchmark.queries[number].text for number in numbers]
     device = next(backbone.parameters()).device

@@ -99,8 +99,7 @@ class Objective(nn.Module):
             ``query``, ``text``, ``reference``; the loss is their mean.
         max_similarity: candidates more similar to a positive than this are masked as false negatives; None for none.
 
-    Raises ``InputError`` if the temperature is out of bounds, or the backbone has no such negatives; ``ValueError`` if
-    a bank is given and the image side is not frozen.
+    Raises ``InputError`` if the temperature is out of bounds, or the backbone has no such negatives.
     """
 
     def __init__(

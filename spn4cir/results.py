@@ -118,10 +118,9 @@ def compute_metrics(
             found["Rmean"] = float(np.mean([found[name] for name in primary]))
         return found
 
-    tags: dict[str, dict[str, float]] = {}
-    for tag in sorted({tag for query in benchmark.queries for tag in query.tags}):
-        rows = np.array([tag in query.tags for query in benchmark.queries])
-        tags[tag] = {**mean(rows), "queries": int(rows.sum())}
+    known = sorted({tag for query in benchmark.queries for tag in query.tags})
+    rows_of = {tag: np.array([tag in query.tags for query in benchmark.queries]) for tag in known}
+    tags = {tag: {**mean(rows), "queries": int(rows.sum())} for tag, rows in rows_of.items()}
     metrics = mean(slice(None))
     if benchmark.macro:
         metrics = macro_mean({tag: tags[tag] for tag in benchmark.macro}, list(metrics))

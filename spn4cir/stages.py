@@ -35,8 +35,7 @@ class Training:
     """A training that is ready to run.
 
     Args:
-        objective: the module whose ``forward(batch)`` is the loss.
-        loader: its batches.
+        objective, loader: the module whose ``forward(batch)`` is the loss, and its batches.
         evaluate: evaluates the model on the selecting benchmark; all processes call it.
         check: raises ``InputError`` if something that must not move has moved; called after each epoch.
         bank: fingerprint of the bank in use, or None without a bank.

@@ -37,7 +37,6 @@ def load_library(kind: type[M], model: str | Path | None, config: Mapping[str, A
     """Load a model of transformers in float32 and eval mode; where ``READS_WEIGHTS`` is false, with random weights.
 
     Args:
-        kind: its class.
         model: folder, or name on the hub; None for ``config`` alone, with random weights.
         config: its configuration as a dictionary; None takes that of ``model``.
 
