@@ -27,14 +27,9 @@ class Searchable(Protocol):
 
 
 def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
-    """Score of each query against each candidate: the maximum dot product over the candidate's vectors.
+    """Scores (B, N) of queries (B, E) against candidates (N, K, E): the maximum dot product over a candidate's vectors.
 
-    Args:
-        query: (B, E).
-        candidates: (N, K, E).
-
-    Returns:
-        (B, N), in float32 or wider.
+    They are in float32 or wider.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     n, k, e = candidates.shape
@@ -76,8 +71,7 @@ class _Chunk:
     def mask_excluded(self, scores: Tensor, start: int) -> Tensor:
         """Set the scores (b, n) of a block to minus infinity for images that are left out.
 
-        Raises:
-            ValueError: if one is not finite.
+        Raises ``ValueError`` if one is not finite.
         """
         if scores.numel() and not bool(torch.stack(torch.aminmax(scores)).isfinite().all()):
             raise ValueError("scores are not finite: an embedding holds NaN or infinity")
@@ -136,8 +130,7 @@ def rank_targets(
         (Q, P, 2) int64: first and last rank from 1 on, equal where no non-target has the target's score; 0 where a
         target is padding or not ranked. The same over the subset, or None.
 
-    Raises:
-        ValueError: if no target of a query is ranked, or a score is not finite.
+    Raises ``ValueError`` if no target of a query is ranked, or a score is not finite.
     """
     if bool((targets < 0).all(1).any()):
         raise ValueError("a query without a target has no rank")
@@ -239,8 +232,7 @@ def top_k(
     Returns:
         Scores and rows, both (Q, k); rows that are left out come last, with a score of minus infinity.
 
-    Raises:
-        ValueError: if a score is not finite.
+    Raises ``ValueError`` if a score is not finite.
     """
     if not isinstance(gallery, Tensor):
         return gallery.top_k(query, k, excluded, members)
@@ -262,13 +254,10 @@ def top_k(
 
 
 def _first(scores: Tensor, k: int, before: Tensor) -> tuple[Tensor, Tensor]:
-    """The k best scores of each row and their columns, by column; of equal scores the first columns.
+    """The k best of scores (b, n) in each row, or all n, and their columns, by column; of equal scores the first.
 
-    Args:
-        scores: (b, n).
-        k: how many; all n where it is more.
-        before: (b, k or fewer) best scores so far, best first. Where they are k, no lower or equal score counts any
-            more, and any columns that have one will do.
+    Where ``before`` (b, k or fewer), the best scores so far, best first, are k, no lower or equal score counts any
+    more, and any columns that have one will do.
     """
     n = scores.shape[1]
     values, columns = scores.topk(min(k + 1, n))
