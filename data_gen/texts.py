@@ -11,11 +11,10 @@ from typing import Any
 import yaml
 
 from spn4cir.config import recipes_folder
-from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
+from spn4cir.data_gen.ask import Answer, Question, Reply, ask
 from spn4cir.data_gen.caption import fault, tidy
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest, is_done, mark_done
-from spn4cir.distributed import Processes
+from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest, mark_done, skip_step
 from spn4cir.errors import InputError
 from spn4cir.files import Row, short, stream_jsonl, write_jsonl
 from spn4cir.text_tokenizer import load_tokenizer
@@ -26,19 +25,16 @@ LABEL = re.compile(
 )
 SOURCE = re.compile(r"\W*(?:source|input|original|instruction)\b[^:]{0,30}:", re.IGNORECASE)
 NEW_TOKENS = 50
+# the paper's templates 0, 1 and 2
 FORMS = {"instead": "{1} instead of {0}", "unlike": "Unlike {0}, I want {1}", "target": "{1}"}
-"""The paper's templates 0, 1 and 2."""
 ARTICLES = {"a", "an", "the"}  # two captions that share nothing else have nothing in common
 
 
 def difference(reference: str, target: str, draw: random.Random) -> str:
-    """What changes: the words that only the target's caption has, or, if it has none, what is gone.
+    """What changes, in a drawn phrasing: the words that only the target's caption has; without any, what is gone.
 
-    Captions without a common word have no difference worth naming: the text would be the whole target caption, and a
-    model could learn from it to ignore the reference.
-
-    ``draw`` picks among several phrasings. The text is empty if the two captions hold the same words, or no word in
-    common, articles aside.
+    The text is empty if the two captions hold the same words, or no word in common, articles aside: then it would be
+    the whole target caption, and a model could learn from it to ignore the reference.
     """
     before, after = (_words(text) for text in (reference, target))
     low_before, low_after = ({word.lower() for word in words} for words in (before, after))
@@ -46,10 +42,10 @@ def difference(reference: str, target: str, draw: random.Random) -> str:
         return ""
     new = " ".join(word for word in after if word.lower() not in low_before)
     gone = " ".join(word for word in before if word.lower() not in low_after)
-    if new:
-        last = f"{new} instead of {gone}" if gone else f"with {new}"
-        return draw.choice([new, f"but {new}", f"make it {new}", last])
-    return f"without {gone}" if gone else ""
+    if not new:
+        return f"without {gone}"
+    last = f"{new} instead of {gone}" if gone else f"with {new}"
+    return draw.choice([new, f"but {new}", f"make it {new}", last])
 
 
 def compose_text(template: str, reference: str, target: str, draw: random.Random) -> str:
@@ -71,14 +67,11 @@ def _words(text: str) -> list[str]:
 
 
 class TokenCounter:
-    """Counts tokens as a backbone's ``tokenize`` would make them before it cuts.
+    """Counts tokens, marks included, as a backbone's ``tokenize`` would make them before it cuts.
 
-    Marks count. A backbone that leaves punctuation out of its texts reads fewer tokens than are counted here, never
-    more: what fits here is not cut there.
-
-    Args:
-        tokenizer: ``clip``, that of OpenAI's CLIP; ``embedded``, that of the embedded CLIP; or one of transformers by
-            name or folder, which may hold ``vocab.txt`` alone.
+    A backbone that leaves punctuation out of its texts reads fewer tokens than are counted here, never more.
+    ``tokenizer`` is ``clip``, that of OpenAI's CLIP; ``embedded``, that of the embedded CLIP; or one of transformers by
+    name or folder, which may hold ``vocab.txt`` alone.
     """
 
     def __init__(self, tokenizer: str):
@@ -126,7 +119,7 @@ class Prompt:
 
     @property
     def name(self) -> str:
-        """A short name for its content."""
+        """A digest of its content."""
         return digest({"instruction": self.instruction, "examples": self.examples})[:8]
 
     def chat(self, source: str) -> list[dict[str, str]]:
@@ -185,10 +178,8 @@ class Rewriter:
         if not config.rewriter:
             raise InputError("rewriter_endpoint needs rewriter, the model's name on that server")
         self.config, self.prompt, self.out = config, load_prompt(config), config.file("rewrites.jsonl")
-        tokens = self.prompt.max_new_tokens
-        self.engine: Engine = engine_of(
-            config.rewriter, config.rewriter_endpoint, config, images=False, max_new_tokens=tokens
-        )
+        model, tokens = config.rewriter, self.prompt.max_new_tokens
+        self.engine = engine_of(model, config.rewriter_endpoint, config, images=False, max_new_tokens=tokens)
         self.about = {**self.engine.about, "prompt": self.prompt.name, "retries": config.retries}
 
     @classmethod
@@ -204,10 +195,7 @@ class Rewriter:
 
         Raises ``InputError`` if the model cannot work, or a file cannot be written.
         """
-        done, processes = is_done(self.out, made_by), Processes()
-        processes.wait()
-        if done:
-            processes.say(f"rewrite: {self.out} is done")
+        if skip_step("rewrite", self.out, made_by):
             return
         self.engine.look()
         sources = dict.fromkeys(row["modification"] for row in rows())
@@ -222,14 +210,8 @@ class Rewriter:
         write_jsonl(lost, failed)
         made = {"model": self.engine.about["model"], "prompt": self.prompt.name, "made_by": made_by}
         pairs = ((row["reference"], row["target"], row["modification"]) for row in rows())
-        write_jsonl(
-            self.out,
-            (
-                {"reference": reference, "target": target, "source": text, "rewritten": good[text], **made}
-                for reference, target, text in pairs
-                if text in good
-            ),
-        )
+        kept = (dict(zip(("reference", "target", "source"), pair, strict=True)) for pair in pairs if pair[2] in good)
+        write_jsonl(self.out, ({**row, "rewritten": good[row["source"]], **made} for row in kept))
         mark_done(self.out, made_by, **self.about, texts=len(replies), failed=len(failed))
         told = f"; {len(failed)} keep the template's text, listed in {lost}" if failed else ""
         print(f"rewrite: {len(good)} of {len(replies)} texts{told} → {self.out}")
@@ -258,9 +240,9 @@ def check_rewriting(
 
 
 def sentence(answer: str) -> str:
-    """The first line that says something, without a label such as "Target:" that the model may have put before it.
+    """The first line that says something, without a label such as "Target:" before it; other colons stay.
 
-    The paper keeps what follows the last colon of all; here a colon that belongs to the sentence stays.
+    (The paper keeps what follows the last colon of all.)
     """
     for line in answer.strip().splitlines():
         labels = list(LABEL.finditer(line))
