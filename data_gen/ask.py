@@ -97,10 +97,9 @@ def ask(
 ) -> None:
     """Ask all questions, some perhaps again, and hand over what came of them.
 
-    A block is a function of the whole list of questions, never of what a killed run has left to do, and it is asked,
-    checked, asked again where the check failed, and then committed. So neither a kill nor the number of processes
-    changes an answer. All processes call this; in the first, ``finish`` takes all replies in the order of the
-    questions, whose keys are unique, and writes ``out``, beside which the journal lies.
+    A block is a function of the whole list of questions, never of what a killed run has left to do, and is committed
+    whole: neither a kill nor the number of processes changes an answer. All processes call this; in the first,
+    ``finish`` takes all replies in the order of the questions, and writes ``out``, beside which the journal lies.
 
     Raises ``InputError`` if the engine cannot work, or the journal cannot be written; what was committed stays.
     """
@@ -132,19 +131,15 @@ Block = Sequence[Question]
 
 
 class _Work:
-    """Blocks under way in threads, and committed as they get ready.
-
-    Blocks of which nothing can be read are held back until one can be: if none ever comes, the engine is broken, and a
-    million failures would say no more than eight.
-    """
+    """Blocks under way in threads, and committed as they get ready."""
 
     def __init__(self, journal: Journal, engine: Engine, fresh: bool):
-        self.journal, self.engine, self.read_any = journal, engine, not fresh
+        self.journal, self.engine, self.read_any, self.failed = journal, engine, not fresh, 0
+        # blocks of which nothing can be read, until one can be: if none ever comes, the engine is broken, and a million
+        # failures would say no more than eight
         self.held: list[tuple[int, list[Reply]]] = []
-        self.failed = 0
 
     def run(self, blocks: Mapping[int, Block], answer: Callable[[Block], list[Reply]]) -> None:
-        """Answer and commit all blocks; if one cannot be, those that are under way first."""
         numbers, waiting = iter(blocks), dict[Future[list[Reply]], int]()
         bar = tqdm(total=sum(map(len, blocks.values())), desc="ask", unit="question", disable=not blocks)
         with bar, ThreadPoolExecutor(self.engine.workers) as pool:

@@ -78,10 +78,7 @@ def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
 
 
 def wanted_images(config: GenerateConfig) -> list[str]:
-    """Images to caption, in the dataset's order: all unique ones, or those of them that occur in a pair.
-
-    Raises ``InputError`` if a file of a step before is missing, or the pairs name an image that is none.
-    """
+    """Unique images, or those of a pair, in the dataset's order. Raises ``InputError`` for pairs of other images."""
     ids = canonical_images(config)
     if config.caption_images == "all":
         return ids
@@ -114,10 +111,7 @@ def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str])
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Captions by image id, of a JSON list or of JSON lines; the last of several is taken, as in the published files.
-
-    Raises ``InputError`` if the file is missing or damaged, or an entry has no image id or no caption.
-    """
+    """Captions by image id, the last of several, of JSON or JSON lines. Raises ``InputError`` for a damaged file."""
     entries = read_json(path) if path.suffix != ".jsonl" else _lines(path)
     found = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
@@ -173,8 +167,7 @@ class _Job:
     def kept(self, out: Path) -> dict[str, Row]:
         """Rows of earlier runs, perhaps for other pairs, that would be made alike."""
         known = {row["made_by"]: row for row in _earlier(out)}
-        recipes = ((image_id, self.recipe(image_id)) for image_id in self.ids)
-        return {image_id: {**known[made], "image_id": image_id} for image_id, made in recipes if made in known}
+        return {i: {**known[made], "image_id": i} for i in self.ids if (made := self.recipe(i)) in known}
 
     def plan(self, out: Path, made_by: str, processes: Processes) -> tuple[list[str], Path]:
         """Images to ask about, and the file that says so: a run that was killed while it wrote plans nothing anew."""
@@ -183,8 +176,7 @@ class _Job:
             kept = self.kept(out)
             write_text(path, json.dumps([i for i in self.ids if i not in kept]))
         processes.wait()
-        asked: list[str] = read_json(path)
-        return asked, path
+        return read_json(path), path
 
     def finish(self, replies: list[Reply], out: Path, made_by: str, given: dict[str, str]) -> None:
         """Write captions and failures, and tell how many there are. Raises ``InputError`` if there is no caption."""
@@ -226,7 +218,6 @@ def _earlier(out: Path) -> list[Row]:
 
 
 def _unread(failed: Path) -> bool:
-    """Whether a question was left without any readable answer."""
     return any(not row.get("read", True) for row in read_jsonl(failed))
 
 

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     """Write images.jsonl: one row per candidate, with its pixel hash and canonical image.
 
-    Images that are missing or do not decode are left out, and listed in images.failed.jsonl.
-
-    Raises ``InputError`` if fewer than two different images are left, the output folder holds the images of another
-    source, or its files would lie among the dataset's own.
+    Images that are missing or do not decode are left out, and listed in images.failed.jsonl. Raises ``InputError`` if
+    fewer than two different images are left, or the output folder is another source's, or the dataset's own.
     """
     from spn4cir.identity import canonical_ids, inspect_images
 
@@ -66,7 +64,6 @@ def _reason(inspected: "Inspected", image: str) -> str:
 
 
 def _candidates(config: GenerateConfig, dataset: Dataset) -> list[str]:
-    """Image ids that may occur, in the dataset's order."""
     ids = dataset.training_images()
     if config.candidates == "named":
         named = {i for triplet in _annotated("candidates: named", dataset) for i in triplet.image_ids}

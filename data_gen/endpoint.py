@@ -208,7 +208,6 @@ def read_answer(content: bytes) -> Answer | Trouble:
 
 
 def _message(content: bytes) -> str:
-    """What a server says about an error, in one line."""
     try:
         found = json.loads(content)
     except ValueError:

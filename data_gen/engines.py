@@ -170,7 +170,6 @@ class Local(Engine):
 
 
 def _with_image(chat: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """A chat whose last message shows an image before its text."""
     parts: list[dict[str, Any]] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
     parts[-1]["content"].insert(0, {"type": "image"})
     return parts
@@ -190,6 +189,5 @@ def _area(image: ImageRef | None) -> int:
 
 
 def _seed(questions: Sequence[Question], turn: Try) -> int:
-    """What a draw depends on, and nothing else."""
     named = repr((turn.seed, turn.number, [question.key for question in questions]))
     return int.from_bytes(hashlib.sha256(named.encode()).digest()[:6], "big")

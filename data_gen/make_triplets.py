@@ -15,6 +15,7 @@ import html
 import random
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -198,10 +199,7 @@ def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
     return shlex.join(words)
 
 
-def main() -> None:
-    """Run ``make_triplets`` from the command line."""
-    run_step(make_triplets, __doc__)
-
+main = partial(run_step, make_triplets, __doc__)  # the command spn4cir-triplets
 
 if __name__ == "__main__":
     main()

@@ -98,9 +98,8 @@ class Matching:
         ]
 
     def _enter(self, pool: Pool) -> None:
-        """Prepare for the blocks of a pool, which come one after another."""
         if self._pool is pool:
-            return
+            return  # its blocks come one after another
         self._pool, self._place = pool, {i: n for n, i in enumerate(pool.ids)}
         if pool.window is not None:
             from spn4cir.data_gen.windows import Window
@@ -122,10 +121,10 @@ class Matching:
 
     def report(self, pools: Sequence[Pool], references: Sequence[str], rows: Sequence[Row]) -> Row:
         """What people set a window by: similarities of some references to all others, beside those of the pairs."""
-        about = {"window": self.config.window, "pool": self.config.pool, "images": len(self.row_of), "pairs": len(rows)}
-        ranks = {pool.category: pool.window for pool in pools}
+        about: Row = {"window": self.config.window, "pool": self.config.pool, "images": len(self.row_of)}
+        about |= {"pairs": len(rows), "ranks": {pool.category: pool.window for pool in pools}}
         if self.vectors is None:
-            return {**about, "ranks": ranks}
+            return about
         import numpy as np
 
         edges = np.linspace(-1, 1, BINS + 1)
@@ -142,7 +141,7 @@ class Matching:
         quantiles = [[at, round(value, 4)] for at, value in zip(places, values, strict=True)]
         chosen = np.histogram(similarities, edges)[0]
         histogram = {"edges": edges.round(4).tolist(), "all": every.tolist(), "window": chosen.tolist()}
-        return {**about, "ranks": ranks, "histogram": histogram, "quantiles": quantiles}
+        return {**about, "histogram": histogram, "quantiles": quantiles}
 
 
 def draw_uniformly(
@@ -205,7 +204,6 @@ def annotated_partners(config: GenerateConfig, dataset: Dataset) -> dict[str, se
 
 
 def _about(config: GenerateConfig) -> dict[str, Any]:
-    """What decides the pairs, beside the images."""
     from spn4cir.data_gen.matchers import identify
 
     named = ("window", "pool", "pairs_per_image", "pairs", "max_image_similarity", "seed")
@@ -236,7 +234,6 @@ def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> list[Block]:
 
 
 def _work(matching: Matching, blocks: Sequence[Block], journal: Journal, processes: Processes) -> None:
-    """Do what is not done of this process's blocks."""
     from tqdm import tqdm
 
     mine = [n for n in range(processes.index, len(blocks), processes.count) if n not in journal]
@@ -261,7 +258,6 @@ def _kept(config: GenerateConfig, rows: list[Row]) -> tuple[list[Row], dict[str,
 
 
 def _described(pools: Sequence[Pool]) -> str:
-    """The windows in words."""
     windows = sorted({pool.window for pool in pools if pool.window})
     if not windows:
         return "drawn uniformly"

@@ -83,10 +83,9 @@ def identify(name: str) -> dict[str, Any]:
 
 
 def load_matcher(name: str) -> Matcher:
-    """The matcher of a name, on the CPU.
+    """The matcher of a name such as ``unicom:ViT-L/14``, on the CPU; ``GenerateConfig`` lists the kinds.
 
-    It is ``embedded``, ``unicom:SIZE`` or ``unicom:FILE``, ``open_clip:MODEL:TAG``, ``timm:MODEL``,
-    ``transformers:NAME`` or ``run:FOLDER``. Raises ``InputError`` if its weights are missing and cannot be downloaded.
+    Raises ``InputError`` if its weights are missing and cannot be downloaded.
     """
     kind, model = _split(name)
     made_by = identify(name)

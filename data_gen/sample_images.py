@@ -60,8 +60,7 @@ def sample_images(config: SampleConfig) -> None:
     """Fill the output folder: images/, in folders by hash, and catalogue.csv, which is written last.
 
     Each candidate has a keyed hash of its shard's name and its own, and those with the smallest hashes that decode are
-    taken, in that order, with their bytes as they are. One pass over the headers of the shards finds them; only the
-    chosen are read. Killed at any time, the same command goes on and ends with the same files.
+    taken, in that order, bytes as they are. Killed at any time, the same command goes on and ends with the same files.
 
     Raises ``InputError`` if the sources hold no image, or the folder holds another sample.
     """

@@ -1,8 +1,7 @@
 """Where images are sampled from: tar shards of the webdataset format, or a folder.
 
-The ``datasets`` library reads such shards too, but as a stream of whole samples: all bytes of all shards for each pass.
-Python's ``tarfile`` steps from header to header and tells where each member's bytes lie: only the chosen are read.
-Nothing is unpacked by the names in a tar; links, devices and folders in it are passed over.
+``tarfile`` steps from header to header, so that only the chosen images are read, where the ``datasets`` library reads
+all shards. Nothing is unpacked by the names in a tar; links, devices and folders in it are passed over.
 """
 
 import hashlib
@@ -94,10 +93,7 @@ class Smallest:
 
 
 def expand(pattern: str) -> list[Path]:
-    """Files that a pattern of braces and wildcards names: ``{00..12}``, ``{a,b}``, ``*``, ``?``.
-
-    Raises ``InputError`` if one of the braces' names is no file, nothing matches, or two files are called the same.
-    """
+    """Files that braces (``{00..12}``, ``{a,b}``) and wildcards name. Raises ``InputError`` for none, or namesakes."""
     files = []
     for name in _braces(pattern):
         found = sorted(glob(name)) if any(sign in name for sign in "*?[") else [name]  # noqa: PTH207
@@ -167,10 +163,7 @@ def _members(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, str, tupl
 
 
 def folder_candidates(folder: Path, listed: str | None) -> Iterator[Candidate]:
-    """Pictures below a folder; or those that a list names, there or not.
-
-    Raises ``InputError`` if the folder or the list is missing, or a line of it leads out of the folder.
-    """
+    """Pictures below a folder; or those that a list names, there or not. Raises ``InputError`` for a name outside."""
     from spn4cir.datasets.pictures import SUFFIXES, safe_name, stray_links, walk
     from spn4cir.datasets.reading import inner_path
 

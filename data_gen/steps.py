@@ -27,6 +27,9 @@ POSITIVE = (  # settings that are above 0, if they are set
 )  # fmt: skip
 
 
+Template: TypeAlias = Literal["difference", "instead", "unlike", "target"]
+
+
 @dataclass
 class GenerateConfig:
     """Everything that decides the generated triplets. ``null`` in YAML means "not set".
@@ -94,9 +97,7 @@ class GenerateConfig:
     words: int = 10
     max_new_tokens: int = 40
     caption_batch_size: int = 64
-    templates: list[Literal["difference", "instead", "unlike", "target"]] = field(
-        default_factory=lambda: ["difference"]
-    )
+    templates: list[Template] = field(default_factory=lambda: ["difference"])
     rewriter: str | None = None
     rewriter_endpoint: str | None = None
     rewriter_prompt: str | None = None

@@ -95,9 +95,8 @@ class TokenCounter:
         return [len(ids) for ids in found["input_ids"]]
 
 
-@lru_cache(2)
+@lru_cache(2)  # the large one takes a second to read
 def _of_clip(tokenizer: str) -> Any:
-    """open_clip's; the large one takes a second to read."""
     import open_clip
 
     return open_clip.get_tokenizer("ViT-L-14" if tokenizer == "clip" else f"local-dir:{EMBEDDED / 'clip'}")
@@ -159,20 +158,16 @@ def load_prompt(config: GenerateConfig) -> Prompt:
 def _examples(path: Path, given: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(given, list) or not given:
         raise InputError(f"rewriter_prompt {path}: the key examples must hold a list of source and target")
-    found = []
-    for number, one in enumerate(given, 1):
-        source, target = (one.get("source"), one.get("target")) if isinstance(one, dict) else (None, None)
-        if not (isinstance(source, str) and isinstance(target, str) and source.strip() and target.strip()):
+    roles = ("source", "target")
+    found: list[Any] = [[one.get(role) for role in roles] if isinstance(one, dict) else [None] for one in given]
+    for number, pair in enumerate(found, 1):
+        if not all(isinstance(text, str) and text.strip() for text in pair):
             raise InputError(f"rewriter_prompt {path}: example {number} needs the texts source and target")
-        found.append((source.strip(), target.strip()))
-    return tuple(found)
+    return tuple((source.strip(), target.strip()) for source, target in found)
 
 
 class Rewriter:
-    """A model, its prompt, and the checks of its answers.
-
-    Raises ``InputError`` for a prompt file or a setting that cannot work.
-    """
+    """A model and its prompt. Raises ``InputError`` for a prompt file or a setting that cannot work."""
 
     def __init__(self, config: GenerateConfig):
         if not config.rewriter:
@@ -190,10 +185,8 @@ class Rewriter:
     def rewrite(self, rows: Callable[[], Iterable[Row]], count: TokenCounter, made_by: str) -> None:
         """Write rewrites.jsonl, unless it is done: a row for each triplet whose text a good answer replaces.
 
-        A text that several pairs share is asked about once. What fails the checks is listed in rewrites.failed.jsonl.
-        All processes call this. ``rows`` gives the triplets, anew each time.
-
-        Raises ``InputError`` if the model cannot work, or a file cannot be written.
+        Equal texts are asked about once; what fails the checks is listed in rewrites.failed.jsonl. All processes call
+        this. ``rows`` gives the triplets, anew each time. Raises ``InputError`` if the model or a file cannot work.
         """
         if skip_step("rewrite", self.out, made_by):
             return
@@ -240,10 +233,8 @@ def check_rewriting(
 
 
 def sentence(answer: str) -> str:
-    """The first line that says something, without a label such as "Target:" before it; other colons stay.
-
-    (The paper keeps what follows the last colon of all.)
-    """
+    """The first line that says something, without a label such as "Target:" before it."""
+    # the paper keeps what follows the last colon of all; here a colon that belongs to the sentence stays
     for line in answer.strip().splitlines():
         labels = list(LABEL.finditer(line))
         if labels and (not line[: labels[0].start()].strip(" *#>-\"'") or SOURCE.match(line)):

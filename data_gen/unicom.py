@@ -127,10 +127,9 @@ def known_size(name: str) -> str:
 
 
 def load_unicom(path: Path, size: Size | None = None) -> Unicom:
-    """The model whose weights a file holds, in float32, on the CPU, in eval mode.
+    """The model whose weights, under the published names, a file of ``torch.save`` holds: in float32, on the CPU.
 
-    The file is one of ``torch.save`` with the published names. Without a size, the published ones are recognised by
-    their shapes. Raises ``InputError`` if a name in it is missing, unexpected or of another shape.
+    Without a size, the published ones are recognised by their shapes. Raises ``InputError`` if the file does not fit.
     """
     from spn4cir.checkpoints import differences
     from spn4cir.importers import read_published

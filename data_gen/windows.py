@@ -1,9 +1,7 @@
 """Vectors of all images, each encoded once, and partners from a window of their similarity ranks.
 
-Ranks are exact, without the dense matrix and without sorting it. The order of images is *defined* by the dot products
-of their vectors in float64, equal ones by position. Products in float32 find a wanted rank up to their rounding error;
-the few images within that error are then ordered by the definition. So neither the block size, nor the number of
-threads or processes, nor the device moves a pair.
+The order of images is *defined* by the dot products of their vectors in float64, equal ones by position; products in
+float32 find the few images that may have a rank. docs/generation.md says what follows from that.
 """
 
 import itertools
@@ -41,8 +39,7 @@ TOLERANCE = 1e-3  # between one and the length of a vector
 def open_store(config: GenerateConfig, ids: Sequence[str], matcher: Mapping[str, Any]) -> EmbeddingStore:
     """Return the store of the vectors of images, in order.
 
-    Its key depends on the images, their pixels and order, the encoder (``matchers.identify``) and its batch size, not
-    on windows or pools, so that another window encodes nothing again.
+    Its key depends on the images, their pixels and order, the matcher and its batch size, but on no window or pool.
     """
     size, what = config.match_batch_size, f"encoding {len(ids)} images"
     about = {"step": "vectors", "ids": list(ids), "matcher": dict(matcher), "at_once": size}
@@ -55,8 +52,7 @@ def encode_vectors(
 ) -> Array:
     """Return the L2-normalised vectors (N, E) of all images, memory-mapped; loads the matcher if some are not stored.
 
-    Raises ``InputError`` if an image is missing or its vector is not of unit norm, or the disk or the device has no
-    room.
+    Raises ``InputError`` for an image that is missing or has a vector of another norm, or where there is no room.
     """
     stored = store.open()
     processes.wait()  # no process writes before all have looked

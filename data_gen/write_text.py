@@ -10,7 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -40,10 +40,7 @@ CHUNK = 4096  # texts counted at once
 
 
 class Captions:
-    """The captions of all images, and which of them occur too often.
-
-    Raises ``InputError`` if captions.jsonl is missing, or a row of it is none.
-    """
+    """Captions of all images, and which occur too often. Raises ``InputError`` for a missing or damaged file."""
 
     def __init__(self, config: GenerateConfig):
         path = config.file("captions.jsonl")
@@ -140,19 +137,15 @@ def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -
     """Open the three files, which are whole or not there at all. Raises ``InputError`` where one cannot be written."""
     with ExitStack() as stack:
         paths = [stack.enter_context(replaced(config.file(f"triplets.{kind}"))) for kind in KINDS]
-        writer = TripletWriter(paths, dataset, made_by)
-        try:
-            yield writer
-            writer.finish()
-        finally:
-            with suppress(OSError):  # of a full disk there is news already
-                writer.close()
+        writer = TripletWriter(paths, dataset, made_by, stack)
+        yield writer
+        writer.finish()
 
 
 class TripletWriter:
     """Writes triplets as they come, to JSONL, JSON in the dataset's published shape and Parquet, and counts them."""
 
-    def __init__(self, paths: list[Path], dataset: Dataset, made_by: str):
+    def __init__(self, paths: list[Path], dataset: Dataset, made_by: str, stack: ExitStack):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -166,9 +159,8 @@ class TripletWriter:
         self._group: list[Row] = []
         kinds = {"modifications": pa.list_(pa.string()), "rank": pa.int64(), "similarity": pa.float64()}
         self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
-        self._rows = paths[0].open("w", encoding="utf-8")
-        self._entries = paths[1].open("w", encoding="utf-8")
-        self._parquet: Any = pq.ParquetWriter(paths[2], self._schema, compression="zstd")
+        self._rows, self._entries = (stack.enter_context(path.open("w", encoding="utf-8")) for path in paths[:2])
+        self._parquet: Any = stack.enter_context(pq.ParquetWriter(paths[2], self._schema, compression="zstd"))
 
     def add(self, row: Row) -> None:
         """Write one triplet."""
@@ -203,13 +195,6 @@ class TripletWriter:
         """Write what is still in memory, after the last triplet."""
         self._flush()
         self._entries.write("\n]\n" if self.count else "[]\n")
-        self.close()
-
-    def close(self) -> None:
-        """Close the files."""
-        self._rows.close()
-        self._entries.close()
-        self._parquet.close()
 
 
 def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:

@@ -15,8 +15,7 @@ def convert_blip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     """Convert weights of stage 1 (``BLIP_Retrieval``), of SPN's stage 2 (``state_dict``), or of BLIP (``model``).
 
     Beside the constructor's options, ``image_size`` states to which size the position embedding of BLIP's own file is
-    resized (384 if it is not given). Raises ``InputError`` if it is none of these, or if the shapes do not tell the
-    architecture.
+    resized (default 384). Raises ``InputError`` if it is none of these, or its shapes do not tell the architecture.
     """
     is_blip = "BLIP_Retrieval" not in content and "state_dict" not in content
     beside = {"config"} & content.keys() if is_blip else set()  # a dictionary of settings
@@ -60,7 +59,6 @@ def _reason(name: str, value: Any, is_blip: bool) -> str:
 
 
 def _recognise(vision: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the architecture from shapes. Raises ``InputError`` that names the tensor that would be needed."""
     with recognising("these shapes; name it with --model"):
         text = read_text_config(rest, "text_encoder.")
         embedding = len(rest["text_proj.weight"])

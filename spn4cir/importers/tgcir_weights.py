@@ -71,7 +71,6 @@ def _join_learner(published: dict[str, Any], prefix: str, name: str) -> dict[str
 
 
 def _rename(name: str) -> str:
-    """Translate a published name. Raises ``InputError`` for one that TG-CIR does not have."""
     for prefix, own in RENAMED.items():
         if name.startswith(prefix) if prefix.endswith(".") else name == prefix:
             return own + name.removeprefix(prefix)
