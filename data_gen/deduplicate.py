@@ -39,10 +39,9 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
         return
     inspected = inspect_images(images, config.file("images.cache.jsonl"))
     failed = [{"image_id": i, "reason": _reason(one, str(images[i]))} for i, one in inspected.items() if one.problem]
+    failed_file.unlink(missing_ok=True)
     if failed:
         write_jsonl(failed_file, failed)
-    else:
-        failed_file.unlink(missing_ok=True)
     canonical = canonical_ids({i: one.pixels for i, one in inspected.items() if not one.problem})
     unique, listed = len(set(canonical.values())), f": see {failed_file}" if failed else ""
     if not canonical:

@@ -25,22 +25,15 @@ from spn4cir.files import hash_files
 from spn4cir.images import Transform
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".json")  # files of a model's folder that decide its vectors
-Preprocess: TypeAlias = Callable[[Image.Image], Tensor]
-Read: TypeAlias = Callable[[Tensor], Tensor]
+Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB image → (3, H, W)
+Read: TypeAlias = Callable[[Tensor], Tensor]  # (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32
 Parts: TypeAlias = tuple[nn.Module, Preprocess, Read, str]  # all that makes a ``Matcher`` but where it comes from
 
 
 class Matcher:
-    """An image encoder, put in eval mode."""
+    """An image encoder, put in eval mode; ``made_by`` is its kind, model and weights, ``says`` which vector it gives."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        transform: Preprocess,  # RGB image → (3, H, W)
-        vectors: Read,  # (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32
-        made_by: dict[str, Any],  # kind, model and digest of its weights
-        says: str,  # which vector of the model it is, in a few words
-    ):
+    def __init__(self, module: nn.Module, transform: Preprocess, vectors: Read, made_by: dict[str, Any], says: str):
         self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
         self.made_by, self.says = made_by, says
 

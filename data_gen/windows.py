@@ -26,6 +26,7 @@ from spn4cir.images import ImageSource
 from spn4cir.store import BEGUN, EmbeddingStore
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Blocks: TypeAlias = Mapping[int, Sequence[str]]  # first row of each block → its images
 # A float32 dot product of E terms of unit vectors errs by about √E · 2⁻²⁴, and by more than λ times that with a
 # probability below 2 exp(-λ²/2), here 3e-14 (Higham and Mary, "A new approach to probabilistic rounding error
 # analysis", SIAM Journal on Scientific Computing, 2019)
@@ -76,9 +77,7 @@ def encode_vectors(
     return stored["vectors"].whole().numpy()
 
 
-def _encode_blocks(
-    blocks: Mapping[int, Sequence[str]], images: ImageSource, matcher: Matcher, shown: bool
-) -> Iterator[tuple[int, Tensor]]:
+def _encode_blocks(blocks: Blocks, images: ImageSource, matcher: Matcher, shown: bool) -> Iterator[tuple[int, Tensor]]:
     """First row and checked vectors, on the CPU, of each block of images; with a progress bar if it is to be shown."""
     with tqdm(total=sum(map(len, blocks.values())), desc="encode", unit="image", disable=not shown) as bar:
         for start, pixels in prefetch(_decode_blocks(blocks, images)):
@@ -95,7 +94,7 @@ def _encode_blocks(
             bar.update(len(found))
 
 
-def _decode_blocks(blocks: Mapping[int, Sequence[str]], images: ImageSource) -> Iterator[tuple[int, Tensor]]:
+def _decode_blocks(blocks: Blocks, images: ImageSource) -> Iterator[tuple[int, Tensor]]:
     """(b, 3, H, W) of each block, whose images are decoded in threads."""
     share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's cores
     with ThreadPoolExecutor(max(1, min(THREADS, share))) as pool:
