@@ -31,7 +31,7 @@ Parts: TypeAlias = tuple[nn.Module, Preprocess, Read, str]  # all that makes a `
 
 
 class Matcher:
-    """An image encoder, put in eval mode; ``made_by`` is its kind, model and weights, ``says`` which vector it gives."""
+    """An image encoder, put in eval mode; ``made_by`` is its kind, model and weights, ``says`` the vector it gives."""
 
     def __init__(self, module: nn.Module, transform: Preprocess, vectors: Read, made_by: dict[str, Any], says: str):
         self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
