@@ -226,7 +226,7 @@ def _query_tiles(index: SearchableIndex, query: Query) -> list[Tile]:
         negative = name in ("unlike", "without")
         for one in query[name]:
             value, weight = one if isinstance(one, tuple) else (one, NEGATIVE if negative else 1.0)
-            caption = [name if weight == 1 else f"{name} × {weight:g}"]
+            caption = [name if weight == 1 else f"{name}, weight {weight:g}"]
             frame = "#c2410c" if negative else "#1d4ed8"
             if name in ("text", "without"):
                 tiles.append(Tile(None, caption, value, frame))
@@ -241,7 +241,8 @@ def _hit_tiles(index: SearchableIndex, hits: Sequence[Hit]) -> list[Tile]:
     tiles = []
     for rank, hit in enumerate(hits, 1):
         title = _cell(hit.columns.get("title"))
-        below = [f"+ {len(hit.folded)} near-duplicates"] if hit.folded else [hit.id] if title else []
-        caption = [f"{rank}  ·  {hit.score:.3f}  ·  z {hit.z:.2f}", title or hit.id, *below]
+        count = len(hit.folded)
+        folded = [f"+ {count} near-duplicate{'s' if count > 1 else ''}"] if count else []
+        caption = [f"{rank}  ·  {hit.score:.3f}  ·  z {hit.z:.2f}", *([title] if title else []), hit.id, *folded][:3]
         tiles.append(Tile(index.find_image(hit.id), caption))
     return tiles

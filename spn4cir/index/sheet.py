@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +20,13 @@ MOST = 100
 COLUMNS, SIDE, GAP, LINE = 5, 216, 20, 20  # pixels
 HEIGHT = SIDE + 3 * LINE + GAP  # of a tile and its caption
 INK, SOFT, FRAME, EMPTY = "#1a1a1a", "#6b6b6b", "#d0d0d0", "#e4e4e4"
+OTHER_FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf")
+"""Fonts of the system, tried for letters that Pillow's own font lacks."""
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Tile(NamedTuple):
-    """A square of a sheet, with up to three lines below it.
-
-    ``picture`` is what the square shows; None for a missing one. A ``text`` is shown in its place.
-    """
+    """A square of a sheet: a picture, None for a missing one, or a text; with up to three lines below it."""
 
     picture: Picture | None
     caption: Sequence[str]
@@ -45,48 +47,55 @@ def write_sheet(path: Path, heading: str, query: Sequence[Tile], hits: Sequence[
     width, top = COLUMNS * (SIDE + GAP) + GAP, 3 * GAP + query_rows * HEIGHT
     sheet = Image.new("RGB", (width, top + 2 * GAP + hit_rows * HEIGHT), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), "query", SOFT, _font(16))
     draw.line((GAP, top - GAP // 2, width - GAP, top - GAP // 2), FRAME)
-    draw.text((GAP, top + GAP // 2), _wrap(heading, 16, width - 2 * GAP, 1)[0], SOFT, _font(16))
-    for tiles, start in ((query, 5 * GAP // 2), (hits, top + 2 * GAP)):
+    for title, tiles, start in (("query", query, 0), (heading, hits, top - GAP // 2)):
+        draw.text((GAP, start + GAP), title, SOFT, _font(16))
         for n, tile in enumerate(tiles):
-            x, y = GAP + n % COLUMNS * (SIDE + GAP), start + n // COLUMNS * HEIGHT
+            x, y = GAP + n % COLUMNS * (SIDE + GAP), start + 5 * GAP // 2 + n // COLUMNS * HEIGHT
             sheet.paste(_square(tile), (x, y))
-            for number, line in enumerate(tile.caption):
-                shown = "".join(_wrap(line, 15, SIDE, 1))
-                draw.text((x, y + SIDE + 3 + number * LINE), shown, SOFT if number else INK, _font(15))
+            for number, text in enumerate(tile.caption[:3]):
+                font = _font(15, _is_foreign(text))
+                line = "".join(_wrap(text, font, SIDE, 1))
+                draw.text((x, y + SIDE + 3 + number * LINE), line, SOFT if number else INK, font)
     with replaced(path) as beside:
         sheet.save(beside, FORMATS[path.suffix.lower()])
 
 
 def _square(tile: Tile) -> Image.Image:
     """The picture or the text of a tile, in a frame."""
-    square, text = Image.new("RGB", (SIDE, SIDE), "white"), tile.text
-    if not text:
-        try:
-            picture = open_picture(tile.picture) if tile.picture is not None else None
-        except InputError:
-            picture = None
-        if picture is None:
-            square, text = Image.new("RGB", (SIDE, SIDE), EMPTY), "the picture is missing or does not decode"
-        else:
-            scale = (SIDE - 2) / max(picture.size)
-            small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-            square.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
-    draw = ImageDraw.Draw(square)
-    lines = _wrap(text, 19, SIDE - 24, 8)
-    draw.multiline_text((SIDE / 2, SIDE / 2), "\n".join(lines), INK, _font(19), "mm", align="center")
+    picture, text, paper = None, tile.text, "white"
+    if not text and tile.picture is not None:
+        with suppress(InputError):
+            picture = open_picture(tile.picture)
+    if not text and picture is None:
+        text, paper = "the picture is missing or does not decode", EMPTY
+    square = Image.new("RGB", (SIDE, SIDE), paper)
+    if picture is not None:
+        scale = (SIDE - 2) / max(picture.size)
+        small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+        square.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    draw, font = ImageDraw.Draw(square), _font(19, _is_foreign(text))
+    lines = "\n".join(_wrap(text, font, SIDE - 24, 7))
+    draw.multiline_text((SIDE / 2, SIDE / 2), lines, INK, font, "mm", align="center")
     draw.rectangle((0, 0, SIDE - 1, SIDE - 1), outline=tile.frame, width=1 if tile.frame == FRAME else 3)
     return square
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+@cache
+def _font(size: int, foreign: bool = False) -> Font:
+    for name in OTHER_FONTS if foreign else ():
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
     return ImageFont.load_default(size)
 
 
-def _wrap(text: str, size: int, width: int, most: int) -> list[str]:
+def _is_foreign(text: str) -> bool:
+    return any(letter > "\u024f" and not "\u2010" <= letter <= "\u2027" for letter in text)
+
+
+def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
     """Lines of a width in pixels, broken at spaces if possible; the last ends in … if something is left out."""
-    font, rest, lines = _font(size), " ".join(text.split())[:500], list[str]()
+    rest, lines = " ".join(text.split())[:500], list[str]()
     while rest and len(lines) < most:
         end, last = len(rest), len(lines) == most - 1
         while end > 1 and font.getlength(rest[:end] + ("…" if last and end < len(rest) else "")) > width:
