@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -95,13 +96,15 @@ def _is_foreign(text: str) -> bool:
 
 def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
     """Lines of a width in pixels, broken at spaces if possible; the last ends in … if something is left out."""
-    rest, lines = " ".join(text.split())[:500], list[str]()
+    rest, lines = " ".join(text.split())[:300], list[str]()
     while rest and len(lines) < most:
-        end, last = len(rest), len(lines) == most - 1
-        while end > 1 and font.getlength(rest[:end] + ("…" if last and end < len(rest) else "")) > width:
-            end -= 1
-        if not last and end < len(rest) and " " in rest[1 : end + 1]:
-            end = rest.rindex(" ", 1, end + 1)
-        lines.append(rest[:end].strip() + ("…" if last and end < len(rest) else ""))
+        tail = "…" if len(lines) == most - 1 else ""
+        end = len(rest)
+        if font.getlength(rest) > width:
+            places = range(1, len(rest))
+            end = max(1, bisect_right(places, width, key=lambda end: int(font.getlength(rest[:end] + tail))))
+            if not tail and " " in rest[1 : end + 1]:
+                end = rest.rindex(" ", 1, end + 1)
+        lines.append(rest[:end].strip() + (tail if end < len(rest) else ""))
         rest = rest[end:].strip()
     return lines
