@@ -90,6 +90,18 @@ class Neighbours:
             index.add(_array(block.flatten(0, 1)))
         return index
 
+    def candidates(self, query: Tensor, count: int) -> tuple[np.ndarray[Any, Any], float]:
+        """Rows of about ``count`` images nearest to one query (E,), unordered, and the lowest product found.
+
+        That is minus infinity where the index has no more.
+        """
+        assert self._index is not None
+        wanted = min(count * self.gallery.shape[1], self._index.ntotal)
+        products, found = self._index.search(_array(query[None]), wanted)
+        found = found[0, found[0] >= 0]
+        is_all = len(found) < wanted or wanted == self._index.ntotal
+        return np.unique(found // self.gallery.shape[1]), -math.inf if is_all else float(products[0, -1])
+
     def save(self, path: Path) -> None:
         """Write the index, vectors included."""
         faiss = import_faiss()
