@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spn4cir.cli import Parser, check_output, report_stream, write_json
+from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError, run_command
 
 if TYPE_CHECKING:
     from spn4cir.index.local import Index
     from spn4cir.model import Model
 
-DEFAULT_SOURCE = "emoji"
+DEFAULT_SOURCE = TrainConfig.dataset
 SHOWN = 10
 """Broken pictures, or indexes, that are listed in the terminal."""
 
