@@ -187,8 +187,10 @@ def _update(args: argparse.Namespace) -> None:
 
 def _compact(args: argparse.Namespace) -> None:
     started, index = time.perf_counter(), _open(args)
+    before = len(index.snapshot.head.segments)
     index.compact()
-    _report(index, started)
+    print(f"{before} segments before, {len(index.snapshot.head.segments)} now")
+    _print_size(index, started)
 
 
 def _report(index: Index, started: float) -> None:
@@ -196,6 +198,10 @@ def _report(index: Index, started: float) -> None:
     print(index.changes)
     if index.changes and len(index.changes.broken) > 1:
         print(f"all of them: {shlex.join(['spn4cir-index', 'info', '--index', str(index.path)])}")
+    _print_size(index, started)
+
+
+def _print_size(index: Index, started: float) -> None:
     size, seconds = file_size(_disk_size(index.path)), time.perf_counter() - started
     print(f"{index.path}: {len(index):,} images, {size}, {seconds:.1f} s")
 
@@ -215,7 +221,7 @@ def _info(args: argparse.Namespace) -> None:
     lines = {
         "index": about["path"],
         "images": f"{about['images']:,}",
-        "left out": f"{len(broken):,} pictures that do not decode" if broken else "",
+        "left out": f"{len(broken):,} broken" if broken else "",
         "segments": str(about["segments"]),
         "on disk": file_size(about["bytes"]),
         "model": f"{about['model']}, fingerprint {about['fingerprint']}",

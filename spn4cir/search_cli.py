@@ -21,7 +21,7 @@ Query = dict[str, Any]
 PARTS = ("image", "text", "unlike", "without")
 REPEATS = 20
 """Repetitions of ``--timing``."""
-LONGEST, MOST_COLUMNS = 32, 4  # characters of a cell; columns of the table beside rank, scores, id and path
+LONGEST, MOST_COLUMNS = 40, 4  # characters of a cell; columns of the table beside rank, scores, id and path
 
 
 def search_command() -> None:

@@ -175,7 +175,7 @@ def test_changes_of_an_index(call: Call, tmp_path: Path, runs: Path) -> None:
     assert (
         about["model"] == "embedded" and about["dtype"] == "float32" and about["removed"] == ["0.png", "1.png", "2.png"]
     )
-    assert "left out  1 pictures" in told.err and str(folder / "broken.png") in told.err
+    assert "left out  1 broken" in told.err and str(folder / "broken.png") in told.err
 
 
 def test_options_of_a_build(call: Call, shop: Path, tmp_path: Path) -> None:
