@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -12,17 +13,11 @@ from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json, write_text
 
 
-def evaluate_command() -> None:
-    """``spn4cir-eval``: evaluate a run, or the embedded weights where there is none."""
-    run_command(_evaluate)
-
-
 class Parser(argparse.ArgumentParser):
     """Shows examples as they are written, and says what is wrong in one line."""
 
     def __init__(self, prog: str, description: str = "", epilog: str = "", **rest: Any):
-        rest |= {"description": description, "epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(prog, **rest)
+        super().__init__(prog, None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **rest)
 
     def error(self, message: str) -> NoReturn:
         """Raise ``InputError`` instead of printing the usage."""
@@ -62,15 +57,17 @@ def _evaluate() -> None:
     others = {"--ranks": args.ranks, "--top-k": args.top_k, "--json": args.json, "--ablate": args.ablate}
     if args.submission and (useless := [option for option, value in others.items() if value]):
         raise InputError(f"--submission writes only what the evaluation server takes: leave out {useless[0]}")
-    check_output("--json", args.json)
-    for option, path in (("--ranks", args.ranks), ("--top-k", args.top_k)):
+    for option, path in (("--json", args.json), ("--ranks", args.ranks), ("--top-k", args.top_k)):
         check_output(option, path)
-        if path and path.suffix not in (".parquet", ".jsonl"):
+        if option != "--json" and path and path.suffix not in (".parquet", ".jsonl"):
             raise InputError(f"{option} {path}: one row per query is written as .parquet or .jsonl")
     if args.combine:
         _combine(args.combine, args.json)
     else:
         _evaluate_run(args)
+
+
+evaluate_command = partial(run_command, _evaluate)
 
 
 def check_output(option: str, output: str | Path | None) -> None:
@@ -123,14 +120,12 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         return
     if args.submission:
         print(model)
-        rankings = result.rankings
         names = [query.name for query in benchmark.queries]
-        lists = [dict(zip(names, rankings[over].top, strict=True)) for over in ("gallery", "subset")]
+        lists = [dict(zip(names, result.rankings[over].top, strict=True)) for over in ("gallery", "subset")]
         for path in dataset.write_submission(args.submission, *lists):
             print(dataset.check_submission(path))
         return
-    lines = [model, *dataset.notes(), *skip_notes(dataset), metrics_table(result)]
-    print("\n".join(lines), file=report_stream(args.json))
+    print(model, *dataset.notes(), *skip_notes(dataset), metrics_table(result), sep="\n", file=report_stream(args.json))
     for path, column in ((args.ranks, "ranks"), (args.top_k, "top")):
         if path:
             result.write_rows(path, column)
@@ -140,7 +135,6 @@ def _evaluate_run(args: argparse.Namespace) -> None:
 
 
 def _combine(paths: list[Path], output: str | None) -> None:
-    """Mean and standard deviation of results of one protocol."""
     from spn4cir.results import combine
 
     results = [read_json(path) for path in paths]
@@ -184,11 +178,6 @@ def _check_submission(folder: Path, benchmark: Any) -> None:
         raise InputError(f"--submission {folder} cannot be made: {there} is no folder, or not writable")
 
 
-def data_command() -> None:
-    """``spn4cir-data``: check a dataset, find equal images, validate a submission."""
-    run_command(_data)
-
-
 def _data() -> None:
     parser = Parser(
         "spn4cir-data",
@@ -217,6 +206,9 @@ def _data() -> None:
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers must be at least 1, got {args.workers}")
     args.run(args)
+
+
+data_command = partial(run_command, _data)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -286,11 +278,6 @@ def _pixel_cache(name: str) -> Path:
     return runs_root() / "pixels" / f"{name}.jsonl"
 
 
-def import_command() -> None:
-    """``spn4cir-import``: convert published weights into a folder that all commands read."""
-    run_command(_import)
-
-
 def _import() -> None:
     parser = Parser(
         "spn4cir-import",
@@ -316,3 +303,6 @@ def _import() -> None:
     import_published(args.file, args.output, args.backbone, stated, args.base)
     print(f"written to {args.output}\nnext: spn4cir-eval --run {args.output}")
     print(f"      spn4cir-train --stage 2 --dataset DATASET --init {args.output}")
+
+
+import_command = partial(run_command, _import)

@@ -40,12 +40,9 @@ class Neighbours:
         gallery: (G, K, E), kept; in half precision it stays so, but not in the index.
         index: which.
         effort: clusters that ``ivf`` looks into, or vectors that ``hnsw`` keeps in sight; more is slower, misses less.
-
         saved: file of ``save`` to read the index from, ``ivf`` or ``hnsw`` alone; None builds it.
 
-    Raises:
-        InputError: if faiss is not installed, or the file is missing, damaged or of another gallery.
-        ValueError: if a vector is not finite.
+    Raises ``InputError`` if faiss or the saved file is missing, ``ValueError`` if a vector is not finite.
     """
 
     def __init__(self, gallery: Tensor, index: Kind = "exact", effort: int = 64, saved: Path | None = None):

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 DEFAULT_SOURCE = TrainConfig.dataset
 SHOWN = 10
 """Broken pictures, or indexes, that are listed in the terminal."""
-
-
-def index_command() -> None:
-    """``spn4cir-index``: make, change, describe and export an index of pictures."""
-    run_command(_index)
 
 
 def _index() -> None:
@@ -76,6 +72,9 @@ def _index() -> None:
         command.add_argument("--batch-size", type=int, metavar="N", help="pictures encoded at once (default: 64)")
     args = parser.parse_args()
     args.run(args)
+
+
+index_command = partial(run_command, _index)
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:

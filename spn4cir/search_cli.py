@@ -6,6 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,6 @@ PARTS = ("image", "text", "unlike", "without")
 REPEATS = 20
 """Repetitions of ``--timing``."""
 LONGEST, MOST_COLUMNS = 40, 4  # characters of a cell; columns of the table beside rank, scores, id and path
-
-
-def search_command() -> None:
-    """``spn4cir-search``: search an index by pictures and texts."""
-    run_command(_search)
 
 
 def _search() -> None:
@@ -67,6 +63,9 @@ def _search() -> None:
     for option, path in (("--json", args.json), ("--save", args.save)):
         check_output(option, path)
     _run(args, query)
+
+
+search_command = partial(run_command, _search)
 
 
 def _number(text: str) -> float:

@@ -20,7 +20,7 @@ from spn4cir.index.searchable import Nearest, SearchableIndex
 from spn4cir.index.snapshot import Mask, Snapshot, other_model
 from spn4cir.index.source import Source, read_source
 from spn4cir.model import Model, load
-from spn4cir.search import blocks, scores_of
+from spn4cir.search import blocks, score_one
 from spn4cir.selection import Condition, Kind
 from spn4cir.types import ImageRef
 
@@ -227,7 +227,7 @@ class _Lazy(Sequence[Any]):
 
 def _best(query: Tensor, vectors: Tensor, mask: Mask, count: int) -> tuple[np.ndarray[Any, Any], float]:
     """Rows of the highest scores among those of the mask, and the lowest of these scores; minus infinity for all."""
-    scores = torch.cat([scores_of(query[None], block)[0] for _, block in blocks(vectors, query)])
+    scores = torch.cat([score_one(query[None], block)[0] for _, block in blocks(vectors, query)])
     allowed = int(mask.sum())
     if allowed < len(mask):
         scores[torch.from_numpy(~mask)] = -torch.inf

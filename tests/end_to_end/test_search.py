@@ -1,6 +1,5 @@
 """``spn4cir-index`` and ``spn4cir-search``: what they print and write, and one line for bad input."""
 
-import csv
 import json
 import os
 import shutil
@@ -9,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
 import pytest
 from PIL import Image
 
 from spn4cir.checkpoints import save_model
-from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.index import engines
 from spn4cir.index.local import Index
 from spn4cir.index.sheet import MOST, Tile, write_sheet
@@ -81,14 +78,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def shop(tmp_path: Path) -> Path:
     """A table of three pictures, with a title, a price and a product."""
-    rows = {row["image"]: row for row in csv.DictReader(CSV.splitlines())}
-    monkeypatch.setattr(
-        Catalogue,
-        "columns",
-        lambda self, ids: {name: pa.array([rows[i][name] for i in ids]) for name in ("price", "product")},
-    )
     for name in "abc":
         draw_picture(tmp_path / "shop" / f"{name}.png", name)
     table = tmp_path / "shop" / "products.csv"
