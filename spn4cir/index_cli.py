@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -103,6 +104,11 @@ def find_index(given: str | None) -> str:
     return found[0]
 
 
+def is_engine(index: str) -> bool:
+    """Whether ``--index`` is the address of an engine, such as ``qdrant://HOST:PORT/NAME``, and no folder."""
+    return re.match(r"[a-z][a-z+]+:", index) is not None
+
+
 def load_model(args: argparse.Namespace, built_with: str | None = None) -> Model | None:
     """The model that ``--model``, ``--device`` and ``--batch-size`` name; None if none of them is given."""
     from spn4cir.model import load
@@ -139,7 +145,7 @@ def _source_name(source: str, dataset: str | None) -> str:
 
 
 def _folder(index: str) -> Path:
-    if "://" in index:
+    if is_engine(index):
         raise InputError(f"--index {index} is an engine: this command needs the folder of an index")
     return Path(index)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spn4cir.cli import Parser, check_output, report_stream, write_json
 from spn4cir.errors import InputError, run_command
-from spn4cir.index_cli import add_model_options, find_index, load_model
+from spn4cir.index_cli import add_model_options, find_index, is_engine, load_model
 
 if TYPE_CHECKING:
     from spn4cir.index.searchable import Hit, SearchableIndex
@@ -101,7 +101,9 @@ def _run(args: argparse.Namespace, query: Query) -> None:
     from spn4cir.selection import Selection, parse_where
 
     address, shown = find_index(args.index), report_stream(args.json)
-    built_with = None if "://" in address else read_head(Path(address)).model
+    if is_engine(address) and args.device and not args.model:
+        raise InputError("--device needs --model for an index in an engine")
+    built_with = None if is_engine(address) else read_head(Path(address)).model
     index = Index.open(address, load_model(args, built_with))
     parse_where(args.where, index.kinds)  # before a model is loaded
     limits: dict[str, Any] = {name: getattr(args, name) for name in ("group", "min_score", "min_z", "fold")}

@@ -242,6 +242,10 @@ def test_sheets_of_all_kinds_of_pictures(tmp_path: Path) -> None:
         (("--text", "red", "--model", "nowhere"), "model nowhere is missing"),
         (("--text", "red", "--model", "model"), "was built with another model, embedded, not "),
         (("--text", "red", "--index", "nowhere"), "nowhere holds no index"),
+        (
+            ("--text", "red", "--index", "qdrant://here/i", "--device", "cpu"),
+            "--device needs --model for an index in an",
+        ),
         (("--text", "red", "--colour", "red"), "unrecognized arguments: --colour red (see spn4cir-search --help)"),
     ],
 )
