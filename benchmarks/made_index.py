@@ -12,8 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir.index.approximate import MIN_APPROXIMATE, build_approximate
-from spn4cir.index.changes import draw_number
-from spn4cir.index.snapshot import BLOCK, Head, SegmentNote, SourceNote, segment_store, write_head, write_removed
+from spn4cir.index.snapshot import (
+    BLOCK,
+    Head,
+    SegmentNote,
+    SourceNote,
+    draw_number,
+    segment_store,
+    write_head,
+    write_removed,
+)
 
 
 def draw_vectors(count: int, k: int = 1, width: int = 16, seed: int = 0) -> Tensor:
@@ -66,7 +74,6 @@ def make_index(
             "content": [f"content of {image_id}" for image_id in ids],
             "columns": pa.array([0] * size, pa.uint64()),
             "draw": pa.array([draw_number(image_id) for image_id in ids], pa.uint64()),
-            "problem": [""] * size,
         }
         parquet.write_table(pa.table(files), store.folder / "files.parquet")
         parquet.write_table(pa.table({n: v[part] for n, v in columns.items()}), store.folder / "columns.parquet")

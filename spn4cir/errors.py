@@ -1,5 +1,6 @@
 """The one error that is meant for people."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,3 +18,6 @@ def run_command(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read the output has closed it, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None

@@ -6,7 +6,6 @@ import argparse
 import re
 import shlex
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +108,7 @@ def is_engine(index: str) -> bool:
     return re.match(r"[a-z][a-z+]+:", index) is not None
 
 
-def load_model(args: argparse.Namespace, built_with: str | None = None) -> Model | None:
+def chosen_model(args: argparse.Namespace, built_with: str | None = None) -> Model | None:
     """The model that ``--model``, ``--device`` and ``--batch-size`` name; None if none of them is given."""
     from spn4cir.model import load
 
@@ -128,7 +127,7 @@ def _build(args: argparse.Namespace) -> None:
 
     source = args.source if args.source is not None else "" if args.dataset else DEFAULT_SOURCE
     path = _folder(args.index or str(runs_root() / "index" / _source_name(source, args.dataset)))
-    model = load_model(args) or load()
+    model = chosen_model(args) or load()
     index = Index.build(model, source, path, kind=args.kind, dtype=args.dtype, dataset=args.dataset)
     print(f"read {source or args.dataset}: {len(index.snapshot.alive):,} pictures")
     _report(index, started)
@@ -155,7 +154,7 @@ def _open(args: argparse.Namespace) -> Index:
     from spn4cir.index.snapshot import read_head
 
     path = _folder(find_index(args.index))
-    model = load_model(args, read_head(path).model) if hasattr(args, "model") else None
+    model = chosen_model(args, read_head(path).model) if hasattr(args, "model") else None
     return Index(path, model)
 
 
@@ -244,14 +243,11 @@ def _info(args: argparse.Namespace) -> None:
 
 def describe_index(index: Index) -> dict[str, Any]:
     """What ``spn4cir-index info --json`` writes; ``vectors`` are those of an image, ``bytes`` the size on disk."""
-    snapshot, head = index.snapshot, index.snapshot.head
-    names: Sequence[str] = snapshot.files["id"].to_pylist()
-    live = set(snapshot.live_ids())
-    problems = zip(names, snapshot.files["problem"].to_pylist(), strict=True)
+    head = index.snapshot.head
     return {
         "path": str(index.path),
         "images": len(index),
-        "broken": {image_id: problem for image_id, problem in problems if problem and image_id not in live},
+        "broken": head.broken,
         "removed": list(head.removed),
         "segments": len(head.segments),
         "bytes": _disk_size(index.path),

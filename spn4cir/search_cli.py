@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spn4cir.cli import Parser, check_output, report_stream, write_json
 from spn4cir.errors import InputError, run_command
-from spn4cir.index_cli import add_model_options, find_index, is_engine, load_model
+from spn4cir.index_cli import add_model_options, chosen_model, find_index, is_engine
 
 if TYPE_CHECKING:
     from spn4cir.index.searchable import Hit, SearchableIndex
@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace, query: Query) -> None:
     if is_engine(address) and args.device and not args.model:
         raise InputError("--device needs --model for an index in an engine")
     built_with = None if is_engine(address) else read_head(Path(address)).model
-    index = Index.open(address, load_model(args, built_with))
+    index = Index.open(address, chosen_model(args, built_with))
     parse_where(args.where, index.kinds)  # before a model is loaded
     limits: dict[str, Any] = {name: getattr(args, name) for name in ("group", "min_score", "min_z", "fold")}
     selection = Selection(args.k, **{name: value for name, value in limits.items() if value is not None})
@@ -116,11 +116,11 @@ def _run(args: argparse.Namespace, query: Query) -> None:
         figures = ", ".join(f"{key} {value:.1f} ms" for key, value in values.items())
         print(f"{name}: {figures} ({args.timing} repetitions)", file=shown)
     if args.save:
-        from spn4cir.index.sheet import MOST, write_sheet
+        from spn4cir.index.sheet import MOST, save_sheet
 
         some = f", the first {MOST} are shown" if len(hits) > MOST else ""
         heading = f"{len(hits)} hits among {len(index):,} images{some}"
-        write_sheet(args.save, heading, _query_tiles(index, query), _hit_tiles(index, hits[:MOST]))
+        save_sheet(args.save, heading, _query_tiles(index, query), _hit_tiles(index, hits[:MOST]))
         print(f"saved {args.save}", file=shown)
     settings = {"index": address, **query, "k": args.k, "where": args.where, **limits}
     write_json(

@@ -32,7 +32,8 @@ def build_approximate(vectors: Tensor, kind: str, folder: Path) -> None:
         return
     neighbours = Neighbours(vectors, _known(kind))
     neighbours.save(file)
-    print(f"{kind}: recall@{FIRST} {recall(neighbours, vectors):.3f} against exact search, {PROBES} images as queries")
+    share = measure_recall(neighbours, vectors)
+    print(f"{kind}: recall@{FIRST} {share:.3f} against exact search, {PROBES} images as queries")
 
 
 def open_approximate(vectors: Tensor, kind: str, folder: Path, effort: int) -> Neighbours | None:
@@ -42,7 +43,7 @@ def open_approximate(vectors: Tensor, kind: str, folder: Path, effort: int) -> N
     return Neighbours(vectors, _known(kind), effort, folder / f"{kind}.faiss")
 
 
-def recall(neighbours: Neighbours, vectors: Tensor) -> float:
+def measure_recall(neighbours: Neighbours, vectors: Tensor) -> float:
     """Share of the exact first ten that are found, over evenly spaced images as queries, themselves left out."""
     rows = torch.linspace(0, len(vectors) - 1, min(PROBES, len(vectors))).long()
     queries = torch.nn.functional.normalize(vectors[rows].float().mean(1), dim=1)

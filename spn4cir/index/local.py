@@ -105,7 +105,7 @@ class Index(SearchableIndex):
 
     def add(self, source: str | Path, dataset: str | None = None) -> Changes:
         """Add the images of another source. Raises ``InputError`` for an id that the index holds already."""
-        return self._changed(changes.add(self.model, read_source(source, dataset), self.path))
+        return self._changed(changes.add(lambda: self.model, read_source(source, dataset), self.path))
 
     def remove(self, ids: Sequence[str]) -> Changes:
         """Remove images; an update leaves them out from now on. Raises ``InputError`` for an unknown id."""
@@ -113,7 +113,7 @@ class Index(SearchableIndex):
 
     def update(self) -> Changes:
         """Follow the sources: encode what is new or has another content, and remove what is gone."""
-        return self._changed(changes.update(self.model, self.path))
+        return self._changed(changes.update(lambda: self.model, self.path))
 
     def compact(self) -> Changes:
         """Write all images into one segment, without those that are gone."""
@@ -190,9 +190,8 @@ class Index(SearchableIndex):
 
     def find_image(self, image_id: str) -> ImageRef | None:
         """The picture of an image; None for an id that the index lacks."""
-        try:
-            (row,) = self.snapshot.rows_of([image_id])
-        except InputError:
+        row = self.snapshot.row_of(image_id)
+        if row is None:
             return None
         about = self.snapshot.files.slice(row, 1).to_pylist()[0]
         path = self._path(about["source"], about["path"])

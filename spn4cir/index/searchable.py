@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from spn4cir.errors import InputError
+from spn4cir.files import short
 from spn4cir.model import Model, Picture, open_picture
 from spn4cir.selection import (
     Condition,
@@ -144,9 +145,12 @@ class SearchableIndex(ABC):
             >>> index.search("shoes/7.jpg", "but in red", k=3, where=["price<=50"])  # doctest: +SKIP
         """
         selection = Selection(k, min_score, min_z, fold, group)
+        self._check(where, selection)  # before a model is loaded
         query = self.embed(image, text, unlike=unlike, without=without)
-        used = [self._member(one) for given in (image, unlike) for one, _ in _weighted(given, 1.0)]
-        return self.search_vector(query, selection, where, [image_id for image_id in used if image_id is not None])
+        given = [one for part in (image, unlike) for one, _ in _weighted(part, 1.0)]
+        members = [image_id for one in given if (image_id := self._member(one)) is not None]
+        paths = [Path(one).absolute() for one in given if isinstance(one, str | Path)]
+        return self.search_vector(query, selection, where, exclude=members, exclude_paths=paths)
 
     def embed(
         self,
@@ -184,7 +188,12 @@ class SearchableIndex(ABC):
         return combine_vectors(vectors, [part.weight for part in parts])
 
     def search_vector(
-        self, query: Tensor, selection: Selection, where: Where = (), exclude: Collection[str] = ()
+        self,
+        query: Tensor,
+        selection: Selection,
+        where: Where = (),
+        exclude: Collection[str] = (),
+        exclude_paths: Collection[Path] = (),
     ) -> list[Hit]:
         """Find the images that fit a query (E,) best; more candidates are fetched until no other could be a hit.
 
@@ -192,19 +201,18 @@ class SearchableIndex(ABC):
             query: unit norm, such as ``embed`` gives.
             selection: how many hits, cut-offs, groups and folding.
             where: conditions on columns.
-            exclude: ids that are left out.
+            exclude: ids of the index that are left out.
+            exclude_paths: absolute paths of pictures that are left out.
 
         Raises:
             InputError: for a column that the index lacks, or a query of another width.
         """
-        conditions = parse_where(where, self.kinds)
-        if selection.group is not None and selection.group not in self.kinds:
-            raise InputError(f"group: the index has no column {selection.group!r}; columns: {', '.join(self.kinds)}")
+        conditions = self._check(where, selection)
         statistics = self._statistics(query)
         low = _lowest(selection, statistics)
         count = selection.k + SPARE
         while True:
-            found = self.nearest(query, count, conditions, exclude)
+            found = _without_paths(self.nearest(query, count, conditions, exclude), set(exclude_paths))
             groups = [row.get(selection.group) for row in found.columns] if selection.group is not None else None
             picks = select(query, found.vectors, found.ids, selection, groups, statistics)
             last = picks[-1].score if len(picks) == selection.k else low
@@ -222,6 +230,12 @@ class SearchableIndex(ABC):
             )
             for pick in picks
         ]
+
+    def _check(self, where: Where, selection: Selection) -> list[Condition]:
+        """The conditions. Raises ``InputError`` for a column that the index lacks."""
+        if selection.group is not None and selection.group not in self.kinds:
+            raise InputError(f"group: the index has no column {selection.group!r}; columns: {', '.join(self.kinds)}")
+        return parse_where(where, self.kinds)
 
     def _statistics(self, query: Tensor) -> tuple[float, float]:
         if query.shape != self.background.shape[2:]:
@@ -243,7 +257,18 @@ class SearchableIndex(ABC):
                 raise InputError(f"{image_id!r} is not in the index")
             return open_picture(found)
         assert not isinstance(image, Hit)
+        if isinstance(image, str) and not Path(image).exists():
+            raise InputError(f"{short(image)} is neither an id of the index nor a file")
         return open_picture(image)
+
+
+def _without_paths(found: Nearest, paths: Collection[Path]) -> Nearest:
+    """The same candidates without the pictures at these paths."""
+    kept = [n for n, path in enumerate(found.paths) if path not in paths] if paths else []
+    if not paths or len(kept) == len(found.ids):
+        return found
+    places, columns = [found.paths[n] for n in kept], [found.columns[n] for n in kept]
+    return Nearest([found.ids[n] for n in kept], found.vectors[kept], places, columns, found.floor)
 
 
 def _lowest(selection: Selection, statistics: tuple[float, float]) -> float:

@@ -41,7 +41,7 @@ def check_sheet(path: Path) -> None:
         raise InputError(f"--save {path}: the suffix must be one of {', '.join(FORMATS)}")
 
 
-def write_sheet(path: Path, heading: str, query: Sequence[Tile], hits: Sequence[Tile]) -> None:
+def save_sheet(path: Path, heading: str, query: Sequence[Tile], hits: Sequence[Tile]) -> None:
     """Draw a sheet, and write it whole or not at all. Raises ``InputError`` if it cannot be written."""
     check_sheet(path)
     query_rows, hit_rows = (-(-len(tiles) // COLUMNS) for tiles in (query, hits))

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,7 @@ class Head:
         sources: where images were read from.
         segments: in order.
         removed: ids that were removed by hand, which an update leaves out.
+        broken: id of each picture that does not decode → why.
     """
 
     model: str
@@ -80,13 +81,14 @@ class Head:
     sources: tuple[SourceNote, ...] = ()
     segments: tuple[SegmentNote, ...] = ()
     removed: tuple[str, ...] = ()
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 def read_head(path: Path) -> Head:
     """The last commit of an index. Raises ``InputError`` if there is none, or it is damaged or of a later format."""
     file = path / HEAD
     if not file.is_file():
-        raise InputError(f"{path} holds no index ({HEAD} is missing): make one by spn4cir-index build FOLDER {path}")
+        raise InputError(f"{path} holds no index: make one by spn4cir-index build FOLDER --index {path}")
     about = read_json(file)
     try:
         if about["format"] != FORMAT:
@@ -100,8 +102,9 @@ def read_head(path: Path) -> Head:
             tuple(SourceNote(**source) for source in about["sources"]),
             tuple(SegmentNote(**segment) for segment in about["segments"]),
             tuple(map(str, about["removed"])),
+            {str(image_id): str(problem) for image_id, problem in about["broken"].items()},
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} is damaged: {error!r}: build the index anew") from None
@@ -204,16 +207,27 @@ class Snapshot:
 
     def rows_of(self, ids: Sequence[str]) -> list[int]:
         """The rows of these ids. Raises ``InputError`` for an id that the index lacks."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        places = pc.index_in(self.files["id"], pa.array(ids, pa.string())).to_numpy(zero_copy_only=False)
-        found: dict[str, int] = {}
-        for row in np.flatnonzero(~np.isnan(places.astype(float)) & self.alive):
-            found[ids[int(places[row])]] = int(row)
-        if lost := [image_id for image_id in ids if image_id not in found]:
+        rows = [self.row_of(image_id) for image_id in ids]
+        if lost := [image_id for image_id, row in zip(ids, rows, strict=True) if row is None]:
             raise InputError(f"{self.path}: {len(lost)} ids are not in the index, such as {lost[0]!r:.80}")
-        return [found[image_id] for image_id in ids]
+        return [row for row in rows if row is not None]
+
+    def row_of(self, image_id: str) -> int | None:
+        """The row of an id; None for an id that the index lacks."""
+        draws, order = self._by_draw
+        drawn = np.uint64(draw_number(image_id))
+        for place in range(*np.searchsorted(draws, [drawn, drawn + np.uint64(1)])):
+            row = int(order[place])
+            if self.alive[row] and self.files["id"][row].as_py() == image_id:
+                return row
+        return None
+
+    @cached_property
+    def _by_draw(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The numbers of all ids in ascending order, and their rows."""
+        draws = self.files["draw"].to_numpy()
+        order = np.argsort(draws, kind="stable")
+        return draws[order], order
 
     def gather(self, rows: Sequence[int]) -> Tensor:
         """Vectors (n, K, E) of rows, in the type they are stored in."""
@@ -257,9 +271,9 @@ def concatenate_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
 
     kinds: dict[str, set[Kind]] = {}
     for table in tables:
-        for field in table.schema:
-            if not pa.types.is_null(field.type):
-                kinds.setdefault(field.name, set()).add(_kind(field.type))
+        for column in table.schema:
+            if not pa.types.is_null(column.type):
+                kinds.setdefault(column.name, set()).add(_kind(column.type))
     mixed = [name for name, found in kinds.items() if len(found) > 1]
 
     def fit(table: pyarrow.Table) -> pyarrow.Table:
@@ -312,6 +326,11 @@ def write_removed(folder: Path, rows: np.ndarray[Any, Any]) -> str:
     with replaced(folder / name) as beside, beside.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
     return name
+
+
+def draw_number(image_id: str) -> int:
+    """A number that the background sample is drawn by, and that rows are found by; the same in every index."""
+    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big")
 
 
 def other_model(path: Path, built_with: str, given: str) -> InputError:

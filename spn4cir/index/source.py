@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from spn4cir.dataset import Dataset
 from spn4cir.datasets import DATASETS, load_dataset
+from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.rows import HUB
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
@@ -26,7 +27,7 @@ from spn4cir.types import ImageRef
 if TYPE_CHECKING:
     import pyarrow
 
-OWN = "catalogue"
+OWN = Catalogue.name
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 
 

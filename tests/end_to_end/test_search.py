@@ -14,7 +14,7 @@ from PIL import Image
 from spn4cir.checkpoints import save_model
 from spn4cir.index import engines
 from spn4cir.index.local import Index
-from spn4cir.index.sheet import MOST, Tile, write_sheet
+from spn4cir.index.sheet import MOST, Tile, save_sheet
 from spn4cir.index_cli import file_size, index_command
 from spn4cir.model import load
 from spn4cir.search_cli import hit_json, search_command
@@ -211,7 +211,7 @@ def test_sheets_of_all_kinds_of_pictures(tmp_path: Path) -> None:
     texts = ["x" * 3000, "many words " * 300, "日本語 текст", "two\nlines"]
     tiles = [Tile(picture, texts) for picture in (narrow, wide, None, tmp_path / "missing.png", str(tmp_path))]
     query = [Tile(None, ["text"], text) for text in texts] + tiles
-    write_sheet(tmp_path / "sheet.webp", "hits " * 9, query, tiles * (MOST // len(tiles)))
+    save_sheet(tmp_path / "sheet.webp", "hits " * 9, query, tiles * (MOST // len(tiles)))
     with Image.open(tmp_path / "sheet.webp") as sheet:
         assert sheet.width == 1200 and sheet.height > 22 * 280
 
@@ -224,7 +224,7 @@ def test_sheets_of_all_kinds_of_pictures(tmp_path: Path) -> None:
         (("--text", " "), "a text must say something"),
         (("--text", "x" * 10_000), "a text has 10000 characters"),
         (("--image", "broken.png"), "broken.png does not decode"),
-        (("--image", "nowhere.png"), "nowhere.png is missing"),
+        (("--image", "nowhere.png"), 'nowhere.png" is neither an id of the index nor a file'),
         (("--image", "i01.png", "big"), "the weight 'big' is no number"),
         (("--image", "i01.png", -1), "weights must be positive numbers, got -1.0"),
         (("--image", "i01.png", "nan"), "weights must be positive numbers, got nan"),
