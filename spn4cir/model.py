@@ -66,7 +66,7 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of architecture, weights and preprocessing of the image side: models of one fingerprint share indexes."""
+        """Digest of the image side (architecture, weights, preprocessing): models with an equal one share indexes."""
         return fingerprint(self.backbone, {}, {})
 
     @torch.no_grad()
@@ -168,10 +168,8 @@ def load(
         is_hub_id = isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
         if not is_hub_id:
             raise InputError(f"model {name} is missing: give a run folder, a hub id OWNER/NAME, or {EMBEDDED}")
-        folder = _download(name)
-    return Model(
-        load_model(folder), name if not Path(source).is_dir() else str(folder.resolve()), device, dtype, batch_size
-    )
+        return Model(load_model(_download(name)), name, device, dtype, batch_size)
+    return Model(load_model(folder), str(folder.resolve()), device, dtype, batch_size)
 
 
 def _download(name: str) -> Path:

@@ -114,18 +114,20 @@ def combine_vectors(vectors: Tensor, weights: Sequence[float]) -> Tensor:
     Raises:
         InputError: if the vectors cancel out, or one is not finite.
     """
-    total = (vectors.double() * torch.tensor(weights, dtype=torch.float64)[:, None]).sum(0)
-    length = total.norm()
+    total: Tensor = (vectors.double() * torch.tensor(weights, dtype=torch.float64)[:, None]).sum(0)
+    length = torch.linalg.vector_norm(total)
     if not bool(length.isfinite()):
         raise InputError("the query is not finite: check the model's weights")
     if length < 1e-6 * max(map(abs, weights)):
         raise InputError("the parts of the query cancel each other out: change a weight")
-    return (total / length).float()
+    combined: Tensor = (total / length).float()
+    return combined
 
 
 def score_candidates(query: Tensor, candidates: Tensor) -> Tensor:
     """Scores (C,) of candidates (C, K, E): the maximum dot product over K, independent of a candidate's position."""
-    return (candidates.float() * query).sum(2).amax(1)
+    scores: Tensor = (candidates.float() * query).sum(2).amax(1)
+    return scores
 
 
 def select(
@@ -148,7 +150,8 @@ def select(
     """
     scores = score_candidates(query, candidates)
     values, (mean, deviation) = scores.tolist(), background
-    directions = F.normalize(candidates.float().mean(1), dim=1) if selection.fold is not None else None
+    threshold = selection.fold if selection.fold is not None else float("inf")
+    directions = F.normalize(candidates.float().mean(1), dim=1)
     picks: list[Pick] = []
     seen: set[object] = set()
     for position in sorted(range(len(values)), key=lambda n: (-values[n], ids[n])):
@@ -157,9 +160,9 @@ def select(
             low is not None and value < low for low, value in ((selection.min_score, score), (selection.min_z, z))
         ):
             break
-        if directions is not None and picks:
+        if selection.fold is not None and picks:
             kept = directions[[pick.position for pick in picks]]
-            similar = ((kept * directions[position]).sum(1) >= selection.fold).nonzero()[:, 0].tolist()
+            similar = ((kept * directions[position]).sum(1) >= threshold).nonzero()[:, 0].tolist()
             if similar:
                 picks[similar[0]].folded.append(position)
                 continue
@@ -190,8 +193,8 @@ def parse_where(where: Where, kinds: Mapping[str, Kind]) -> list[Condition]:
         InputError: for a column that the index lacks, or a value that cannot be in it.
 
     Example:
-        >>> parse_where(["colour=red|blue", "price<=50"], {"colour": "text", "price": "number"})
-        [Condition(column='colour', operator='=', values=('red', 'blue')), Condition(column='price', operator='<=', values=(50.0,))]
+        >>> print(*parse_where(["colour=red|blue", "price<=50"], {"colour": "text", "price": "number"}))
+        colour=red|blue price<=50.0
     """
     if isinstance(where, Mapping):
         raw = [

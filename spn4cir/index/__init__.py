@@ -1,0 +1,1 @@
+"""People's own pictures as a searchable index."""

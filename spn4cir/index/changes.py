@@ -1,4 +1,4 @@
-"""What makes and changes an index: build, add, remove, update, compact. Each is one commit, and goes on after a kill."""
+"""Build, add, remove, update, compact: each change of an index is one commit, and goes on after a kill."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ def update(model: Model, path: Path) -> Changes:
         change = _Change(path, model, old.head, old)
         files = old.files.select(["id", "source", "size", "mtime_ns", "columns", "problem"]).to_pydict()
         known: dict[str, int] = {}  # the last row of each id that is there, or was broken
-        for row, image_id in enumerate(files["id"]):
-            if old.alive[row] or files["problem"][row]:
-                known[image_id] = row
+        for place, image_id in enumerate(files["id"]):
+            if old.alive[place] or files["problem"][place]:
+                known[image_id] = place
         seen: set[str] = set()
         for number, note in enumerate(old.head.sources):
             source = read_source(note.place, note.dataset)
@@ -286,7 +286,7 @@ class _Change:
 
     @torch.no_grad()
     def _encode(self, store: EmbeddingStore, rows: _Rows) -> dict[str, StoredRows]:
-        """Encode the rows that are missing in the store, or take them over; zeros for a picture that does not decode."""
+        """Encode the rows that the store lacks, or take them over; zeros for a picture that does not decode."""
         missing = store.missing()
         total, ahead = len(rows.images), sum(row >= 0 for row in rows.copied)
         done = total - sum(min(BLOCK, total - start) for start in missing)

@@ -126,7 +126,7 @@ class Index(SearchableIndex):
 
     @property
     def model(self) -> Model:  # type: ignore[override]
-        """The model that queries are embedded with. Raises ``InputError`` if it has changed since the index was built."""
+        """The model that queries are embedded with. Raises ``InputError`` if it has changed since."""
         if self._model is None:
             head = self.snapshot.head
             self._model = load(head.model)

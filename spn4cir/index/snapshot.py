@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HEAD = "index.json"
 FORMAT = 1
 SAMPLE = 1024
-"""Images of the background sample, over which a query's z-scores are computed: those with the smallest hash of the id."""
+"""Images of the background sample of a query's z-scores: those with the smallest hash of their id."""
 BLOCK = 256  # rows encoded between two notes of what is done
 SEGMENT = re.compile(r"[0-9a-f]{24}")
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -41,7 +41,7 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 @dataclass(frozen=True)
 class SourceNote:
-    """Where images were read from: a folder, a table or a hub name, or the name of a dataset; and their common folder."""
+    """Where images were read from (folder, table, hub name or dataset), and the folder that holds all of them."""
 
     place: str
     dataset: str
@@ -92,7 +92,9 @@ def read_head(path: Path) -> Head:
         if about["format"] != FORMAT:
             raise InputError(f"{file} has format {about['format']}, this release reads format {FORMAT}: build it anew")
         head = Head(
-            *(str(about[name]) for name in ("model", "fingerprint", "dtype")),
+            str(about["model"]),
+            str(about["fingerprint"]),
+            str(about["dtype"]),
             (int(about["shape"][0]), int(about["shape"][1])),
             str(about["kind"]),
             tuple(SourceNote(**source) for source in about["sources"]),

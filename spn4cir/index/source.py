@@ -52,7 +52,7 @@ class Source:
 
         hashes = pandas.util.hash_pandas_object(self.columns.to_pandas(), index=False)
         names = zlib.crc32(repr(self.columns.column_names).encode())
-        return (hashes ^ names).tolist()
+        return [int(value) for value in hashes ^ names]
 
     def relative_path(self, image_id: str) -> str | None:
         """The path of an image below the root; None for an image that has no file of its own."""
