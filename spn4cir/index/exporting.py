@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spn4cir.datasets.reading import inner_path
 from spn4cir.index.snapshot import Snapshot
 
 
@@ -35,6 +36,6 @@ def image_paths(snapshot: Snapshot, rows: Sequence[int]) -> list[str | None]:
     files = snapshot.files.select(["source", "path"]).take(rows).to_pydict()
     roots = [Path(source.root) for source in snapshot.head.sources]
     return [
-        None if path is None else str(roots[source] / path)
+        None if path is None else str(roots[source] / inner_path(roots[source], "path", path))
         for source, path in zip(files["source"], files["path"], strict=True)
     ]

@@ -240,7 +240,7 @@ class QdrantIndex(SearchableIndex):
     """
 
     def __init__(self, collection: Collection, model: Model | None = None):
-        self._collection, self._model, self.place = collection, model, collection.place
+        self.collection, self._model, self.place = collection, model, collection.place
         self._sources: dict[int, Source] = {}
         if not collection.exists() or not len(collection):
             raise InputError(f"{self.place} holds no index: make one by spn4cir-index export")
@@ -268,14 +268,14 @@ class QdrantIndex(SearchableIndex):
         return self.note.kinds
 
     def __len__(self) -> int:
-        return len(self._collection) - 1  # without the note
+        return len(self.collection) - 1  # without the note
 
     @cached_property
     def background(self) -> Tensor:
         """Vectors (S, K, E) of the background sample."""
         ids = [point_id(image_id) for image_id in self.note.sample]
         size = max(1, NUMBERS // (self.note.shape[0] * self.note.shape[1]))
-        parts = (self._collection.read(ids[n : n + size], vectors=True) for n in range(0, len(ids), size))
+        parts = (self.collection.read(ids[n : n + size], vectors=True) for n in range(0, len(ids), size))
         return self._vectors([one for part in parts for one in part])
 
     def nearest(
@@ -284,7 +284,7 @@ class QdrantIndex(SearchableIndex):
         """The candidates of a query (E,), by the engine."""
         vector = query.tolist() if self.note.shape[0] == 1 else [query.tolist()]
         excluded = [NOTE, *map(point_id, exclude)]
-        found = self._collection.query(vector, count, conditions, excluded)
+        found = self.collection.query(vector, count, conditions, excluded)
         return Nearest(
             [one.payload["id"] for one in found],
             self._vectors(found),
@@ -303,7 +303,7 @@ class QdrantIndex(SearchableIndex):
 
     def find_image(self, image_id: str) -> ImageRef | None:
         """The picture of an image; None for an id that the index lacks."""
-        found = self._collection.read([point_id(image_id)])
+        found = self.collection.read([point_id(image_id)])
         if not found:
             return None
         payload = found[0].payload
@@ -320,4 +320,4 @@ class QdrantIndex(SearchableIndex):
 
     def close(self) -> None:
         """Close the connection, or let other processes open the folder."""
-        self._collection.close()
+        self.collection.close()
