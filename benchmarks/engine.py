@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 from spn4cir.errors import run_command
 from spn4cir.files import write_text
-from spn4cir.index.engines import export_index
 from spn4cir.index.local import Index
 from spn4cir.index.searchable import Hit, SearchableIndex
 from spn4cir.index.snapshot import BLOCK, Head, SegmentNote, Snapshot, SourceNote, segment_store, write_head
+from spn4cir.index.vector_engines import export_index
 from spn4cir.selection import Selection
 
 WIDTH, CLUSTER, QUERIES = 512, 100, 100

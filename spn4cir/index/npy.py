@@ -31,7 +31,7 @@ class _Shard(NamedTuple):
     digest: str
 
 
-def export_index(path: Path, folder: Path) -> Exported:
+def export_npy(path: Path, folder: Path) -> Exported:
     """Write the images of an index as shards; shards that are there already, and unchanged, stay as they are.
 
     Raises:

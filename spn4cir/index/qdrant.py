@@ -103,7 +103,7 @@ def open_collection(address: str) -> Collection:
     raise InputError(f"{address!r} is no address of Qdrant: expected {ADDRESS}")
 
 
-def export_index(path: Path, collection: Collection) -> Exported:
+def export_qdrant(path: Path, collection: Collection) -> Exported:
     """Make a collection hold the images of an index: write what is new or differs, delete what is gone.
 
     An export that was killed goes on where it stopped. The collection is closed.

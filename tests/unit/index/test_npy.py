@@ -10,9 +10,9 @@ from pyarrow import parquet
 
 from spn4cir.errors import InputError
 from spn4cir.index import npy
-from spn4cir.index.engines import export_index
 from spn4cir.index.npy import META
 from spn4cir.index.snapshot import Head, Snapshot, read_head, write_head, write_removed
+from spn4cir.index.vector_engines import export_index
 
 COUNT, SIZES, GONE = 100, (50, 40, 10), (3, 4, 55)
 

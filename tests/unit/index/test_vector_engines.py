@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from spn4cir.errors import InputError
 from spn4cir.index import qdrant
-from spn4cir.index.engines import export_index, open_engine
 from spn4cir.index.local import Index
 from spn4cir.index.qdrant import NOTE, QdrantIndex, open_collection
 from spn4cir.index.qdrant_collection import Collection, Point
 from spn4cir.index.qdrant_server import ServerCollection
 from spn4cir.index.searchable import Hit, SearchableIndex
 from spn4cir.index.snapshot import Head, read_head, write_head
+from spn4cir.index.vector_engines import export_index, open_engine
 from spn4cir.model import Model
 from spn4cir.selection import Selection
 
@@ -87,7 +87,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("made")
     columns = {**draw_columns(COUNT), "odd name.[0]": [("A b", "a b", None)[n % 3] for n in range(COUNT)]}
     path = make_index(folder / "index", draw_vectors(COUNT, k), columns, SIZES, GONE)
-    qdrant.export_index(path, opened(folder / "engine"))
+    qdrant.export_qdrant(path, opened(folder / "engine"))
     engine = QdrantIndex(opened(folder / "engine"))
     yield Both(Index(path), engine)
     engine.close()
@@ -164,7 +164,7 @@ def index(model: Model, tmp_path: Path) -> Index:
 
 def test_queries_of_parts(index: Index, model: Model, place: Place, tmp_path: Path) -> None:
     """References, texts, weights and negatives, members of the index and other pictures."""
-    qdrant.export_index(index.path, place())
+    qdrant.export_qdrant(index.path, place())
     engine = QdrantIndex(place(), model)
     draw_picture(tmp_path / "other.png", "other")
     queries: list[dict[str, Any]] = [
@@ -213,7 +213,7 @@ class Counting:
 def export_counted(index: Index, place: Place, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
     collection = place()
     counting = Counting(monkeypatch, collection)
-    done = qdrant.export_index(index.path, collection)
+    done = qdrant.export_qdrant(index.path, collection)
     assert (done.written, done.deleted) == (len(counting.written), len(counting.deleted))
     assert done.written + done.unchanged == len(index)
     return sorted(counting.written), sorted(counting.deleted)
@@ -254,7 +254,7 @@ def test_a_column_that_changes_its_kind(place: Place, tmp_path: Path) -> None:
     ):
         path = make_index(tmp_path / f"index{number}", vectors, columns)
         write_head(path, read_head(path))
-        qdrant.export_index(path, place())
+        qdrant.export_qdrant(path, place())
         engine = QdrantIndex(place())
         for where in ("price=3|5", "price!=3"):
             found, wanted = (i.search_vector(vectors[0, 0], Selection(50), [where]) for i in (engine, Index(path)))
@@ -266,7 +266,7 @@ def test_a_column_that_changes_its_kind(place: Place, tmp_path: Path) -> None:
 def test_cells_that_json_cannot_hold(place: Place, tmp_path: Path) -> None:
     vectors, infinite = draw_vectors(20), float("inf")
     path = make_index(tmp_path / "index", vectors, {"n": [infinite, -infinite, float("nan"), 1.5, None] * 4})
-    qdrant.export_index(path, place())
+    qdrant.export_qdrant(path, place())
     engine = QdrantIndex(place())
     for where in ("n>1", "n<1", "n<=inf", "n!=1.5", "n=inf"):
         found, wanted = (i.search_vector(vectors[0, 0], Selection(50), [where]) for i in (engine, Index(path)))
@@ -287,7 +287,7 @@ def test_an_export_that_was_killed_goes_on(index: Index, place: Place, monkeypat
 
     monkeypatch.setattr(collection, "write", fail_late)
     with pytest.raises(KeyboardInterrupt):
-        qdrant.export_index(index.path, collection)
+        qdrant.export_qdrant(index.path, collection)
     collection = place()
     with pytest.raises(InputError, match="its export was interrupted"):
         QdrantIndex(collection)
@@ -304,11 +304,11 @@ def as_another_model(path: Path) -> None:
 
 
 def test_another_model_is_refused(index: Index, place: Place, tmp_path: Path) -> None:
-    qdrant.export_index(index.path, place())
+    qdrant.export_qdrant(index.path, place())
     shutil.copytree(index.path, tmp_path / "copy")
     as_another_model(tmp_path / "copy")
     with pytest.raises(InputError, match="holds vectors of another model, embedded, not another: give another place"):
-        qdrant.export_index(tmp_path / "copy", place())
+        qdrant.export_qdrant(tmp_path / "copy", place())
     (tmp_path / "tgcir").mkdir()
     other = Model(tiny_backbone("tgcir", tmp_path / "tgcir"), "other", device="cpu")
     collection = place()
@@ -323,13 +323,13 @@ def test_a_collection_of_others_is_refused(index: Index, place: Place) -> None:
     collection.write([Point(qdrant.point_id("x"), {"id": "x"}, [1.0, 0.0, 0.0])])
     collection.close()
     with pytest.raises(InputError, match="was not made by spn4cir-index export"):
-        qdrant.export_index(index.path, place())
+        qdrant.export_qdrant(index.path, place())
     collection = place()
     with pytest.raises(InputError, match="was not made by spn4cir-index export"):
         QdrantIndex(collection)
     collection.delete([qdrant.point_id("x")])
     collection.close()
-    assert qdrant.export_index(index.path, place()).written == len(index)  # an empty one is replaced
+    assert qdrant.export_qdrant(index.path, place()).written == len(index)  # an empty one is replaced
 
 
 def test_a_missing_collection(place: Place, tmp_path: Path) -> None:
@@ -416,10 +416,12 @@ def test_a_column_whose_name_has_a_quote(place: Place, tmp_path: Path) -> None:
     path = make_index(tmp_path / "index", draw_vectors(20), {'size "': [1] * 20})
     collection = place()
     with pytest.raises(InputError, match="Qdrant cannot filter on column"):
-        qdrant.export_index(path, collection)
+        qdrant.export_qdrant(path, collection)
     collection.close()
 
 
 def test_unknown_exports(index: Index) -> None:
     with pytest.raises(InputError, match="an index is exported to npy or qdrant, not to 'csv'"):
         export_index(index.path, "csv", "x")
+    with pytest.raises(InputError, match="there is no engine 'http'; known: qdrant"):
+        export_index(index.path, "qdrant", "http://localhost:6333/x")

@@ -19,12 +19,8 @@ def open_engine(address: str, model: Model | None) -> SearchableIndex | None:
         InputError: for an address of an unknown engine, or if the engine is down, holds no such index, or holds one of
             another model.
     """
-    scheme, colon, rest = address.partition(":")
-    if colon and scheme in ENGINES:
-        return ENGINES[scheme](address, model)
-    if rest.startswith("//") and re.fullmatch(r"[A-Za-z][\w+.-]*", scheme):
-        raise InputError(f"{address}: there is no engine {scheme!r}; known: {', '.join(ENGINES)}")
-    return None
+    scheme = _read_scheme(address)
+    return ENGINES[scheme](address, model) if scheme else None
 
 
 def export_index(path: Path, to: str, address: str) -> Exported:
@@ -43,6 +39,16 @@ def export_index(path: Path, to: str, address: str) -> Exported:
     return EXPORTERS[to](path, address)
 
 
+def _read_scheme(address: str) -> str:
+    """The scheme of an engine's address; empty for a path."""
+    scheme, colon, rest = address.partition(":")
+    if colon and scheme in ENGINES:
+        return scheme
+    if rest.startswith("//") and re.fullmatch(r"[A-Za-z][\w+.-]*", scheme):
+        raise InputError(f"{address}: there is no engine {scheme!r}; known: {', '.join(ENGINES)}")
+    return ""
+
+
 def _open_qdrant(address: str, model: Model | None) -> SearchableIndex:
     from spn4cir.index.qdrant import open_index
 
@@ -50,16 +56,15 @@ def _open_qdrant(address: str, model: Model | None) -> SearchableIndex:
 
 
 def _export_qdrant(path: Path, address: str) -> Exported:
-    from spn4cir.index.qdrant import export_index, open_collection
+    from spn4cir.index.qdrant import export_qdrant, open_collection
 
-    is_address = address.partition(":")[0] in ENGINES
-    return export_index(path, open_collection(address if is_address else f"qdrant:{address}"))
+    return export_qdrant(path, open_collection(address if _read_scheme(address) else f"qdrant:{address}"))
 
 
 def _export_npy(path: Path, address: str) -> Exported:
-    from spn4cir.index.npy import export_index
+    from spn4cir.index.npy import export_npy
 
-    return export_index(path, Path(address))
+    return export_npy(path, Path(address))
 
 
 ENGINES: dict[str, Callable[[str, Model | None], SearchableIndex]] = {
