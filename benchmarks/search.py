@@ -1,4 +1,4 @@
-"""Ranks and the first k: by blocks against dense scores and their argsort; and indexes of faiss against all scores.
+"""Ranks and the first k: by blocks against dense scores and their argsort, a product and topk, and indexes of faiss.
 
 Vectors are made up: about unit norm, with 64 directions that matter more than the rest, in whole multiples of 2⁻¹¹, so
 that float32 and float16 hold them and their dot products come out exactly in any order: results are asserted to be
@@ -6,6 +6,7 @@ equal, not nearly so. Queries are noisy copies of their targets.
 
 examples:
   python -m benchmarks.search
+  python -m benchmarks.search --mapped 1000000   # one query among a million images: 2 GB of disk, 5 GB of memory
   python -m benchmarks.search --device   # on a GPU, up to ten million images
 """
 
@@ -20,12 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Row, row, watched
+from benchmarks.measure import Row, bound, in_turns, row, share, watched
 from spn4cir.errors import InputError, run_command
 from spn4cir.faiss_search import Kind, Neighbours
 from spn4cir.files import write_text
@@ -33,14 +35,16 @@ from spn4cir.search import rank_targets, top_k
 
 COUNT, WIDTH, QUERIES, FIRST = 100_000, 256, 256, 10
 INDEXED = 10_000  # images in the indexes of faiss
+FEW, SEARCHED, LONG = 64, 200_000, 512  # few queries, their images, and the width
+MAPPED = 300_000  # images to search for one query
 SIZES = (20_000, 100_000, 1_000_000, 10_000_000)  # on a GPU
 AT_ONCE = 2**27  # scores that the straightforward way sorts at once on a GPU
 Vectors = dict[str, Tensor]
 Found = dict[str, Tensor]
 
 
-def make_vectors(count: int, device: str = "cpu", stored: torch.dtype = torch.float32) -> Vectors:
-    """``gallery`` (count, 1, WIDTH), ``query`` (QUERIES, WIDTH) and ``targets`` (QUERIES, 1)."""
+def make_vectors(count: int, device: str = "cpu", stored: torch.dtype = torch.float32, width: int = WIDTH) -> Vectors:
+    """``gallery`` (count, 1, width), ``query`` (QUERIES, width) and ``targets`` (QUERIES, 1)."""
     draw = torch.Generator(device).manual_seed(count)
 
     def normal(*shape: int) -> Tensor:
@@ -49,12 +53,12 @@ def make_vectors(count: int, device: str = "cpu", stored: torch.dtype = torch.fl
     def exact(vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1).mul_(2**11).round_().div_(2**11)
 
-    gallery, basis = torch.empty(count, 1, WIDTH, dtype=stored, device=device), normal(64, WIDTH) / 8
+    gallery, basis = torch.empty(count, 1, width, dtype=stored, device=device), normal(64, width) / 8
     for start in range(0, count, 50_000):
         size = min(50_000, count - start)
-        gallery[start : start + size, 0] = exact(0.5 * normal(size, WIDTH) + normal(size, 64) @ basis).to(stored)
+        gallery[start : start + size, 0] = exact(0.5 * normal(size, width) + normal(size, 64) @ basis).to(stored)
     targets = torch.randint(0, count, (QUERIES, 1), generator=draw, device=device)
-    query = exact(gallery[targets[:, 0], 0].float() + normal(QUERIES, WIDTH) / WIDTH**0.5 * 1.5)
+    query = exact(gallery[targets[:, 0], 0].float() + normal(QUERIES, width) / width**0.5 * 1.5)
     return {"gallery": gallery, "query": query, "targets": targets}
 
 
@@ -155,6 +159,35 @@ def indexes(vectors: Vectors) -> list[dict[str, Any]]:
     return rows
 
 
+def few_queries(queries: int, count: int) -> dict[str, Any]:
+    """The first k among images of a memory-mapped file, in turns with others' ways; asserts that they agree."""
+    import faiss  # the measurements on a GPU do not need it
+
+    vectors = make_vectors(count, width=LONG)
+    query = vectors["query"][:queries]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "gallery.npy"
+        np.save(path, vectors.pop("gallery").numpy())
+        gallery = torch.from_numpy(np.load(path, mmap_mode="c"))  # (G, 1, E)
+        index = faiss.IndexFlatIP(LONG)
+        index.add(gallery[:, 0].numpy())
+        ways: dict[str, Callable[[], Any]] = {
+            "first k": lambda: top_k(query, gallery, FIRST),
+            "product and topk": lambda: (query @ gallery[:, 0].T).topk(FIRST),
+            "faiss flat": lambda: index.search(query.numpy(), FIRST),
+        }
+        (scores, rows), *others = (way() for way in ways.values())
+        assert torch.equal((gallery[rows, 0] * query[:, None]).sum(2), scores), "rows have other scores"
+        assert all(np.array_equal(scores, values) for values, _ in others), "scores differ"
+        seconds = in_turns(ways, 9)
+    return {
+        "queries": queries,
+        "images": count,
+        "seconds": {way: round(value, 4) for way, value in seconds.items()},
+        **{f"to {way}": share(seconds["first k"], seconds[way]) for way in list(ways)[1:]},
+    }
+
+
 def on_device(count: int, device: str = "cuda") -> dict[str, Any]:
     """Over a gallery in half precision on a GPU; the straightforward way over as many queries as fit, scaled up."""
     vectors = make_vectors(count, device, torch.float16)
@@ -190,8 +223,8 @@ def _settled_memory(peak: bool = False) -> int:
     return held
 
 
-def run(device: bool = False) -> dict[str, Any]:
-    """All measurements; those on a GPU instead where ``device`` says so."""
+def run(device: bool = False, mapped: int = MAPPED) -> dict[str, Any]:
+    """All measurements, with so many images for one query; those on a GPU instead where ``device`` says so."""
     from spn4cir.results import git_commit  # loads much, which the processes that are measured need not
 
     parts: dict[str, Any]
@@ -204,6 +237,7 @@ def run(device: bool = False) -> dict[str, Any]:
             path, vectors = Path(folder) / "vectors.safetensors", make_vectors(COUNT)
             save_file(vectors, path)
             parts = {"cpu": [on_cpu(path, COUNT)], "indexed": INDEXED, "faiss": indexes(vectors)}
+        parts["few queries"] = [few_queries(FEW, SEARCHED), few_queries(1, mapped)]
     return {
         "benchmark": "search",
         "what": f"rank of the target and first {FIRST} of {QUERIES} queries, width {WIDTH}",
@@ -224,6 +258,11 @@ def suite() -> dict[str, Any]:
         seconds, memory = one["seconds"], one["peak extra MB"]
         ours = max(memory["ranks"] or 0, memory["first k"] or 0) or None
         rows.append(row(what, plain, (seconds["ranks"] + seconds["first k"], seconds[plain]), (ours, memory[plain])))
+    for one, plain, most in zip(found["few queries"], ("product and topk", "faiss flat"), (1.2, 1.1), strict=True):
+        counts = f"queries: {one['queries']}, mapped images: {one['images']:,}"
+        what, seconds = f"first {FIRST}, width {LONG}, {counts}", one["seconds"]
+        held = bound("time", one[f"to {plain}"], most=most)
+        rows.append(row(what, plain, (seconds["first k"], seconds[plain]), bounds=(held,)))
     return {**found, "rows": rows}
 
 
@@ -233,10 +272,11 @@ def main() -> None:
         prog="python -m benchmarks.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", action="store_true", help="on a GPU")
+    parser.add_argument("--mapped", type=int, default=MAPPED, metavar="N", help="images to search for one query")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     args = parser.parse_args()
-    report = run(args.device)
-    for line in (*report.get("device", ()), *report.get("cpu", ()), *report.get("faiss", ())):
+    report = run(args.device, args.mapped)
+    for line in (line for part in ("device", "cpu", "faiss", "few queries") for line in report.get(part, ())):
         print(", ".join(f"{key}: {value}" for key, value in line.items()))
     print(json.dumps(report))
     if args.json:

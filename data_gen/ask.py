@@ -87,27 +87,21 @@ class Engine(Protocol):
         return None
 
 
+# an answer's text made tidy, and what is wrong with it, if anything
 Check = Callable[[Question, Answer], tuple[str, str | None]]
-"""An answer's text made tidy, and what is wrong with it, if anything."""
+Finish = Callable[[list[Reply]], None]
 
 
 def ask(
-    out: Path,
-    questions: Sequence[Question],
-    engine: Engine,
-    check: Check,
-    config: GenerateConfig,
-    finish: Callable[[list[Reply]], None],
+    out: Path, questions: Sequence[Question], engine: Engine, check: Check, config: GenerateConfig, finish: Finish
 ) -> None:
     """Ask all questions, some perhaps again, and hand over what came of them.
 
-    A block is a function of the whole list of questions, never of what a killed run has left to do, and it is asked,
-    checked, asked again where the check failed, and then committed. So neither a kill nor the number of processes
-    changes an answer. All processes call this; in the first, ``finish`` takes all replies in the order of the
-    questions, whose keys are unique, and writes ``out``, beside which the journal lies.
+    A block is a function of the whole list of questions, never of what a killed run has left to do, and is committed
+    whole: neither a kill nor the number of processes changes an answer. All processes call this; in the first,
+    ``finish`` takes all replies in the order of the questions, and writes ``out``, beside which the journal lies.
 
-    Raises:
-        InputError: if the engine cannot work, or the journal cannot be written; what was committed stays.
+    Raises ``InputError`` if the engine cannot work, or the journal cannot be written; what was committed stays.
     """
     processes, lengths = Processes(), engine.lengths(questions) if questions else None
     # the longest first, so that what is too much for the memory shows at once
@@ -133,22 +127,19 @@ def ask(
     processes.wait()
 
 
-class _Work:
-    """Blocks under way in threads, and committed as they get ready.
+Block = Sequence[Question]
 
-    Blocks of which nothing can be read are held back until one can be: if none ever comes, the engine is broken, and a
-    million failures would say no more than eight.
-    """
+
+class _Work:
+    """Blocks under way in threads, and committed as they get ready."""
 
     def __init__(self, journal: Journal, engine: Engine, fresh: bool):
-        self.journal, self.engine, self.read_any = journal, engine, not fresh
+        self.journal, self.engine, self.read_any, self.failed = journal, engine, not fresh, 0
+        # blocks of which nothing can be read, until one can be: if none ever comes, the engine is broken, and a million
+        # failures would say no more than eight
         self.held: list[tuple[int, list[Reply]]] = []
-        self.failed = 0
 
-    def run(
-        self, blocks: Mapping[int, Sequence[Question]], answer: Callable[[Sequence[Question]], list[Reply]]
-    ) -> None:
-        """Answer and commit all blocks; if one cannot be, those that are under way first."""
+    def run(self, blocks: Mapping[int, Block], answer: Callable[[Block], list[Reply]]) -> None:
         numbers, waiting = iter(blocks), dict[Future[list[Reply]], int]()
         bar = tqdm(total=sum(map(len, blocks.values())), desc="ask", unit="question", disable=not blocks)
         with bar, ThreadPoolExecutor(self.engine.workers) as pool:
@@ -186,9 +177,9 @@ class _Work:
         self.held = []
 
     def _give_up(self) -> None:
-        found = self.held[-1][1][-1]
-        told = f"{sum(len(held) for _, held in self.held)} questions in a row got no readable answer"
-        raise InputError(f"{told}; the last: {found.problem}, for {short(found.key)}")
+        replies = [reply for _, held in self.held for reply in held]
+        told = f"{replies[-1].problem}, for {short(replies[-1].key)}"
+        raise InputError(f"{len(replies)} questions in a row got no readable answer; the last: {told}")
 
     def _rescue(self, waiting: Mapping[Future[list[Reply]], int]) -> None:
         """Commit what can still be had of the blocks under way: an answer may have been paid for."""

@@ -39,9 +39,8 @@ QUOTES = ('""', "''", "“”", "‘’", "«»", "``")
 def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
     """Write captions.jsonl, a row for each image in the dataset's order, and captions.failed.jsonl.
 
-    Captions that were made before, by the same model and prompt and of the same pixels, are kept; what no image needs
-    now goes to captions.kept.jsonl. What came with the dataset, or is given in a file, is not asked for. An image whose
-    answer could not be read is asked about again by the next run.
+    Captions of earlier runs by the same model and prompt and of the same pixels are kept, those that no image needs now
+    in captions.kept.jsonl. An image whose answer could not be read is asked about again by the next run.
 
     Raises ``InputError`` for a prompt, a model or a file that cannot work; what was answered before stays.
     """
@@ -58,8 +57,8 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
         engine.look()
     asked, plan = job.plan(out, made_by, processes)
     if given:
-        told = config.captions or "the dataset"
-        processes.say(f"caption: {len(given)} captions are from {told}, {len(job.ids)} images are left")
+        source = config.captions or "the dataset"
+        processes.say(f"caption: {len(given)} captions are from {source}, {len(job.ids)} images are left")
     if len(asked) < len(job.ids):
         processes.say(f"caption: {len(job.ids) - len(asked)} captions are kept, {len(asked)} images are left")
     finish = partial(job.finish, out=out, made_by=made_by, given=given)
@@ -79,10 +78,7 @@ def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
 
 
 def wanted_images(config: GenerateConfig) -> list[str]:
-    """Images to caption, in the dataset's order: all unique ones, or those of them that occur in a pair.
-
-    Raises ``InputError`` if a file of a step before is missing, or the pairs name an image that is none.
-    """
+    """Unique images, or those of a pair, in the dataset's order. Raises ``InputError`` for pairs of other images."""
     ids = canonical_images(config)
     if config.caption_images == "all":
         return ids
@@ -100,39 +96,30 @@ def wanted_images(config: GenerateConfig) -> list[str]:
 def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str]) -> dict[str, str]:
     """Captions that need not be made: of a file, then of all images; else those that came with the dataset.
 
-    A caption of a duplicate, which has the same pixels, is as good.
-
-    Raises ``InputError`` if the file cannot be read, or lacks an image.
+    A caption of a duplicate is as good. Raises ``InputError`` if the file cannot be read, or lacks an image.
     """
     rows = read_jsonl(config.file("images.jsonl"))
-    if config.captions:
-        path = dataset.file(config.captions)
-        known = read_captions(path)
-    else:
-        known = {r["image_id"]: text for r in rows if (text := tidy(dataset.caption(r["image_id"])))}
+    path = dataset.file(config.captions) if config.captions else None
+    own = {r["image_id"]: tidy(dataset.caption(r["image_id"])) for r in rows} if path is None else read_captions(path)
+    known = {image_id: text for image_id, text in own.items() if text}
     named = {r["canonical"]: known[r["image_id"]] for r in reversed(rows) if r["image_id"] in known}
     found = {i: known.get(i, named[i]) for i in ids if i in named}
-    if config.captions and (missing := [i for i in ids if i not in found]):
-        raise InputError(
-            f"{path} lacks captions of {len(missing)} of {len(ids)} images, the first being {short(missing[0])}: add "
-            "them, or leave --captions out"
-        )
+    if path and (missing := [i for i in ids if i not in found]):
+        such = f"{len(missing)} of {len(ids)} images, the first being {short(missing[0])}"
+        raise InputError(f"{path} lacks captions of {such}: add them, or leave --captions out")
     return found
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Captions by image id, of a JSON list or of JSON lines; the last of several is taken, as in the published files.
-
-    Raises ``InputError`` if the file is missing or damaged, or an entry has no image id or no caption.
-    """
+    """Captions by image id, the last of several, of JSON or JSON lines. Raises ``InputError`` for a damaged file."""
     entries = read_json(path) if path.suffix != ".jsonl" else _lines(path)
     found = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
         image_id, text = (entry.get("image_id"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
         if not isinstance(image_id, str) or not isinstance(text, str):
             raise InputError(f"{path}, entry {number}: expected an image_id and a caption, got {short(entry)}")
-        if tidy(text):
-            found[image_id] = tidy(text)
+        if text := tidy(text):
+            found[image_id] = text
     return found
 
 
@@ -155,17 +142,13 @@ class _Job:
         self.template = read_captioner_prompt(config).replace("{words}", str(config.words))
         self.pixels = {row["image_id"]: row["pixels"] for row in read_jsonl(config.file("images.jsonl"))}
         if "{category}" in self.template and (bare := [i for i in ids if not dataset.category(i)]):
-            raise InputError(
-                f"the prompt names the {{category}}, but {len(bare)} images have none, the first being {short(bare[0])}"
-            )
+            such = f"{len(bare)} images have none, the first being {short(bare[0])}"
+            raise InputError(f"the prompt names the {{category}}, but {such}")
 
     def prompt(self, image_id: str) -> str:
-        """What is asked about an image."""
-        named = "{category}" in self.template
-        return self.template.replace("{category}", self.dataset.category(image_id)) if named else self.template
+        return self.template.replace("{category}", self.dataset.category(image_id))
 
     def question(self, image_id: str) -> Question:
-        """The question about an image."""
         return Question(image_id, self.prompt(image_id), self.dataset.image(image_id), self.pixels[image_id])
 
     def recipe(self, image_id: str) -> str:
@@ -184,8 +167,7 @@ class _Job:
     def kept(self, out: Path) -> dict[str, Row]:
         """Rows of earlier runs, perhaps for other pairs, that would be made alike."""
         known = {row["made_by"]: row for row in _earlier(out)}
-        recipes = ((image_id, self.recipe(image_id)) for image_id in self.ids)
-        return {image_id: {**known[made], "image_id": image_id} for image_id, made in recipes if made in known}
+        return {i: {**known[made], "image_id": i} for i in self.ids if (made := self.recipe(i)) in known}
 
     def plan(self, out: Path, made_by: str, processes: Processes) -> tuple[list[str], Path]:
         """Images to ask about, and the file that says so: a run that was killed while it wrote plans nothing anew."""
@@ -194,14 +176,13 @@ class _Job:
             kept = self.kept(out)
             write_text(path, json.dumps([i for i in self.ids if i not in kept]))
         processes.wait()
-        asked: list[str] = read_json(path)
-        return asked, path
+        return read_json(path), path
 
     def finish(self, replies: list[Reply], out: Path, made_by: str, given: dict[str, str]) -> None:
         """Write captions and failures, and tell how many there are. Raises ``InputError`` if there is no caption."""
         failed_file, rows = out.with_name("captions.failed.jsonl"), self.kept(out)
-        failed = [reply for reply in replies if reply.problem]
-        reasons = Counter(reply.problem if reply.read else "no readable answer" for reply in failed)
+        failed = [r for r in replies if r.problem]
+        reasons = Counter(r.problem if r.read else "no readable answer" for r in failed)
         listed = ({"image_id": r.key, "reason": r.problem, "answer": r.text, "read": r.read} for r in failed)
         write_jsonl(failed_file, listed)
         for reply in replies:
@@ -210,7 +191,7 @@ class _Job:
                 made = {"model": self.config.captioner, "prompt": prompt, "made_by": self.recipe(reply.key)}
                 rows[reply.key] = {"image_id": reply.key, "caption": reply.text, **made}
         for image_id, text in given.items():
-            own = {"model": GIVEN, "prompt": None, "made_by": digest({GIVEN: text})}
+            own: Row = {"model": GIVEN, "prompt": None, "made_by": digest({GIVEN: text})}
             rows[image_id] = {"image_id": image_id, "caption": text, **own}
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         if not rows:
@@ -237,19 +218,18 @@ def _earlier(out: Path) -> list[Row]:
 
 
 def _unread(failed: Path) -> bool:
-    """Whether a question was left without any readable answer."""
     return any(not row.get("read", True) for row in read_jsonl(failed))
 
 
 def read_captioner_prompt(config: GenerateConfig) -> str:
     """The prompt, or that of the file. Raises ``InputError`` if it does not say where the number of words goes."""
-    prompt, source = config.prompt, "prompt"
-    if config.prompt_file is not None:
-        source = f"prompt_file {config.prompt_file}"
-        try:
-            prompt = Path(config.prompt_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if config.prompt_file is None:
+        return config.prompt
+    source = f"prompt_file {config.prompt_file}"
+    try:
+        prompt = Path(config.prompt_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if "{words}" not in prompt:
         raise InputError(f"{source} must hold {{words}}, where the number of words goes, got {short(prompt)}")
     return prompt
@@ -264,12 +244,9 @@ def tidy(text: str) -> str:
 
 
 def check_caption(words: int, question: Question, answer: Answer) -> tuple[str, str | None]:
-    """A caption on one line, and what is wrong with it, if anything.
-
-    LLaVA runs to some fifteen words where ten are asked for, so only what is far beyond that is too long.
-    """
+    """A caption on one line, and what is wrong with it, if anything."""
     text = tidy(answer.text)
-    too_long = answer.cut or len(text.split()) > 2 * words + 10
+    too_long = answer.cut or len(text.split()) > 2 * words + 10  # LLaVA runs to fifteen words where ten are asked for
     return text, fault(text) or ("too long" if too_long else None)
 
 

@@ -7,54 +7,43 @@ examples:
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spn4cir.data_gen.steps import GenerateConfig, is_done, mark_done, run_step
+from spn4cir.data_gen.steps import GenerateConfig, first_process, is_done, mark_done, run_step
 from spn4cir.dataset import Dataset
-from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
-from spn4cir.files import read_jsonl, write_jsonl
-from spn4cir.types import ImageRef
+from spn4cir.files import Row, read_jsonl, write_jsonl
+from spn4cir.types import ImageRef, Triplet
 
 if TYPE_CHECKING:
     from spn4cir.identity import Inspected
 
 
+@first_process
 def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     """Write images.jsonl: one row per candidate, with its pixel hash and canonical image.
 
-    Images that are missing or do not decode are left out, and listed in images.failed.jsonl.
-
-    Raises ``InputError`` if fewer than two different images are left, the output folder holds the images of another
-    source, or its files would lie among the dataset's own.
+    Images that are missing or do not decode are left out, and listed in images.failed.jsonl. Raises ``InputError`` if
+    fewer than two different images are left, or the output folder is another source's, or the dataset's own.
     """
-    processes = Processes()
-    if processes.first:
-        _deduplicate(config, dataset)
-    processes.wait()
-
-
-def _deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     from spn4cir.identity import canonical_ids, inspect_images
 
     source, ids = _source(config, dataset), _candidates(config, dataset)
     images = {image_id: dataset.image(image_id) for image_id in ids}
-    _check_output(config, dataset, source, images)
-    out = config.file("images.jsonl")
-    made_by = _made_by(images)
+    _check_output(config, dataset, source, images.values())
+    out, failed_file, made_by = config.file("images.jsonl"), config.file("images.failed.jsonl"), _made_by(images)
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
     inspected = inspect_images(images, config.file("images.cache.jsonl"))
-    problems = {image_id: one for image_id, one in inspected.items() if one.problem}
-    failed = [{"image_id": i, "reason": _reason(one, str(images[i]))} for i, one in problems.items()]
+    failed = [{"image_id": i, "reason": _reason(one, str(images[i]))} for i, one in inspected.items() if one.problem]
+    failed_file.unlink(missing_ok=True)
     if failed:
-        write_jsonl(config.file("images.failed.jsonl"), failed)
-    else:
-        config.file("images.failed.jsonl").unlink(missing_ok=True)
+        write_jsonl(failed_file, failed)
     canonical = canonical_ids({i: one.pixels for i, one in inspected.items() if not one.problem})
-    unique, listed = len(set(canonical.values())), f": see {config.file('images.failed.jsonl')}" if failed else ""
+    unique, listed = len(set(canonical.values())), f": see {failed_file}" if failed else ""
     if not canonical:
         such = f"{images[failed[0]['image_id']]}, which {failed[0]['reason']}"
         raise InputError(f"{dataset.name}: none of {len(ids)} images can be used, such as {such}{listed}")
@@ -74,20 +63,22 @@ def _reason(inspected: "Inspected", image: str) -> str:
 
 
 def _candidates(config: GenerateConfig, dataset: Dataset) -> list[str]:
-    """Image ids that may occur, in the dataset's order."""
     ids = dataset.training_images()
     if config.candidates == "named":
-        triplets = dataset.triplets()
-        if not triplets:
-            raise InputError(f"candidates: named needs annotated triplets, and {dataset.name} has none: give all")
-        named = {i for triplet in triplets for i in triplet.image_ids}
+        named = {i for triplet in _annotated("candidates: named", dataset) for i in triplet.image_ids}
         ids = [image_id for image_id in ids if image_id in named]
     if not ids:
         raise InputError(f"{dataset.name} has no images to make triplets of")
     return ids
 
 
-def _source(config: GenerateConfig, dataset: Dataset) -> dict[str, str]:
+def _annotated(setting: str, dataset: Dataset) -> Sequence[Triplet]:
+    if triplets := dataset.triplets():
+        return triplets
+    raise InputError(f"{setting} needs annotated triplets, and {dataset.name} has none: give all")
+
+
+def _source(config: GenerateConfig, dataset: Dataset) -> Row:
     """What the images are of: the dataset's name and root; of several tables in one folder, which one."""
     if dataset.root is None:
         return {"dataset": dataset.name}
@@ -96,25 +87,21 @@ def _source(config: GenerateConfig, dataset: Dataset) -> dict[str, str]:
     return {"dataset": dataset.name, "root": str(place.resolve())}
 
 
-def _check_output(
-    config: GenerateConfig, dataset: Dataset, source: dict[str, str], images: dict[str, ImageRef]
-) -> None:
+def _check_output(config: GenerateConfig, dataset: Dataset, source: Row, images: Iterable[ImageRef]) -> None:
     """Raise ``InputError`` where files of ours would join the dataset's, or replace those of another source."""
-    out = config.folder.resolve()
+    folder, out = config.folder, config.folder.resolve()
     if dataset.root is not None:
         root = dataset.root.resolve()
         below = out.is_relative_to(root) and f"{dataset.root / out.relative_to(root)}/"
-        if out == root or (below and any(str(image).startswith(below) for image in images.values())):
-            raise InputError(f"output {config.folder} holds files of {dataset.name} itself: name another --output")
+        if out == root or (below and any(str(image).startswith(below) for image in images)):
+            raise InputError(f"output {folder} holds files of {dataset.name} itself: name another --output")
     try:
         before = json.loads((out / "images.done.json").read_text(encoding="utf-8"))["source"]
         told = " of ".join([before["dataset"], *([before["root"]] if "root" in before else [])])
     except (OSError, ValueError, KeyError, TypeError):
         return  # no note, or one that does not tell
     if before != source:
-        raise InputError(
-            f"output {config.folder} holds the triplets of {told}: give another with --output, or delete it"
-        )
+        raise InputError(f"output {folder} holds the triplets of {told}: give another with --output, or delete it")
 
 
 def _made_by(images: dict[str, ImageRef]) -> str:
@@ -141,14 +128,11 @@ def reference_images(config: GenerateConfig, dataset: Dataset) -> list[str]:
     rows = read_jsonl(config.file("images.jsonl"))
     wanted = {row["image_id"] for row in rows}
     if config.references == "annotated":
-        triplets = dataset.triplets()
-        if not triplets:
-            raise InputError(f"references: annotated needs annotated triplets, and {dataset.name} has none: give all")
-        wanted &= {triplet.reference for triplet in triplets}
+        wanted &= {triplet.reference for triplet in _annotated("references: annotated", dataset)}
         if not wanted:
             raise InputError(f"references: annotated: no reference of {dataset.name}'s triplets is among the images")
     chosen = {row["canonical"] for row in rows if row["image_id"] in wanted}
-    return list(dict.fromkeys(row["canonical"] for row in rows if row["canonical"] in chosen))
+    return [i for i in dict.fromkeys(row["canonical"] for row in rows) if i in chosen]
 
 
 if __name__ == "__main__":

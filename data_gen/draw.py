@@ -10,14 +10,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from spn4cir.data_gen.endpoint import make_data_url
-from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.data_gen.steps import GenerateConfig, first_process
 from spn4cir.dataset import Dataset
-from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_json, replaced, stream_jsonl, write_text
 
+# a triplet or a pair with the thumbnails of its reference and its target
 Shown: TypeAlias = "tuple[Row, Image.Image, Image.Image]"
-"""A triplet or a pair with the thumbnails of its reference and its target."""
 INK, GREY, LINE, BLUE = "#1c1c1c", "#6b6b6b", "#d9d9d9", "#2b6cb0"
 PLACES = {"lowest ranks": 0.0, "a quarter up": 0.25, "the middle": 0.5, "three quarters up": 0.75, "highest ranks": 1.0}
 EACH, SIDE, GAP, LEFT, PLOT_HEIGHT, BINS = 4, 110, 14, 145, 200, 40
@@ -35,26 +34,24 @@ small { overflow-wrap: anywhere } caption { text-align: left; font-weight: 600 }
 """
 
 
+@first_process
 def write_window(config: GenerateConfig, dataset: Dataset) -> None:
     """Write window.png and window.html about the pairs of a window; of uniform draws there is nothing to show."""
-    processes = Processes()
-    if processes.first:
-        picture, page = config.file("window.png"), config.file("window.html")
-        for path in (picture, page):
-            path.unlink(missing_ok=True)  # of a window before this one
-        pairs = stream_jsonl(config.file("pairs.jsonl"))
-        found = np.array([(row["rank"], row["similarity"]) for row in pairs if row.get("rank")]).reshape(-1, 2)
-        ranks, similarities = found[:, 0].astype(np.int64), found[:, 1]
-        if len(ranks):
-            pictures = Thumbnails(dataset, SIDE)
-            rows = {name: [pictures.show(row) for row in few] for name, few in sample_pairs(config, ranks).items()}
-            lines = describe_window(config, ranks, similarities)
-            chart = draw_chart(compute_shares(config, similarities))
-            save_png(picture, _draw_window(lines, chart, rows))
-            write_text(page, _window_page(lines, chart, rows))
-            pictures.report_problems("window")
-            print(f"match: look at the window in {page}")
-    processes.wait()
+    picture, page = config.file("window.png"), config.file("window.html")
+    for path in (picture, page):
+        path.unlink(missing_ok=True)  # of a window before this one
+    pairs = stream_jsonl(config.file("pairs.jsonl"))
+    found = np.array([(row["rank"], row["similarity"]) for row in pairs if row.get("rank")]).reshape(-1, 2)
+    ranks, similarities = found[:, 0].astype(np.int64), found[:, 1]
+    if len(ranks):
+        pictures = Thumbnails(dataset, SIDE)
+        rows = {name: [pictures.show(row) for row in few] for name, few in sample_pairs(config, ranks).items()}
+        lines = describe_window(config, ranks, similarities)
+        chart = draw_chart(compute_shares(config, similarities))
+        save_png(picture, _draw_window(lines, chart, rows))
+        write_text(page, _window_page(lines, chart, rows))
+        pictures.report_problems("window")
+        print(f"match: look at the window in {page}")
 
 
 def sample_pairs(config: GenerateConfig, ranks: Any) -> dict[str, list[Row]]:
@@ -67,9 +64,8 @@ def sample_pairs(config: GenerateConfig, ranks: Any) -> dict[str, list[Row]]:
         nearest = np.lexsort((draw, distance))[: min(EACH, int((~taken).sum()))]
         taken[nearest] = True
         chosen[name] = nearest[np.argsort(ranks[nearest], kind="stable")].tolist()
-    wanted = {number for found in chosen.values() for number in found}
     ranked = (row for row in stream_jsonl(config.file("pairs.jsonl")) if row.get("rank"))
-    rows = {number: row for number, row in enumerate(ranked) if number in wanted}
+    rows = {number: row for number, row in enumerate(ranked) if taken[number]}
     return {name: [rows[number] for number in found] for name, found in chosen.items() if found}
 
 
@@ -137,10 +133,10 @@ def _draw_window(told: list[str], chart: Image.Image, rows: Mapping[str, Sequenc
     for n, (name, pairs) in enumerate(rows.items()):
         y = top + n * tall
         write_lines(canvas, (GAP, y + SIDE // 2 - 10), [name], 14)
-        for column, (row, *pictures) in enumerate(pairs):
+        for column, (row, reference, target) in enumerate(pairs):
             x = LEFT + column * (2 * SIDE + 2 * GAP)
-            for k, picture in enumerate(pictures):
-                paste_centred(canvas, picture, (x + k * (SIDE + 4), y), SIDE)
+            paste_centred(canvas, reference, (x, y), SIDE)
+            paste_centred(canvas, target, (x + SIDE + 4, y), SIDE)
             write_lines(canvas, (x, y + SIDE + 4), [_short(row)], 13, GREY)
     return canvas
 
@@ -194,8 +190,7 @@ class Thumbnails:
             blank = Image.new("RGB", (self._size, self._size), LINE)
             write_lines(blank, (8, 8), ["no picture"], 14, GREY)
             return blank
-        scale = self._size / max(picture.size)
-        width, height = (max(1, round(side * scale)) for side in picture.size)
+        width, height = (max(1, round(side * (self._size / max(picture.size)))) for side in picture.size)
         return picture.resize((width, height), Image.Resampling.LANCZOS)
 
     def report_problems(self, sheet: str) -> None:

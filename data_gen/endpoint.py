@@ -26,6 +26,8 @@ from spn4cir.errors import InputError
 
 KEY = "SPN4CIR_API_KEY"  # the environment variable that holds the secret; it is never written anywhere
 AGAIN = (408, 409, 425, 429)  # and 5xx: refusals that may pass
+HINTS = dict.fromkeys((401, 403), f"; the key is taken from {KEY}")
+HINTS[404] = "; is the address right, and the model's name?"
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a request is sent again: doubled each time
 LOSSLESS = 1 << 20  # pixels of an image that is sent as it is; larger ones as a good JPEG
 
@@ -123,16 +125,13 @@ class Endpoint(Engine):
         return read_answer(content)
 
     def _refused(self, error: urllib.error.HTTPError) -> Trouble:
-        try:
+        content = b""
+        with suppress(http.client.HTTPException, OSError):
             content = error.read(100_000)
-        except (http.client.HTTPException, OSError):
-            content = b""
         told = f"{self.address} answers {error.code}: {_message(content) or error.reason}"
         told = told.replace(self._key or "\0", "***")
         if error.code not in AGAIN and error.code < 500:
-            hint = f"; the key is taken from {KEY}" if error.code in (401, 403) else ""
-            hint = "; is the address right, and the model's name?" if error.code == 404 else hint
-            raise self._stop(told + hint)
+            raise self._stop(told + HINTS.get(error.code, ""))
         return Trouble(told, _seconds(error.headers.get("Retry-After")), away=error.code in (429, 503))
 
     def _wait_for_turn(self) -> None:
@@ -197,11 +196,10 @@ def read_answer(content: bytes) -> Answer | Trouble:
     """The answer in what a server sent; or what is wrong with it."""
     try:
         found = json.loads(content)
-    except ValueError:
-        return Trouble(f"the server's answer is no JSON, or half of it: {_line(content.decode(errors='replace'))!r}")
-    try:
         choice = found["choices"][0]
         text = choice["message"]["content"]
+    except ValueError:
+        return Trouble(f"the server's answer is no JSON, or half of it: {_line(content.decode(errors='replace'))!r}")
     except (KeyError, IndexError, TypeError):
         return Trouble(f"the server's answer holds no choices: {_line(json.dumps(found))!r}")
     if not isinstance(text, str):
@@ -210,7 +208,6 @@ def read_answer(content: bytes) -> Answer | Trouble:
 
 
 def _message(content: bytes) -> str:
-    """What a server says about an error, in one line."""
     try:
         found = json.loads(content)
     except ValueError:

@@ -17,10 +17,9 @@ DRAWN = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # as
 
 
 def engine_of(model: str, endpoint: str | None, config: GenerateConfig, *, images: bool, max_new_tokens: int) -> Engine:
-    """The engine that a configuration means; nothing is loaded or sent yet.
+    """The engine of ``model``: ``embedded``, a name or folder of transformers, or a name on the server at ``endpoint``.
 
-    ``model`` is ``embedded``, a name or folder of transformers, or the model's name on the server at ``endpoint``;
-    ``images`` says whether the questions have images.
+    ``images`` says whether the questions have images. Nothing is loaded or sent yet.
     """
     if endpoint is not None:
         from spn4cir.data_gen.endpoint import Endpoint
@@ -72,10 +71,9 @@ class Local(Engine):
             raise self._unknown(error) from None
 
     def _unknown(self, error: Exception) -> InputError:
-        return InputError(
-            f"model {self.name!r} cannot be loaded: name a folder that holds one, or one of the hub (`hf download "
-            f"NAME` fetches it where there is a network); {' '.join(str(error).split())[:200]}"
-        )
+        said = " ".join(str(error).split())[:200]
+        hub = "one of the hub (`hf download NAME` fetches it where there is a network)"
+        return InputError(f"model {self.name!r} cannot be loaded: name a folder that holds one, or {hub}; {said}")
 
     def _load(self) -> None:
         """Load the model once. Raises ``InputError`` for one that cannot do what is asked."""
@@ -153,29 +151,25 @@ class Local(Engine):
         """(B, T) new tokens; greedy without a seed."""
         import torch
 
-        devices = [] if self.device == "cpu" else [self.device]
-        how = {"do_sample": False} if seed is None else DRAWN
-        with torch.inference_mode(), torch.random.fork_rng(devices):
+        how = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "pad_token_id": self._tokenizer.pad_token_id}
+        how |= {"do_sample": False} if seed is None else DRAWN
+        with torch.inference_mode(), torch.random.fork_rng([] if self.device == "cpu" else [self.device]):
             torch.manual_seed(seed or 0)
             try:
                 inputs = inputs.to(self.device)
                 inputs = {k: v.to(self._model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-                pad, most = self._tokenizer.pad_token_id, self.max_new_tokens
-                out = self._model.generate(**inputs, max_new_tokens=most, num_beams=1, pad_token_id=pad, **how)
+                out = self._model.generate(**inputs, **how)
             except torch.OutOfMemoryError:
-                raise InputError(
-                    f"{self.device} has no room for a batch of {self.block}: lower caption_batch_size"
-                ) from None
+                told = f"{self.device} has no room for a batch of {self.block}"
+                raise InputError(f"{told}: lower caption_batch_size") from None
         return out[:, inputs["input_ids"].shape[1] :].cpu()
 
     def _ends(self) -> set[int]:
-        """Tokens that end an answer."""
         end = self._model.generation_config.eos_token_id
         return {self._tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
 
 
 def _with_image(chat: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """A chat whose last message shows an image before its text."""
     parts: list[dict[str, Any]] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
     parts[-1]["content"].insert(0, {"type": "image"})
     return parts
@@ -195,6 +189,5 @@ def _area(image: ImageRef | None) -> int:
 
 
 def _seed(questions: Sequence[Question], turn: Try) -> int:
-    """What a draw depends on, and nothing else."""
     named = repr((turn.seed, turn.number, [question.key for question in questions]))
     return int.from_bytes(hashlib.sha256(named.encode()).digest()[:6], "big")

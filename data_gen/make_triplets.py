@@ -15,6 +15,7 @@ import html
 import random
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,7 +26,7 @@ from spn4cir.data_gen import draw
 from spn4cir.data_gen.caption import caption_images, check_captioner
 from spn4cir.data_gen.deduplicate import deduplicate
 from spn4cir.data_gen.match_pairs import match_pairs
-from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
+from spn4cir.data_gen.steps import GenerateConfig, digest, first_process, is_done, mark_done, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter
 from spn4cir.data_gen.write_text import describe_drops, write_triplets
 from spn4cir.dataset import Dataset
@@ -50,23 +51,21 @@ def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
         print(f"\nnext: {suggest_training(config, dataset)}")
 
 
+@first_process
 def write_sheet(config: GenerateConfig, dataset: Dataset) -> None:
     """Write sheet.png and sheet.html: triplets drawn by seed from all. Names pictures that cannot be shown."""
-    processes, out, picture = Processes(), config.file("sheet.html"), config.file("sheet.png")
+    out, picture = config.file("sheet.html"), config.file("sheet.png")
     made_by = digest({"step": "sheet", "seed": config.seed}, config.file("triplets.done.json"))
-    done = is_done(out, made_by)
-    processes.wait()
-    if processes.first and not done:
-        summary, pictures = read_summary(config), draw.Thumbnails(dataset, SIDE)
-        total = summary["counts"]["triplets"]
-        rows = sample_triplets(config, total)
-        shown = [pictures.show(row) for row in rows]
-        title = f"{len(rows)} of {total:,} triplets of {dataset.name}"
-        draw.save_png(picture, draw_sheet(title, shown))
-        write_text(out, draw.html_page(title, _summary(summary) + _cards(shown)))
-        mark_done(out, made_by, picture, triplets=[[row["reference"], row["target"]] for row in rows])
-        pictures.report_problems("sheet")
-    processes.wait()
+    if is_done(out, made_by):
+        return
+    summary, pictures = read_summary(config), draw.Thumbnails(dataset, SIDE)
+    total = summary["counts"]["triplets"]
+    shown = [pictures.show(row) for row in sample_triplets(config, total)]
+    title = f"{len(shown)} of {total:,} triplets of {dataset.name}"
+    draw.save_png(picture, draw_sheet(title, shown))
+    write_text(out, draw.html_page(title, _summary(summary) + _cards(shown)))
+    mark_done(out, made_by, picture, triplets=[[row["reference"], row["target"]] for row, _, _ in shown])
+    pictures.report_problems("sheet")
 
 
 def sample_triplets(config: GenerateConfig, total: int) -> list[Row]:
@@ -131,15 +130,13 @@ def _summary(summary: Mapping[str, Any]) -> str:
 
 def _cards(shown: Sequence[draw.Shown]) -> str:
     cards = []
-    for row, *pictures in shown:
-        names, captions = (row["reference"], row["target"]), row["captions"]
-        sides = [
-            f"<div>{draw.image_tag(picture, name)}<small>{html.escape(caption)}</small></div>"
-            for picture, name, caption in zip(pictures, names, captions, strict=True)
-        ]
+    for row, reference, target in shown:
+        captions = [f"<small>{html.escape(caption)}</small>" for caption in row["captions"]]
+        left = f"<div>{draw.image_tag(reference, row['reference'])}{captions[0]}</div>"
+        right = f"<div>{draw.image_tag(target, row['target'])}{captions[1]}</div>"
         origin = f"<small>{html.escape(describe_origin(row))}</small>"
         text = f'<div class="text">{html.escape(row["modification"])}{origin}</div>'
-        cards.append(f'<div class="card">{sides[0]}{text}{sides[1]}</div>')
+        cards.append(f'<div class="card">{left}{text}{right}</div>')
     return '<div class="grid">\n' + "\n".join(cards) + "\n</div>"
 
 
@@ -187,7 +184,7 @@ def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
     usual = f"{config.dataset}/{config.backbone}_stage2_generated.yaml"
     recipe = config.recipe or (usual if (recipes_folder() / usual).is_file() else None)
     stage = 2 if recipe and "_stage2" in recipe else 1
-    means = ["--config", f"recipes/{recipe}"] if recipe else []
+    means = ["--config", f"recipes/{recipe}"]
     if not recipe:
         is_known = (recipes_folder() / config.dataset / f"{config.backbone}_stage1.yaml").is_file()
         named = ["--dataset", config.dataset, "--backbone", config.backbone]
@@ -202,10 +199,7 @@ def suggest_training(config: GenerateConfig, dataset: Dataset) -> str:
     return shlex.join(words)
 
 
-def main() -> None:
-    """Run ``make_triplets`` from the command line."""
-    run_step(make_triplets, __doc__)
-
+main = partial(run_step, make_triplets, __doc__)  # the command spn4cir-triplets
 
 if __name__ == "__main__":
     main()

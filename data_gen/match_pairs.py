@@ -9,12 +9,13 @@ examples:
 import json
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from spn4cir.data_gen.deduplicate import canonical_images, reference_images
-from spn4cir.data_gen.steps import ROWS, GenerateConfig, Journal, digest, draw_free, is_done, mark_done, run_step
+from spn4cir.data_gen.steps import ROWS, GenerateConfig, Journal, digest, draw_free, mark_done, run_step, skip_step
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
@@ -36,6 +37,9 @@ class Pool:
     window: tuple[int, int] | None  # ranks [lo, hi) among the others; None draws uniformly
 
 
+Block: TypeAlias = tuple[Pool, Sequence[str]]  # references of a pool
+
+
 def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     """Write pairs.jsonl: reference, target, and the target's rank and similarity as seen from the reference."""
     processes, out = Processes(), config.file("pairs.jsonl")
@@ -44,26 +48,21 @@ def match_pairs(config: GenerateConfig, dataset: Dataset) -> None:
     partners = {i: sorted(targets) for i, targets in sorted(never.items())}
     decides = {"step": "match", "annotated": partners, "references": references, **about}
     made_by = digest(decides | {"pools": [(p.category, p.ids) for p in pools]}, config.file("images.jsonl"))
-    done = is_done(out, made_by)
-    processes.wait()  # nobody makes what another one has not looked for
-    if done:
-        processes.say(f"match: {out} is done")
+    if skip_step("match", out, made_by):
         return
     ids = canonical_images(config)
     matching = Matching(config, _vectors(config, dataset, ids, processes), {i: n for n, i in enumerate(ids)}, never)
-    _work(matching, list(_blocks(pools, references)), Journal(out, made_by, processes), processes)
+    _work(matching, _blocks(pools, references), Journal(out, made_by, processes), processes)
     journal = Journal(out, made_by, processes)  # now with the blocks of all
     if processes.first:
         rows, dropped = _kept(config, list(journal.rows()))
+        told = ", ".join(f"{count} since {reason}" for reason, count in dropped.items() if count)
         if not rows:
-            raise InputError(
-                f"no pair is left of {config.dataset}: {_reasons(dropped) or 'all partners are annotated'}"
-            )
+            raise InputError(f"no pair is left of {config.dataset}: {told or 'all partners are annotated'}")
         write_jsonl(out, ({**row, "made_by": made_by} for row in rows))
         write_text(config.file("window.json"), json.dumps(matching.report(pools, references, rows)) + "\n")
         mark_done(out, made_by, settings=about, rows=len(rows), dropped=dropped)
         journal.remove()
-        told = _reasons(dropped)
         print(f"match: {len(rows)} pairs {_described(pools)}{told and f'; left out: {told}'} → {out}", flush=True)
     processes.wait()
 
@@ -83,8 +82,7 @@ class Matching:
     def rows(self, pool: Pool, names: Sequence[str]) -> list[Row]:
         """Pairs of some references of a pool, in their order."""
         self._enter(pool)
-        ids = pool.ids
-        positions = [self._place[i] for i in names]
+        ids, positions = pool.ids, [self._place[i] for i in names]
         never = [[self._place[i] for i in self.never.get(name, ()) if i in self._place] for name in names]
         found: Sequence[Sequence[tuple[int, int | None, float | None]]]
         if self._window is None:
@@ -100,9 +98,8 @@ class Matching:
         ]
 
     def _enter(self, pool: Pool) -> None:
-        """Prepare for the blocks of a pool, which come one after another."""
         if self._pool is pool:
-            return
+            return  # its blocks come one after another
         self._pool, self._place = pool, {i: n for n, i in enumerate(pool.ids)}
         if pool.window is not None:
             from spn4cir.data_gen.windows import Window
@@ -124,10 +121,10 @@ class Matching:
 
     def report(self, pools: Sequence[Pool], references: Sequence[str], rows: Sequence[Row]) -> Row:
         """What people set a window by: similarities of some references to all others, beside those of the pairs."""
-        about = {"window": self.config.window, "pool": self.config.pool, "images": len(self.row_of), "pairs": len(rows)}
-        ranks = {pool.category: pool.window for pool in pools}
+        about: Row = {"window": self.config.window, "pool": self.config.pool, "images": len(self.row_of)}
+        about |= {"pairs": len(rows), "ranks": {pool.category: pool.window for pool in pools}}
         if self.vectors is None:
-            return {**about, "ranks": ranks}
+            return about
         import numpy as np
 
         edges = np.linspace(-1, 1, BINS + 1)
@@ -144,26 +141,19 @@ class Matching:
         quantiles = [[at, round(value, 4)] for at, value in zip(places, values, strict=True)]
         chosen = np.histogram(similarities, edges)[0]
         histogram = {"edges": edges.round(4).tolist(), "all": every.tolist(), "window": chosen.tolist()}
-        return {**about, "ranks": ranks, "histogram": histogram, "quantiles": quantiles}
+        return {**about, "histogram": histogram, "quantiles": quantiles}
 
 
 def draw_uniformly(
-    positions: Sequence[int],
-    names: Sequence[str],
-    never: Sequence[Collection[int]],
-    pool: int,
-    per_image: int,
-    seed: int,
+    places: Sequence[int], names: Sequence[str], never: Sequence[Collection[int]], pool: int, per_image: int, seed: int
 ) -> list[list[int]]:
-    """Partners of images among ``pool`` positions, whatever they show; arguments as for ``Window``."""
-    each = zip(positions, names, never, strict=True)
-    return [draw_free(range(pool), {position, *other}, name, per_image, seed) for position, name, other in each]
+    """Partners of images among ``pool`` places, whatever they show; arguments as for ``Window.draw``."""
+    each = zip(places, names, never, strict=True)
+    return [draw_free(range(pool), {place, *other}, name, per_image, seed) for place, name, other in each]
 
 
 def pools_of(config: GenerateConfig, dataset: Dataset) -> list[Pool]:
-    """All candidates as one pool, or one for each category.
-
-    A category with too few images for a pair of the window is left out, and that is said.
+    """All candidates as one pool, or one for each category but those too small for a pair, which are counted aloud.
 
     Raises ``InputError`` if there are too few images for a pair, or the window reaches beyond all others.
     """
@@ -180,11 +170,11 @@ def pools_of(config: GenerateConfig, dataset: Dataset) -> list[Pool]:
             small += len(members)
         else:
             pools.append(Pool(category, tuple(members), window))
-    if not pools and len(groups) == 1 and len(ids) > 1:
-        lo, hi = config.window or (1, 1)
-        raise InputError(f"window [{lo}, {hi}) reaches beyond the {len(ids) - 1} other images of {config.dataset}")
     if not pools:
         told = "one image alone cannot be paired" if len(ids) == 1 else "no category has images enough for the window"
+        if len(groups) == 1 < len(ids):
+            lo, hi = config.window or (1, 1)
+            told = f"the window [{lo}, {hi}) reaches beyond the {len(ids) - 1} other images"
         raise InputError(f"{config.dataset}: {told}")
     if small:
         Processes().say(f"match: {small} images are left out, whose categories are too small for a pair of the window")
@@ -205,16 +195,15 @@ def ranks_of(config: GenerateConfig, others: int) -> tuple[int, int] | None:
 def annotated_partners(config: GenerateConfig, dataset: Dataset) -> dict[str, set[str]]:
     """Image id → targets that annotated triplets give it, all by their canonical ids."""
     canonical = {row["image_id"]: row["canonical"] for row in read_jsonl(config.file("images.jsonl"))}
-    partners: dict[str, set[str]] = {}
+    partners = defaultdict[str, set[str]](set)
     for triplet in dataset.triplets():
         if triplet.reference is not None:
-            own = partners.setdefault(canonical.get(triplet.reference, triplet.reference), set())
-            own.update(canonical.get(i, i) for i in triplet.targets)
+            own = canonical.get(triplet.reference, triplet.reference)
+            partners[own].update(canonical.get(i, i) for i in triplet.targets)
     return partners
 
 
 def _about(config: GenerateConfig) -> dict[str, Any]:
-    """What decides the pairs, beside the images."""
     from spn4cir.data_gen.matchers import identify
 
     named = ("window", "pool", "pairs_per_image", "pairs", "max_image_similarity", "seed")
@@ -237,22 +226,17 @@ def _vectors(config: GenerateConfig, dataset: Dataset, ids: Sequence[str], proce
     return encode_vectors(store, dataset, ids, lambda: load_matcher(config.matcher), processes)
 
 
-def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> Iterator[tuple[Pool, Sequence[str]]]:
+def _blocks(pools: Sequence[Pool], references: Sequence[str]) -> list[Block]:
     """All references, pool by pool, in blocks of a fixed size."""
     acting = set(references)
-    for pool in pools:
-        own = [i for i in pool.ids if i in acting]
-        for start in range(0, len(own), ROWS):
-            yield pool, own[start : start + ROWS]
+    each = [(pool, [i for i in pool.ids if i in acting]) for pool in pools]
+    return [(pool, own[n : n + ROWS]) for pool, own in each for n in range(0, len(own), ROWS)]
 
 
-def _work(
-    matching: Matching, blocks: Sequence[tuple[Pool, Sequence[str]]], journal: Journal, processes: Processes
-) -> None:
-    """Do what is not done of this process's blocks."""
+def _work(matching: Matching, blocks: Sequence[Block], journal: Journal, processes: Processes) -> None:
     from tqdm import tqdm
 
-    mine = [n for n in range(len(blocks)) if n % processes.count == processes.index and n not in journal]
+    mine = [n for n in range(processes.index, len(blocks), processes.count) if n not in journal]
     for n in tqdm(mine, "match", unit="block", disable=not processes.first or not mine):
         journal.add(n, matching.rows(*blocks[n]))
     journal.close()
@@ -273,12 +257,7 @@ def _kept(config: GenerateConfig, rows: list[Row]) -> tuple[list[Row], dict[str,
     return rows, dropped
 
 
-def _reasons(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} since {reason}" for reason, count in dropped.items() if count)
-
-
 def _described(pools: Sequence[Pool]) -> str:
-    """The windows in words."""
     windows = sorted({pool.window for pool in pools if pool.window})
     if not windows:
         return "drawn uniformly"

@@ -24,29 +24,22 @@ from spn4cir.errors import InputError
 from spn4cir.files import hash_files
 from spn4cir.images import Transform
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".json")
-"""Files of a model's folder that decide what it computes."""
-Parts: TypeAlias = tuple[nn.Module, Callable[[Image.Image], Tensor], Callable[[Tensor], Tensor], str]
-"""Everything that makes a ``Matcher`` but where it comes from."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".json")  # files of a model's folder that decide its vectors
+Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB image → (3, H, W)
+Read: TypeAlias = Callable[[Tensor], Tensor]  # (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32
+Parts: TypeAlias = tuple[nn.Module, Preprocess, Read, str]  # all that makes a ``Matcher`` but where it comes from
 
 
 class Matcher:
-    """An image encoder, put in eval mode."""
+    """An image encoder, put in eval mode; ``made_by`` is its kind, model and weights, ``says`` the vector it gives."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        transform: Callable[[Image.Image], Tensor],  # RGB image → (3, H, W)
-        vectors: Callable[[Tensor], Tensor],  # (B, 3, H, W) on the module's device → (B, E), of unit norm, in float32
-        made_by: dict[str, Any],  # kind, model and digest of its weights
-        says: str,  # which vector of the model it is, in a few words
-    ):
+    def __init__(self, module: nn.Module, transform: Preprocess, vectors: Read, made_by: dict[str, Any], says: str):
         self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
         self.made_by, self.says = made_by, says
 
     @property
     def device(self) -> torch.device:
-        """The device it computes on."""
+        """Where it computes."""
         return next(self.module.parameters()).device
 
     def to(self, device: torch.device | str) -> "Matcher":
@@ -64,17 +57,14 @@ class Matcher:
 def identify(name: str) -> dict[str, Any]:
     """What decides a matcher's vectors: kind, model, and the digest of its weights where they are local.
 
-    No model is built. A model of a hub stands for itself by its name, a local one by its content: it may be moved.
-
-    Raises ``InputError`` if there is no such kind of matcher, or what it names locally is missing.
+    No model is built. A local one may be moved. Raises ``InputError`` if there is no such kind of matcher, or what it
+    names locally is missing.
     """
     kind, model = _split(name)
     if kind == "embedded":
         return {"kind": kind, "model": kind, "weights": content_digest(EMBEDDED / "clip")}
     if kind == "unicom":
-        if not is_file_of_unicom(model):
-            return {"kind": kind, "model": known_size(model), "weights": PUBLISHED[known_size(model)].sha256}
-        found = check_weights(Path(model))
+        found = check_weights(Path(model)) if is_file_of_unicom(model) else PUBLISHED[known_size(model)].sha256
         return {"kind": kind, "model": {w.sha256: size for size, w in PUBLISHED.items()}.get(found), "weights": found}
     if kind == "run":
         files = [Path(model) / file for file in ("model.json", "model.safetensors")]
@@ -86,10 +76,9 @@ def identify(name: str) -> dict[str, Any]:
 
 
 def load_matcher(name: str) -> Matcher:
-    """The matcher of a name, on the CPU.
+    """The matcher of a name such as ``unicom:ViT-L/14``, on the CPU; ``GenerateConfig`` lists the kinds.
 
-    It is ``embedded``, ``unicom:SIZE`` or ``unicom:FILE``, ``open_clip:MODEL:TAG``, ``timm:MODEL``,
-    ``transformers:NAME`` or ``run:FOLDER``. Raises ``InputError`` if its weights are missing and cannot be downloaded.
+    Raises ``InputError`` if its weights are missing and cannot be downloaded.
     """
     kind, model = _split(name)
     made_by = identify(name)
@@ -111,13 +100,10 @@ def content_digest(*paths: Path) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Kind and model."""
     kind, _, model = name.partition(":")
     if kind not in LOADERS or bool(model) == (kind == "embedded"):
-        raise InputError(
-            f"matcher {name!r} is unknown; known: embedded, unicom:ViT-L/14 (or its file of weights), "
-            "open_clip:MODEL:TAG, timm:MODEL, transformers:NAME and run:FOLDER"
-        )
+        known = "embedded, unicom:ViT-L/14 (or FILE), open_clip:MODEL:TAG, timm:MODEL, transformers:NAME and run:FOLDER"
+        raise InputError(f"matcher {name!r} is unknown; known: {known}")
     return kind, model
 
 
@@ -138,13 +124,11 @@ def is_file_of_unicom(model: str) -> bool:
 
 
 def _failed(kind: str, model: str, error: Exception, advice: str) -> InputError:
-    """One line for whatever a library raises."""
     said = " ".join(str(error).split())[:250] or type(error).__name__
     return InputError(f"matcher {kind}:{model} cannot be loaded{advice}: {said}")
 
 
 def _download(kind: str, hub: str, then: str = "") -> str:
-    """Advice for who has no network."""
     then = then or f"give its folder, as {kind}:FOLDER"
     return f" (where there is no network: get https://huggingface.co/{hub} and {then})" if hub else ""
 
@@ -203,7 +187,6 @@ def _tagged(model: str) -> tuple[str, str]:
 
 
 def _close(name: str, known: list[str]) -> str:
-    """The names that are most like this one."""
     close = difflib.get_close_matches(name, known, 5, 0.3) or known[:5]
     return f"the closest of {len(known)} are {', '.join(close)}"
 
@@ -248,14 +231,11 @@ def _transformers(model: str) -> Parts:
     return network, transform, lambda pixels: l2_normalize(read(pixels)), says
 
 
-def _choose_vector(
-    network: Any, transform: Callable[[Image.Image], Tensor], pooler: bool
-) -> tuple[Callable[[Tensor], Tensor] | None, str]:
+def _choose_vector(network: Any, transform: Preprocess, pooler: bool) -> tuple[Read | None, str]:
     """Which vector of a model of transformers stands for an image: a function of pixels, and how to call it.
 
-    The image embedding of models of images and texts; else the pooled output, unless its weights are missing and would
-    be random, as those of a classifier's are; else the class token; else the mean over all places.
-    The model is shown a white image; ``pooler`` says whether the weights of a pooled output, if any, are there.
+    The image embedding of models of images and texts; else the pooled output, unless its weights are missing (not
+    ``pooler``) and would be random, as a classifier's; else the class token; else the mean over all places.
     """
 
     white = transform(Image.new("RGB", (64, 64), "white"))[None]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from spn4cir.config import parse, recipes_folder
 from spn4cir.data_gen.sources import Candidate, Smallest, expand, folder_candidates, shard_candidates
-from spn4cir.data_gen.steps import is_done, mark_done
+from spn4cir.data_gen.steps import STAYS, mark_done, skip_step
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json, write_text
 
@@ -60,8 +60,7 @@ def sample_images(config: SampleConfig) -> None:
     """Fill the output folder: images/, in folders by hash, and catalogue.csv, which is written last.
 
     Each candidate has a keyed hash of its shard's name and its own, and those with the smallest hashes that decode are
-    taken, in that order, with their bytes as they are. One pass over the headers of the shards finds them; only the
-    chosen are read. Killed at any time, the same command goes on and ends with the same files.
+    taken, in that order, bytes as they are. Killed at any time, the same command goes on and ends with the same files.
 
     Raises ``InputError`` if the sources hold no image, or the folder holds another sample.
     """
@@ -76,8 +75,7 @@ def sample_images(config: SampleConfig) -> None:
         raise InputError(f"--output {inner} lies in --folder {folder}, whose pictures it would join: give another")
     made_by = _made_by(config, files)
     table = out / f"{Catalogue.name}.csv"
-    if is_done(table, made_by):
-        print(f"sample: {table} is done")
+    if skip_step("sample", table, made_by):
         return
     _claim(out, made_by, config)
     wanted = config.images
@@ -90,9 +88,8 @@ def sample_images(config: SampleConfig) -> None:
     if not taken:
         raise InputError(f"none of {total} images in {config.shards or config.folder} decodes")
     rows = [(name, image_id, ascii(one.name)[1:-1]) for one, name, image_id in taken]
-    write_text(
-        table, pandas.DataFrame(rows, columns=["image", "image_id", "source"]).to_csv(index=False, lineterminator="\n")
-    )
+    listed = pandas.DataFrame(rows, columns=["image", "image_id", "source"])
+    write_text(table, listed.to_csv(index=False, lineterminator="\n"))
     mark_done(table, made_by, **asdict(config), taken=len(taken), candidates=total, broken=broken)
     fewer = f", all there are of the {config.images} asked for" if len(taken) < config.images else ""
     print(f"sample: {len(taken)} of {total} images{fewer}, {broken} broken ones passed over → {table}")
@@ -100,10 +97,7 @@ def sample_images(config: SampleConfig) -> None:
 
 
 def _made_by(config: SampleConfig, files: Sequence[Path]) -> str:
-    """A short name for the sources and what is asked of them; where shards lie does not matter.
-
-    Of a folder, that is each picture that may be taken, by a list or without one, with its size and time.
-    """
+    """A short name for what is asked of the sources: names and sizes of shards, or each picture's size and time."""
     stamps = [[path.name, path.stat().st_size] for path in files if path.is_file()]
     about = [config.images, config.seed, sorted(stamps), "", config.folder or False]
     total = hashlib.sha256(json.dumps(about).encode())
@@ -119,10 +113,8 @@ def _claim(out: Path, made_by: str, config: SampleConfig) -> None:
     if note.is_file():
         before = read_json(note)
         if not isinstance(before, dict) or before.get("made_by") != made_by:
-            raise InputError(
-                f"{out} holds another sample, of other sources or settings, or of sources that have changed since: "
-                "give another --output"
-            )
+            other = "of other sources or settings, or of sources that have changed since"
+            raise InputError(f"{out} holds another sample, {other}: give another --output")
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +126,6 @@ def _claim(out: Path, made_by: str, config: SampleConfig) -> None:
 
 
 def _candidates(config: SampleConfig, files: Sequence[Path], keep: int) -> tuple[list[Candidate], int]:
-    """The candidates of the smallest hashes, and how many there are in all."""
     smallest = Smallest(keep)
     for candidate in folder_candidates(files[0], config.list) if config.folder else shard_candidates(files):
         smallest.add(f"{config.seed}/{candidate.name}", candidate)
@@ -147,21 +138,22 @@ def _take(chosen: Sequence[Candidate], out: Path, images: int) -> tuple[list[tup
     """Copy the first that decode: them with the places of their copies and their ids, and how many were passed over."""
     from tqdm import tqdm
 
-    good: dict[int, bool] = {}
-    ids: dict[int, list[str]] = {}
-    waiting = iter(range(len(chosen)))
+    ids: dict[int, list[str]] = {}  # of those that decode, by number
+    waiting, broken = iter(range(len(chosen))), 0
     with tqdm(total=images, desc="sample", unit="image") as bar:
-        while batch := list(islice(waiting, images - sum(good.values()))):
+        while batch := list(islice(waiting, images - len(ids))):
             for number in sorted(batch, key=lambda n: (chosen[n].source, chosen[n].start)):  # the disk is read forwards
-                good[number] = _copy(chosen[number], out)
-                ids[number] = chosen[number].image_ids() if good[number] else []
-                bar.update(good[number])
+                if _copy(chosen[number], out):
+                    ids[number] = chosen[number].image_ids()
+                    bar.update()
+                else:
+                    broken += 1
     taken, used = [], set[str]()
-    for number in sorted(n for n, fine in good.items() if fine):
+    for number in sorted(ids):
         image_id = next(i for i in ids[number] if i not in used)
         used.add(image_id)
         taken.append((chosen[number], chosen[number].copy_name, image_id))
-    return taken, len(good) - len(taken)
+    return taken, broken
 
 
 def _copy(one: Candidate, out: Path) -> bool:
@@ -183,10 +175,8 @@ def _copy(one: Candidate, out: Path) -> bool:
         return False  # listed, but not there
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise InputError(
-            f"{place} cannot be written, or {one.source} not read: {error.strerror}; what is there stays, and the same "
-            "command goes on from there"
-        ) from None
+        told = f"{place} cannot be written, or {one.source} not read: {error.strerror}"
+        raise InputError(f"{told}; what is there {STAYS}") from None
     try:
         decode(beside)
     except Exception:  # foreign bytes in a dozen decoders: whatever one raises, the next candidate is taken
@@ -197,7 +187,6 @@ def _copy(one: Candidate, out: Path) -> bool:
 
 
 def _is_copy(place: Path, one: Candidate) -> bool:
-    """Whether a picture is in its place, whole and as its source is now."""
     if not place.is_file() or place.stat().st_size != one.size:
         return False
     with one.open() as source:

@@ -1,8 +1,7 @@
 """Where images are sampled from: tar shards of the webdataset format, or a folder.
 
-The ``datasets`` library reads such shards too, but as a stream of whole samples: all bytes of all shards for each pass.
-Python's ``tarfile`` steps from header to header and tells where each member's bytes lie: only the chosen are read.
-Nothing is unpacked by the names in a tar; links, devices and folders in it are passed over.
+``tarfile`` steps from header to header, so that only the chosen images are read, where the ``datasets`` library reads
+all shards. Nothing is unpacked by the names in a tar; links, devices and folders in it are passed over.
 """
 
 import hashlib
@@ -13,6 +12,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import glob  # pathlib's wants a folder to start from
 from pathlib import Path
@@ -53,14 +53,11 @@ class Candidate:
         return [text for text in (self._address(), self.name, self.copy_name) if safe_name(text)]
 
     def _address(self) -> str:
-        if self.about is None or self.about[1] > JSON_LIMIT:
-            return ""
-        try:
-            told = json.loads(_read(self.source, *self.about))
-        except (ValueError, RecursionError):
-            return ""
-        url = told.get("url") if isinstance(told, dict) else None
-        return url if isinstance(url, str) else ""
+        with suppress(ValueError, RecursionError):  # of a damaged JSON
+            told = json.loads(_read(self.source, *self.about)) if self.about and self.about[1] <= JSON_LIMIT else None
+            if isinstance(told, dict) and isinstance(url := told.get("url"), str):
+                return url
+        return ""
 
 
 def _read(path: Path, start: int, size: int) -> bytes:
@@ -96,10 +93,7 @@ class Smallest:
 
 
 def expand(pattern: str) -> list[Path]:
-    """Files that a pattern of braces and wildcards names: ``{00..12}``, ``{a,b}``, ``*``, ``?``.
-
-    Raises ``InputError`` if one of the braces' names is no file, nothing matches, or two files are called the same.
-    """
+    """Files that braces (``{00..12}``, ``{a,b}``) and wildcards name. Raises ``InputError`` for none, or namesakes."""
     files = []
     for name in _braces(pattern):
         found = sorted(glob(name)) if any(sign in name for sign in "*?[") else [name]  # noqa: PTH207
@@ -117,26 +111,19 @@ def expand(pattern: str) -> list[Path]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """All names of a pattern with braces."""
-    found = BRACES.search(pattern)
-    if not found:
+    if not (found := BRACES.search(pattern)):
         yield pattern
         return
-    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if bounds:
+    parts = found[1].split(",")
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
         width = len(bounds[1]) if bounds[1].startswith("0") else 0
         parts = [str(n).zfill(width) for n in range(int(bounds[1]), int(bounds[2]) + 1)]
-    else:
-        parts = found[1].split(",")
     for part, rest in itertools.product(parts, _braces(pattern[found.end() :])):
         yield pattern[: found.start()] + part + rest
 
 
 def shard_candidates(shards: Sequence[Path]) -> Iterator[Candidate]:
-    """Pictures of all shards, with where their bytes lie.
-
-    Raises ``InputError`` if a shard is no plain tar, or cut short.
-    """
+    """Pictures of all shards, with where their bytes lie. Raises ``InputError`` if one is cut short or no plain tar."""
     from tqdm import tqdm
 
     for shard in tqdm(shards, "look through shards", unit="shard"):
@@ -144,8 +131,8 @@ def shard_candidates(shards: Sequence[Path]) -> Iterator[Candidate]:
             with tarfile.open(shard, "r:") as tar:
                 yield from _of_shard(shard, tar)
         except (tarfile.TarError, EOFError, ValueError) as error:
-            told = f"{shard} is no plain tar, or cut short: {error}: fetch it again, unpack .gz, or leave it out"
-            raise InputError(told) from None
+            advice = "fetch it again, unpack .gz, or leave it out"
+            raise InputError(f"{shard} is no plain tar, or cut short: {error}: {advice}") from None
         except OSError as error:
             raise InputError(f"{shard} cannot be read: {error.strerror}") from None
 
@@ -176,10 +163,7 @@ def _members(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, str, tupl
 
 
 def folder_candidates(folder: Path, listed: str | None) -> Iterator[Candidate]:
-    """Pictures below a folder; or those that a list names, there or not.
-
-    Raises ``InputError`` if the folder or the list is missing, or a line of it leads out of the folder.
-    """
+    """Pictures below a folder; or those that a list names, there or not. Raises ``InputError`` for a name outside."""
     from spn4cir.datasets.pictures import SUFFIXES, safe_name, stray_links, walk
     from spn4cir.datasets.reading import inner_path
 

@@ -5,10 +5,11 @@ import os
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from spn4cir import embedded
 from spn4cir.config import parse, recipes_folder, take_option
@@ -17,14 +18,16 @@ from spn4cir.distributed import Processes
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import Row, hash_files, locked, write_text
 
-EMBEDDED = Path(embedded.__file__).parent
-"""Folder of the weights that are part of the package."""
+EMBEDDED = Path(embedded.__file__).parent  # folder of the weights that are part of the package
 ROWS = 256  # references compared with all others at once: (ROWS, N) scores are all that is held
-POSITIVE = (
+STAYS = "stays, and the same command goes on from there"
+POSITIVE = (  # settings that are above 0, if they are set
     "words", "max_new_tokens", "caption_batch_size", "match_batch_size", "pairs_per_image", "requests", "timeout",
     "pairs", "max_caption_count", "requests_per_minute", "max_tokens",
 )  # fmt: skip
-"""Settings that are above 0, if they are set."""
+
+
+Template: TypeAlias = Literal["difference", "instead", "unlike", "target"]
 
 
 @dataclass
@@ -94,9 +97,7 @@ class GenerateConfig:
     words: int = 10
     max_new_tokens: int = 40
     caption_batch_size: int = 64
-    templates: list[Literal["difference", "instead", "unlike", "target"]] = field(
-        default_factory=lambda: ["difference"]
-    )
+    templates: list[Template] = field(default_factory=lambda: ["difference"])
     rewriter: str | None = None
     rewriter_endpoint: str | None = None
     rewriter_prompt: str | None = None
@@ -124,9 +125,8 @@ class GenerateConfig:
             window, ordered = self.window, len(self.window) == 2 and self.window[0] < self.window[1]
             ranks = ordered and window[0] >= 1 and not any(x % 1 for x in window)
             if not ranks and not (ordered and self.fractions and window[0] >= 0):
-                raise InputError(
-                    f"window must be two ranks lo < hi with lo at least 1, or two fractions from 0 to 1, got {window}"
-                )
+                right = "two ranks lo < hi with lo at least 1, or two fractions from 0 to 1"
+                raise InputError(f"window must be {right}, got {window}")
             self.window = window if self.fractions else [int(rank) for rank in window]
         if not self.templates:
             raise InputError("templates must name at least one of difference, instead, unlike, target")
@@ -134,8 +134,7 @@ class GenerateConfig:
     @property
     def fractions(self) -> bool:
         """Whether the window is given as fractions of the other images."""
-        window = self.window or [1.0, 1.0]
-        return max(window) <= 1 and (min(window) < 1 or any(rank % 1 for rank in window))
+        return self.window is not None and max(self.window) <= 1 and min(self.window) < 1
 
     @property
     def folder(self) -> Path:
@@ -151,6 +150,22 @@ class GenerateConfig:
         return self.folder / name
 
 
+Step: TypeAlias = Callable[[GenerateConfig, Dataset], None]
+
+
+def first_process(step: Step) -> Step:
+    """Let the first process alone do a step, while the others wait."""
+
+    @wraps(step)
+    def run(config: GenerateConfig, dataset: Dataset) -> None:
+        processes = Processes()
+        if processes.first:
+            step(config, dataset)
+        processes.wait()
+
+    return run
+
+
 def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
     """Return a short name for settings and the content of input files."""
     for path in inputs:
@@ -160,10 +175,7 @@ def digest(settings: Mapping[str, Any], *inputs: Path) -> str:
 
 
 def is_done(path: Path, made_by: str) -> bool:
-    """Whether exactly these settings and inputs made ``path``, and its files are as they were then.
-
-    Prints a line if a file has changed since, and is therefore made again.
-    """
+    """Whether exactly these settings and inputs made ``path``, and its files are as then; one that is not is told."""
     try:
         note = json.loads(path.with_suffix(".done.json").read_text(encoding="utf-8"))
         files = {path.with_name(name): (stamp["bytes"], stamp["sha256"]) for name, stamp in note["outputs"].items()}
@@ -176,6 +188,15 @@ def is_done(path: Path, made_by: str) -> bool:
             Processes().say(f"{file} is not the file that was finished: it is made again")
             return False
     return True
+
+
+def skip_step(name: str, out: Path, made_by: str) -> bool:
+    """Whether a step is done, which is said; no process goes on, and writes, before all have looked."""
+    done, processes = is_done(out, made_by), Processes()
+    processes.wait()
+    if done:
+        processes.say(f"{name}: {out} is done")
+    return done
 
 
 def mark_done(path: Path, made_by: str, *others: Path, **about: Any) -> None:
@@ -199,7 +220,7 @@ class Journal:
     """Blocks of rows as they get ready, in files that survive a kill: a block is whole, or it is done again.
 
     Each process appends to a file of its own beside ``out``, one line a block, and knows the blocks of all files that
-    are there. Only places in files are held in memory, not rows. Journals of another ``made_by`` are not touched.
+    are there, of which it holds only the places in memory. Journals of another ``made_by`` are not touched.
 
     Raises ``InputError`` where a file cannot be written; what was written before stays.
     """
@@ -222,12 +243,9 @@ class Journal:
         place = 0
         with path.open("rb") as file:
             for line in file:
-                try:
-                    block = json.loads(line)["block"] if line.endswith(b"\n") else None
-                except (ValueError, KeyError, TypeError):
-                    block = None
-                if isinstance(block, int):
-                    self._places[block] = (path, place)
+                with suppress(ValueError, KeyError, TypeError):  # of a damaged line
+                    if line.endswith(b"\n") and isinstance(block := json.loads(line)["block"], int):
+                        self._places[block] = (path, place)
                 place += len(line)
 
     def __contains__(self, block: int) -> bool:
@@ -235,18 +253,14 @@ class Journal:
 
     def add(self, block: int, rows: Sequence[Row]) -> None:
         """Append a block; it is on its way to the disk when this returns."""
-        place = self._file.seek(0, os.SEEK_END)
+        place, written = self._file.seek(0, os.SEEK_END), 0
         line = json.dumps({"block": block, "rows": list(rows)}, ensure_ascii=False).encode() + b"\n"
         try:
-            written = 0
             while written < len(line):
                 written += self._file.write(line[written:])
         except OSError as error:
             self._file.truncate(place)
-            raise InputError(
-                f"{self.path} cannot be written: {error.strerror}; what is in it stays, and the same command goes on "
-                "from there"
-            ) from None
+            raise InputError(f"{self.path} cannot be written: {error.strerror}; what is in it {STAYS}") from None
         self._places[block] = (self.path, place)
 
     def close(self) -> None:
@@ -275,11 +289,8 @@ def cut_torn(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def run_step(step: Callable[[GenerateConfig, Dataset], None], text: str | None) -> None:
-    """Run one step, or all, from the command line, with the preset of the dataset and the backbone.
-
-    ``text`` is for ``--help``: a sentence, a blank line, examples.
-    """
+def run_step(step: Step, text: str | None) -> None:
+    """Run one step, or all, from the command line; ``text`` is for ``--help``: a sentence, a blank line, examples."""
 
     def main() -> None:
         argv = sys.argv[1:]
@@ -299,10 +310,7 @@ def run_step(step: Callable[[GenerateConfig, Dataset], None], text: str | None) 
 def find_preset(argv: Sequence[str]) -> Path:
     """Return the preset of the dataset and the backbone that a command line names, and print which one it is.
 
-    It is recipes/triplets/<dataset>_<backbone>.yaml, or else recipes/triplets/<dataset>.yaml. A command line with
-    ``--config`` or ``--help`` needs none.
-
-    Raises ``InputError`` if there is no preset; lists those that exist.
+    Raises ``InputError`` that lists those that exist if there is none, unless ``--config`` or ``--help`` is given.
     """
     folder = recipes_folder() / "triplets"
     dataset = take_option(argv, "dataset")[0] or GenerateConfig.dataset
@@ -317,9 +325,7 @@ def find_preset(argv: Sequence[str]) -> Path:
         if dataset not in DATASETS:
             load_dataset(dataset)  # raises
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise InputError(
-            f"recipes/triplets: there is no preset for dataset {dataset!r} with backbone {backbone!r}; "
-            f"available: {known}; or give --config FILE"
-        )
+        told = f"there is no preset for dataset {dataset!r} with backbone {backbone!r}"
+        raise InputError(f"recipes/triplets: {told}; available: {known}; or give --config FILE")
     Processes().say(f"preset: recipes/triplets/{found.name}")
     return found

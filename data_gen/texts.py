@@ -11,11 +11,10 @@ from typing import Any
 import yaml
 
 from spn4cir.config import recipes_folder
-from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
+from spn4cir.data_gen.ask import Answer, Question, Reply, ask
 from spn4cir.data_gen.caption import fault, tidy
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest, is_done, mark_done
-from spn4cir.distributed import Processes
+from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest, mark_done, skip_step
 from spn4cir.errors import InputError
 from spn4cir.files import Row, short, stream_jsonl, write_jsonl
 from spn4cir.text_tokenizer import load_tokenizer
@@ -26,19 +25,16 @@ LABEL = re.compile(
 )
 SOURCE = re.compile(r"\W*(?:source|input|original|instruction)\b[^:]{0,30}:", re.IGNORECASE)
 NEW_TOKENS = 50
+# the paper's templates 0, 1 and 2
 FORMS = {"instead": "{1} instead of {0}", "unlike": "Unlike {0}, I want {1}", "target": "{1}"}
-"""The paper's templates 0, 1 and 2."""
 ARTICLES = {"a", "an", "the"}  # two captions that share nothing else have nothing in common
 
 
 def difference(reference: str, target: str, draw: random.Random) -> str:
-    """What changes: the words that only the target's caption has, or, if it has none, what is gone.
+    """What changes, in a drawn phrasing: the words that only the target's caption has; without any, what is gone.
 
-    Captions without a common word have no difference worth naming: the text would be the whole target caption, and a
-    model could learn from it to ignore the reference.
-
-    ``draw`` picks among several phrasings. The text is empty if the two captions hold the same words, or no word in
-    common, articles aside.
+    The text is empty if the two captions hold the same words, or no word in common, articles aside: then it would be
+    the whole target caption, and a model could learn from it to ignore the reference.
     """
     before, after = (_words(text) for text in (reference, target))
     low_before, low_after = ({word.lower() for word in words} for words in (before, after))
@@ -46,10 +42,10 @@ def difference(reference: str, target: str, draw: random.Random) -> str:
         return ""
     new = " ".join(word for word in after if word.lower() not in low_before)
     gone = " ".join(word for word in before if word.lower() not in low_after)
-    if new:
-        last = f"{new} instead of {gone}" if gone else f"with {new}"
-        return draw.choice([new, f"but {new}", f"make it {new}", last])
-    return f"without {gone}" if gone else ""
+    if not new:
+        return f"without {gone}"
+    last = f"{new} instead of {gone}" if gone else f"with {new}"
+    return draw.choice([new, f"but {new}", f"make it {new}", last])
 
 
 def compose_text(template: str, reference: str, target: str, draw: random.Random) -> str:
@@ -71,14 +67,11 @@ def _words(text: str) -> list[str]:
 
 
 class TokenCounter:
-    """Counts tokens as a backbone's ``tokenize`` would make them before it cuts.
+    """Counts tokens, marks included, as a backbone's ``tokenize`` would make them before it cuts.
 
-    Marks count. A backbone that leaves punctuation out of its texts reads fewer tokens than are counted here, never
-    more: what fits here is not cut there.
-
-    Args:
-        tokenizer: ``clip``, that of OpenAI's CLIP; ``embedded``, that of the embedded CLIP; or one of transformers by
-            name or folder, which may hold ``vocab.txt`` alone.
+    A backbone that leaves punctuation out of its texts reads fewer tokens than are counted here, never more.
+    ``tokenizer`` is ``clip``, that of OpenAI's CLIP; ``embedded``, that of the embedded CLIP; or one of transformers by
+    name or folder, which may hold ``vocab.txt`` alone.
     """
 
     def __init__(self, tokenizer: str):
@@ -102,9 +95,8 @@ class TokenCounter:
         return [len(ids) for ids in found["input_ids"]]
 
 
-@lru_cache(2)
+@lru_cache(2)  # the large one takes a second to read
 def _of_clip(tokenizer: str) -> Any:
-    """open_clip's; the large one takes a second to read."""
     import open_clip
 
     return open_clip.get_tokenizer("ViT-L-14" if tokenizer == "clip" else f"local-dir:{EMBEDDED / 'clip'}")
@@ -126,7 +118,7 @@ class Prompt:
 
     @property
     def name(self) -> str:
-        """A short name for its content."""
+        """A digest of its content."""
         return digest({"instruction": self.instruction, "examples": self.examples})[:8]
 
     def chat(self, source: str) -> list[dict[str, str]]:
@@ -166,29 +158,23 @@ def load_prompt(config: GenerateConfig) -> Prompt:
 def _examples(path: Path, given: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(given, list) or not given:
         raise InputError(f"rewriter_prompt {path}: the key examples must hold a list of source and target")
-    found = []
-    for number, one in enumerate(given, 1):
-        source, target = (one.get("source"), one.get("target")) if isinstance(one, dict) else (None, None)
-        if not (isinstance(source, str) and isinstance(target, str) and source.strip() and target.strip()):
+    roles = ("source", "target")
+    found: list[Any] = [[one.get(role) for role in roles] if isinstance(one, dict) else [None] for one in given]
+    for number, pair in enumerate(found, 1):
+        if not all(isinstance(text, str) and text.strip() for text in pair):
             raise InputError(f"rewriter_prompt {path}: example {number} needs the texts source and target")
-        found.append((source.strip(), target.strip()))
-    return tuple(found)
+    return tuple((source.strip(), target.strip()) for source, target in found)
 
 
 class Rewriter:
-    """A model, its prompt, and the checks of its answers.
-
-    Raises ``InputError`` for a prompt file or a setting that cannot work.
-    """
+    """A model and its prompt. Raises ``InputError`` for a prompt file or a setting that cannot work."""
 
     def __init__(self, config: GenerateConfig):
         if not config.rewriter:
             raise InputError("rewriter_endpoint needs rewriter, the model's name on that server")
         self.config, self.prompt, self.out = config, load_prompt(config), config.file("rewrites.jsonl")
-        tokens = self.prompt.max_new_tokens
-        self.engine: Engine = engine_of(
-            config.rewriter, config.rewriter_endpoint, config, images=False, max_new_tokens=tokens
-        )
+        model, tokens = config.rewriter, self.prompt.max_new_tokens
+        self.engine = engine_of(model, config.rewriter_endpoint, config, images=False, max_new_tokens=tokens)
         self.about = {**self.engine.about, "prompt": self.prompt.name, "retries": config.retries}
 
     @classmethod
@@ -199,15 +185,10 @@ class Rewriter:
     def rewrite(self, rows: Callable[[], Iterable[Row]], count: TokenCounter, made_by: str) -> None:
         """Write rewrites.jsonl, unless it is done: a row for each triplet whose text a good answer replaces.
 
-        A text that several pairs share is asked about once. What fails the checks is listed in rewrites.failed.jsonl.
-        All processes call this. ``rows`` gives the triplets, anew each time.
-
-        Raises ``InputError`` if the model cannot work, or a file cannot be written.
+        Equal texts are asked about once; what fails the checks is listed in rewrites.failed.jsonl. All processes call
+        this. ``rows`` gives the triplets, anew each time. Raises ``InputError`` if the model or a file cannot work.
         """
-        done, processes = is_done(self.out, made_by), Processes()
-        processes.wait()
-        if done:
-            processes.say(f"rewrite: {self.out} is done")
+        if skip_step("rewrite", self.out, made_by):
             return
         self.engine.look()
         sources = dict.fromkeys(row["modification"] for row in rows())
@@ -222,14 +203,8 @@ class Rewriter:
         write_jsonl(lost, failed)
         made = {"model": self.engine.about["model"], "prompt": self.prompt.name, "made_by": made_by}
         pairs = ((row["reference"], row["target"], row["modification"]) for row in rows())
-        write_jsonl(
-            self.out,
-            (
-                {"reference": reference, "target": target, "source": text, "rewritten": good[text], **made}
-                for reference, target, text in pairs
-                if text in good
-            ),
-        )
+        kept = (dict(zip(("reference", "target", "source"), pair, strict=True)) for pair in pairs if pair[2] in good)
+        write_jsonl(self.out, ({**row, "rewritten": good[row["source"]], **made} for row in kept))
         mark_done(self.out, made_by, **self.about, texts=len(replies), failed=len(failed))
         told = f"; {len(failed)} keep the template's text, listed in {lost}" if failed else ""
         print(f"rewrite: {len(good)} of {len(replies)} texts{told} → {self.out}")
@@ -258,10 +233,8 @@ def check_rewriting(
 
 
 def sentence(answer: str) -> str:
-    """The first line that says something, without a label such as "Target:" that the model may have put before it.
-
-    The paper keeps what follows the last colon of all; here a colon that belongs to the sentence stays.
-    """
+    """The first line that says something, without a label such as "Target:" before it."""
+    # the paper keeps what follows the last colon of all; here a colon that belongs to the sentence stays
     for line in answer.strip().splitlines():
         labels = list(LABEL.finditer(line))
         if labels and (not line[: labels[0].start()].strip(" *#>-\"'") or SOURCE.match(line)):

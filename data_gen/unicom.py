@@ -5,9 +5,9 @@ Source: An et al., "Unicom: Universal and Compact Representation Learning for Im
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ from spn4cir.files import hash_files, locked
 
 RELEASES = "https://github.com/deepglint/unicom/releases/download"
 BATCH_NORM_EPS = 2e-5
+# how many batches BatchNorm saw in training: evaluation does not read them, so a file may lack them
 COUNTERS = ("feature.1.num_batches_tracked", "feature.3.num_batches_tracked")
-"""How many batches BatchNorm saw in training: evaluation does not read them, so a file may lack them."""
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """Dimensions of a model: images of ``image``² pixels in patches of ``patch``², vectors of ``embedding`` numbers."""
 
     image: int
@@ -39,8 +38,7 @@ class Size:
         return (self.image // self.patch) ** 2
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """A published file: its name, the release it belongs to, and the SHA-256 of its content."""
 
     file: str
@@ -90,9 +88,8 @@ class Block(nn.Module):
 
 
 class Unicom(nn.Module):
-    """A vision transformer without class token: all patch vectors side by side are projected to one vector.
+    """A vision transformer without class token: ``BN(W2 BN(W1 [norm(x_1); …; norm(x_P)]))`` of its patch vectors.
 
-    ``BN(W2 BN(W1 [norm(x_1); …; norm(x_P)]))``. The published training skipped blocks at random; evaluation does not.
     ``size`` is one of ``SIZES`` by name, or dimensions; weights are random.
     """
 
@@ -130,11 +127,11 @@ def known_size(name: str) -> str:
 
 
 def load_unicom(path: Path, size: Size | None = None) -> Unicom:
-    """The model whose weights a file holds, in float32, on the CPU, in eval mode.
+    """The model whose weights, under the published names, a file of ``torch.save`` holds: in float32, on the CPU.
 
-    The file is one of ``torch.save`` with the published names. Without a size, the published ones are recognised by
-    their shapes. Raises ``InputError`` if a name in it is missing, unexpected or of another shape.
+    Without a size, the published ones are recognised by their shapes. Raises ``InputError`` if the file does not fit.
     """
+    from spn4cir.checkpoints import differences
     from spn4cir.importers import read_published
 
     state = _without_prefix(read_published(path), path)
@@ -142,15 +139,11 @@ def load_unicom(path: Path, size: Size | None = None) -> Unicom:
         model = Unicom(size or detect_size(state, path))
     own = model.state_dict()
     state = {name: torch.zeros((), dtype=torch.long) for name in COUNTERS} | state
-    wrong = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    parts = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(), "of another shape": wrong}
-    told = [f"{len(names)} {what}: {_some(sorted(names))}" for what, names in parts.items() if names]
-    if told:
-        raise InputError(f"{path} does not fit unicom: {'; '.join(told)}")
+    parts = differences(own, state)
+    wrong = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in parts["of another shape"]]
+    parts["of another shape"] = wrong
+    if told := "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in parts.items() if names):
+        raise InputError(f"{path} does not fit unicom: {told}")
     for name in own:
         state[name] = state[name].to(own[name].dtype, copy=True)  # a copy, as the file is mapped into memory
         if not state[name].isfinite().all():
@@ -170,16 +163,12 @@ def detect_size(state: Mapping[str, Tensor], path: Path) -> Size:
     for size in SIZES.values():
         if (size.image, size.patch, size.width, size.embedding) == (image, patch, width, embedding):
             return size
-    raise InputError(
-        f"{path} is none of unicom's sizes {', '.join(SIZES)}: images of {image} pixels, patches of {patch}, "
-        f"width {width}, {depth} blocks, vectors of {embedding}"
-    )
+    told = f"images of {image} pixels, patches of {patch}, width {width}, {depth} blocks, vectors of {embedding}"
+    raise InputError(f"{path} is none of unicom's sizes {', '.join(SIZES)}: {told}")
 
 
 def find_weights(name: str) -> Path:
-    """The published file of a size: in the cache, or downloaded into it.
-
-    The cache is ``$SPN4CIR_CACHE/unicom``, or ``~/.cache/spn4cir/unicom`` without that variable.
+    """The published file of a size: in ``$SPN4CIR_CACHE/unicom`` (``~/.cache/spn4cir/unicom``), or downloaded into it.
 
     Raises ``InputError`` if the size is unknown, or the file neither there nor to be had, or its checksum is another.
     """
@@ -193,10 +182,8 @@ def find_weights(name: str) -> Path:
                 if not path.is_file():
                     torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=weights.sha256)
         except (OSError, RuntimeError) as error:
-            raise InputError(
-                f"unicom:{name} needs {weights.file}, which cannot be downloaded "
-                f"({' '.join(str(error).split())[:150]}): get {weights.url} and put it in {folder}"
-            ) from None
+            told = f"{weights.file}, which cannot be downloaded ({' '.join(str(error).split())[:150]})"
+            raise InputError(f"unicom:{name} needs {told}: get {weights.url} and put it in {folder}") from None
     check_weights(path)
     return path
 
@@ -208,20 +195,19 @@ def check_weights(path: Path) -> str:
     found = hash_files(path)
     for weights in PUBLISHED.values():
         if weights.file == path.name and weights.sha256 != found:
-            raise InputError(
-                f"{path} is not what was published: its SHA-256 is {found}, expected {weights.sha256}; "
-                f"delete it and download {weights.url} again (weights of your own need another name)"
-            )
+            told = f"its SHA-256 is {found}, expected {weights.sha256}"
+            advice = f"delete it and download {weights.url} again (weights of your own need another name)"
+            raise InputError(f"{path} is not what was published: {told}; {advice}")
     return found
 
 
 def _without_prefix(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
     """Tensors by published name: training in several processes puts ``module.`` before all of them."""
-    other = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if other:
-        raise InputError(f"{path} holds more than named tensors: {_some(other)}")
-    prefix = "module." if content and all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if len(tensors) < len(content):
+        raise InputError(f"{path} holds more than named tensors: {_some([n for n in content if n not in tensors])}")
+    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def _some(names: list[str]) -> str:

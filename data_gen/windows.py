@@ -1,9 +1,7 @@
 """Vectors of all images, each encoded once, and partners from a window of their similarity ranks.
 
-Ranks are exact, without the dense matrix and without sorting it. The order of images is *defined* by the dot products
-of their vectors in float64, equal ones by position. Products in float32 find a wanted rank up to their rounding error;
-the few images within that error are then ordered by the definition. So neither the block size, nor the number of
-threads or processes, nor the device moves a pair.
+The order of images is *defined* by the dot products of their vectors in float64, equal ones by position; products in
+float32 find the few images that may have a rank. docs/generation.md says what follows from that.
 """
 
 import itertools
@@ -28,6 +26,7 @@ from spn4cir.images import ImageSource
 from spn4cir.store import BEGUN, EmbeddingStore
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Blocks: TypeAlias = Mapping[int, Sequence[str]]  # first row of each block → its images
 # A float32 dot product of E terms of unit vectors errs by about √E · 2⁻²⁴, and by more than λ times that with a
 # probability below 2 exp(-λ²/2), here 3e-14 (Higham and Mary, "A new approach to probabilistic rounding error
 # analysis", SIAM Journal on Scientific Computing, 2019)
@@ -41,8 +40,7 @@ TOLERANCE = 1e-3  # between one and the length of a vector
 def open_store(config: GenerateConfig, ids: Sequence[str], matcher: Mapping[str, Any]) -> EmbeddingStore:
     """Return the store of the vectors of images, in order.
 
-    Its key depends on the images, their pixels and order, the encoder (``matchers.identify``) and its batch size, not
-    on windows or pools, so that another window encodes nothing again.
+    Its key depends on the images, their pixels and order, the matcher and its batch size, but on no window or pool.
     """
     size, what = config.match_batch_size, f"encoding {len(ids)} images"
     about = {"step": "vectors", "ids": list(ids), "matcher": dict(matcher), "at_once": size}
@@ -53,12 +51,9 @@ def open_store(config: GenerateConfig, ids: Sequence[str], matcher: Mapping[str,
 def encode_vectors(
     store: EmbeddingStore, dataset: Dataset, ids: Sequence[str], load: Callable[[], Matcher], processes: Processes
 ) -> Array:
-    """Return the L2-normalised vectors (N, E) of all images, memory-mapped; encodes what the store lacks.
+    """Return the L2-normalised vectors (N, E) of all images, memory-mapped; loads the matcher if some are not stored.
 
-    ``load`` loads the matcher; it is not called where all vectors are stored.
-
-    Raises ``InputError`` if an image is missing or its vector is not of unit norm, or the disk or the device has no
-    room.
+    Raises ``InputError`` for an image that is missing or has a vector of another norm, or where there is no room.
     """
     stored = store.open()
     processes.wait()  # no process writes before all have looked
@@ -68,11 +63,8 @@ def encode_vectors(
         if processes.first and store.open(BEGUN) is None:
             store.create({"vectors": tuple(matcher.encode(images.stack(ids[:1])).shape[1:])})
         processes.wait()
-        blocks = {
-            start: ids[start : start + store.block]
-            for start in store.missing()
-            if start // store.block % processes.count == processes.index
-        }
+        own = [s for s in store.missing() if s // store.block % processes.count == processes.index]
+        blocks = {start: ids[start : start + store.block] for start in own}
         for start, found in _encode_blocks(blocks, images, matcher, processes.first):
             store.write(start, {"vectors": found})
         store.flush()
@@ -85,30 +77,24 @@ def encode_vectors(
     return stored["vectors"].whole().numpy()
 
 
-def _encode_blocks(
-    blocks: Mapping[int, Sequence[str]], images: ImageSource, matcher: Matcher, shown: bool
-) -> Iterator[tuple[int, Tensor]]:
+def _encode_blocks(blocks: Blocks, images: ImageSource, matcher: Matcher, shown: bool) -> Iterator[tuple[int, Tensor]]:
     """First row and checked vectors, on the CPU, of each block of images; with a progress bar if it is to be shown."""
     with tqdm(total=sum(map(len, blocks.values())), desc="encode", unit="image", disable=not shown) as bar:
         for start, pixels in prefetch(_decode_blocks(blocks, images)):
             try:
                 found = matcher.encode(pixels).float().cpu()  # (b, E)
             except torch.cuda.OutOfMemoryError:
-                raise InputError(
-                    f"{len(pixels)} images at once are too many for the memory of {matcher.device}: lower "
-                    "match_batch_size"
-                ) from None
-            wrong = ((found.norm(dim=1) - 1).abs() <= TOLERANCE).logical_not().nonzero().flatten().tolist()
-            if wrong:
-                raise InputError(
-                    f"image {images.image(blocks[start][wrong[0]])}: its vector by {matcher.made_by['kind']} "
-                    f"{matcher.made_by['model']} has the length {found[wrong[0]].norm().item():.3g}, not 1"
-                )
+                told = f"{len(pixels)} images at once are too many for the memory of {matcher.device}"
+                raise InputError(f"{told}: lower match_batch_size") from None
+            for image_id, length in zip(blocks[start], found.norm(dim=1).tolist(), strict=True):
+                if not abs(length - 1) <= TOLERANCE:  # NaN is not either
+                    told = f"its vector by {matcher.made_by['kind']} {matcher.made_by['model']}"
+                    raise InputError(f"image {images.image(image_id)}: {told} has the length {length:.3g}, not 1")
             yield start, found
             bar.update(len(found))
 
 
-def _decode_blocks(blocks: Mapping[int, Sequence[str]], images: ImageSource) -> Iterator[tuple[int, Tensor]]:
+def _decode_blocks(blocks: Blocks, images: ImageSource) -> Iterator[tuple[int, Tensor]]:
     """(b, 3, H, W) of each block, whose images are decoded in threads."""
     share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's cores
     with ThreadPoolExecutor(max(1, min(THREADS, share))) as pool:
@@ -118,6 +104,10 @@ def _decode_blocks(blocks: Mapping[int, Sequence[str]], images: ImageSource) -> 
                 told = f"images {ids[0]} … {ids[-1]} do not become equally large"
                 raise InputError(f"{told}: this matcher's preprocessing states no size")
             yield start, torch.stack(found)
+
+
+Never: TypeAlias = Sequence[Collection[int]]  # positions that are no partner of each image, beside itself
+Near: TypeAlias = tuple[int, Array, Array]
 
 
 class Partner(NamedTuple):
@@ -143,25 +133,15 @@ class Window:
         self._all = torch.from_numpy(vectors).to(self.device)  # (N, E); on a CPU no copy
         self.slack = 2 * ERRORS * math.sqrt(vectors.shape[1]) * 2.0**-24  # of two scores
 
-    def draw(
-        self, positions: Sequence[int], names: Sequence[str], never: Sequence[Collection[int]]
-    ) -> list[list[Partner]]:
-        """Return the partners of the images at some positions, by rank.
-
-        Their names key the draws; ``never`` are positions that are no partner of each, beside itself.
-        """
+    def draw(self, positions: Sequence[int], names: Sequence[str], never: Never) -> list[list[Partner]]:
+        """Return the partners of the images at some positions, by rank. Their names key the draws."""
         with torch.inference_mode():
             scores = self._all[torch.as_tensor(positions, device=self.device)] @ self._all.T  # (B, N)
             scores[torch.arange(len(positions)), torch.as_tensor(positions)] = -torch.inf  # itself comes last
             return self._partners(scores, positions, names, never, by_counting=not scores.is_cpu)
 
     def _partners(
-        self,
-        scores: Tensor,
-        positions: Sequence[int],
-        names: Sequence[str],
-        never: Sequence[Collection[int]],
-        by_counting: bool,
+        self, scores: Tensor, positions: Sequence[int], names: Sequence[str], never: Never, by_counting: bool
     ) -> list[list[Partner]]:
         """Partners of images from their scores (B, N); a score at a rank is selected, or bracketed by counting."""
         rows = [(n, other) for n, image in enumerate(positions) for other in never[n] if other != image]
@@ -170,12 +150,11 @@ class Window:
             some = rows[start : start + ROWS]
             own, others = torch.tensor(some, device=scores.device).T
             values, images = scores[own, others], [positions[n] for n, _ in some]
-            for (n, other), (above, order, _) in zip(
-                some, self._near(scores[own], images, values, values), strict=True
-            ):
+            near = self._near(scores[own], images, values, values)
+            for (n, other), (above, order, _) in zip(some, near, strict=True):
                 taken[n].append(int(above + 1 + np.flatnonzero(order == other)[0]))
-        window, seed = range(self.lo, self.hi), self.seed
-        ranks = [draw_free(window, *one, self.per_image, seed) for one in zip(taken, names, strict=True)]
+        drawn = zip(taken, names, strict=True)
+        ranks = [draw_free(range(self.lo, self.hi), *one, self.per_image, self.seed) for one in drawn]
         most = max(map(len, ranks))
         padded = [[*found, *[1] * (most - len(found))] for found in ranks]
         wanted = torch.tensor(padded, dtype=torch.long, device=scores.device).T  # (partners, B)
@@ -191,9 +170,7 @@ class Window:
                     out[n].append(Partner(int(order[at]), ranks[n][place], float(exact[at])))
         return out
 
-    def _near(
-        self, scores: Tensor, positions: Sequence[int], low: Tensor, high: Tensor
-    ) -> list[tuple[int, Array, Array]]:
+    def _near(self, scores: Tensor, positions: Sequence[int], low: Tensor, high: Tensor) -> list[Near]:
         """For each row how many are surely above a range of scores; and those that may be in it, with similarities.
 
         They are ordered by falling similarity in float64, equal ones by position.

@@ -10,7 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
+from spn4cir.data_gen.steps import GenerateConfig, digest, mark_done, run_step, skip_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter, caption_similarity, compose_text
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
@@ -28,10 +28,10 @@ from spn4cir.types import Triplet
 
 GROUP = 1 << 15  # rows of Parquet held in memory
 KINDS = ("jsonl", "json", "parquet")
+# settings that say where and how fast a run was made
 OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
-"""Settings that say where and how fast a run was made."""
+# settings that decide the text of a pair whose captions are given, rewriting aside
 DECIDING = ("templates", "seed", "tokenizer", "max_tokens", "max_caption_similarity", "max_caption_count")
-"""Settings that decide the text of a pair whose captions are given, rewriting aside."""
 COLUMNS = (  # of the Parquet file
     "reference", "target", "reference_path", "target_path", "modifications", "reference_caption", "target_caption",
     "rank", "similarity", "template", "model", "rewriter", "made_by",
@@ -40,24 +40,21 @@ CHUNK = 4096  # texts counted at once
 
 
 class Captions:
-    """The captions of all images, and which of them occur too often.
-
-    Raises ``InputError`` if captions.jsonl is missing, or a row of it is none.
-    """
+    """Captions of all images, and which occur too often. Raises ``InputError`` for a missing or damaged file."""
 
     def __init__(self, config: GenerateConfig):
         path = config.file("captions.jsonl")
         self.text: dict[str, str] = {}
-        self._model: str | None = None
-        self._others: dict[str, str | None] = {}  # images whose caption came from another model than the first's
+        self._model: str | None = None  # of the first caption
+        self._others: dict[str, str | None] = {}  # images whose caption came from another model
         for number, row in enumerate(stream_jsonl(path), 1):
             if lost := {"image_id", "caption"} - row.keys():
                 raise InputError(f"{path}, line {number}: there is no {min(lost)!r}")
-            self.text[row["image_id"]] = row["caption"]
-            if number == 1:
-                self._model = row.get("model")
-            elif row.get("model") != self._model:
-                self._others[row["image_id"]] = row.get("model")
+            image_id, model = row["image_id"], row.get("model")
+            self._model = model if number == 1 else self._model
+            self.text[image_id] = row["caption"]
+            if model != self._model:
+                self._others[image_id] = model
         limit = config.max_caption_count
         counted = Counter(_normal(text) for text in self.text.values()) if limit else Counter[str]()
         self._frequent = {text for text, count in counted.items() if limit and count > limit}
@@ -130,29 +127,25 @@ class Texts:
                 [row["tokens"]] = self.count([row["modification"]])
             if row["tokens"] > limit or not row["modification"]:
                 self.dropped[f"too long: more than {limit} tokens"] += 1
-                continue
-            self.shortened += "shortened" in row
-            yield row
+            else:
+                self.shortened += "shortened" in row
+                yield row
 
 
 @contextmanager
 def open_triplet_files(config: GenerateConfig, dataset: Dataset, made_by: str) -> Iterator["TripletWriter"]:
     """Open the three files, which are whole or not there at all. Raises ``InputError`` where one cannot be written."""
     with ExitStack() as stack:
-        writer = TripletWriter(
-            [stack.enter_context(replaced(config.file(f"triplets.{kind}"))) for kind in KINDS], dataset, made_by
-        )
-        try:
-            yield writer
-        finally:
-            with suppress(OSError):  # of a full disk there is news already
-                writer.close()
+        paths = [stack.enter_context(replaced(config.file(f"triplets.{kind}"))) for kind in KINDS]
+        writer = TripletWriter(paths, dataset, made_by, stack)
+        yield writer
+        writer.finish()
 
 
 class TripletWriter:
     """Writes triplets as they come, to JSONL, JSON in the dataset's published shape and Parquet, and counts them."""
 
-    def __init__(self, paths: list[Path], dataset: Dataset, made_by: str):
+    def __init__(self, paths: list[Path], dataset: Dataset, made_by: str, stack: ExitStack):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -166,9 +159,8 @@ class TripletWriter:
         self._group: list[Row] = []
         kinds = {"modifications": pa.list_(pa.string()), "rank": pa.int64(), "similarity": pa.float64()}
         self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
-        self._rows = paths[0].open("w", encoding="utf-8")
-        self._entries = paths[1].open("w", encoding="utf-8")
-        self._parquet: Any = pq.ParquetWriter(paths[2], self._schema, compression="zstd")
+        self._rows, self._entries = (stack.enter_context(path.open("w", encoding="utf-8")) for path in paths[:2])
+        self._parquet: Any = stack.enter_context(pq.ParquetWriter(paths[2], self._schema, compression="zstd"))
 
     def add(self, row: Row) -> None:
         """Write one triplet."""
@@ -188,11 +180,10 @@ class TripletWriter:
         self.templates[row["template"]] += 1
 
     def _record(self, row: Row) -> Row:
-        paths = {f"{role}_path": self._path_of(row[role]) for role in ("reference", "target")}
-        captions = dict(zip(("reference_caption", "target_caption"), row["captions"], strict=True))
-        made = {"modifications": [row["modification"]], "made_by": self._made_by}
-        known = {**row, **paths, **captions, **made}
-        return {name: known.get(name) for name in self._schema.names}
+        known = {**row, "modifications": [row["modification"]], "made_by": self._made_by}
+        for role, caption in zip(("reference", "target"), row["captions"], strict=True):
+            known |= {f"{role}_path": self._path_of(row[role]), f"{role}_caption": caption}
+        return {name: known.get(name) for name in COLUMNS}
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -204,13 +195,6 @@ class TripletWriter:
         """Write what is still in memory, after the last triplet."""
         self._flush()
         self._entries.write("\n]\n" if self.count else "[]\n")
-        self.close()
-
-    def close(self) -> None:
-        """Close the files."""
-        self._rows.close()
-        self._entries.close()
-        self._parquet.close()
 
 
 def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
@@ -222,10 +206,7 @@ def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))
     settings = {name: getattr(config, name) for name in DECIDING} | ({"rewriter": rewriter.about} if rewriter else {})
     made_by = digest({"step": "write", "dataset": dataset.name, **settings}, pairs, captions)
-    done = is_done(out, made_by)
-    processes.wait()  # all have looked before the first one writes
-    if done:
-        processes.say(f"write: {out} is done")
+    if skip_step("write", out, made_by):
         return
     known, count = Captions(config), TokenCounter(config.tokenizer)
     if rewriter:
@@ -238,7 +219,6 @@ def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
                 files.add(row)
             if not files.count:
                 raise InputError(f"{pairs} gives no triplet: {describe_drops(texts.dropped) or 'there is no pair'}")
-            files.finish()
         summary = write_summary(config, files, texts, made_by)
         others = [config.file(name) for name in ("triplets.jsonl", "triplets.parquet", "summary.json")]
         mark_done(out, made_by, *others, **settings, triplets=files.count, dropped=summary["dropped"])

@@ -14,6 +14,8 @@ COMMANDS = {
     "eval": "spn4cir.cli:evaluate_command",
     "data": "spn4cir.cli:data_command",
     "import": "spn4cir.cli:import_command",
+    "index": "spn4cir.index_cli:index_command",
+    "search": "spn4cir.search_cli:search_command",
     "triplets": "spn4cir.data_gen.make_triplets:main",
 }
 """What pyproject.toml installs as ``spn4cir-NAME``."""

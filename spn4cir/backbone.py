@@ -64,8 +64,7 @@ class Backbone(nn.Module, ABC):
     def untie_text_side(self) -> None:
         """Give ``compose`` a copy of its own of whatever it shares with ``encode_image`` and goes on training.
 
-        Called before the image side is frozen; a second call changes nothing. What was separated is recorded in
-        ``options``, so that a checkpoint rebuilds it.
+        Called before the image side is frozen; a second call changes nothing. ``options`` record it, for checkpoints.
         """
 
     def extra_losses(self, composed: Composed, targets: ImageFeatures, contrast: InBatch) -> dict[str, Tensor]:
@@ -74,8 +73,7 @@ class Backbone(nn.Module, ABC):
         Args:
             composed: what ``compose`` made of this process's batch.
             targets: features of the batch's target images, (B, …).
-            contrast: ``contrast(query, target)`` is the loss of queries (B, E) against the targets (B, K, E) of the
-                batches of all processes, as in the main term.
+            contrast: ``contrast(query, target)`` is the main term's loss of queries (B, E) against targets (B, K, E).
         """
         return {}
 
@@ -101,16 +99,12 @@ class Backbone(nn.Module, ABC):
     def compose_partial(
         self, features: ImageFeatures | None, tokens: Tokens, has_reference: Tensor | None, has_text: Tensor | None
     ) -> Composed:
-        """Queries of which some lack their reference, or their text.
+        """Queries (B, E) of which some lack their reference, or their text; states and parts only if none does.
 
         Args:
             features: of the reference images, any values where there is none; None if no query has one.
             tokens: of the texts, of any text where there is none.
-            has_reference: (B,) booleans; None if every query has a reference.
-            has_text: (B,) booleans; None if every query has a text.
-
-        Returns:
-            Queries (B, E); states and parts only if every query has both.
+            has_reference, has_text: (B,) booleans; None if every query has one.
         """
         if features is None:
             return self.compose_text(tokens)
@@ -121,18 +115,16 @@ class Backbone(nn.Module, ABC):
         has_text = present if has_text is None else has_text
         if bool((has_reference & has_text).all()):
             return self.compose(features.reference, tokens)
-        groups = [
-            rows.nonzero()[:, 0] for rows in (has_reference & has_text, has_reference & ~has_text, ~has_reference)
-        ]
-        both, image, text = groups
-        queries = [
-            self.compose(features.reference[both], {k: v[both] for k, v in tokens.items()}).query
-            if len(both)
-            else None,
-            self.compose_image(ImageFeatures(*(part[image] for part in features))) if len(image) else None,
-            self.compose_text({k: v[text] for k, v in tokens.items()}).query if len(text) else None,
-        ]
-        return Composed(torch.cat([q for q in queries if q is not None])[torch.cat(groups).argsort()])
+        kinds = has_reference & has_text, has_reference & ~has_text, ~has_reference
+        both, image, text = groups = [rows.nonzero()[:, 0] for rows in kinds]
+        queries = []
+        if len(both):
+            queries.append(self.compose(features.reference[both], {k: v[both] for k, v in tokens.items()}).query)
+        if len(image):
+            queries.append(self.compose_image(ImageFeatures(*(part[image] for part in features))))
+        if len(text):
+            queries.append(self.compose_text({k: v[text] for k, v in tokens.items()}).query)
+        return Composed(torch.cat(queries)[torch.cat(groups).argsort()])
 
     @cached_property
     def reference_shape(self) -> tuple[int, ...]:
@@ -152,10 +144,7 @@ class Backbone(nn.Module, ABC):
         return self.encode_image(pixels).target
 
     def freeze_image_side(self) -> None:
-        """From here on ``encode_image`` never moves: no gradient, and eval mode whatever ``train`` says.
-
-        This is what makes a bank of its outputs valid.
-        """
+        """From here on ``encode_image`` never moves, so a bank is valid: no gradient, always eval mode."""
         self.untie_text_side()
         self._frozen = True
         for part in (*self.image_side(), *self.frozen_beside()):

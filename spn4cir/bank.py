@@ -32,9 +32,9 @@ def fits_in_memory(size: int, device: torch.device) -> bool:
 class Bank:
     """Features of N unique images; ``rows`` says which image is where.
 
-    ``reference`` (N, L, D) stays on disk and is gathered by rows; None where it is recomputed instead. ``target``
-    (N, K, E) is on ``device``, where queries are; or on disk, where that is a CPU or has no room for it. Of several
-    processes each may keep the targets of some rows only: those from ``first`` on, out of ``total``.
+    ``reference`` (N, L, D) stays on disk; None where it is recomputed instead. ``target`` (N, K, E) is on ``device``,
+    where queries are; or on disk, where that is a CPU or has no room for it. Of several processes each may keep the
+    targets of some rows only: those from ``first`` on, out of ``total``.
     """
 
     reference: StoredRows | None
@@ -81,10 +81,9 @@ class Bank:
 
 
 class FrozenCheck:
-    """Sees whether ``encode_image`` gives for one image, to the bit, what it gave when the bank came into use.
+    """Sees whether ``encode_image`` gives for an image (3, H, W), to the bit, what it gave when the bank came into use.
 
     A fingerprint tells which weights a bank was made with; this tells that they are all that ``encode_image`` reads.
-    The backbone has a frozen image side and is put in eval mode; pixels are (3, H, W).
     """
 
     def __init__(self, backbone: Backbone, pixels: Tensor):
@@ -138,9 +137,8 @@ def load_or_build(
 ) -> Bank:
     """The bank of these images, from disk if it is there, else encoded now.
 
-    A build that was killed goes on where it stopped, to the same bytes. Only a bank that is whole is used; and one
-    whose first row is not what ``encode_image`` gives now is made anew. Who wants a bank that another process is
-    making waits for it.
+    A build that was killed goes on where it stopped, to the same bytes; one whose first row is not what
+    ``encode_image`` gives now is made anew. Who wants a bank that another process is making waits for it.
 
     Args:
         backbone: its image side must be frozen.
@@ -150,9 +148,8 @@ def load_or_build(
         batch_size: images encoded at once; a build that began with another number begins anew.
         parts: what ``stored_parts`` gives; None stores both in float32.
 
-    Raises:
-        ValueError: if the image side is not frozen.
-        InputError: if the disk has no room for it, or features are not finite, of which nothing is kept.
+    Raises ``ValueError`` if the image side is not frozen; ``InputError`` if the disk has no room for it, or features
+    are not finite, of which nothing is kept.
     """
     if not backbone.is_frozen:
         raise ValueError("a bank of a model whose image side still trains would be stale: freeze_image_side() first")

@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,10 +40,8 @@ class TripletBatch:
         query_identity: (B, 2), equal for equal pixels of references, and for equal texts.
         pixels: (U, 3, H, W) of the unique images of the batch, or None where features are given.
         features: stored features of the references, or None; their ``target`` is empty unless a text is missing.
-        has_reference: (B,) booleans; None if every query has a reference.
-        has_text: (B,) booleans; None if every query has a text.
+        has_reference, has_text: (B,) booleans; None if every query of the training has a reference and a text.
         label: (B,) classes, or None without classes.
-        step: of the run.
         triplets: one line per triplet, for messages.
     """
 
@@ -67,8 +65,7 @@ class TripletBatch:
 
     def to(self, device: torch.device) -> "TripletBatch":
         """The same batch on another device."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: Any = {name: value.to(device) for name, value in parts.items() if isinstance(value, Tensor)}
+        moved: Any = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         features = self.features and ImageFeatures(*(part.to(device) for part in self.features))
         tokens = {name: value.to(device) for name, value in self.tokens.items()}
         return replace(self, tokens=tokens, features=features, **moved)
@@ -92,15 +89,10 @@ class TripletRows(TorchDataset[tuple[Triplet, str | None]]):
 
 
 class KnownTargets:
-    """All targets of each query of the triplets: of equal reference pixels and equal text.
-
-    Args:
-        triplets: of training.
-        identity: image id → number, equal for equal pixels.
+    """All targets of each query of the training triplets: of equal reference pixels and equal text.
 
     Attributes:
-        positives: the largest number of targets of a triplet.
-        negatives: the largest number of hard negatives of a triplet.
+        positives, negatives: the largest numbers of targets and of hard negatives of a triplet.
         width: the largest number of further targets of a query.
         is_partial: whether some triplets lack their reference or their text.
     """
@@ -124,8 +116,7 @@ class KnownTargets:
 
     def others(self, reference: int, text: str, targets: Sequence[int]) -> list[int]:
         """The query's other targets, padded to ``width``."""
-        found = [other for other in self._targets.get((reference, text), ()) if other not in targets]
-        return _pad(found, self.width)
+        return _pad([other for other in self._targets.get((reference, text), ()) if other not in targets], self.width)
 
 
 def reference_number(triplet: Triplet, identity: Mapping[str, int]) -> int:
@@ -137,11 +128,8 @@ class TripletCollate:
     """Triplets with their drawn texts → a ``TripletBatch``.
 
     Args:
-        tokenize: B texts → tokens.
         identity: image id → number, equal for equal pixels; knows all images of the triplets.
-        images: pixels by image id.
         bank: frozen features, for stage 2; its rows must be the numbers of ``identity``. None for stage 1.
-        known: all targets of each query.
         classes: class name → number, where queries are scored against classes; None without.
     """
 
@@ -166,10 +154,8 @@ class TripletCollate:
         unique = {image_id: n for n, image_id in enumerate(dict.fromkeys(shown))}
         row = [0 if t.reference is None else n if is_stored else unique[t.reference] for n, t in enumerate(triplets)]
         queries = [(reference_number(t, self.identity), text) for t, text in zip(triplets, texts, strict=True)]
-        others = [
-            self.known.others(*query, [self.identity[i] for i in triplet.targets])
-            for query, triplet in zip(queries, triplets, strict=True)
-        ]
+        targets = ([self.identity[i] for i in t.targets] for t in triplets)
+        others = [self.known.others(*query, known) for query, known in zip(queries, targets, strict=True)]
         is_partial = self.known.is_partial
         return TripletBatch(
             tokens=self.tokenize(texts),
@@ -188,14 +174,13 @@ class TripletCollate:
         )
 
     def _padded(self, triplets: Sequence[Triplet], number: Mapping[str, int]) -> Tensor:
-        """(B, T) numbers of targets and hard negatives."""
-        widths = self.known.positives, self.known.negatives
-        rows = []
-        for triplet in triplets:
-            lists = (dict.fromkeys(ids) for ids in (triplet.targets, triplet.negatives))  # each image once
-            parts = ([number.get(i, PADDING) for i in ids] for ids in lists)
-            rows.append([n for part, width in zip(parts, widths, strict=True) for n in _pad(part, width)])
-        return torch.tensor(rows)
+        """(B, T) numbers of targets and hard negatives, each image once."""
+
+        def padded(ids: tuple[str, ...], width: int) -> list[int]:
+            return _pad([number.get(i, PADDING) for i in dict.fromkeys(ids)], width)
+
+        positives, negatives = self.known.positives, self.known.negatives
+        return torch.tensor([padded(t.targets, positives) + padded(t.negatives, negatives) for t in triplets])
 
     def _stored(self, items: Sequence[tuple[Triplet, str | None]]) -> ImageFeatures:
         """Features of the references, in the type they are stored in; zeros where there is none."""
@@ -207,11 +192,9 @@ class TripletCollate:
         target = self.bank.target[[self.bank.rows[i] for i in ids]] if lacks_text else reference[:, :0]
         if len(named) == len(items):
             return ImageFeatures(reference, target)
-        places = [n for n, _ in named]
-        whole = [part.new_zeros(len(items), *part.shape[1:]) for part in (reference, target)]
-        for part, found in zip(whole, (reference, target), strict=True):
-            part[places] = found
-        return ImageFeatures(*whole)
+        places = torch.tensor([n for n, _ in named])
+        parts = ((part, part.new_zeros(len(items), *part.shape[1:])) for part in (reference, target))
+        return ImageFeatures(*(whole.index_copy_(0, places, part) for part, whole in parts))
 
 
 def _pad(numbers: list[int], width: int) -> list[int]:
@@ -236,14 +219,12 @@ def prefetch(batches: Iterable[T]) -> Iterator[T]:
 class TripletSampler(Sampler[list[tuple[int, int]]]):
     """This process's share of each batch of one epoch, a pure function of (seed, epoch).
 
-    An epoch is one pass over the annotated triplets if ``generated_share`` is set, that share of each batch being
-    generated; without it the two lists are concatenated. The last incomplete batch is dropped.
+    An epoch is one pass over the annotated triplets if ``generated_share``, in [0, 1), is set, that share of each batch
+    being generated; without it the two lists are concatenated. The last incomplete batch is dropped.
 
     Args:
         annotated, generated: item numbers; arrays, whose order NumPy draws, for a table of triplets.
         batch_size: triplets of one optimiser step, over all processes.
-        generated_share: in [0, 1), or None.
-        seed: of the run.
         process: its rank, and how many there are.
         parts: of a batch, each of them a list of its own.
     """
@@ -258,22 +239,19 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         process: tuple[int, int] = (0, 1),
         parts: int = 1,
     ):
-        mixed = generated_share is not None and len(annotated) > 0 and len(generated) > 0
-        self.main = item_numbers(annotated) if mixed else item_numbers(annotated, generated)
-        self.side = item_numbers(generated) if mixed else []
-        self.from_side = round(batch_size * generated_share) if mixed and generated_share else 0
+        share = generated_share if len(annotated) and len(generated) else None  # of nothing there is no share
+        self.main = item_numbers(annotated, generated) if share is None else item_numbers(annotated)
+        self.side = [] if share is None else item_numbers(generated)
+        self.from_side = round(batch_size * (share or 0))
         self.from_main = batch_size - self.from_side
         self.batch_size, self.seed, (self.rank, self.world_size) = batch_size, seed, process
         self.epoch, self.skip, self.parts = 0, 0, parts
         if batch_size % (self.world_size * parts):
             over = f"{self.world_size} processes" + (f" times {parts} parts" if parts > 1 else "")
             raise InputError(f"batch_size {batch_size} does not divide over {over}")
-        if mixed and generated_share and not self.from_side:
-            raise InputError(f"generated_share {generated_share} of a batch of {batch_size} is less than one triplet")
-        if self.from_main == 0:
-            raise InputError(
-                f"generated_share {generated_share} of a batch of {batch_size} leaves no annotated triplet"
-            )
+        if share and not 0 < self.from_side < batch_size:
+            what = "leaves no annotated triplet" if self.from_side else "is less than one triplet"
+            raise InputError(f"generated_share {share} of a batch of {batch_size} {what}")
         if len(self) == 0:
             raise InputError(f"{len(self.main)} triplets do not fill one batch of {batch_size}: lower batch_size")
 
@@ -286,15 +264,9 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
         needed = len(self) * self.from_side
         turns = range(-(-needed // len(self.side)) if len(self.side) else 0)
         sides = [shuffle(self.side, f"{self.seed}/{epoch}/generated/{turn}") for turn in turns]
-        if isinstance(main, np.ndarray):
-            parts = [main[: len(self) * self.from_main], *([np.concatenate(sides)[:needed]] if sides else ())]
-            drawn: Numbers = np.concatenate([part.reshape(len(self), -1) for part in parts], axis=1)
-            return drawn
-        side = [item for items in sides for item in items]
-        return [
-            main[n * self.from_main : (n + 1) * self.from_main] + side[n * self.from_side : (n + 1) * self.from_side]
-            for n in range(len(self))
-        ]
+        parts = [main[: len(self) * self.from_main], *([np.concatenate(sides)[:needed]] if sides else ())]
+        drawn: Numbers = np.concatenate([np.asarray(part).reshape(len(self), -1) for part in parts], axis=1)
+        return drawn.tolist() if isinstance(main, list) else drawn
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // (self.world_size * self.parts)
@@ -305,28 +277,16 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
 
 
 class TripletLoader:
-    """The batches of a training, from any step on.
-
-    Args:
-        triplets: of training; annotated ones first.
-        collate: triplets with their texts → batch.
-        sampler: which triplets are in which batch.
-        workers: data-loading processes; 0 loads in a thread of this one.
-    """
+    """The batches of a training, from any step on; ``workers`` processes load them, or a thread of this one if 0."""
 
     def __init__(self, triplets: Sequence[Triplet], collate: TripletCollate, sampler: TripletSampler, workers: int = 0):
-        self.sampler = sampler
+        self.sampler, self.parts = sampler, sampler.parts  # batches of one optimiser step
         rows = TripletRows(triplets, sampler.seed)
         self._loader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
 
     def __len__(self) -> int:
         """Optimiser steps of one epoch."""
         return len(self.sampler)
-
-    @property
-    def parts(self) -> int:
-        """Batches of one optimiser step."""
-        return self.sampler.parts
 
     def from_step(self, step: int) -> Iterator[TripletBatch]:
         """The batches from an optimiser step of the run to the end of its epoch, each with its step."""

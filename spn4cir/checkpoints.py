@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``write_tensors`` wrote. Raises ``InputError`` if the file is missing or broken."""
-    note = read_note(path)
+    note = read_note(path)  # raises
     return load_file(path), note
 
 
@@ -40,8 +40,7 @@ def read_note(path: Path) -> dict[str, Any]:
     """The JSON note of ``write_tensors`` alone. Raises ``InputError`` if the file is missing or broken."""
     try:
         with safe_open(path, "pt") as file:
-            note: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
-            return note
+            return cast(dict[str, Any], json.loads((file.metadata() or {}).get("about", "{}")))
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (SafetensorError, json.JSONDecodeError) as error:
@@ -51,11 +50,8 @@ def read_note(path: Path) -> dict[str, Any]:
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Which names of two state dicts do not fit together, under the word for how."""
     wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    return {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(wrong),
-    }
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    return {"missing": missing, "unexpected": unexpected, "of another shape": sorted(wrong)}
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
@@ -88,15 +84,11 @@ def read_model(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbone:
-    """The backbone of a run or checkpoint folder, on the CPU, in eval mode.
+    """The backbone that ``save_model`` wrote into a folder, on the CPU, in eval mode.
 
-    Args:
-        folder: what ``save_model`` wrote.
-        changes: options that shall differ from the saved ones. Parameters that only they bring stay as they are
-            initialised, and that is said; a changed tokenizer is read from where it says, not from the folder.
-
-    Raises:
-        InputError: if the folder holds no complete model, or its weights do not fit.
+    ``changes`` are options that shall differ from the saved ones. Parameters that only they bring stay as they are
+    initialised, and that is said; a changed tokenizer is read from where it says, not from the folder.
+    Raises ``InputError`` if the folder holds no complete model, or its weights do not fit.
     """
     (name, saved), changes = read_model(folder), changes or {}
     if saved.get("separated") != changes.get("separated", saved.get("separated")):
@@ -149,5 +141,4 @@ def load_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimize
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
-    progress: dict[str, Any] = about["progress"]
-    return progress
+    return cast(dict[str, Any], about["progress"])

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -12,24 +13,19 @@ from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json, write_text
 
 
-def evaluate_command() -> None:
-    """``spn4cir-eval``: evaluate a run, or the embedded weights where there is none."""
-    run_command(_evaluate)
-
-
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Shows examples as they are written, and says what is wrong in one line."""
 
     def __init__(self, prog: str, description: str = "", epilog: str = "", **rest: Any):
-        rest |= {"description": description, "epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(prog, **rest)
+        super().__init__(prog, None, description, epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **rest)
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``InputError`` instead of printing the usage."""
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def _evaluate() -> None:
-    parser = _Parser(
+    parser = Parser(
         "spn4cir-eval",
         "Evaluate the newest run of a dataset, or the embedded weights where there is none.",
         "examples:\n  spn4cir-eval --split val\n  spn4cir-eval --split test --ablate --json result.json\n"
@@ -61,10 +57,9 @@ def _evaluate() -> None:
     others = {"--ranks": args.ranks, "--top-k": args.top_k, "--json": args.json, "--ablate": args.ablate}
     if args.submission and (useless := [option for option, value in others.items() if value]):
         raise InputError(f"--submission writes only what the evaluation server takes: leave out {useless[0]}")
-    _check_output("--json", args.json)
-    for option, path in (("--ranks", args.ranks), ("--top-k", args.top_k)):
-        _check_output(option, path)
-        if path and path.suffix not in (".parquet", ".jsonl"):
+    for option, path in (("--json", args.json), ("--ranks", args.ranks), ("--top-k", args.top_k)):
+        check_output(option, path)
+        if option != "--json" and path and path.suffix not in (".parquet", ".jsonl"):
             raise InputError(f"{option} {path}: one row per query is written as .parquet or .jsonl")
     if args.combine:
         _combine(args.combine, args.json)
@@ -72,7 +67,10 @@ def _evaluate() -> None:
         _evaluate_run(args)
 
 
-def _check_output(option: str, output: str | Path | None) -> None:
+evaluate_command = partial(run_command, _evaluate)
+
+
+def check_output(option: str, output: str | Path | None) -> None:
     """Raises ``InputError`` before any work if a file cannot be written there."""
     path = Path(output or "-")
     if str(path) == "-":
@@ -122,24 +120,21 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         return
     if args.submission:
         print(model)
-        rankings = result.rankings
         names = [query.name for query in benchmark.queries]
-        lists = [dict(zip(names, rankings[over].top, strict=True)) for over in ("gallery", "subset")]
+        lists = [dict(zip(names, result.rankings[over].top, strict=True)) for over in ("gallery", "subset")]
         for path in dataset.write_submission(args.submission, *lists):
             print(dataset.check_submission(path))
         return
-    lines = [model, *dataset.notes(), *skip_notes(dataset), metrics_table(result)]
-    print("\n".join(lines), file=_shown(args.json))
+    print(model, *dataset.notes(), *skip_notes(dataset), metrics_table(result), sep="\n", file=report_stream(args.json))
     for path, column in ((args.ranks, "ranks"), (args.top_k, "top")):
         if path:
             result.write_rows(path, column)
     values = result.as_json()
     about = {"protocol": values.pop("protocol"), "run": str(run) if run else None, **values, "git": git_commit()}
-    _write_json(args.json, about)
+    write_json(args.json, about)
 
 
 def _combine(paths: list[Path], output: str | None) -> None:
-    """Mean and standard deviation of results of one protocol."""
     from spn4cir.results import combine
 
     results = [read_json(path) for path in paths]
@@ -150,18 +145,18 @@ def _combine(paths: list[Path], output: str | None) -> None:
     found = combine(results)
     lines = [f"protocol {results[0]['protocol']}, {len(results)} results, mean ± standard deviation"]
     lines += [f"{name:<12}{mean:8.2f} ± {deviation:.2f}" for name, (mean, deviation) in found.items()]
-    print("\n".join(lines), file=_shown(output))
+    print("\n".join(lines), file=report_stream(output))
     summary = {name: {"mean": mean, "deviation": deviation} for name, (mean, deviation) in found.items()}
     about = {"protocol": results[0]["protocol"], "data": results[0]["data"], "results": len(results)}
-    _write_json(output, {**about, "metrics": summary})
+    write_json(output, {**about, "metrics": summary})
 
 
-def _shown(output: str | None) -> TextIO:
-    """Where a person reads: standard error, where ``--json -`` takes standard output."""
+def report_stream(output: str | None) -> TextIO:
+    """The stream for what a person reads: standard error if ``--json -`` writes to standard output."""
     return sys.stderr if output == "-" else sys.stdout
 
 
-def _write_json(output: str | None, value: Any) -> None:
+def write_json(output: str | None, value: Any) -> None:
     """Write JSON where ``--json`` says: a file, standard output, or nowhere."""
     text = json.dumps(value, indent=1) + "\n"
     if output == "-":
@@ -183,13 +178,8 @@ def _check_submission(folder: Path, benchmark: Any) -> None:
         raise InputError(f"--submission {folder} cannot be made: {there} is no folder, or not writable")
 
 
-def data_command() -> None:
-    """``spn4cir-data``: check a dataset, find equal images, validate a submission."""
-    run_command(_data)
-
-
 def _data() -> None:
-    parser = _Parser(
+    parser = Parser(
         "spn4cir-data",
         "Look after a dataset's files.",
         "examples:\n  spn4cir-data check --dataset cirr\n"
@@ -197,7 +187,7 @@ def _data() -> None:
         "  spn4cir-data deduplicate --dataset fashioniq\n"
         "  spn4cir-data validate-submission submission/recall_submission.json",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     check = commands.add_parser("check", help="what is there, what is broken, and whether training can run")
     check.add_argument("--json", metavar="FILE", help="write the whole report as JSON; - for standard output")
     check.add_argument("--write-skip-list", action="store_true", help="leave missing and broken images out from now on")
@@ -218,8 +208,11 @@ def _data() -> None:
     args.run(args)
 
 
+data_command = partial(run_command, _data)
+
+
 def _check(args: argparse.Namespace) -> None:
-    _check_output("--json", args.json)
+    check_output("--json", args.json)
     from spn4cir.dataset_check import examine, skip_list, table
     from spn4cir.datasets import load_dataset
     from spn4cir.datasets.skip import NAME, read_skip_list, write_skip_list
@@ -228,16 +221,16 @@ def _check(args: argparse.Namespace) -> None:
     if args.write_skip_list:
         if dataset.root is None:
             raise InputError(f"{dataset.name} is embedded: it needs no skip list")
-        _check_output("--write-skip-list", dataset.root / NAME)
+        check_output("--write-skip-list", dataset.root / NAME)
     report = examine(dataset, _pixel_cache(dataset.name), args.workers)
-    shown = _shown(args.json)
+    shown = report_stream(args.json)
     if args.write_skip_list and dataset.root:
         reasons = skip_list(report, read_skip_list(dataset.root))
         path = write_skip_list(dataset.root, reasons)
         report = examine(load_dataset(args.dataset, args.data_root), before=report)
         print(f"{path}: {len(reasons)} images to leave out\n", file=shown)
     print(table(report), file=shown)
-    _write_json(args.json, report.as_json())
+    write_json(args.json, report.as_json())
     if not report.can_train:
         raise SystemExit(1)
 
@@ -250,7 +243,7 @@ def _deduplicate(args: argparse.Namespace) -> None:
     out = args.output or (dataset.root / PUBLISHED_CLASSES if dataset.root else None)
     if out is None:
         raise InputError(f"{dataset.name} is embedded: give --output FILE")
-    _check_output("--output", out)
+    check_output("--output", out)
     dataset.read_triplets()  # raises what is wrong with them, where a list of roles only leaves them out
     named = [image_id for image_id in dataset.image_roles()[0].image_ids if image_id not in dataset.skip_reasons]
     if not named:
@@ -285,13 +278,8 @@ def _pixel_cache(name: str) -> Path:
     return runs_root() / "pixels" / f"{name}.jsonl"
 
 
-def import_command() -> None:
-    """``spn4cir-import``: convert published weights into a folder that all commands read."""
-    run_command(_import)
-
-
 def _import() -> None:
-    parser = _Parser(
+    parser = Parser(
         "spn4cir-import",
         "Convert published weights into a folder for --run and --init. Prints what became of every name in the file; "
         "anything unexplained is an error, and nothing that a file holds is run.",
@@ -315,3 +303,6 @@ def _import() -> None:
     import_published(args.file, args.output, args.backbone, stated, args.base)
     print(f"written to {args.output}\nnext: spn4cir-eval --run {args.output}")
     print(f"      spn4cir-train --stage 2 --dataset DATASET --init {args.output}")
+
+
+import_command = partial(run_command, _import)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from spn4cir.types import Composed, ImageFeatures
 
+T = TypeVar("T")
 
-def gradient_cached(function: Callable[..., Any], size: int | None, *rows: Tensor) -> Any:
+
+def gradient_cached(function: Callable[..., T], size: int | None, *rows: Tensor) -> T:
     """What a function gives for all rows, computed some rows at a time, and once more where a gradient asks for it.
 
     Nothing that happens inside is kept: gradients are exact, and memory is that of one chunk. They meet in one backward
@@ -21,14 +23,13 @@ def gradient_cached(function: Callable[..., Any], size: int | None, *rows: Tenso
     Args:
         function: of tensors whose first dimension is the same; returns a tensor, ``ImageFeatures`` or ``Composed``.
         size: rows at a time; None for all at once, and nothing computed twice.
-        rows: the tensors.
 
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
     """
     if size is None or size >= len(rows[0]):
         return function(*rows)
     parts = zip(*(torch.split(part, size) for part in rows), strict=True)
-    return _joined([checkpoint(function, *part, use_reentrant=False) for part in parts])
+    return cast(T, _joined([checkpoint(function, *part, use_reentrant=False) for part in parts]))
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -41,17 +42,13 @@ def _joined(parts: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return {name: _joined([part[name] for part in parts]) for name in first}
     if isinstance(first, Composed):
-        names = [field.name for field in fields(Composed)]
-        return Composed(*(_joined([getattr(part, name) for part in parts]) for name in names))
+        return Composed(*(_joined([getattr(part, field.name) for part in parts]) for field in fields(Composed)))
     columns = [_joined(column) for column in zip(*parts, strict=True)]
     return ImageFeatures(*columns) if isinstance(first, ImageFeatures) else tuple(columns)
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The modules of one kind that follow each other in a list or a sequence, the outermost of nested ones.
-
-    They are the layers of a transformer and the residual blocks of a ResNet, where time and memory go.
-    """
+    """Layers of a transformer, blocks of a ResNet: modules of one kind in a list or sequence, the outermost ones."""
     found: list[nn.Module] = []
     for holder in module.modules():
         blocks = list(holder.children()) if isinstance(holder, nn.ModuleList | nn.Sequential) else []
@@ -71,11 +68,8 @@ def checkpoint_blocks(module: nn.Module) -> int:
 
 
 def compile_blocks(module: nn.Module) -> int:
-    """Let torch make kernels for the blocks of a model that train; returns how many there are.
-
-    Blocks of one kind share their kernels, which hold for any number of rows. What is frozen is left as it is: the
-    bank was made with it, to the bit.
-    """
+    """Let torch make kernels, for any number of rows, for the blocks that train; returns how many there are."""
+    # what is frozen is left as it is: the bank was made with it, to the bit
     blocks = [block for block in blocks_of(module) if any(p.requires_grad for p in block.parameters())]
     for block in blocks:
         block.compile(dynamic=True)

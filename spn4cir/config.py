@@ -213,12 +213,12 @@ class TrainConfig:
 
 
 def recipes_folder() -> Path:
-    """Return the folder of the recipes in the installed package."""
+    """The folder of the recipes in the installed package."""
     return Path(__file__).parent / "recipes"
 
 
 def training_command(stage: int) -> str:
-    """Return the command that trains a stage: the script of a checkout in the working folder, or the package's own."""
+    """The command that trains a stage: the script of a checkout in the working folder, or the package's own."""
     script = f"recipes/stage{stage}.py"
     return f"accelerate launch {script}" if Path(script).is_file() else f"spn4cir-train --stage {stage}"
 
@@ -226,14 +226,10 @@ def training_command(stage: int) -> str:
 def parse(kind: type[T], default: Path, argv: Sequence[str] | None = None, text: str = "") -> T:
     """Settings from ``--config FILE`` (``default`` if not given) and then from options, in whatever order they stand.
 
-    Args:
-        kind: a dataclass.
-        default: YAML file.
-        argv: without the program's name; the command line's own if None.
-        text: for ``--help``: a sentence, a blank line, examples.
+    They fill a dataclass. ``argv`` lacks the program's name and is the command line's own for None; ``text`` is for
+    ``--help``: a sentence, a blank line, examples.
 
-    Raises:
-        InputError: naming the file and the key for an unknown key, or the option for a wrong value.
+    Raises ``InputError`` naming the file and the key for an unknown key, or the option for a wrong value.
     """
     from jsonargparse import ArgumentParser
 
@@ -278,8 +274,7 @@ def _spell(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     option, equals, value = argument[2:].partition("=")
-    head, dot, tail = option.partition(".")
-    option = head.replace("-", "_") + dot + tail.replace("-", "_")
+    option = option.replace("-", "_")
     if option in RENAMED:
         raise InputError(f"option --{option} is now called --{RENAMED[option]}")
     return f"--{option}{equals}{value}"
@@ -293,8 +288,7 @@ def find_config(name: str) -> Path:
 
 def short_name(path: Path) -> str:
     """The path of a packaged recipe as ``find_config`` takes it, recipes/…; any other path as it stands."""
-    inside = path.is_relative_to(recipes_folder())
-    return str(path.relative_to(recipes_folder().parent) if inside else path)
+    return str(path.relative_to(recipes_folder().parent) if path.is_relative_to(recipes_folder()) else path)
 
 
 def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:

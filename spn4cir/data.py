@@ -27,7 +27,6 @@ class TrainingData:
     """What a run trains on and is selected on.
 
     Args:
-        dataset: with all images that training may use.
         triplets: annotated ones, then generated ones.
         selection: the benchmark that selects the best state.
         reported: the benchmark whose metrics the run reports; the same unless a hold-out split selects.
@@ -49,21 +48,14 @@ class TrainingData:
         """Row numbers of annotated and of generated triplets; arrays for a table of triplets."""
         if isinstance(self.triplets, TripletTable):
             return self.triplets.split_rows()
-        return (
-            [n for n, t in enumerate(self.triplets) if not t.generated],
-            [n for n, t in enumerate(self.triplets) if t.generated],
-        )
+        generated = [triplet.generated for triplet in self.triplets]
+        return [n for n, made in enumerate(generated) if not made], [n for n, made in enumerate(generated) if made]
 
 
 def load_data(config: TrainConfig, say: Say) -> TrainingData:
-    """Load what a configuration names.
+    """Load what a configuration names; takes out of its ``select_by`` what the selecting benchmark lacks.
 
-    Args:
-        config: of the run; metrics of ``select_by`` that the selecting benchmark lacks are taken out of it.
-        say: prints a line.
-
-    Raises:
-        InputError: if files are missing or damaged, or there is no triplet to train on.
+    Raises ``InputError`` if files are missing or damaged, or there is no triplet to train on.
     """
     dataset = load_dataset(config.dataset, config.data_root)
     has_benchmark = bool(dataset.protocols) or config.selection == "val"  # a catalogue may come without any query
@@ -81,10 +73,7 @@ def load_triplets(
     """The dataset, with images that only generated triplets name; the triplets; and the benchmark that selects.
 
     Triplets are the annotated ones, up to the limit, then the generated ones. Annotated triplets are held out where
-    there are any.
-
-    Raises:
-        InputError: if there are no triplets, or the benchmark lacks a metric to select by.
+    there are any. Raises ``InputError`` if there are no triplets, or the benchmark lacks a metric to select by.
     """
     for note in (*dataset.notes(), *skip_notes(dataset)):
         say(note)
@@ -132,46 +121,31 @@ def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Seq
     is_held = np.isfinite(drawn) & ((drawn < config.holdout) | (drawn == drawn.min()))
     held, rest = np.flatnonzero(is_held), np.flatnonzero(~is_held)
     if not 0 < len(held) < len(triplets):
-        raise InputError(
-            f"selection: holdout holds out {len(held)} of {len(triplets)} {'generated' if made else 'annotated'} "
-            f"triplets: nothing is left to select on, or to train on; holdout is {config.holdout}"
-        )
+        what = f"holdout holds out {len(held)} of {len(triplets)} {'generated' if made else 'annotated'} triplets"
+        why = f"nothing is left to select on, or to train on; holdout is {config.holdout}"
+        raise InputError(f"selection: {what}: {why}")
     own = [triplets[int(n)] for n in held]
-    benchmark = Benchmark(
-        name=f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}",
-        gallery=tuple(dict.fromkeys(i for t in (triplets if made else own) for i in _query_images(t))),
-        queries=tuple(Query(t.reference, t.texts[0] if t.texts else None, t.targets) for t in own),
-        exclude_reference=True,
-        measures=recall_measures(1, 5, 10, 50, primary=(10, 50)),
-        is_holdout=True,
-    )
+    named = (i for t in (triplets if made else own) for i in (t.reference, *t.targets) if i is not None)
+    gallery = tuple(dict.fromkeys(named))
+    queries = tuple(Query(t.reference, t.texts[0] if t.texts else None, t.targets) for t in own)
+    name = f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}"
+    measures = recall_measures(1, 5, 10, 50, primary=(10, 50))
+    benchmark = Benchmark(name, gallery, queries, exclude_reference=True, measures=measures, is_holdout=True)
     return triplets.take(rest) if isinstance(triplets, TripletTable) else [triplets[int(n)] for n in rest], benchmark
 
 
 def _draws(triplets: Sequence[Triplet], by_target: bool) -> Numbers:
     """What ``TripletTable.draws`` gives, of a list."""
-    words = (f"holdout/{t.targets[0] if by_target else _words(t)}" for t in triplets)
+    words = (t.targets[0] if by_target else f"{t.reference}/{'/'.join(t.targets)}/{t.texts}" for t in triplets)
     same = np.array([(t.reference,) == t.targets for t in triplets])  # which would not be ranked
-    return np.where(same, np.inf, [random.Random(word).random() for word in words])
-
-
-def _query_images(triplet: Triplet) -> tuple[str, ...]:
-    """The reference and the targets of a triplet."""
-    return (*((triplet.reference,) if triplet.reference is not None else ()), *triplet.targets)
-
-
-def _words(triplet: Triplet) -> str:
-    """Reference, targets and texts: what an annotated triplet is known by."""
-    return f"{triplet.reference}/{'/'.join(triplet.targets)}/{triplet.texts}"
+    return np.where(same, np.inf, [random.Random(f"holdout/{word}").random() for word in words])
 
 
 def hash_pixels(dataset: Dataset, image_ids: Iterable[str], say: Say, show: bool = True) -> dict[str, str]:
     """Image id → hash of its pixels, equal for equal ones; or for those that ``optimized_images.json`` says are equal.
 
     Each image is decoded, unless it was before and has not changed since: a broken one is found before training.
-
-    Raises:
-        InputError: naming the first image that is missing or broken, and how to leave such images out.
+    Raises ``InputError`` that names the first one that is missing or broken, and how to leave such images out.
     """
     images = {image_id: dataset.image(image_id) for image_id in image_ids}
     found = inspect_images(images, checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl", show=show)

@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
 from spn4cir.errors import InputError
 from spn4cir.triplets import TripletTable
 from spn4cir.types import Benchmark, ImageRef, Triplet
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Level: TypeAlias = Literal["fact", "note", "problem"]
 
@@ -58,8 +61,7 @@ class Dataset(ABC):
         root: folder of the files, if they have one.
         has_triplets: whether training triplets come with the files.
         skip_reasons: image ids that the skip list leaves out, each with the reason.
-        extra_images: further images that training may use, by id.
-        extra_check: command that checks the extra images, if there is one.
+        extra_images: further images that training may use, by id; ``extra_check`` is the command that checks them.
     """
 
     name: ClassVar[str]
@@ -96,20 +98,15 @@ class Dataset(ABC):
 
     def triplets(self) -> Sequence[Triplet]:
         """Annotated training triplets without those that name a skipped image, in file order."""
-        triplets = self.read_triplets()
-        if isinstance(triplets, TripletTable):
-            return triplets.without_images(self.skip_reasons) if self.skip_reasons else triplets
-        return [t for t in triplets if not self.skip_reasons.keys() & t.image_ids] if self.skip_reasons else triplets
+        triplets, skipped = self.read_triplets(), self.skip_reasons
+        if isinstance(triplets, TripletTable) and skipped:
+            return triplets.without_images(skipped)
+        return [t for t in triplets if not skipped.keys() & t.image_ids] if skipped else triplets
 
     def benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """A protocol of a split without skipped images; its id ends in ``+skip`` if there are any.
-
-        Raises:
-            InputError: for an unknown split or protocol.
-        """
-        return without_images(
-            self.read_benchmark(split, protocol and protocol.removesuffix("+skip")), self.skip_reasons
-        )
+        """A protocol of a split, without skipped images then called ``NAME+skip``. Raises ``InputError`` if unknown."""
+        whole = self.read_benchmark(split, protocol and protocol.removesuffix("+skip"))
+        return without_images(whole, self.skip_reasons)
 
     def label(self, image_id: str) -> str:
         """What to show a person for an image."""
@@ -123,9 +120,9 @@ class Dataset(ABC):
         """The caption that came with an image; else empty."""
         return ""
 
-    def columns(self, image_ids: Sequence[str]) -> Mapping[str, Any]:
-        """Further columns that the files have about images, each an Arrow array in the order of the ids."""
-        return {}
+    def other_columns(self) -> Sequence[pyarrow.Table]:
+        """Tables that say more of the listed training images, one row each and in that order, below each other."""
+        return ()
 
     def check_command(self, image_id: str) -> str:
         """The command that lists all broken images like this one."""
@@ -142,17 +139,14 @@ class Dataset(ABC):
 
     def checks(self) -> list[Check]:
         """Counts of the annotations beside the published ones, and their faults; raises nothing."""
-        return [
-            Check("training triplets", len(self.read_triplets())),
-            Check("training images", len(self.list_training_images())),
-        ]
+        counts = {"training triplets": self.read_triplets(), "training images": self.list_training_images()}
+        return [Check(what, len(found)) for what, found in counts.items()]
 
     def image_roles(self) -> list[ImageRole]:
         """All images by what they are for, skipped ones included; an image may have several roles."""
-        galleries = [
-            ImageRole(f"{split} gallery", list(self.read_benchmark(split).image_ids), True) for split in self.protocols
-        ]
-        return [ImageRole("of training", self.list_training_images(), True), *galleries]
+        galleries = {f"{split} gallery": list(self.read_benchmark(split).image_ids) for split in self.protocols}
+        images = {"of training": self.list_training_images(), **galleries}
+        return [ImageRole(name, ids, True) for name, ids in images.items()]
 
     def triplet_entry(self, triplet: Triplet, place: Callable[[str], str] = str) -> dict[str, object]:
         """A generated triplet in the published JSON shape; ``place`` gives the path of an image's picture."""
@@ -195,10 +189,5 @@ def without_images(benchmark: Benchmark, skipped: Collection[str]) -> Benchmark:
             if id(query.candidates) not in kept_candidates:  # one tuple may serve thousands of queries
                 kept_candidates[id(query.candidates)] = keep(query.candidates)
             queries.append(replace(query, targets=targets, candidates=kept_candidates[id(query.candidates)]))
-    return replace(
-        benchmark,
-        name=f"{benchmark.name}+skip",
-        gallery=keep(benchmark.gallery),
-        queries=tuple(queries),
-        skipped=len(lost),
-    )
+    name, gallery = f"{benchmark.name}+skip", keep(benchmark.gallery)
+    return replace(benchmark, name=name, gallery=gallery, queries=tuple(queries), skipped=len(lost))

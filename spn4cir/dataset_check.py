@@ -44,11 +44,7 @@ def examine(
 ) -> Report:
     """Look at annotations and at every image, each decoded once; images on the skip list count as left out.
 
-    Args:
-        dataset: any.
-        cache: file of pixels seen before, see ``inspect_images``.
-        workers: how many images are decoded at once.
-        before: a report on the same images, to look at none again.
+    ``cache`` and ``workers`` are those of ``inspect_images``; a report ``before`` on the same images saves a look.
     """
     report = Report(dataset.name, str(dataset.root or "embedded"), dataset.checks())
     roles = dataset.image_roles()
@@ -85,14 +81,13 @@ def _usable(dataset: Dataset) -> list[Check]:
             faults.append(Check(f"queries of {name} that are left", len(benchmark.queries), None, level, examples))
     if triplets is not None and not triplets:
         level = "problem" if dataset.has_triplets else "fact"
-        faults.append(Check("triplets that are left to train on", 0, None, level))
+        faults.append(Check("triplets that are left to train on", 0, level=level))
     return faults
 
 
 def _of_role(
     role: ImageRole, found: Mapping[str, Inspected], images: Mapping[str, ImageRef], skipped: Collection[str]
 ) -> list[Check]:
-    """How many images of a role are sound, and of each problem how many are not."""
     broken = {i: found[i].problem for i in role.image_ids if found[i].problem}
     checks = [Check(f"{role.name}: images that decode", len(role.image_ids) - len(broken), len(role.image_ids))]
     for problem in PROBLEMS:
@@ -125,10 +120,9 @@ def _equal(
             checks.append(Check.listed(f"{role.name}: copies of images {roles[0].name}", leak))
     path = dataset.root / PUBLISHED_CLASSES if dataset.root else None
     if path and path.is_file():
-        try:
-            listed = read_optimized(path)
-        except InputError as error:
-            return several, [*checks, Check(PUBLISHED_CLASSES, 0, None, "problem", (str(error),))]
+        listed = attempt(checks, PUBLISHED_CLASSES, True, partial(read_optimized, path))
+        if listed is None:
+            return several, checks
         wrong = [i for i, first in listed.items() if hashes.get(i) != hashes.get(first)]
         apart = [i for i, first in canonical.items() if {i, first} <= listed.keys() and listed[i] != listed[first]]
         what = f"{PUBLISHED_CLASSES}: images whose class disagrees with their pixels"
@@ -139,8 +133,7 @@ def _equal(
 def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
     """What to leave out, given the list so far: image id → reason. Raises ``InputError`` if that would be everything.
 
-    Images that a report had listed and that are mended come back; those with another reason stay, as a person left
-    them out.
+    Images that were broken and decode now come back; those with another reason stay, as a person left them out.
     """
     if len(report.broken) == len(report.found):
         raise InputError(f"{report.dataset}: no picture in {report.root} decodes: a skip list would leave nothing")

@@ -14,12 +14,7 @@ PATIENCE = timedelta(days=30)  # a process that is done early may wait for hours
 
 
 class Processes:
-    """The processes of ``torchrun`` or ``accelerate launch``; one, without either.
-
-    Attributes:
-        index: of this process, from 0.
-        count: of all.
-    """
+    """The ``count`` processes of ``torchrun`` or ``accelerate launch`` (without either one), this one's ``index``."""
 
     def __init__(self) -> None:
         self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -103,21 +98,12 @@ def gather_with_gradient(local: "Tensor") -> "Tensor":
     rows, first = all_gather_rows(local), process_rank() * len(local)
     gathered: Any = torch.cat([rows[:first], local, rows[first + len(local) :]])  # Any, as its hooks have no types
     if gathered.requires_grad:
-        gathered.register_hook(all_reduce_sum)
+        gathered.register_hook(all_reduce)
     return gathered  # type: ignore[no-any-return]
 
 
-def all_reduce_sum(local: "Tensor") -> "Tensor":
-    """The sum over all processes, without a gradient; ``local`` if alone."""
-    return _all_reduce(local, "SUM")
-
-
-def all_reduce_max(local: "Tensor") -> "Tensor":
-    """The maximum over all processes, without a gradient; ``local`` if alone."""
-    return _all_reduce(local, "MAX")
-
-
-def _all_reduce(local: "Tensor", operation: str) -> "Tensor":
+def all_reduce(local: "Tensor", operation: str = "SUM") -> "Tensor":
+    """The sum over all processes, or the ``MAX``, without a gradient; ``local`` if alone."""
     import torch
 
     if world_size() == 1:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from dataclasses import asdict
+from itertools import compress
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from spn4cir.backbone import Backbone
 from spn4cir.bank import Bank
-from spn4cir.distributed import all_reduce_sum, process_rank, world_size
+from spn4cir.distributed import all_reduce, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
 from spn4cir.measures import Ranks
@@ -24,8 +25,7 @@ T = TypeVar("T")
 COMPOSED, IMAGE_ONLY, TEXT_ONLY = "composed", "image only", "text only"
 
 
-@dataclass
-class EncodedBenchmark:
+class EncodedBenchmark(NamedTuple):
     """A benchmark as embeddings: ``target`` (G, K, E) of its gallery, and queries (Q, E) by how they were made."""
 
     target: Tensor
@@ -44,18 +44,13 @@ def encode_benchmark(
     """Encode each item of a benchmark once, and compose its queries while their references are in memory.
 
     Reference features are large, so at most ``batch_size`` images have theirs in memory. Of several processes each
-    encodes every n-th batch, and all return the same.
+    encodes every n-th batch, and all return the same. Arguments are those of ``evaluate``, but for two.
 
     Args:
-        backbone: any; its mode is left as it is, so call ``eval`` first.
-        benchmark: its gallery and queries.
-        images: pixels by image id.
-        bank: of all images of the gallery, by a model whose image side has not moved since; None encodes them.
-        batch_size: images encoded, and queries composed, at once.
+        backbone: its mode is left as it is, so call ``eval`` first.
         modes: ``composed``; ``text only`` and ``image only`` leave out the other part of each query that has both.
 
-    Raises:
-        InputError: if the gallery holds texts and the backbone cannot embed them, or an embedding is not finite.
+    Raises ``InputError`` if the gallery holds texts and the backbone cannot embed them, or an embedding is not finite.
     """
     device = next(backbone.parameters()).device
     row = {item: n for n, item in enumerate(benchmark.gallery)}
@@ -90,9 +85,8 @@ def encode_benchmark(
             rows.put(part, _compose(backbone, benchmark, part, None, mode))
     encoded = EncodedBenchmark(targets.joined(), {mode: rows.joined() for mode, rows in queries.items()})
     if not all(bool(vectors.isfinite().all()) for vectors in (encoded.target, *encoded.queries.values())):
-        raise InputError(
-            f"{backbone.name}: embeddings of {benchmark.name} are not finite: lower lr, or check the weights"
-        )
+        what = f"embeddings of {benchmark.name} are not finite"
+        raise InputError(f"{backbone.name}: {what}: lower lr, or check the weights")
     return encoded
 
 
@@ -117,13 +111,11 @@ class _Rows:
         """The rows of all processes."""
         if world_size() == 1:
             return self.values
-        shape = torch.zeros(world_size(), 3, dtype=torch.long, device=self.device)  # a process may have had no batch
-        if len(self.values):
-            shape[process_rank()] = torch.tensor([*self.values.shape[1:], 0, 0][:3])
-        shape = all_reduce_sum(shape).amax(0)
-        if not len(self.values):
+        shape = torch.tensor([*self.values.shape[1:], 0, 0, 0][:3], dtype=torch.long, device=self.device)
+        shape = all_reduce(shape, "MAX")
+        if not len(self.values):  # this process had no batch
             self.values = torch.zeros(self.count, *(n for n in shape.tolist() if n), device=self.device)
-        return all_reduce_sum(self.values)
+        return all_reduce(self.values)
 
 
 def _features(
@@ -147,8 +139,7 @@ def _compose(
 ) -> Tensor:
     """Query vectors (B, E) of these queries, all of which have a reference, or none.
 
-    A query that lacks the part that a mode keeps gets zeros: all items score the same, so it is right as often as
-    chance.
+    A query that lacks the part that a mode keeps gets zeros: all items score the same, by chance the right one first.
     """
     texts = [benchmark.queries[number].text for number in numbers]
     device = next(backbone.parameters()).device
@@ -171,102 +162,81 @@ def padded_rows(lists: Sequence[Sequence[str]], row: dict[str, int]) -> Tensor:
     return torch.tensor(padded, dtype=torch.long).view(len(lists), width)
 
 
-@dataclass
-class _Ranked:
+class _Ranked(NamedTuple):
     """Queries that share a gallery: their numbers, and rows of it that rankings are about; padded with -1."""
 
     over: tuple[str, ...]
-    ids: Sequence[str]
     numbers: list[int]
+    vectors: Tensor  # (g, K, E)
+    rows: Tensor  # (g,) in the benchmark's gallery
     targets: Tensor
     excluded: Tensor | None
     subset: Tensor | None
 
 
-def _rankings(benchmark: Benchmark) -> Iterator[_Ranked]:
+def _rankings(benchmark: Benchmark, target: Tensor) -> Iterator[_Ranked]:
     """What is ranked: the gallery with the subset, and each tuple of candidates with the queries that have it."""
     wanted = {measure.over for measure in benchmark.measures}
-    plans: list[tuple[tuple[str, ...], Sequence[str], list[int]]] = []
+    place = {item: n for n, item in enumerate(benchmark.gallery)}
+    plans: list[tuple[tuple[str, ...], Sequence[str], Sequence[int]]] = []
     if wanted & {"gallery", "subset"}:
         over: tuple[str, ...] = ("gallery", "subset") if "subset" in wanted else ("gallery",)
-        plans.append((over, benchmark.gallery, list(range(len(benchmark.queries)))))
+        plans.append((over, benchmark.gallery, range(len(benchmark.queries))))
     if "candidates" in wanted:
         by_candidates: dict[int, list[int]] = {}
         for number, query in enumerate(benchmark.queries):
             by_candidates.setdefault(id(query.candidates), []).append(number)
         plans += [(("candidates",), benchmark.queries[n[0]].candidates, n) for n in by_candidates.values()]
-    share = set(range(process_rank(), len(benchmark.queries), world_size()))
     for over, ids, numbers in plans:
-        own = [number for number in numbers if number in share]
-        if own:
+        if own := [number for number in numbers if number % world_size() == process_rank()]:
             queries, row = [benchmark.queries[n] for n in own], {item: n for n, item in enumerate(ids)}
+            rows = torch.tensor([place[i] for i in ids], dtype=torch.long, device=target.device)
             references = [[q.reference] if q.reference is not None else [] for q in queries]
             yield _Ranked(
-                over, ids, own, padded_rows([q.targets for q in queries], row),
+                over, own, target if ids is benchmark.gallery else target[rows], rows,
+                padded_rows([q.targets for q in queries], row),
                 padded_rows(references, row) if benchmark.exclude_reference else None,
                 padded_rows([q.candidates for q in queries], row) if "subset" in over else None,
             )  # fmt: skip
 
 
 def rank_queries(benchmark: Benchmark, query: Tensor, target: Tensor) -> dict[str, Ranks]:
-    """Ranks (Q, P, 2) of every target of each query, by what is ranked: gallery, candidates, subset.
-
-    Args:
-        benchmark: what is ranked, and whether the reference stays.
-        query: (Q, E).
-        target: (G, K, E) of the gallery.
-    """
-    row = {item: n for n, item in enumerate(benchmark.gallery)}
+    """Ranks (Q, P, 2) of targets for queries (Q, E) and a gallery (G, K, E), by what is ranked, such as ``subset``."""
     most = max((len(q.targets) for q in benchmark.queries), default=0)
     empty = torch.zeros(len(benchmark.queries), most, 2, dtype=torch.long, device=query.device)
     found: dict[str, Tensor] = {measure.over: empty.clone() for measure in benchmark.measures}
-    for part in _rankings(benchmark):
-        vectors = target if part.ids is benchmark.gallery else target[[row[i] for i in part.ids]]  # (g, K, E)
-        ranks = rank_targets(query[part.numbers], vectors, part.targets, part.excluded, part.subset)
+    for part in _rankings(benchmark, target):
+        ranks = rank_targets(query[part.numbers], part.vectors, part.targets, part.excluded, part.subset)
         for over, ranked in zip(part.over, ranks, strict=False):
             if over in found and ranked is not None:
                 found[over][part.numbers, : ranked.shape[1]] = ranked
-    return {over: all_reduce_sum(ranks).cpu().numpy() for over, ranks in found.items()}
+    return {over: all_reduce(ranks).cpu().numpy() for over, ranks in found.items()}
 
 
 def first_items(
     benchmark: Benchmark, query: Tensor, target: Tensor, k: int
 ) -> dict[str, tuple[list[list[str]], list[list[float]]]]:
-    """Ids and scores of the first k items of each query, best first, by what is ranked.
-
-    Args:
-        benchmark: what is ranked, and whether the reference stays.
-        query: (Q, E).
-        target: (G, K, E) of the gallery.
-        k: number of items; of the subset, all.
-    """
-    row = {item: n for n, item in enumerate(benchmark.gallery)}
+    """Ids and scores of the first k items of each query, and all of its subset, best first, by what is ranked."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     wanted = {measure.over for measure in benchmark.measures}
     for over in sorted(wanted | ({"gallery"} if "subset" in wanted else set())):  # on all processes alike
         width = max(len(q.candidates) for q in benchmark.queries) if over == "subset" else k
         empty = torch.zeros(len(benchmark.queries), width, device=query.device)
         found[over] = empty, torch.zeros_like(empty, dtype=torch.long)
-
-    def note(over: str, part: _Ranked, values: tuple[Tensor, Tensor]) -> None:
-        scores, rows = values
-        rows = rows if part.ids is benchmark.gallery else torch.tensor([row[i] for i in part.ids]).to(rows)[rows]
-        found[over][0][part.numbers, : scores.shape[1]] = scores.float()
-        found[over][1][part.numbers, : rows.shape[1]] = rows.masked_fill(scores.isneginf(), -1) + 1  # 0 is padding
-
-    for part in _rankings(benchmark):
-        own, is_whole = query[part.numbers], part.ids is benchmark.gallery
-        vectors = target if is_whole else target[[row[i] for i in part.ids]]
-        note(part.over[0], part, top_k(own, vectors, k, part.excluded))
+    for part in _rankings(benchmark, target):
+        searches: list[tuple[str, int, Tensor | None]] = [(part.over[0], k, None)]
         if part.subset is not None and part.subset.shape[1]:
-            note("subset", part, top_k(own, vectors, part.subset.shape[1], part.excluded, part.subset))
+            searches.append(("subset", part.subset.shape[1], part.subset))
+        for over, count, members in searches:
+            scores, rows = top_k(query[part.numbers], part.vectors, count, part.excluded, members)
+            found[over][0][part.numbers, : scores.shape[1]] = scores.float()
+            rows = part.rows.to(rows)[rows].masked_fill(scores.isneginf(), -1)
+            found[over][1][part.numbers, : rows.shape[1]] = rows + 1  # 0 is padding
     named = {}
-    for over, (scores, rows) in found.items():
-        pairs = [
-            [(benchmark.gallery[n - 1], score) for n, score in zip(ns, values, strict=True) if n]
-            for ns, values in zip(all_reduce_sum(rows).tolist(), all_reduce_sum(scores).tolist(), strict=True)
-        ]
-        named[over] = [[i for i, _ in own] for own in pairs], [[score for _, score in own] for own in pairs]
+    for over, (held, places) in found.items():
+        numbers, values = all_reduce(places).tolist(), all_reduce(held).tolist()
+        ids = [[benchmark.gallery[n - 1] for n in row if n] for row in numbers]
+        named[over] = ids, [list(compress(*pair)) for pair in zip(values, numbers, strict=True)]
     return named
 
 
@@ -304,8 +274,7 @@ def evaluate(
         batch_size: images encoded at once.
         top: number of first items to keep of each query.
 
-    Raises:
-        InputError: if there is no query, or its targets are not public and no first items are asked for.
+    Raises ``InputError`` if there is no query, or its targets are not public and no first items are asked for.
     """
     if not benchmark.queries:
         raise InputError(f"{benchmark.name} has no query")
@@ -315,13 +284,13 @@ def evaluate(
         raise InputError(f"{benchmark.name}: its targets are not public, so there is no recall to compute")
     was_training = backbone.training
     backbone.eval()
-    modes = (COMPOSED, IMAGE_ONLY, TEXT_ONLY) if ablate else (COMPOSED,)
+    modes = (IMAGE_ONLY, TEXT_ONLY, COMPOSED) if ablate else (COMPOSED,)
     found = encode_benchmark(backbone, benchmark, images, bank, batch_size, modes)
     backbone.train(was_training)
     ranks: dict[str, Ranks] = {}
     results: dict[str, tuple[dict[str, float], dict[str, dict[str, float]]]] = dict.fromkeys(modes, ({}, {}))
     if benchmark.has_known_targets:
-        for mode in (*modes[1:], COMPOSED):
+        for mode in modes:
             ranks = rank_queries(benchmark, found.queries[mode], found.target)
             results[mode] = compute_metrics(benchmark, ranks)
     lists = first_items(benchmark, found.queries[COMPOSED], found.target, top) if top else {}
@@ -330,7 +299,7 @@ def evaluate(
         protocol=benchmark.name,
         metrics=results[COMPOSED][0],
         tags=results[COMPOSED][1],
-        ablation={mode: results[mode][0] for mode in (*modes[1:], COMPOSED)} if ablate else {},
+        ablation={mode: results[mode][0] for mode in modes} if ablate else {},
         count=len(benchmark.queries),
         data=benchmark_fingerprint(benchmark),
         is_holdout=benchmark.is_holdout,

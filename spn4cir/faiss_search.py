@@ -40,12 +40,9 @@ class Neighbours:
         gallery: (G, K, E), kept; in half precision it stays so, but not in the index.
         index: which.
         effort: clusters that ``ivf`` looks into, or vectors that ``hnsw`` keeps in sight; more is slower, misses less.
-
         saved: file of ``save`` to read the index from, ``ivf`` or ``hnsw`` alone; None builds it.
 
-    Raises:
-        InputError: if faiss is not installed, or the file is missing, damaged or of another gallery.
-        ValueError: if a vector is not finite.
+    Raises ``InputError`` if faiss or the saved file is missing, ``ValueError`` if a vector is not finite.
     """
 
     def __init__(self, gallery: Tensor, index: Kind = "exact", effort: int = 64, saved: Path | None = None):
@@ -89,6 +86,18 @@ class Neighbours:
         for _, block in blocks(self.gallery, torch.empty(0)):
             index.add(_array(block.flatten(0, 1)))
         return index
+
+    def candidates(self, query: Tensor, count: int) -> tuple[np.ndarray[Any, Any], float]:
+        """Rows of about ``count`` images nearest to one query (E,), unordered, and the lowest product found.
+
+        That is minus infinity where the index has no more.
+        """
+        assert self._index is not None
+        wanted = min(count * self.gallery.shape[1], self._index.ntotal)
+        products, found = self._index.search(_array(query[None]), wanted)
+        found = found[0, found[0] >= 0]
+        is_all = len(found) < wanted or wanted == self._index.ntotal
+        return np.unique(found // self.gallery.shape[1]), -math.inf if is_all else float(products[0, -1])
 
     def save(self, path: Path) -> None:
         """Write the index, vectors included."""

@@ -49,14 +49,8 @@ def hash_files(*paths: Path, prefix: bytes = b"") -> str:
 def locked(path: Path, busy: str = "") -> Iterator[None]:
     """Hold a lock file, which is removed on exit; the system releases the lock of a process that is killed.
 
-    Without effect on a system or a disk that has no such locks.
-
-    Args:
-        path: of the lock file.
-        busy: error message if another process holds it; empty to wait for that process.
-
-    Raises:
-        InputError: if another process holds the lock and ``busy`` is given, or the file cannot be written.
+    Without effect on a system or a disk that has no such locks. Where another process holds the lock, raises
+    ``InputError`` with the message ``busy``, or waits if that is empty.
     """
     try:
         import fcntl
@@ -116,13 +110,18 @@ def stream_jsonl(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return  # torn
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise InputError(f"{path}, line {number}: {error}") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: expected an object")
-            yield row
+            yield parse_row(path, number, line)
+
+
+def parse_row(path: Path, number: int, line: str | bytes) -> Row:
+    """Return the object in a line of a JSONL file. Raises ``InputError`` that names the line."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise InputError(f"{path}, line {number}: {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{path}, line {number}: expected an object, got {short(row)}")
+    return row
 
 
 def count_lines(path: Path) -> int:

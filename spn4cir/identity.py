@@ -10,10 +10,10 @@ import stat
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import PIL
 from PIL import Image
@@ -26,8 +26,7 @@ from spn4cir.images import StoredBytes, decode, pixel_hash
 from spn4cir.types import ImageRef
 
 Problem: TypeAlias = Literal["", "missing", "truncated", "unreadable"]
-Stamp: TypeAlias = tuple[int, int]
-"""Size in bytes and time of the last change in nanoseconds, by which a change of a file is noticed."""
+Stamp: TypeAlias = tuple[int, int]  # size in bytes and time of the last change in nanoseconds
 
 PUBLISHED_CLASSES = "optimized_images.json"
 BLOCK = 16  # images that a worker takes at once: small ones would otherwise cost more to hand out than to decode
@@ -49,20 +48,16 @@ def inspect_images(
 ) -> dict[str, Inspected]:
     """Decode every image once and hash its pixels; no broken image stops it.
 
-    A file is *truncated* if it begins as an image and its data ends early: it begins as PNG, JPEG, GIF or WebP and the
-    end mark is missing (of a WebP: it is shorter than it says), or the decoder ran out of data, as it also does where a
-    damaged length promises too much. Everything else that does not decode is *unreadable*, a file cut within its first
-    bytes included. A file that only lacks what follows its last pixel decodes, and is whole.
+    A file is *truncated* if it begins as PNG, JPEG, GIF or WebP and the end mark is missing (of a WebP: it is shorter
+    than it says), or the decoder ran out of data, as it also does where a damaged length promises too much. Everything
+    else that does not decode is *unreadable*, a file cut within its first bytes included. A file that only lacks what
+    follows its last pixel decodes, and is whole.
 
     Args:
         images: image id → where its pixels come from; ids may share one.
         cache: JSONL file of images that were decoded before; those whose size and time are the same are not opened
             again. Several processes may share it. Where it cannot be read or written, all goes on without it.
         workers: threads (decoders and hashes run outside the interpreter's lock); by default one for each core.
-        show: a progress bar.
-
-    Returns:
-        One entry for each id, in the order of ``images``.
     """
     sources = list(dict.fromkeys(images.values()))
     found: dict[ImageRef, Inspected] = {}
@@ -89,10 +84,7 @@ def read_optimized(path: Path) -> dict[str, str]:
     """Name → canonical name from an ``optimized_images.json``, in the order of the file; its paths are not opened.
 
     The file is a JSON array of three parts: canonical names, their paths, and an object of name → position of the
-    canonical name in the first part.
-
-    Raises:
-        InputError: if the file is missing or damaged, naming the part and the entry.
+    canonical name in the first part. Raises ``InputError`` that names the part and the entry if it is damaged.
     """
     parts = read_json(path)
     if not isinstance(parts, list) or len(parts) != 3:
@@ -109,20 +101,23 @@ def read_optimized(path: Path) -> dict[str, str]:
         raise InputError(f"{path}, part 2: {len(places)} paths for the {len(names)} names of part 1")
     if not isinstance(classes, dict):
         raise InputError(f"{path}, part 3: expected an object, found {type(classes).__name__}")
-    _check_classes(path, names, classes)
+    for name, number in classes.items():
+        if type(number) is not int:  # a bool is none
+            raise InputError(f"{path}, part 3, entry {name!r:.60}: expected a class id, found {number!r:.60}")
+        if not 0 <= number < len(names):
+            raise InputError(f"{path}, part 3, entry {name!r:.60}: class id {number} is not in 0 to {len(names) - 1}")
+    for number, name in enumerate(names):
+        if classes.get(name) != number:
+            told = f"maps {name!r:.60} to class {classes[name]}" if name in classes else f"lacks {name!r:.60}"
+            raise InputError(f"{path}, part 1, entry {number}: part 3 {told}, whose canonical name it is")
     return {name: names[number] for name, number in classes.items()}
 
 
 def write_optimized(path: Path, canonical: Mapping[str, str], images: Mapping[str, ImageRef]) -> None:
-    """Write classes as ``optimized_images.json``, whole or not at all.
+    """Write classes as ``optimized_images.json``, numbered as they first occur, whole or not at all.
 
-    Args:
-        path: the file.
-        canonical: name → canonical name, as ``canonical_ids`` gives it; classes are numbered as they first occur.
-        images: canonical name → image, whose file is written as it is given.
-
-    Raises:
-        InputError: if a canonical name does not stand for itself, or has no path.
+    ``canonical`` is what ``canonical_ids`` gives, ``images`` are those of the canonical names, whose files are written
+    as they are given. Raises ``InputError`` if a canonical name does not stand for itself, or has no path.
     """
     number: dict[str, int] = {}
     for name, stands in canonical.items():
@@ -135,20 +130,7 @@ def write_optimized(path: Path, canonical: Mapping[str, str], images: Mapping[st
     write_text(path, json.dumps([list(number), [Path(str(images[name])).as_posix() for name in number], classes]))
 
 
-def _check_classes(path: Path, names: list[str], classes: dict[str, Any]) -> None:
-    for name, number in classes.items():
-        if type(number) is not int:  # a bool is none
-            raise InputError(f"{path}, part 3, entry {name!r:.60}: expected a class id, found {number!r:.60}")
-        if not 0 <= number < len(names):
-            raise InputError(f"{path}, part 3, entry {name!r:.60}: class id {number} is not in 0 to {len(names) - 1}")
-    for number, name in enumerate(names):
-        if classes.get(name) != number:
-            told = f"maps {name!r:.60} to class {classes[name]}" if name in classes else f"lacks {name!r:.60}"
-            raise InputError(f"{path}, part 1, entry {number}: part 3 {told}, whose canonical name it is")
-
-
-Looked: TypeAlias = "tuple[Inspected, Stamp | None]"
-"""A result with the stamp to remember it under, or None if it is remembered or not to be."""
+Looked: TypeAlias = "tuple[Inspected, Stamp | None]"  # a result, and the stamp to remember it under, if it is to be
 
 
 def _blocks(
@@ -162,17 +144,13 @@ def _blocks(
         waiting: deque[tuple[Sequence[ImageRef], Future[list[Looked]]]] = deque()
         while True:
             for block in islice(todo, AHEAD * workers - len(waiting)):
-                waiting.append((block, pool.submit(_look_all, block, known)))
+                waiting.append((block, pool.submit(lambda part: [_look(image, known) for image in part], block)))
             if not waiting:
                 return
             block, future = waiting.popleft()
             yield block, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _look_all(images: Sequence[ImageRef], known: Mapping[str, tuple[Stamp, str]]) -> list[Looked]:
-    return [_look(image, known) for image in images]
 
 
 def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
@@ -186,8 +164,8 @@ def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
 
 def _key(image: ImageRef) -> str:
     """The name of an image in the cache: its file, or its place in one, and its box if it has one."""
-    if isinstance(image.source, StoredBytes):
-        return f"{image.source.key}{image.box or ''}"
+    if isinstance(stored := image.source, StoredBytes):
+        return f"{stored.file}, {stored.column}, {stored.row}{image.box or ''}"
     return "" if image.path is None else f"{image.path.absolute()}{image.box or ''}"
 
 
@@ -220,7 +198,6 @@ def _line(error: Exception) -> str:
 
 
 def _ends_early(image: ImageRef, said: str) -> bool:
-    """Whether data that does not decode begins as an image and ends early."""
     if "truncated" in said.replace(str(image), "").lower():
         return True
     try:
@@ -242,27 +219,17 @@ class _Cache:
         self._descriptor: int | None = None
         if file is None:
             return
-        try:
-            torn = self._read(file, {_key(image) for image in images})
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            if torn:
-                self._write(b"\n")
-        except OSError:
-            pass  # a cache only saves time
-
-    def _read(self, file: Path, wanted: set[str]) -> bool:
-        """Take over what is whole and wanted, the last line of a file winning; tell whether the end is torn."""
-        line = b"\n"
-        try:
-            with file.open("rb") as lines:
+        wanted, line = {_key(image) for image in images}, b"\n"
+        with suppress(OSError):  # a cache only saves time
+            with suppress(FileNotFoundError), file.open("rb") as lines:
                 for line in lines:
                     row = _cache_row(line)
                     if row is not None and row[0] in wanted:
-                        self.known[row[0]] = row[1:]
-        except FileNotFoundError:
-            return False
-        return not line.endswith(b"\n")
+                        self.known[row[0]] = row[1:]  # the last line of an image wins
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if not line.endswith(b"\n"):  # torn
+                self._write(b"\n")
 
     def add(self, image: ImageRef, stamp: Stamp, pixels: str) -> None:
         """Remember an image, by one write so that lines of several processes do not mix."""
@@ -284,7 +251,7 @@ class _Cache:
     def __enter__(self) -> "_Cache":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
 

@@ -22,11 +22,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class StoredBytes:
     """The source of an image whose bytes lie in a larger file, such as a row of a table; calling it reads them.
 
-    Args:
-        read: column and row → bytes.
-        column, row: where the image lies.
-        file: that larger file, or the first of several.
-        stamp: size in bytes and time of the last change in nanoseconds of all of them; None if there is no file.
+    ``file`` is that larger file, or the first of several; ``stamp`` the size in bytes and the time of the last change
+    in nanoseconds of all of them, None if there is no file.
     """
 
     read: Callable[[str, int], bytes]
@@ -38,11 +35,6 @@ class StoredBytes:
     def __call__(self) -> bytes:
         """The bytes of the image."""
         return self.read(self.column, self.row)
-
-    @property
-    def key(self) -> str:
-        """The name of the image in a cache."""
-        return f"{self.file}, {self.column}, {self.row}"
 
 
 def decode(image: ImageRef | Path) -> Image.Image:
@@ -75,11 +67,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def open_image(image: ImageRef | Path) -> Image.Image:
-    """Decode an image as RGB, cropped to its box; transparent parts become white.
-
-    Raises:
-        InputError: if the file is missing or does not decode.
-    """
+    """Decode an image as ``decode`` does. Raises ``InputError`` if the file is missing or does not decode."""
     try:
         return decode(image)
     except FileNotFoundError:
@@ -130,13 +118,7 @@ class Transform:
 
 
 class ImageSource:
-    """Image ids to pixels, for one transform; keeps what it decoded if told to.
-
-    Args:
-        image: image id → where its pixels come from.
-        transform: RGB image → (3, H, W).
-        keep: keep decoded pixels in memory (for small datasets).
-    """
+    """Image ids to pixels, for one transform; ``keep`` holds decoded pixels in memory (for small datasets)."""
 
     def __init__(
         self, image: Callable[[str], ImageRef | Path], transform: Callable[[Image.Image], Tensor], keep: bool = False

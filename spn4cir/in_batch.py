@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir.distributed import all_gather_rows, all_reduce_sum, gather_with_gradient, process_rank, world_size
+from spn4cir.distributed import all_gather_rows, all_reduce, gather_with_gradient, process_rank, world_size
 from spn4cir.losses import info_nce
 from spn4cir.search import scores_of
 from spn4cir.streaming import pooled
@@ -39,7 +39,7 @@ class InBatch:
         if self.positives == 1:
             return loss
         terms = (self.own >= 0).sum().to(loss)  # other processes may have more, and the mean is over the terms of all
-        return loss * (world_size() * terms / all_reduce_sum(terms))
+        return loss * (world_size() * terms / all_reduce(terms))
 
     @property
     def columns(self) -> Tensor:
@@ -49,10 +49,8 @@ class InBatch:
     @property
     def own(self) -> Tensor:
         """(B, P) rows of each query's positives among the candidates of all processes, padded with -1."""
-        columns = self.columns
-        rows = (
-            torch.arange(columns.numel(), device=columns.device).view(columns.shape) + process_rank() * columns.numel()
-        )
+        columns, first = self.columns, process_rank() * self.identity.numel()
+        rows = torch.arange(first, first + columns.numel(), device=columns.device).view(columns.shape)
         return rows.masked_fill(columns < 0, -1)[:, : self.positives]
 
     @property
@@ -91,12 +89,8 @@ class InBatch:
     def by_part(self, kept: Tensor, swapped: Tensor, target: Tensor, identity: tuple[Tensor, Tensor]) -> Tensor:
         """Each target (B, E) against sums of its query's one part and the other part of all queries.
 
-        Masked are other parts that are equal, and those of queries that share the kept part and this target.
-
-        Args:
-            kept, swapped: (B, E) parts of this process's queries.
-            target: (B, E), unit norm.
-            identity: (B,) each, equal for equal parts that are kept, and that are swapped.
+        Masked are other parts that are equal, and those of queries that share the kept part and this target; equal
+        parts that are kept, and that are swapped, have an equal ``identity`` (B,).
         """
         same_kept, same_swapped = (part[:, None] == all_gather_rows(part) for part in identity)  # (B, N)
         alike = same_swapped | (same_kept & self._answers(target[:, None]))
@@ -104,17 +98,9 @@ class InBatch:
 
 
 def sum_scores(kept: Tensor, swapped: Tensor, target: Tensor) -> Tensor:
-    """``⟨n(kept_i + swapped_j), target_i⟩`` for all i and j, n being the division by the norm.
+    """``⟨n(kept_i + swapped_j), target_i⟩`` for all i and j, n being the division by the norm, in float32 or wider.
 
-    From dot products alone, as ``|a + b|² = |a|² + 2ab + |b|²``: nothing of B × N × E is ever made.
-
-    Args:
-        kept: (B, E).
-        swapped: (N, E).
-        target: (B, E).
-
-    Returns:
-        (B, N), in float32 or wider.
+    From dot products alone, as ``|a + b|² = |a|² + 2ab + |b|²``: of (B, E), (N, E) and (B, E) only (B, N) is made.
     """
     wide = torch.promote_types(kept.dtype, torch.float32)
     kept, swapped, target = kept.to(wide), swapped.to(wide), target.to(wide)

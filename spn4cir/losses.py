@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir.distributed import (
-    all_gather_rows,
-    all_reduce_max,
-    all_reduce_sum,
-    process_rank,
-    world_size,
-)
+from spn4cir.distributed import all_gather_rows, all_reduce, process_rank, world_size
 from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
 
 
@@ -36,13 +30,12 @@ def info_nce(
     ignore: Tensor | None = None,
     threshold: float | None = None,
 ) -> Tensor:
-    """Cross-entropy of each query's positive among all candidates.
+    """Cross-entropy of each query's positive among all candidates, a scalar.
 
     ``loss = mean_i [ -s(q_i, c_p) / t + log Σ_j exp(s(q_i, c_j) / t) ]`` with ``s`` the maximum dot product over a
-    candidate's K vectors. The same function serves stage 1 (candidates = the targets of the batch) and stage 2
-    (candidates = the whole bank). Several positives of one query are one term each, with the query's other positives
-    left out of its sum; the mean is over terms. Scores are computed and scaled in float32 or wider, whatever the
-    candidates are stored in.
+    candidate's K vectors. Candidates are the targets of the batch in stage 1, the whole bank in stage 2. Several
+    positives of one query are one term each, with the query's other positives left out of its sum; the mean is over
+    terms. Scores are computed and scaled in float32 or wider, whatever the candidates are stored in.
 
     Candidates are read a block at a time, so memory does not grow with their number. Where they are frozen the same
     pass carries the gradient, ``(softmax-weighted mean of candidates - positive) / t``; where they learn, the backward
@@ -59,27 +52,21 @@ def info_nce(
         threshold: leave out candidates whose cosine similarity to one of the query's positives exceeds this; of images
             with K vectors that of their means. None for no such bound.
 
-    Returns:
-        Scalar.
-
-    Raises:
-        ValueError: if no query has a positive, or one that no candidate has, or the temperature is not above 0.
+    Raises ``ValueError`` if no query has a positive, or one that no candidate has, or the temperature is not above 0.
 
     Source: Feng et al., "Improving Composed Image Retrieval via Contrastive Learning with Scaling Positives and
     Negatives", ACM MM 2024; van den Oord et al., 2018 (InfoNCE).
     """
-    positives = positives.view(len(query), -1)  # (B, P)
-    pairs = positives.new_zeros(2, 0) if ignore is None else ignore
     if torch.is_tensor(temperature):
         temperature = temperature.to(query.device)
     else:
         if not temperature > 0:
             raise ValueError(f"a temperature is above 0, got {temperature}")
         temperature = torch.tensor(temperature, dtype=torch.float64, device=query.device)
-    vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, None)
-    spread = first is not None and world_size() > 1
-    assert not (spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
-    loss: Tensor = _InfoNCE.apply(query, vectors, temperature, _Batch(positives, pairs, threshold, first or 0, spread))
+    vectors, batch = _batch(candidates, positives.view(len(query), -1), ignore, threshold)
+    assert not (batch.spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
+    with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
+        loss: Tensor = _InfoNCE.apply(query, vectors, temperature, batch)
     return loss
 
 
@@ -89,37 +76,28 @@ def masked_share(
 ) -> float:
     """Share of the pairs of a query and a candidate, its positives aside, that ``info_nce`` masks as false negatives.
 
-    Over the queries and candidates of all processes, all of which take part.
-
-    Args:
-        candidates: (N, K, E), or this process's ``Shard``.
-        positives: (B, P) candidate rows, padded with -1.
-        ignore, threshold: as ``info_nce`` takes them.
+    Over the queries and candidates of all processes, all of which take part. Arguments are those of ``info_nce``,
+    positives (B, P) padded with -1.
     """
-    vectors, first = (candidates.vectors, candidates.first) if isinstance(candidates, Shard) else (candidates, 0)
-    spread = isinstance(candidates, Shard) and world_size() > 1
-    pairs, like = positives.new_zeros(2, 0) if ignore is None else ignore, None
-    batch = _Batch(positives, pairs, threshold, first, spread).of_all()
-    positives, pairs = batch.positives, batch.pairs
-    if threshold is not None:
-        dtype = torch.promote_types(vectors.dtype, torch.float32)
-        like = pooled(_positive_vectors(vectors, batch, dtype, positives.device))  # (B, P, E)
-    own = _within(_pairs(positives, positives >= 0), first, len(vectors))
-    mask = CandidateMask(_within(pairs, first, len(vectors)), own[:, :0], like, threshold or 1.0)
+    vectors, batch = _batch(candidates, positives, ignore, threshold)
+    batch = batch.of_all()
+    positives, dtype = batch.positives, torch.promote_types(vectors.dtype, torch.float32)
+    mask = _hidden(batch, len(vectors), _positive_vectors(vectors, batch, dtype, positives.device), True)
+    own = _within(row_pairs(positives, positives >= 0), batch.first, len(vectors))
     borders = [*range(0, len(vectors), 4096), len(vectors)]
     masked, others = 0, len(positives) * len(vectors) - own.shape[1]
-    for start, block in zip(borders, mask.blocks(borders, len(positives)), strict=False):
-        hidden = block.mask(vectors[start : start + 4096].to(positives.device))
+    for start, block in zip(borders, mask.blocks(borders), strict=False):
+        hidden = block.mask(len(positives), vectors[start : start + 4096].to(positives.device))
         inside = (own[1] >= start) & (own[1] < start + 4096)
         hidden[own[0, inside], own[1, inside] - start] = False
         masked += int(hidden.sum())
-    counts = all_reduce_sum(torch.tensor([masked, others], device=positives.device))
+    counts = all_reduce(torch.tensor([masked, others], device=positives.device))
     return int(counts[0]) / max(int(counts[1]), 1)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a query is to find, and what it is not to shun; rows are those of all candidates."""
+    """Positives (B, P) and ignored pairs (2, M) of some queries; rows are those of all candidates."""
 
     positives: Tensor
     pairs: Tensor
@@ -139,16 +117,20 @@ class _Batch:
         return _Batch(all_gather_rows(self.positives), kept, self.threshold, self.first, True)
 
 
+def _batch(
+    candidates: Tensor | Shard, positives: Tensor, ignore: Tensor | None, threshold: float | None
+) -> tuple[Tensor, _Batch]:
+    """The candidates that are here, and the batch that is scored against all of them."""
+    held, spread = (candidates, world_size() > 1) if isinstance(candidates, Shard) else (Shard(candidates), False)
+    pairs = positives.new_zeros(2, 0) if ignore is None else ignore
+    return held.vectors, _Batch(positives, pairs, threshold, held.first, spread)
+
+
 class _InfoNCE(torch.autograd.Function):
     """``info_nce``: the gradients of query and temperature are ready when the loss is."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, batch: _Batch) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
-            return _InfoNCE._forward(ctx, query, vectors, temperature, batch)
-
-    @staticmethod
-    def _forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch) -> Tensor:
+    def forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
         t = temperature.to(wide)
         local = query.to(wide).contiguous() / t
@@ -166,7 +148,7 @@ class _InfoNCE(torch.autograd.Function):
         rows = slice(process_rank() * len(query), (process_rank() + 1) * len(query)) if own.spread else slice(None)
         apart = _apart(own.positives, cheap)  # (B, 1)
         owner, slot = (own.positives >= 0).nonzero(as_tuple=True)  # (T,) terms
-        count = int(all_reduce_sum(torch.tensor(len(owner), device=query.device))) if own.spread else len(owner)
+        count = int(all_reduce(torch.tensor(len(owner), device=query.device))) if own.spread else len(owner)
         if not count:
             raise ValueError("no query has a positive: the mean over no terms is undefined")
         each = (world_size() if own.spread else 1) / count  # weight of a term
@@ -213,7 +195,7 @@ def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device
     found = vectors[rows] if len(vectors) else vectors.new_zeros(len(rows), *vectors.shape[1:])
     found = found.to(device, dtype).view(*here.shape, *found.shape[1:]) * here[..., None, None]
     if batch.spread:
-        found, here = all_reduce_sum(found), all_reduce_sum(here.int()) > 0
+        found, here = all_reduce(found), all_reduce(here.int()) > 0
     if bool((here != (batch.positives >= 0)).any()):
         lost = batch.positives[here != (batch.positives >= 0)][0].item()
         raise ValueError(f"a query's positive is row {lost}, which no candidate has")
@@ -248,28 +230,29 @@ def _hidden(batch: _Batch, count: int, found: Tensor, cheap: bool) -> CandidateM
     apart = _apart(positives, cheap)
     pairs = batch.pairs[:, ~((positives[query] == row[:, None]) & ~apart[query]).any(1)]
     if cheap or positives.shape[1] > 1:
-        pairs = torch.cat([pairs, _pairs(positives, (positives >= 0) & apart)], 1)
-    shown = _pairs(positives, (positives >= 0) & ~apart) if like is not None else pairs[:, :0]
+        pairs = torch.cat([pairs, row_pairs(positives, (positives >= 0) & apart)], 1)
+    shown = row_pairs(positives, (positives >= 0) & ~apart) if like is not None else pairs[:, :0]
     pairs, shown = (_within(part, batch.first, count) for part in (pairs, shown))
     return CandidateMask(pairs, shown, like, 1.0 if batch.threshold is None else batch.threshold)
 
 
-def _pairs(rows: Tensor, chosen: Tensor) -> Tensor:
-    """(B, P) candidate rows, of which some are chosen → (2, M) pairs."""
+def row_pairs(rows: Tensor, chosen: Tensor) -> Tensor:
+    """(B, P) candidate rows, of which some are chosen → (2, M) pairs of query row and candidate row."""
     owner, slot = chosen.nonzero(as_tuple=True)
     return torch.stack([owner, rows[owner, slot]])
 
 
 def _within(pairs: Tensor, first: int, count: int) -> Tensor:
-    """Pairs whose candidate is one of ``count`` from ``first`` on, counted from there."""
+    """Pairs whose candidate is one of ``count`` from ``first`` on, counted from there, by candidate."""
     local = torch.stack([pairs[0], pairs[1] - first])
-    return local[:, (local[1] >= 0) & (local[1] < count)]
+    local = local[:, (local[1] >= 0) & (local[1] < count)]
+    return local[:, local[1].argsort()]
 
 
 def _join_processes(own: Softmax) -> Softmax:
     """What ``streaming_softmax`` gave on each process → what it gives for the candidates of all."""
-    top = all_reduce_max(own.top)
+    top = all_reduce(own.top, "MAX")
     share = own.total * (own.top - finite(top)).exp()  # (B,)
-    joined = all_reduce_sum(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
+    joined = all_reduce(torch.cat([share[:, None], share[:, None] * own.mean], 1))  # (B, 1 + E)
     total = joined[:, :1]
     return Softmax(top, total[:, 0], joined[:, 1:] / total.clamp(min=torch.finfo(total.dtype).tiny))

@@ -1,8 +1,9 @@
-"""Measures of a ranking: pure functions of the ranks of each query's targets, as fractions from 0 to 1.
+"""Measures of a ranking: pure functions of ranks (Q, P, 2) and a cut-off k of at least 1, as fractions from 0 to 1.
 
 A new measure is one function here, or elsewhere, one line in ``MEASURES`` and one test.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,8 +25,7 @@ Values = NDArray[np.float64]
 def best_ranks(ranks: Ranks) -> Ranks:
     """Ranks (Q, P, 2) of all targets → (Q, 2) of each query's best one.
 
-    Raises:
-        ValueError: if there is no query, or one of them has no ranked target, or a last rank is before the first.
+    Raises ``ValueError`` if there is no query, or one of them has no ranked target, or a last rank is before the first.
     """
     ranks = np.asarray(ranks)
     if not len(ranks):
@@ -42,10 +42,6 @@ def recall(ranks: Ranks, k: int) -> Values:
 
     Ties are shared evenly: a target that ties with three others for ranks 3 to 6 is among the first 4 with probability
     one half. So a model that gives all images the same score is right as often as chance.
-
-    Args:
-        ranks: (Q, P, 2) first and last rank of each target.
-        k: cut-off, at least 1.
     """
     first, last = best_ranks(ranks).T
     return np.asarray(np.clip((k - first + 1) / (last - first + 1), 0, 1), np.float64)
@@ -54,11 +50,8 @@ def recall(ranks: Ranks, k: int) -> Values:
 def average_precision(ranks: Ranks, k: int) -> Values:
     """``AP@k = Σ_r P(r) · rel(r) / min(P, k)`` over ranks r ≤ k, P(r) the precision of the first r.
 
-    Its mean over queries is mAP@k. Ties are shared evenly: the value is the mean over all orders of equal scores.
-
-    Args:
-        ranks: (Q, P, 2) first and last rank of each target.
-        k: cut-off, at least 1; no smaller than the gallery for plain average precision.
+    Its mean over queries is mAP@k; k of the gallery's size gives plain average precision. Ties are shared evenly: the
+    value is the mean over all orders of equal scores.
 
     Source: Baldrati et al., "Zero-shot composed image retrieval with textual inversion", ICCV 2023 (mAP@k).
     """
@@ -76,13 +69,7 @@ def average_precision(ranks: Ranks, k: int) -> Values:
 def precision(ranks: Ranks, k: int) -> Values:
     """Share of targets among the first ``m = min(P, k)``, P the number of targets: its mean is mMP@k.
 
-    Ties are shared evenly.
-
-    Args:
-        ranks: (Q, P, 2) first and last rank of each target.
-        k: cut-off, at least 1.
-
-    Source: the modified mean precision of the Google Universal Image Embedding challenge, 2022.
+    Ties are shared evenly. Source: modified mean precision of the Google Universal Image Embedding challenge, 2022.
     """
     first, last, count = _in_order(ranks)
     most = np.minimum(count, k)
@@ -106,15 +93,11 @@ def _in_order(ranks: Ranks) -> tuple[Ranks, Ranks, Ranks]:
 def _ties(first: Ranks, last: Ranks, k: int) -> list[tuple[Values, Values, int, Values]]:
     """Each group of equal scores that holds targets, of one query's ranks (P,).
 
-    Returns:
-        For each group: its ranks up to ``k`` in the whole ranking (n,); the probability that a target stands there
-        (n,); the number of targets before the group; and the expected number of the group's targets before each rank,
-        given that a target stands there (n,).
+    Returns for each group its ranks up to ``k`` in the whole ranking (n,), the probability that a target stands there
+    (n,), the number of targets before the group, and the expected number of its targets before each rank, given that
+    a target stands there (n,).
     """
-    groups: dict[tuple[int, int], int] = {}
-    for pair in zip(first.tolist(), last.tolist(), strict=True):
-        if pair[0] > 0:
-            groups[pair] = groups.get(pair, 0) + 1
+    groups = Counter(pair for pair in zip(first.tolist(), last.tolist(), strict=True) if pair[0] > 0)
     found, before = [], 0
     for (start, end), targets in groups.items():
         size = targets + end - start
@@ -122,8 +105,8 @@ def _ties(first: Ranks, last: Ranks, k: int) -> list[tuple[Values, Values, int, 
         places = start + before + inside
         earlier = inside * (targets - 1) / max(size - 1, 1)
         kept = places <= k
-        chance = np.full(size, targets / size)
-        found.append((places[kept].astype(np.float64), chance[kept], before, earlier[kept]))
+        chance = np.full(kept.sum(), targets / size)
+        found.append((places[kept].astype(np.float64), chance, before, earlier[kept]))
         before += targets
     return found
 

@@ -14,7 +14,7 @@ from spn4cir.compute import gradient_cached
 from spn4cir.distributed import all_gather_rows
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
-from spn4cir.losses import Shard, info_nce, masked_share
+from spn4cir.losses import Shard, info_nce, masked_share, row_pairs
 from spn4cir.types import Composed, ImageFeatures
 
 TEMPERATURE_BOUNDS = (0.005, 0.5)
@@ -31,13 +31,7 @@ class Candidates(nn.Module, ABC):
 
 
 class ClassCentres(Candidates):
-    """Learned centres of classes, unit norm; the query's own class is its positive.
-
-    Args:
-        classes: C, their number.
-        vectors: K, sub-centres of each class; the nearest one counts.
-        width: E of the embedding.
-    """
+    """Learned centres (C, K, E) of classes, unit norm, the nearest of K counting; the query's class is its positive."""
 
     def __init__(self, classes: int, vectors: int, width: int):
         super().__init__()
@@ -50,10 +44,9 @@ class ClassCentres(Candidates):
 
 
 class BankCandidates(Candidates):
-    """Frozen targets of a bank: all of them, or some that are drawn anew for each step.
+    """Frozen targets of a bank, of several processes this one's share.
 
     Args:
-        bank: of several processes, this one's share.
         limit: number of candidates drawn for a step, beside the targets of its triplets; None for the whole bank.
         seed: of the draw, which depends on the step too, so it is the same on all processes, and after a resume.
     """
@@ -65,7 +58,7 @@ class BankCandidates(Candidates):
     def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
         """Rows of the bank; ignored are further targets of the same query."""
         held, positives = Shard(self.bank.target, self.bank.first), batch.target[:, : batch.positives]
-        ignore = _pairs(batch.others)
+        ignore = None if batch.others is None else row_pairs(batch.others, batch.others >= 0)
         if self.limit is not None:
             held, positives, ignore = self._drawn(positives, ignore, batch.step)
         return held if self.bank.shared else held.vectors, positives, ignore
@@ -75,9 +68,8 @@ class BankCandidates(Candidates):
 
         Source: the ablation of the number of negatives of Feng et al., 2024; there each query draws its own.
         """
-        chance = np.random.default_rng((self.seed, step))
         assert self.limit is not None
-        count = min(self.limit, self.bank.total)
+        chance, count = np.random.default_rng((self.seed, step)), min(self.limit, self.bank.total)
         drawn = torch.from_numpy(chance.choice(self.bank.total, count, replace=False)).sort().values
         drawn = drawn.to(positives.device)
         wanted = torch.unique(all_gather_rows(positives))  # (W,) of all processes
@@ -95,14 +87,6 @@ class BankCandidates(Candidates):
         return shard, torch.searchsorted(rows, positives).masked_fill(positives < 0, -1), hidden
 
 
-def _pairs(others: Tensor | None) -> Tensor | None:
-    """(B, A) rows padded with -1 → (2, M) pairs of query and row."""
-    if others is None:
-        return None
-    owner, slot = (others >= 0).nonzero(as_tuple=True)
-    return torch.stack([owner, others[owner, slot]])
-
-
 class Objective(nn.Module):
     """Composed queries against candidates: the targets of the batch (stage 1), a bank (stage 2), or class centres.
 
@@ -115,9 +99,7 @@ class Objective(nn.Module):
             ``query``, ``text``, ``reference``; the loss is their mean.
         max_similarity: candidates more similar to a positive than this are masked as false negatives; None for none.
 
-    Raises:
-        InputError: if the temperature is out of bounds, or the backbone has no such negatives.
-        ValueError: if a bank is given and the image side is not frozen: it would be stale after one step.
+    Raises ``InputError`` if the temperature is out of bounds, or the backbone has no such negatives.
     """
 
     def __init__(
@@ -181,8 +163,7 @@ class Objective(nn.Module):
         if batch.pixels is None:
             return None
         if not self.backbone.is_frozen:
-            encoded: ImageFeatures = gradient_cached(self.backbone.encode_image, self.backbone.chunk, batch.pixels)
-            return encoded
+            return gradient_cached(self.backbone.encode_image, self.backbone.chunk, batch.pixels)
         with torch.no_grad(), torch.autocast(batch.pixels.device.type, enabled=False):  # as the bank was made
             return self.backbone.encode_image(batch.pixels)
 
@@ -200,8 +181,7 @@ class Objective(nn.Module):
             # the query alone, as chunks of whole triplets would have states and parts, and others none
             return Composed(self.backbone.compose_partial(own, texts, *parts[len(names) :]).query)
 
-        composed: Composed = gradient_cached(compose, self.backbone.chunk, batch.reference, *tokens, *masks)
-        return composed
+        return gradient_cached(compose, self.backbone.chunk, batch.reference, *tokens, *masks)
 
     def _against_batch(self, composed: Composed, features: ImageFeatures | None, batch: TripletBatch) -> Tensor:
         """Stage 1: candidates are the targets, and hard negatives, of all processes."""

@@ -15,6 +15,8 @@ from spn4cir.files import replaced, write_text
 from spn4cir.measures import MEASURES, Ranks, macro_mean, measure_name
 from spn4cir.types import Benchmark, Query
 
+SAVED = ("protocol", "metrics", "tags", "ablation", "count", "data", "is_holdout", "skipped")
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -61,21 +63,15 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """Everything but what concerns single queries."""
-        names = ("protocol", "metrics", "tags", "ablation", "count", "data", "is_holdout", "skipped")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SAVED}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Result":
         """What ``as_json`` returned, among other entries."""
-        names = ("protocol", "metrics", "tags", "ablation", "count", "data", "is_holdout", "skipped")
-        return cls(**{name: values[name] for name in names})
+        return cls(**{name: values[name] for name in SAVED})
 
     def rows(self, *columns: str) -> Iterator[dict[str, Any]]:
-        """One dictionary per query: what was asked, and of each ranking the named parts.
-
-        Args:
-            columns: ``ranks``, and ``top`` with its scores.
-        """
+        """One dictionary per query: what was asked, and of each ranking ``ranks``, or ``top`` with its scores."""
         if "top" in columns and not all(ranking.top for ranking in self.rankings.values()):
             raise InputError(f"{self.protocol}: no first items were kept: evaluate with top above 0")
         for number, query in enumerate(self.queries):
@@ -91,11 +87,7 @@ class Result:
             yield row
 
     def write_rows(self, path: Path, *columns: str) -> None:
-        """Write ``rows`` as Parquet or JSONL, by the suffix, the whole file or none of it.
-
-        Raises:
-            InputError: for another suffix.
-        """
+        """Write ``rows`` as Parquet or JSONL, whole or not at all. Raises ``InputError`` for another suffix."""
         if path.suffix == ".jsonl":
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows(*columns)))
         elif path.suffix == ".parquet":
@@ -112,18 +104,13 @@ class Result:
 def compute_metrics(
     benchmark: Benchmark, rankings: Mapping[str, Ranks]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Metrics of a benchmark in percent, and the same by tag.
-
-    Args:
-        benchmark: its measures, tags and whether means are over tags.
-        rankings: (Q, P, 2) ranks by what is ranked.
-    """
+    """Metrics of a benchmark in percent, and the same by tag; ranks (Q, P, 2) are given by what is ranked."""
     names = [measure_name(measure) for measure in benchmark.measures]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"{benchmark.name}: two measures are called {twice[0]}: over gallery and over candidates")
-    kinds = [(MEASURES[measure.kind].values, measure) for measure in benchmark.measures]
-    values = {name: of(rankings[m.over], m.k) for name, (of, m) in zip(names, kinds, strict=True)}  # (Q,) each
-    primary = [measure_name(measure) for measure in benchmark.measures if measure.primary]
+    measures = dict(zip(names, benchmark.measures, strict=True))
+    values = {name: MEASURES[m.kind].values(rankings[m.over], m.k) for name, m in measures.items()}  # (Q,) each
+    primary = [name for name, measure in measures.items() if measure.primary]
 
     def mean(rows: NDArray[np.bool_] | slice) -> dict[str, float]:
         found = {name: float(100.0 * np.mean(value[rows])) for name, value in values.items()}
@@ -131,15 +118,14 @@ def compute_metrics(
             found["Rmean"] = float(np.mean([found[name] for name in primary]))
         return found
 
-    tags: dict[str, dict[str, float]] = {}
-    for tag in sorted({tag for query in benchmark.queries for tag in query.tags}):
-        rows = np.array([tag in query.tags for query in benchmark.queries])
-        tags[tag] = {**mean(rows), "queries": int(rows.sum())}
+    known = sorted({tag for query in benchmark.queries for tag in query.tags})
+    rows_of = {tag: np.array([tag in query.tags for query in benchmark.queries]) for tag in known}
+    tags = {tag: {**mean(rows), "queries": int(rows.sum())} for tag, rows in rows_of.items()}
     metrics = mean(slice(None))
     if benchmark.macro:
         metrics = macro_mean({tag: tags[tag] for tag in benchmark.macro}, list(metrics))
     elif len(tags) > 1:
-        over_gallery = [measure_name(measure) for measure in benchmark.measures if measure.over != "subset"]
+        over_gallery = [name for name, measure in measures.items() if measure.over != "subset"]
         metrics |= {f"macro {name}": value for name, value in macro_mean(tags, over_gallery).items()}
     return metrics, tags
 
@@ -163,13 +149,9 @@ def selection_score(metrics: Mapping[str, float], names: Sequence[str]) -> float
 
 
 def combine(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each metric over results of one protocol on the same data.
+    """Mean and standard deviation of each metric over results (as JSON), such as those of several seeds.
 
-    Args:
-        results: JSON forms of results, such as those of several seeds.
-
-    Raises:
-        InputError: if there are none, or two of them differ in protocol, data or metrics.
+    Raises ``InputError`` if there are none, or two of them differ in protocol, data or metrics.
     """
     if not results:
         raise InputError("there are no results to combine")
@@ -177,9 +159,8 @@ def combine(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, floa
         found = list(dict.fromkeys(str(result[key]) for result in results))
         if len(found) > 1:
             raise InputError(f"results of different {key} are never combined: {', '.join(found)}")
-    for result in results:
-        if result["metrics"].keys() != results[0]["metrics"].keys():
-            raise InputError("results of different metrics are never combined")
+    if any(result["metrics"].keys() != results[0]["metrics"].keys() for result in results):
+        raise InputError("results of different metrics are never combined")
     values = {name: [result["metrics"][name] for result in results] for name in results[0]["metrics"]}
     spread = 1 if len(results) > 1 else 0
     return {name: (float(np.mean(v)), float(np.std(v, ddof=spread))) for name, v in values.items()}
@@ -188,14 +169,11 @@ def combine(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, floa
 def git_commit() -> str | None:
     """The commit of the source that runs, marked if there are changes on top, or None outside a checkout."""
     where = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=where, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
+        return subprocess.check_output(command, cwd=where, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip()
 
 
 def metrics_table(result: Result) -> str:
@@ -203,17 +181,16 @@ def metrics_table(result: Result) -> str:
     names = [name for name in result.metrics if not name.startswith("macro")]
     macro = {name: result.metrics[f"macro {name}"] for name in names if f"macro {name}" in result.metrics}
     several = len(result.tags) > 1
-    over_queries = macro or not several
-    rows: list[tuple[str, Mapping[str, float]]] = [
-        (f"all ({result.count} queries)" if over_queries else "mean over tags", result.metrics)
-    ]
-    if macro:
-        rows.append(("mean over tags", macro))
-    rows += [(f"  {name} ({values['queries']})", values) for name, values in result.tags.items() if several]
-    rows += list(result.ablation.items())
-    width = max(len(label) for label, _ in rows)
+    rows: dict[str, Mapping[str, float]] = {}
+    if macro or not several:
+        rows[f"all ({result.count} queries)"] = result.metrics
+    if macro or several:
+        rows["mean over tags"] = macro or result.metrics
+    rows |= {f"  {name} ({values['queries']})": values for name, values in result.tags.items() if several}
+    rows |= result.ablation
+    width = max(map(len, rows))
     lines = [f"protocol {result.protocol}", " " * width + "".join(f"{name:>8}" for name in names)]
-    for label, values in rows:
+    for label, values in rows.items():
         cells = "".join(f"{values[name]:8.2f}" if name in values else " " * 8 for name in names)
         lines.append(f"{label:<{width}}{cells}")
     return "\n".join(lines)

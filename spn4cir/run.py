@@ -7,11 +7,12 @@ import os
 import re
 import shlex
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
@@ -36,7 +37,7 @@ SHOWN = {
 """What the progress bar shows of a line of the log, and what it calls it there."""
 
 
-class Run:
+class Run(AbstractContextManager["Run"]):
     """One run folder; only the main process writes. A lock keeps other runs out while it is open (``with run:``)."""
 
     def __init__(self, folder: Path, stage: Any, accelerator: Accelerator):
@@ -46,9 +47,6 @@ class Run:
         self.config = TrainConfig()
         self._open = ExitStack()
 
-    def __enter__(self) -> "Run":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
@@ -56,14 +54,14 @@ class Run:
     def open(cls, config: TrainConfig, stage: Any, accelerator: Accelerator) -> "Run":
         """Name the folder, or take that of ``config.resume``; nothing is written yet.
 
-        Raises:
-            InputError: if the folder holds another run, or none that these settings continue.
+        Raises ``InputError`` if the folder holds another run, or none that these settings continue.
         """
         if config.resume:
             run = cls(Path(config.resume), stage, accelerator)
             run._check(config)
         else:
-            name = f"{stage_name(stage)}-{time.strftime('%Y%m%d-%H%M%S')}"
+            named = f"stage{stage}" if isinstance(stage, int) else stage
+            name = f"{named}-{time.strftime('%Y%m%d-%H%M%S')}"
             default = checkpoints.runs_root() / config.dataset / config.backbone / name
             run = cls(Path(config.output or default), stage, accelerator)
             if config.output:  # else another folder is made where this one is taken
@@ -85,19 +83,14 @@ class Run:
             print(line, flush=True)
 
     def start(self, config: TrainConfig, module: nn.Module) -> None:
-        """Make the folder and lock it, save the settings, start the trackers, and print what is trained where.
-
-        Raises:
-            InputError: if another process trains in the folder.
-        """
+        """Make the folder, save the settings, start the trackers. Raises ``InputError`` if the folder is in use."""
         self.config = config
         if self.main:
             if not config.resume and not config.output:
                 self.folder = _make_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._open.enter_context(
-                locked(self.folder / "run.lock", busy=f"{self.folder} is in use: another process trains in it")
-            )
+            busy = f"{self.folder} is in use: another process trains in it"
+            self._open.enter_context(locked(self.folder / "run.lock", busy=busy))
             if not config.resume:
                 self._check_unused()
                 write_yaml(config, self.folder / "config.yaml", f"stage {self.stage}")
@@ -120,8 +113,6 @@ class Run:
                 raise InputError(f"{self.folder} already holds a run: give --resume {self.folder}, or another --output")
 
     def _check(self, config: TrainConfig) -> None:
-        import yaml
-
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise InputError(f"{self.folder} is no run folder: config.yaml is missing")
@@ -138,22 +129,8 @@ class Run:
             if name not in FREE_ON_RESUME:
                 raise InputError(f"--resume {self.folder} continues the same run, but {name} was {then!r}, now {now!r}")
 
-    @property
-    def title(self) -> str:
-        """What the progress bar says."""
-        return f"stage {self.stage}"
-
     def resume(self, module: nn.Module, optimizer: torch.optim.Optimizer, bank: str | None = None) -> dict[str, Any]:
-        """Progress so far; weights and optimiser are put back if the folder has any.
-
-        Args:
-            module: what is trained.
-            optimizer: its optimiser.
-            bank: fingerprint of the bank in use.
-
-        Raises:
-            InputError: if the run was trained against another bank.
-        """
+        """Progress so far; puts back weights and optimiser. Raises ``InputError`` if the bank's fingerprint differs."""
         path = self.folder / "last.safetensors"
         state: dict[str, Any] = {"stage": self.stage, "step": 0, "best": None, "bank": bank}
         if self.config.resume and path.is_file():
@@ -171,12 +148,9 @@ class Run:
         path = self.folder / "metrics.jsonl"
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= step:
-                kept.append(line + "\n")
+            with suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
         write_text(path, "".join(kept))
 
     def log(self, row: dict[str, Any], bar: "tqdm[Any]") -> None:
@@ -202,15 +176,9 @@ class Run:
         """Mark the run as complete; print its metrics, the benchmark that selected its state, and the next command."""
         if self.main:
             best = state["best"]
-            note = {
-                "stage": self.stage,
-                "steps": state["step"],
-                "best_step": best["step"],
-                "selected_on": selected_on,
-                **best["result"],
-                "git": git_commit(),
-                "seconds": round(time.time() - self.started, 1),  # since the start or the last resume
-            }
+            steps = {"steps": state["step"], "best_step": best["step"], "selected_on": selected_on}
+            seconds = round(time.time() - self.started, 1)  # since the start or the last resume
+            note = {"stage": self.stage, **steps, **best["result"], "git": git_commit(), "seconds": seconds}
             write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
             result = Result.from_json(best["result"])
             chosen = f"stage {self.stage}: step {best['step']} of {state['step']}, the best on {selected_on}"
@@ -230,28 +198,15 @@ class Run:
         if self.stage == 2:
             return f"spn4cir-eval --run {shlex.quote(str(self.folder))} --ablate"
         aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
-        same = {name: getattr(self.config, name) for name in ("max_annotated", "generated", "generated_share")}
-        data = "".join(
-            f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
-            for name, value in same.items()
-            if value is not None
-        )
+        data = options_of(self.config, "max_annotated", "generated", "generated_share")
         return f"{training_command(2)}{options_of(self.config)}{aside} --init {shlex.quote(str(self.folder))}{data}"
 
 
-def stage_name(stage: Any) -> str:
-    """What the folders of a stage's runs begin with: ``stage1``, or the name of a stage that has one."""
-    return f"stage{stage}" if isinstance(stage, int) else str(stage)
-
-
-def options_of(config: TrainConfig) -> str:
-    """Options that name the dataset, the backbone and the data of a run, where they are not the default's."""
-    named = {"dataset": config.dataset, "backbone": config.backbone, "data_root": config.data_root}
-    return "".join(
-        f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
-        for name, value in named.items()
-        if value != getattr(TrainConfig, name)
-    )
+def options_of(config: TrainConfig, *names: str) -> str:
+    """Options for settings that are not the default's; without names for dataset, backbone and place of the data."""
+    settings = {name: getattr(config, name) for name in names or ("dataset", "backbone", "data_root")}
+    changed = {name: value for name, value in settings.items() if value != getattr(TrainConfig, name)}
+    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items())
 
 
 def changes(before: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
@@ -269,20 +224,13 @@ def changes(before: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any,
 
 
 def pending(config: TrainConfig) -> TrainConfig | None:
-    """What is left to train of a run whose ``output`` is named: all of it, the rest of it, or None if it is complete.
-
-    Raises:
-        InputError: if the folder holds a run of other settings.
-    """
-    import yaml
-
+    """What is left to train of the run in ``config.output``, or None. Raises ``InputError`` if its settings differ."""
     assert config.output is not None
     folder = Path(config.output)
     if not (folder / "config.yaml").is_file():
         return config
     before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    different = [name for name, *_ in changes(before, config) if name != "resume"]
-    if different:
+    if different := [name for name, *_ in changes(before, config) if name != "resume"]:
         raise InputError(f"{folder} was trained with another {', '.join(different)}: delete it, or use another folder")
     return None if (folder / "result.json").is_file() else dataclasses.replace(config, resume=str(folder))
 
@@ -291,9 +239,7 @@ def _make_folder(folder: Path) -> Path:
     """Make a folder that nobody else made: the one that is named, or with a number behind it."""
     for number in itertools.count(1):
         free = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        try:
+        with suppress(FileExistsError):
             free.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return free
+            return free
     raise AssertionError("unreachable")

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CHUNK = 256  # queries scored at once; fixed, since the block size of a product can move its last bits
-BLOCK = 16_384  # candidate vectors scored at once; likewise
+BLOCK = 16_384  # candidate vectors scored at once; likewise, but ``top_k`` takes more for few queries
 
 
 class Searchable(Protocol):
@@ -26,14 +27,9 @@ class Searchable(Protocol):
 
 
 def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
-    """Score of each query against each candidate: the maximum dot product over the candidate's vectors.
+    """Scores (B, N) of queries (B, E) against candidates (N, K, E): the maximum dot product over a candidate's vectors.
 
-    Args:
-        query: (B, E).
-        candidates: (N, K, E).
-
-    Returns:
-        (B, N), in float32 or wider.
+    They are in float32 or wider.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     n, k, e = candidates.shape
@@ -42,9 +38,19 @@ def scores_of(query: Tensor, candidates: Tensor) -> Tensor:
     return products if k == 1 else products.view(len(query), n, k).amax(2)
 
 
-def blocks(gallery: Tensor, query: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Parts of a gallery (G, K, E) to score at once, each with its first row, where and as wide as the queries."""
-    size, wide = _block_size(gallery), torch.promote_types(query.dtype, torch.float32)
+def score_one(query: Tensor, block: Tensor) -> Tensor:
+    """Scores (1, n) of one query (1, E) on the CPU, where numpy takes half the time of torch's matrix product."""
+    products = np.einsum("nke,e->nk", block.numpy(), query[0].to(block.dtype).numpy())
+    return torch.from_numpy(products).amax(1)[None]
+
+
+def blocks(gallery: Tensor, query: Tensor, factor: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """Parts of a gallery (G, K, E) to score at once, each with its first row, where and as wide as the queries.
+
+    Args:
+        factor: how many times the usual size of a block.
+    """
+    size, wide = factor * _block_size(gallery), torch.promote_types(query.dtype, torch.float32)
     for start in range(0, len(gallery), size):
         yield start, gallery[start : start + size].to(query.device, wide)
 
@@ -62,17 +68,15 @@ class _Chunk:
     excluded: Tensor | None  # (b, X)
     members: Tensor | None  # (b, M)
 
-    def gallery_scores(self, start: int, block: Tensor) -> Tensor:
-        """Scores (b, n) of a block (n, K, E), minus infinity for images that are left out.
+    def mask_excluded(self, scores: Tensor, start: int) -> Tensor:
+        """Set the scores (b, n) of a block to minus infinity for images that are left out.
 
-        Raises:
-            ValueError: if one is not finite.
+        Raises ``ValueError`` if one is not finite.
         """
-        scores = scores_of(self.query, block)
         if scores.numel() and not bool(torch.stack(torch.aminmax(scores)).isfinite().all()):
             raise ValueError("scores are not finite: an embedding holds NaN or infinity")
         if self.excluded is not None:
-            scores[inside(self.excluded, start, len(block))] = -torch.inf
+            scores[inside(self.excluded, start, scores.shape[1])] = -torch.inf
         return scores
 
     def restrict(self, scores: Tensor, start: int, count: int) -> Tensor:
@@ -83,7 +87,8 @@ class _Chunk:
 
     def scores(self, start: int, block: Tensor) -> Tensor:
         """Scores (b, n) of a block (n, K, E), of the members alone if there are any."""
-        scores = self.gallery_scores(start, block)
+        is_one = len(self.query) == 1 and self.query.device.type == "cpu"
+        scores = self.mask_excluded((score_one if is_one else scores_of)(self.query, block), start)
         return scores if self.members is None else self.restrict(scores, start, len(block))
 
 
@@ -125,8 +130,7 @@ def rank_targets(
         (Q, P, 2) int64: first and last rank from 1 on, equal where no non-target has the target's score; 0 where a
         target is padding or not ranked. The same over the subset, or None.
 
-    Raises:
-        ValueError: if no target of a query is ranked, or a score is not finite.
+    Raises ``ValueError`` if no target of a query is ranked, or a score is not finite.
     """
     if bool((targets < 0).all(1).any()):
         raise ValueError("a query without a target has no rank")
@@ -197,7 +201,7 @@ class _Rank:
         known = start >= self.last
         if known if again else not known and start not in self.holds:
             return
-        whole = self.chunk.gallery_scores(start, block)  # (b, n)
+        whole = self.chunk.mask_excluded(scores_of(self.chunk.query, block), start)  # (b, n)
         row, slot = ((self.targets >= start) & (self.targets < start + len(block))).nonzero(as_tuple=True)
         column = self.targets[row, slot] - start
         over_subset = self.chunk.restrict(whole, start, len(block)) if len(self.rankings) > 1 else whole
@@ -228,8 +232,7 @@ def top_k(
     Returns:
         Scores and rows, both (Q, k); rows that are left out come last, with a score of minus infinity.
 
-    Raises:
-        ValueError: if a score is not finite.
+    Raises ``ValueError`` if a score is not finite.
     """
     if not isinstance(gallery, Tensor):
         return gallery.top_k(query, k, excluded, members)
@@ -238,7 +241,10 @@ def top_k(
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = [chunk.query.new_zeros(len(chunk.query), 0, dtype=wide) for chunk in chunks]
     rows = [chunk.query.new_zeros(len(chunk.query), 0, dtype=torch.long) for chunk in chunks]
-    for start, block in blocks(gallery, query) if k else ():
+    # Few queries take larger blocks, with as many scores: on a busy CPU each operation's threads wait for each other.
+    is_copied = gallery.dtype != wide or gallery.device != query.device  # then the memory of a block counts too
+    factor = 1 if is_copied else CHUNK // min(max(1, len(query)), CHUNK)
+    for start, block in blocks(gallery, query, factor) if k else ():
         for n, chunk in enumerate(chunks):
             found, columns = _first(chunk.scores(start, block), k, scores[n])
             merged, order = torch.cat([scores[n], found], 1).sort(dim=1, descending=True, stable=True)
@@ -248,13 +254,10 @@ def top_k(
 
 
 def _first(scores: Tensor, k: int, before: Tensor) -> tuple[Tensor, Tensor]:
-    """The k best scores of each row and their columns, by column; of equal scores the first columns.
+    """The k best of scores (b, n) in each row, or all n, and their columns, by column; of equal scores the first.
 
-    Args:
-        scores: (b, n).
-        k: how many; all n where it is more.
-        before: (b, k or fewer) best scores so far, best first. Where they are k, no lower or equal score counts any
-            more, and any columns that have one will do.
+    Where ``before`` (b, k or fewer), the best scores so far, best first, are k, no lower or equal score counts any
+    more, and any columns that have one will do.
     """
     n = scores.shape[1]
     values, columns = scores.topk(min(k + 1, n))

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ class Training:
     """A training that is ready to run.
 
     Args:
-        objective: the module whose ``forward(batch)`` is the loss.
-        loader: its batches.
+        objective, loader: the module whose ``forward(batch)`` is the loss, and its batches.
         evaluate: evaluates the model on the selecting benchmark; all processes call it.
         check: raises ``InputError`` if something that must not move has moved; called after each epoch.
         bank: fingerprint of the bank in use, or None without a bank.
@@ -74,11 +74,12 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
         backbone, config.temperature, config.learn_temperature, None, config.negatives.types,
         config.negatives.max_similarity,
     )  # fmt: skip
-    _check_whole(objective, known)
-
-    def select() -> Result:
-        return evaluate(backbone, data.selection, images, batch_size=config.eval_batch_size)
-
+    if objective.needs_whole_triplets and (known.is_partial or known.positives > 1 or known.negatives):
+        raise InputError(
+            f"stage 1 of {backbone.name} with negatives.types {list(objective.types)} needs a reference, "
+            "a text and one target in each triplet: some triplets have fewer, or more"
+        )
+    select = partial(evaluate, backbone, data.selection, images, batch_size=config.eval_batch_size)
     return Training(objective, loader, select)
 
 
@@ -103,8 +104,7 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
             is_held = bank.rows.keys() >= shown.keys()  # as with held-out triplets
             gallery = bank if is_held else frozen_features(config, backbone, images, shown)
     frozen = banks.FrozenCheck(backbone, images(ids[0]))
-    known = KnownTargets(data.triplets, bank.rows)
-    collate = TripletCollate(backbone.tokenize, bank.rows, images, bank, known)
+    collate = TripletCollate(backbone.tokenize, bank.rows, images, bank, KnownTargets(data.triplets, bank.rows))
     loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
     local = bank.shard(run.accelerator.process_index, run.accelerator.num_processes).to(run.accelerator.device)
     if not local.resident:
@@ -113,11 +113,7 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
         backbone, config.temperature, config.learn_temperature, BankCandidates(local, config.bank.limit, config.seed),
         max_similarity=config.negatives.max_similarity,
     )  # fmt: skip
-    _check_whole(objective, known)
-
-    def select() -> Result:
-        return evaluate(backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
-
+    select = partial(evaluate, backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
     is_rounded = gallery is not None and config.bank.dtype != "float32"
     return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint, is_rounded)
 
@@ -149,22 +145,10 @@ def _sampler(config: TrainConfig, run: Run, data: TrainingData) -> TripletSample
     )  # fmt: skip
 
 
-def _check_whole(objective: Objective, known: KnownTargets) -> None:
-    """Raises ``InputError`` if the objective needs whole triplets and the data has others."""
-    if objective.candidates is not None or not objective.needs_whole_triplets:
-        return
-    if known.is_partial or known.positives > 1 or known.negatives:
-        raise InputError(
-            f"stage 1 of {objective.backbone.name} with negatives.types {list(objective.types)} needs a reference, "
-            "a text and one target in each triplet: some triplets have fewer, or more"
-        )
-
-
 def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Trainable parameters by decay, which only matrices have, and by the factor of their learning rate.
 
-    Raises:
-        InputError: if a text in ``lr_scale`` is in no trainable parameter's name.
+    Raises ``InputError`` if a text in ``lr_scale`` is in no trainable parameter's name.
     """
     trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     for text in config.lr_scale:

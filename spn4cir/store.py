@@ -126,10 +126,7 @@ class EmbeddingStore:
         write_text(self.folder / BEGUN, f'{self._about}, "block": {self.block}, "done": "{digits}"}}')
 
     def write(self, start: int, values: Mapping[str, Tensor]) -> None:
-        """Write the block of rows from ``start`` on; creates the arrays if there are none.
-
-        Raises ``InputError`` if the disk has no room; blocks that are noted stay.
-        """
+        """Write the rows from ``start`` on; creates missing arrays. Raises ``InputError`` if the disk has no room."""
         if not (self.folder / BEGUN).is_file():
             self.create({name: tuple(value.shape[1:]) for name, value in values.items()})
         for name, value in values.items():

@@ -12,6 +12,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -47,56 +48,45 @@ class Softmax(NamedTuple):
         return self.top + self.total.log()
 
 
+@dataclass(frozen=True)
 class CandidateMask:
     """Which candidates a query's sum leaves out.
 
     Args:
-        pairs: (2, M) query row and candidate row.
-        shown: (2, S) pairs that a threshold does not hide.
+        pairs: (2, M) query row and candidate row, by candidate.
+        shown: (2, S) pairs that a threshold does not hide, by candidate.
         like: (B, P, E) vectors, unit norm, that no candidate may be too similar to; None for no threshold.
         threshold: similarity above which a candidate is left out.
     """
 
-    def __init__(self, pairs: Tensor, shown: Tensor, like: Tensor | None = None, threshold: float = 1.0):
-        self._pairs, self._shown = (part[:, part[1].argsort()] for part in (pairs, shown))
-        self._like, self._threshold = like, threshold
-        self.none = like is None and not pairs.shape[1]
+    pairs: Tensor
+    shown: Tensor
+    like: Tensor | None = None
+    threshold: float = 1.0
 
-    def blocks(self, borders: list[int], queries: int) -> "Iterator[_Block]":
-        """What is hidden between each two borders (rows of candidates), in order."""
-        wanted = torch.tensor(borders, device=self._pairs.device)
-        cut, uncut = (torch.searchsorted(part[1].contiguous(), wanted).tolist() for part in (self._pairs, self._shown))
+    @property
+    def none(self) -> bool:
+        """Whether nothing can be left out."""
+        return self.like is None and not self.pairs.shape[1]
+
+    def blocks(self, borders: list[int]) -> "Iterator[CandidateMask]":
+        """What is hidden between each two borders (rows of candidates), in order; rows count from the first border."""
+        wanted, parts = torch.tensor(borders, device=self.pairs.device), (self.pairs, self.shown)
+        cuts = [torch.searchsorted(part[1].contiguous(), wanted).tolist() for part in parts]
         for n, first in enumerate(borders[:-1]):
-            yield _Block(
-                queries,
-                self._local(self._pairs[:, cut[n] : cut[n + 1]], first),
-                self._local(self._shown[:, uncut[n] : uncut[n + 1]], first),
-                self._like,
-                self._threshold,
-            )
+            local = [part[:, cut[n] : cut[n + 1]] for part, cut in zip(parts, cuts, strict=True)]
+            pairs, shown = (torch.stack([part[0], part[1] - first]) for part in local)
+            yield CandidateMask(pairs, shown, self.like, self.threshold)
 
-    @staticmethod
-    def _local(pairs: Tensor, first: int) -> Tensor:
-        return torch.stack([pairs[0], pairs[1] - first])
-
-
-class _Block:
-    """The same for one block of candidates, rows counted from its first."""
-
-    def __init__(self, queries: int, pairs: Tensor, shown: Tensor, like: Tensor | None, threshold: float):
-        self._queries, self._pairs, self._shown = queries, pairs, shown
-        self._like, self._threshold = like, threshold
-        self.none = like is None and not pairs.shape[1]
-
-    def mask(self, vectors: Tensor) -> Tensor:
-        """(n, K, E) → (B, n), true where hidden."""
-        if self._like is None:
-            hidden = torch.zeros(self._queries, len(vectors), dtype=torch.bool, device=vectors.device)
+    def mask(self, queries: int, vectors: Tensor) -> Tensor:
+        """B and all candidates (n, K, E) → (B, n), true where hidden."""
+        if self.like is None:
+            hidden = torch.zeros(queries, len(vectors), dtype=torch.bool, device=vectors.device)
         else:
-            alike = torch.einsum("bpe,ne->bpn", self._like, pooled(vectors))  # (B, P, n)
-            hidden = (alike > self._threshold).any(1)
-            hidden[self._shown[0], self._shown[1]] = False
-        hidden[self._pairs[0], self._pairs[1]] = True
+            alike = torch.einsum("bpe,ne->bpn", self.like, pooled(vectors))  # (B, P, n)
+            hidden = (alike > self.threshold).any(1)
+            hidden[self.shown[0], self.shown[1]] = False
+        hidden[self.pairs[0], self.pairs[1]] = True
         return hidden
 
 
@@ -124,16 +114,18 @@ def candidate_gradient(
 ) -> Tensor:
     """The gradient of ``Σ_i weight_i · logarithm_i`` with respect to the candidates (N, K, E), in the query's type.
 
-    Scores are computed once more. ``found`` is what ``streaming_softmax`` returned for the same query, candidates and
-    ``hidden``; ``weight`` is (B,).
+    Scores are computed once more; ``found`` is what ``streaming_softmax`` returned for the same arguments.
     """
     parts, weight = [], weight / found.total.clamp(min=torch.finfo(weight.dtype).tiny)
     for vectors, block in _walk(query, candidates, hidden):
         scores, which = _scores(query, vectors)
         if not block.none:
-            scores = scores.masked_fill(block.mask(vectors), -torch.inf)
+            scores = scores.masked_fill(block.mask(len(query), vectors), -torch.inf)
         share = (scores - finite(found.top)[:, None]).exp_().mul_(weight[:, None])  # (B, n)
-        parts.append((_spread(share, which, vectors.shape[1]).T @ query).view(vectors.shape))
+        if which is not None:  # (B, n) weights of candidates → (B, n·K) weights of their vectors
+            spread = share.new_zeros(*share.shape, vectors.shape[1])
+            share = spread.scatter_(2, which[..., None], share[..., None]).flatten(1)
+        parts.append((share.T @ query).view(vectors.shape))
     return torch.cat(parts) if parts else query.new_zeros(candidates.shape)
 
 
@@ -151,11 +143,11 @@ def finite(top: Tensor) -> Tensor:
     return top.masked_fill(top.isneginf(), 0.0)
 
 
-def _walk(query: Tensor, candidates: Tensor, hidden: CandidateMask) -> Iterator[tuple[Tensor, _Block]]:
+def _walk(query: Tensor, candidates: Tensor, hidden: CandidateMask) -> Iterator[tuple[Tensor, CandidateMask]]:
     """Blocks (n, K, E) of the candidates, in the query's type and on its device, with what is hidden in each."""
     size = block_size(query, candidates, dense=not hidden.none)
     borders = [*range(0, len(candidates), size), len(candidates)]
-    blocks = zip(_ahead(candidates, borders, query.device), hidden.blocks(borders, len(query)), strict=True)
+    blocks = zip(_ahead(candidates, borders, query.device), hidden.blocks(borders), strict=True)
     for vectors, block in blocks:
         yield vectors.to(query.dtype), block
 
@@ -189,13 +181,13 @@ def _ahead(candidates: Tensor, borders: list[int], device: torch.device) -> Iter
             yield block
 
 
-def _block_softmax(query: Tensor, vectors: Tensor, block: _Block) -> Softmax:
+def _block_softmax(query: Tensor, vectors: Tensor, block: CandidateMask) -> Softmax:
     """As ``streaming_softmax``, for one block that is at hand."""
     if block.none and vectors.shape[1] == 1 and fused(query.device.type, query.dtype, query.shape[1]):
         return _attention(query, vectors[:, 0])
     scores, which = _scores(query, vectors)  # (B, n)
     if not block.none:
-        scores.masked_fill_(block.mask(vectors), -torch.inf)
+        scores.masked_fill_(block.mask(len(query), vectors), -torch.inf)
     top = scores.amax(1)
     weights = scores.sub_(finite(top)[:, None]).exp_()
     total = weights.sum(1)
@@ -217,14 +209,6 @@ def _scores(query: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
     return scores.T.contiguous(), which.T.contiguous()
 
 
-def _spread(weights: Tensor, which: Tensor | None, k: int) -> Tensor:
-    """(B, n) weights of candidates → (B, n·K) weights of their vectors."""
-    if which is None:
-        return weights
-    spread = weights.new_zeros(*weights.shape, k)
-    return spread.scatter_(2, which[..., None], weights[..., None]).flatten(1)
-
-
 @functools.cache
 def fused(kind: str, dtype: torch.dtype, width: int) -> bool:
     """Whether torch's fused attention serves here; tried once, with keys for all heads, and a wrong answer is said."""
@@ -238,10 +222,8 @@ def fused(kind: str, dtype: torch.dtype, width: int) -> bool:
         found = _attention(3 * query, keys)
     except (RuntimeError, AttributeError):  # no kernel for this width or type, or a torch without it
         return False
-    near = [
-        torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip((found.logarithm, found.mean), right, strict=True)
-    ]
-    if all(near):
+    pairs = zip((found.logarithm, found.mean), right, strict=True)
+    if all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in pairs):
         return True
     warnings.warn(f"torch's fused attention is wrong on {kind} for vectors of {width} {dtype}: not used", stacklevel=2)
     return False
@@ -260,14 +242,12 @@ def _attention(query: Tensor, keys: Tensor) -> Softmax:
 def _heads(query: Tensor, keys: Tensor) -> Softmax:
     """(B, E) over (heads, n, E): the heads' results, joined."""
     queries = query.expand(1, len(keys), *query.shape)
+    given = queries, keys[None], keys[None]
     if query.device.type == "cpu":
-        mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys[None], keys[None], 0.0, False, scale=1.0
-        )[:2]
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, False, scale=1.0)
     else:
-        mean, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-            queries, keys[None], keys[None], None, True, 0.0, False, scale=1.0
-        )[:2]
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(*given, None, True, 0.0, False, scale=1.0)
+    mean, lse = found[:2]
     lse = lse[0, :, : len(query)].to(query.dtype)  # (heads, B): kernels may round the number of queries up
     top = lse.amax(0)  # (B,)
     weights = (lse - top).exp()  # (heads, B)

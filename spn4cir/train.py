@@ -40,9 +40,8 @@ def train(config: TrainConfig, stage: Any) -> Path:
         config: everything that decides the run.
         stage: name of a preparation in ``spn4cir.stages.STAGES``, such as 1 or 2.
 
-    Raises:
-        InputError: before anything is written, if data, weights or settings do not fit; later, at the step whose loss
-            or gradient is not finite.
+    Raises ``InputError`` before anything is written, if data, weights or settings do not fit; later, at the step whose
+    loss or gradient is not finite.
     """
     check_backbone(config.backbone)
     if stage not in STAGES:
@@ -69,26 +68,19 @@ def train(config: TrainConfig, stage: Any) -> Path:
 def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str]) -> dict[str, Any]:
     """Train an objective to the end of the run, and return its progress.
 
-    Args:
-        training: objective, batches, evaluation.
-        config: of optimiser, schedule, logging and saving.
-        run: where states and the log go; resumed from it if it was stopped.
-        select_by: metrics whose mean selects the best state.
-
-    Raises:
-        InputError: if a loss or a gradient is not finite; the last saved state stays as it is.
+    A run that was stopped goes on from its last state. The mean of the metrics ``select_by`` selects the best one.
+    Raises ``InputError`` if a loss or a gradient is not finite; the last saved state stays as it is.
     """
     accelerator, objective, loader = run.accelerator, training.objective, training.loader
-    optimizer = build_optimizer(objective, config)
+    adamw, limit = config.adamw, config.adamw.max_grad_norm
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, adamw.beta2), adamw.eps)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    limit = config.adamw.max_grad_norm
     steps = min(len(loader) * config.epochs, config.max_steps or sys.maxsize)
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     run.start(config, objective)
     state = run.resume(objective, optimizer, training.bank)
-    log = StepLog(
-        config, accelerator, tqdm(total=steps, initial=state["step"], desc=run.title, unit="step", disable=not run.main)
-    )
+    bar = tqdm(total=steps, initial=state["step"], desc=f"stage {run.stage}", unit="step", disable=not run.main)
+    log = StepLog(config, accelerator)
     while state["step"] < steps:
         objective.train(config.dropout)
         for part, batch in enumerate(loader.from_step(state["step"])):
@@ -109,7 +101,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
                 continue
             objective.after_step()
             state["step"] += 1
-            log.bar.update()
+            bar.update()
             epoch, inside = divmod(state["step"], len(loader))
             is_last = state["step"] >= steps
             is_saved = is_last or not inside or (config.save_every and state["step"] % config.save_every == 0)
@@ -126,34 +118,31 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
                     score = selection_score(result.metrics, select_by)
                     run.keep_best(objective.backbone, result.as_json(), score, state)
             if run.main:
-                run.log(row, log.bar)
+                run.log(row, bar)
             if run.main and is_saved:
                 run.save(objective, optimizer, state)
             accelerator.wait_for_everyone()
             log.restart()
             if is_last:
                 break
-    log.bar.close()
+    bar.close()
     return state
 
 
 class StepLog:
     """Numbers of the steps since the last line of the log."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, bar: "tqdm[Any]"):
-        self.config, self.accelerator, self.bar = config, accelerator, bar
-        self.losses: list[Tensor] = []
-        self.started = time.monotonic()
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.restart()
 
     def restart(self) -> None:
         """Begin the next line."""
-        self.losses, self.started = [], time.monotonic()
+        self.losses: list[Tensor] = []
+        self.started = time.monotonic()
 
     def numbers(self, objective: Objective, lr: float, norm: Tensor) -> dict[str, float]:
-        """Mean loss, learning rate, gradient norm of the last step, the objective's own, throughput, memory.
-
-        All processes take part.
-        """
+        """Loss, learning rate, last gradient norm, the objective's own, throughput, memory; all processes call it."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         steps = len(self.losses) / self.config.compute.accumulate
         return {
@@ -223,21 +212,8 @@ def _seed(config: TrainConfig, accelerator: Accelerator, step: int, part: int) -
     return int((config.seed * 1_000_003 + step * 4096 + place) % 2**63)
 
 
-def build_optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that train."""
-    adamw = config.adamw
-    return torch.optim.AdamW(parameter_groups(objective, config), config.lr, (0.9, adamw.beta2), adamw.eps)
-
-
 def schedule(config: TrainConfig, step: int, steps: int, epoch: int) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then the schedule over what remains.
-
-    Args:
-        config: names the schedule.
-        step: now.
-        steps: of the run.
-        epoch: steps of one epoch.
-    """
+    """Factor of the learning rate at a step of ``steps``: a linear warm-up, then the schedule over what remains."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     past = config.warmup_steps
@@ -248,13 +224,11 @@ def start(config: TrainConfig) -> Accelerator:
     """Join the processes and seed this one. Raises ``InputError`` for a precision that the device does not have."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))  # processes wait while the first one builds a bank
     none = not torch.accelerator.is_available()  # else several processes on a CPU would not find each other
+    precision, parts = config.mixed_precision, config.compute.accumulate
     accelerator = Accelerator(
-        cpu=none,
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.compute.accumulate,
-        kwargs_handlers=[patience],
+        cpu=none, mixed_precision=precision, gradient_accumulation_steps=parts, kwargs_handlers=[patience]
     )
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would say nothing
+    if precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would say nothing
         raise InputError("mixed_precision fp16 needs a GPU, and there is none: give --mixed-precision no, or bf16")
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:  # each would train by itself, and nothing would say so

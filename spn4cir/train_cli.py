@@ -21,12 +21,7 @@ from spn4cir.files import read_json
 
 
 def train_command(stage: int | None = None, text: str | None = __doc__) -> None:
-    """``spn4cir-train`` and the scripts of recipes/: train one stage from the command line.
-
-    Args:
-        stage: 1 or 2; None reads ``--stage``.
-        text: what ``--help`` says: a sentence, a blank line, examples.
-    """
+    """Train a stage from the command line, for None that of ``--stage``; ``--help`` shows the text."""
 
     def main() -> None:
         number, arguments = (stage, sys.argv[1:]) if stage else _read_stage(sys.argv[1:])
@@ -70,11 +65,7 @@ def _choose_config(stage: int, arguments: list[str]) -> Path:
 
 
 def find_recipe(dataset: str, backbone: str, stage: int) -> Path:
-    """The packaged recipe of a dataset, a backbone and a stage.
-
-    Raises:
-        InputError: for an unknown dataset or backbone; if there is no recipe, with those that exist for the dataset.
-    """
+    """The packaged recipe of a dataset, a backbone and a stage. Raises ``InputError`` with those that there are."""
     path = recipes_folder() / dataset / f"{backbone}_stage{stage}.yaml"
     if path.is_file():
         return path

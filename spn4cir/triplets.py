@@ -67,21 +67,12 @@ class TripletTable(Sequence[Triplet]):
             return TripletTable(self.table, self.rows[index])
         row = int(self.rows[index])
         found = {name: column[row].as_py() for name, column in self._columns.items()}
-        lists: Any = {name: tuple(value for value in found[name] or () if value) for name in LISTS}
+        lists: Any = {name: tuple(filter(None, found[name] or ())) for name in LISTS}
         return Triplet(found["reference"] or None, generated=found["generated"], **lists)
 
     def take(self, positions: Numbers) -> TripletTable:
         """The triplets at some positions, ascending."""
         return TripletTable(self.table, self.rows[positions])
-
-    def joined(self, others: Sequence[Triplet]) -> TripletTable:
-        """These triplets and then others, which are few enough to be held in memory."""
-        import pyarrow as pa
-
-        rows = [{name: getattr(t, name) for name in self.table.column_names} for t in others]
-        whole = pa.concat_tables([self.table, pa.Table.from_pylist(rows, self.table.schema)])
-        added = np.arange(self.table.num_rows, whole.num_rows, dtype=np.uint32)
-        return TripletTable(whole, np.concatenate([self.rows, added]))
 
     def _blocks(self) -> Iterator[pyarrow.Table]:
         """The rows in order, a bounded number of them at a time, each column in one piece."""
@@ -132,10 +123,10 @@ class TripletTable(Sequence[Triplet]):
         """Position of the first triplet that lacks a target, or both reference and text, and the column."""
         before = 0
         for block in self._blocks():
-            reference, targets, texts = (_counts(block, name) for name in ("reference", "targets", "texts"))
-            for column, lacking in (("targets", targets == 0), ("texts", reference + texts == 0)):
-                if lacking.any():
-                    return before + int(lacking.argmax()), column
+            for column, names in (("targets", ("targets",)), ("texts", ("texts", "reference"))):
+                lacking = np.flatnonzero(sum(_counts(block, name) for name in names) == 0)
+                if len(lacking):
+                    return before + int(lacking[0]), column
             before += len(block)
         return None
 
@@ -143,17 +134,14 @@ class TripletTable(Sequence[Triplet]):
         """The largest counts of targets and of hard negatives, and whether some triplets lack reference or text."""
         positives, negatives, is_partial = 1, 0, False
         for block in self._blocks():
-            positives = max(positives, int(_counts(block, "targets").max()))
-            negatives = max(negatives, int(_counts(block, "negatives").max()))
-            is_partial |= any(bool((_counts(block, name) == 0).any()) for name in ("reference", "texts"))
+            counts = {name: _counts(block, name) for name in ("reference", *LISTS)}
+            positives = max(positives, int(counts["targets"].max()))
+            negatives = max(negatives, int(counts["negatives"].max()))
+            is_partial |= not (counts["reference"].all() and counts["texts"].all())
         return positives, negatives, is_partial
 
     def ambiguous(self, identity: Mapping[str, int]) -> TripletTable:
-        """The triplets of queries that may have several targets: of equal reference pixels, and text by its hash.
-
-        Args:
-            identity: image id → number, equal for equal pixels.
-        """
+        """The triplets of queries that may have several targets: of equal reference pixels, and text by its hash."""
         parts: tuple[list[Numbers], ...] = ([], [], [], [])  # of each query: hash, triplet, least and greatest target
         before = 0
         for block in self._blocks():
@@ -181,11 +169,7 @@ class TripletTable(Sequence[Triplet]):
         return self.take(np.unique(row[order[np.repeat(several, np.diff(np.r_[starts, len(keys)]))]]))
 
     def draws(self, by_target: bool) -> Numbers:
-        """A number in [0, 1) of each triplet, decided by its targets or all its words; inf if reference is target.
-
-        Args:
-            by_target: equal for triplets of the same targets.
-        """
+        """A number in [0, 1) of each triplet, decided by its targets or all its words; inf if reference is target."""
         import pyarrow.compute as pc
 
         drawn: list[Numbers] = [np.zeros(0)]
@@ -210,18 +194,26 @@ def named_images(triplets: Sequence[Triplet]) -> Iterable[str]:
 
 
 def join_triplets(triplets: Sequence[Triplet], others: Sequence[Triplet]) -> Sequence[Triplet]:
-    """Triplets and then others, which are a list; a table where the first are one."""
-    return triplets.joined(others) if isinstance(triplets, TripletTable) and others else [*triplets, *others]
+    """Triplets and then others, which are few enough for a list; a table where the first are one."""
+    if not isinstance(triplets, TripletTable):
+        return [*triplets, *others]
+    if not others:
+        return triplets
+    import pyarrow as pa
+
+    table = triplets.table
+    rows = [{name: getattr(t, name) for name in table.column_names} for t in others]
+    whole = pa.concat_tables([table, pa.Table.from_pylist(rows, table.schema)])
+    added = np.arange(table.num_rows, whole.num_rows, dtype=np.uint32)
+    return TripletTable(whole, np.concatenate([triplets.rows, added]))
 
 
-Items: TypeAlias = list[int] | Numbers
-"""Item numbers: an array for the rows of a table, whose order NumPy draws."""
+Items: TypeAlias = list[int] | Numbers  # item numbers: an array for the rows of a table, whose order NumPy draws
 
 
 def item_numbers(*parts: Sequence[int] | Numbers) -> Items:
     """The numbers of all parts, one after the other: an array of them where the parts are arrays."""
-    arrays = [part for part in parts if isinstance(part, np.ndarray)]
-    return np.concatenate(arrays) if arrays else [item for part in parts for item in part]
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [item for part in parts for item in part]
 
 
 def shuffle(items: Items, key: str) -> Items:
@@ -267,14 +259,12 @@ def _counts(block: pyarrow.Table, name: str) -> Numbers:
 
 def _numbers(values: pyarrow.Array, number: Mapping[str, int]) -> Numbers:
     encoded = values.dictionary_encode()
-    known: Numbers = np.array([number[value] for value in encoded.dictionary.to_pylist()], np.int64)
-    found: Numbers = known[encoded.indices.to_numpy()]
-    return found
+    known = [number[value] for value in encoded.dictionary.to_pylist()]
+    return np.asarray(known, np.int64)[encoded.indices.to_numpy()]  # type: ignore[no-any-return]
 
 
 def _hash(values: pyarrow.Array) -> Numbers:
     """64 bits of each text, the same on every machine."""
     from pandas.util import hash_array
 
-    hashed: Numbers = hash_array(values.to_numpy(zero_copy_only=False))
-    return hashed
+    return np.asarray(hash_array(values.to_numpy(zero_copy_only=False)))

@@ -16,14 +16,14 @@ from spn4cir.errors import InputError
 if TYPE_CHECKING:  # so that commands can name these types without waiting for torch
     from torch import Tensor
 
-Tokens: TypeAlias = "dict[str, Tensor]"
-"""Tokenised texts: each value has B rows."""
+Over: TypeAlias = Literal["gallery", "candidates", "subset"]
+Tokens: TypeAlias = "dict[str, Tensor]"  # tokenised texts: each value has B rows
 
 
 class ImageRef(NamedTuple):
-    """Where the pixels of an image come from: a file, or a function that returns its bytes; and a crop box, if any.
+    """A file, or a function that returns its bytes, and a crop box (left, upper, right, lower) in pixels, if any.
 
-    ``box`` is (left, upper, right, lower) in pixels. ``name`` is what messages call an image that is not a file.
+    ``name`` is what messages call an image that is not a file.
     """
 
     source: Path | Callable[[], bytes]
@@ -36,7 +36,7 @@ class ImageRef(NamedTuple):
         return self.source if isinstance(self.source, Path) else None
 
     def __str__(self) -> str:
-        return self.name or (str(self.source) if isinstance(self.source, Path) else "bytes")
+        return self.name or str(self.path or "bytes")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Measure:
 
     kind: str
     k: int
-    over: Literal["gallery", "candidates", "subset"] = "gallery"
+    over: Over = "gallery"
     primary: bool = False
 
     def __post_init__(self) -> None:
@@ -110,9 +110,7 @@ class Measure:
             raise InputError(f"a measure is over gallery, candidates or subset, got {self.over!r}")
 
 
-def recall_measures(
-    *ks: int, primary: Sequence[int] = (), over: Literal["gallery", "candidates", "subset"] = "gallery"
-) -> tuple[Measure, ...]:
+def recall_measures(*ks: int, primary: Sequence[int] = (), over: Over = "gallery") -> tuple[Measure, ...]:
     """Recall at each cut-off, of which the ``primary`` ones select the best checkpoint."""
     return tuple(Measure("recall", k, over, k in primary) for k in ks)
 
@@ -124,7 +122,6 @@ class Benchmark:
     Args:
         name: id of the protocol, such as ``fashioniq/original``.
         gallery: ids of all items that are ranked.
-        queries: what is asked.
         exclude_reference: whether a query's reference is left out of its ranking.
         measures: what is computed; the primary ones select the best checkpoint, and the mean of several primary ones
             is also reported, as ``Rmean``.
@@ -155,36 +152,29 @@ class Benchmark:
         needs_candidates = any(measure.over != "gallery" for measure in self.measures)
         checked: dict[int, frozenset[str]] = {}  # one tuple of candidates may serve thousands of queries
         for number, query in enumerate(self.queries):
-            if id(query.candidates) not in checked:
-                checked[id(query.candidates)] = frozenset(query.candidates)
-                self._check(number, query, known, len(checked[id(query.candidates)]))
-            else:
-                self._check(number, query, known, None)
-            own = checked[id(query.candidates)]
-            if lost := [i for i in query.targets if own and i not in own]:
-                raise InputError(f"{self.name}: query {number} has the target {lost[0]!r}, which its candidates lack")
-            if needs_candidates and not own:
-                raise InputError(f"{self.name}: query {number} has no candidates, and a measure is over them")
+            is_new = id(query.candidates) not in checked
+            own = checked.setdefault(id(query.candidates), frozenset(query.candidates) if is_new else frozenset())
+            lacks = "has no candidates, and a measure is over them" if needs_candidates and not own else ""
+            if fault := self._fault(query, known, own, is_new) or lacks:
+                raise InputError(f"{self.name}: query {number} {fault}")
 
-    def _check(self, number: int, query: Query, known: frozenset[str], distinct: int | None) -> None:
-        """Raises ``InputError`` for a query without a meaning; its candidates are checked if ``distinct`` is given."""
-        candidates = query.candidates if distinct is not None else ()
+    def _fault(self, query: Query, known: frozenset[str], own: frozenset[str], is_new: bool) -> str:
+        """What leaves a query without a meaning, or nothing; ``own`` are its candidates, checked if they are new."""
+        candidates = query.candidates if is_new else ()
+        lost = [i for i in (*query.targets, *candidates) if i not in known]
+        apart = [i for i in query.targets if own and i not in own]
+        is_unranked = self.exclude_reference and query.targets == (query.reference,)
         faults = {
+            f"names {lost and lost[0]!r}, which the gallery lacks": lost,
             "has neither a reference nor a text": query.reference is None and query.text is None,
             f"has the text {query.reference!r} as its reference": query.reference in self.texts,
             "names a target twice": len(set(query.targets)) < len(query.targets),
-            "names a candidate twice": len(candidates) != (distinct or 0),
+            "names a candidate twice": is_new and len(candidates) > len(own),
             "has tags that are no tuple": not isinstance(query.tags, tuple),
-            f"has no target but its reference {query.reference!r}, which is not ranked": bool(
-                self.exclude_reference and query.targets and set(query.targets) == {query.reference}
-            ),
+            f"has no target but its reference {query.reference!r}, which is not ranked": is_unranked,
+            f"has the target {apart and apart[0]!r}, which its candidates lack": apart,
         }
-        missing = [i for i in (*query.targets, *candidates) if i not in known]
-        told = (
-            f"names {missing[0]!r}, which the gallery lacks" if missing else next((f for f in faults if faults[f]), "")
-        )
-        if told:
-            raise InputError(f"{self.name}: query {number} {told}")
+        return next((fault for fault in faults if faults[fault]), "") if any(faults.values()) else ""
 
     @property
     def has_known_targets(self) -> bool:

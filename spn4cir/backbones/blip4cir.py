@@ -48,14 +48,11 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def load_config(model: str | Path) -> dict[str, Any]:
     """Read the config of a folder or of a name on the hub. Raises ``InputError`` if there is none."""
     settings = load_settings(BlipConfig, model)
-
-    def stated(part: Any, published: Mapping[str, Any]) -> dict[str, Any]:
-        found = {key: getattr(part, key) for key in published}
-        return {key: published[key] if LEFT_OUT.get(key) == value else value for key, value in found.items()}
-
-    vision, text = stated(settings.vision_config, VISION), stated(settings.text_config, TEXT)
-    width = settings.image_text_hidden_size
-    return complete_config({"image_text_hidden_size": width, "vision_config": vision, "text_config": text})
+    config: dict[str, Any] = {"image_text_hidden_size": settings.image_text_hidden_size}
+    for part, published in (("vision_config", VISION), ("text_config", TEXT)):
+        found = {key: getattr(getattr(settings, part), key) for key in published}
+        config[part] = {key: published[key] if LEFT_OUT.get(key) == value else value for key, value in found.items()}
+    return complete_config(config)
 
 
 class Blip(BlipForImageTextRetrieval):  # type: ignore[misc]
@@ -73,8 +70,7 @@ class BLIP4CIR(Backbone):
 
     The reference is the vision tower's tokens after its last norm (L = 577 of D = 768 at 384 pixels); the target is
     ``normalise(vision_proj(token 0))``, K = 1 and E = 256. Texts begin with ``[ENC]`` and are cut at the number of
-    positions that the text encoder has. The config carries the dropout of the text encoder; whether it is applied is
-    for ``train`` and ``eval``, as for any module, and the vision tower has none.
+    positions that the text encoder has. The config carries its dropout; the vision tower has none.
 
     Args:
         model: ``embedded`` (the small model that ships); a folder or a name on the hub in transformers' layout, such as
@@ -83,8 +79,7 @@ class BLIP4CIR(Backbone):
         tokenizer: folder or name on the hub of BERT's tokenizer; None takes that of ``model``, or BERT's own.
         train_vision: whether stage 1 trains the vision tower and its projection, which the published one did not.
 
-    Raises:
-        InputError: if there is no such model or tokenizer, or they do not fit together.
+    Raises ``InputError`` if there is no such model or tokenizer, or they do not fit together.
 
     Source: Liu et al., "Candidate Set Re-ranking for Composed Image Retrieval with Dual Multi-modal Encoder", 2023
     (stage I); Li et al., "BLIP: Bootstrapping Language-Image Pre-training", ICML 2022.

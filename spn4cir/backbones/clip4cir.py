@@ -21,16 +21,12 @@ class Combiner(nn.Module):
     ``a = drop(relu(W_t x_txt))``, ``b = drop(relu(W_i x_img))`` of width p; ``c = [a; b]``;
     ``z = drop(relu(W_c c))`` of width h; ``λ = sigmoid(W_2 drop(relu(W_1 c)))``, a scalar; each layer has a bias.
 
-    Args:
-        width: E of both inputs and of the output. p = 4E and h = 8E: the published 2,560 and 5,120, whose E is 640.
-
-    Source: Baldrati et al., "Conditioned and composed image retrieval combining and partially fine-tuning CLIP-based
-    features", CVPRW 2022.
+    p = 4E and h = 8E: the published 2,560 and 5,120, whose E is 640. Source: as of ``CLIP4CIR``.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        projected, hidden = 4 * width, 8 * width
+        projected, hidden = 4 * width, 8 * width  # p, h
         self.text_projection_layer = nn.Linear(width, projected)
         self.image_projection_layer = nn.Linear(width, projected)
         self.combiner_layer = nn.Linear(2 * projected, hidden)
@@ -58,15 +54,11 @@ class CLIP4CIR(Backbone):
     backbone trains with it. Texts longer than CLIP's context are cut at it.
 
     Args:
-        model: ``embedded`` (the small model that ships), or any model of open_clip by name, such as
-            ``RN50x4-quickgelu``, ``ViT-L-14-quickgelu``, ``local-dir:FOLDER`` or ``hf-hub:NAME``.
-        pretrained: a tag of open_clip (``openai``) or a weights file; None gives random weights, except where ``model``
-            brings its own.
+        model, pretrained: as ``shared_clip.load_clip`` takes them.
         fusion: ``sum``, or ``combiner``.
         train_clip: False freezes CLIP, so that the Combiner alone trains, as in the original's second stage.
 
-    Raises:
-        InputError: if open_clip knows no such model, tag or file, or if nothing would train.
+    Raises ``InputError`` if open_clip knows no such model, tag or file, or if nothing would train.
 
     Source: Baldrati et al., "Conditioned and composed image retrieval combining and partially fine-tuning CLIP-based
     features", CVPRW 2022, with the element-wise sum of its first stage or the Combiner of its second.
@@ -89,8 +81,7 @@ class CLIP4CIR(Backbone):
         self._padding = int(sample[-1])
         if fusion == "combiner":
             with torch.no_grad():
-                width = self._encode_text(sample[None]).shape[-1]
-            self.combiner = Combiner(width)
+                self.combiner = Combiner(self._encode_text(sample[None]).shape[-1])
         if not train_clip:
             self.clip.requires_grad_(False)
         self.eval()
@@ -106,8 +97,7 @@ class CLIP4CIR(Backbone):
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
         """(B, 1, E) and texts → queries (B, E)."""
-        text = self._encode_text(tokens["text"])  # (B, E)
-        image, text = to_float32(reference[:, 0]), to_float32(text)
+        image, text = to_float32(reference[:, 0]), to_float32(self._encode_text(tokens["text"]))  # (B, E) each
         if self.combiner is not None:
             return Composed(l2_normalize(self.combiner(image, text)))
         return Composed(l2_normalize(image + text), parts=(image, text))
@@ -118,16 +108,13 @@ class CLIP4CIR(Backbone):
         return self.combiner is None
 
     def _encode_text(self, text: Tensor) -> Tensor:
-        """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows.
-
-        With causal attention no position sees what comes after it, so cutting the tail changes nothing but the time.
-        """
+        """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows."""
         clip = self.clip
         if not has_openai_text(clip):
             return clip.encode_text(text)  # type: ignore[no-any-return]
+        # with causal attention no position sees what comes after it, so cutting the tail changes nothing but the time;
         # one column more than the last that is not padding, as some models pad with the end token
-        used = int((text != self._padding).any(0).nonzero().max()) + 2
-        text = text[:, :used]  # (B, T)
+        text = text[:, : int((text != self._padding).any(0).nonzero().max()) + 2]  # (B, T)
         used = text.shape[1]
         x = clip.token_embedding(text) + clip.positional_embedding[:used]
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:used, :used]))  # (B, T, width)

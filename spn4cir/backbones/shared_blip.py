@@ -37,12 +37,10 @@ def load_library(kind: type[M], model: str | Path | None, config: Mapping[str, A
     """Load a model of transformers in float32 and eval mode; where ``READS_WEIGHTS`` is false, with random weights.
 
     Args:
-        kind: its class.
         model: folder, or name on the hub; None for ``config`` alone, with random weights.
         config: its configuration as a dictionary; None takes that of ``model``.
 
-    Raises:
-        InputError: if there is no such model, or if it lacks weights or has others.
+    Raises ``InputError`` if there is no such model, or if it lacks weights or has others.
     """
     settings = load_settings(kind.config_class, model or "") if config is None else None
     try:

@@ -24,11 +24,12 @@ def load_clip(
     The model's scale gets no gradient. Where ``READS_WEIGHTS`` is false the model has random weights.
 
     Args:
-        model: ``embedded``, or whatever open_clip's ``create_model`` takes.
-        pretrained: a tag of open_clip or a weights file; None for random weights, unless ``model`` brings its own.
+        model: ``embedded`` (the small model that ships), or any model of open_clip by name, such as
+            ``ViT-B-16-quickgelu``, ``RN50x4-quickgelu``, ``local-dir:FOLDER`` or ``hf-hub:NAME``.
+        pretrained: a tag of open_clip (``openai``) or a weights file; None for random weights, unless ``model`` brings
+            its own.
 
-    Raises:
-        InputError: if open_clip knows no such model, tag or file.
+    Raises ``InputError`` if open_clip knows no such model, tag or file.
     """
     load_weights = READS_WEIGHTS.get()
     located = f"local-dir:{EMBEDDED}" if model == "embedded" else model
@@ -59,10 +60,7 @@ def has_openai_text(clip: Any) -> bool:
 
 @contextmanager
 def _missing_weights() -> Iterator[list[str]]:
-    """Collect open_clip's warnings that there are no weights: no news while a checkpoint is loaded, else an error.
-
-    What it logs about a failed download is dropped: it raises the same.
-    """
+    """Collect open_clip's warnings that there are no weights: no news while a checkpoint is loaded, else an error."""
     texts: list[str] = []
 
     def pass_on(record: logging.LogRecord) -> bool:
@@ -70,7 +68,7 @@ def _missing_weights() -> Iterator[list[str]]:
         if "no CLIP weights" in text or text.startswith("No pretrained weights"):
             texts.append(text)
             return False
-        return not text.startswith("Failed to download")
+        return not text.startswith("Failed to download")  # it raises the same
 
     root = logging.getLogger()
     root.addFilter(pass_on)

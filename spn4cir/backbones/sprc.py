@@ -65,8 +65,7 @@ class SPRC(Backbone):
         align: weight of the term that pulls fused states to the prompt.
         text_length: tokens after which a text is cut.
 
-    Raises:
-        InputError: if there is no such model or tokenizer, or they do not fit each other or ``text_length``.
+    Raises ``InputError`` if there is no such model or tokenizer, or they do not fit each other or ``text_length``.
 
     Source: Bai et al., "Sentence-level Prompts Benefit Composed Image Retrieval", ICLR 2024; Li et al., "BLIP-2", 2023.
     """
@@ -136,11 +135,7 @@ class SPRC(Backbone):
         return ImageFeatures(tokens, l2_normalize(self.blip2.vision_projection(states)))
 
     def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
-        """(B, L, D) and texts → queries (B, E).
-
-        The states ``fused`` (B, K, H) come from each query's own text: the published stage 2 cached them per image, so
-        that they were those of another triplet's text.
-        """
+        """(B, L, D) and texts → queries (B, E)."""
         text = tokens["text"]  # (B, T)
         # K tokens that are all read stand before the text
         mask = torch.cat([tokens["mask"].new_ones(len(text), self.count), tokens["mask"]], dim=1)  # (B, K + T)
@@ -149,17 +144,15 @@ class SPRC(Backbone):
         hidden = self.blip2.qformer(
             query_embeds=embedded, query_length=self.count, attention_mask=mask, encoder_hidden_states=reference
         ).last_hidden_state  # (B, K + T, H)
-        fused = hidden[:, : self.count]
-        reader = self.blip2 if self.twin is None else self.twin
+        # each query's own text made them: the published stage 2 cached them per image, as another text made them
+        fused, reader = hidden[:, : self.count], self.twin or self.blip2  # (B, K, H)
         sentence = reader.embeddings(input_ids=text, query_embeds=fused)
         query = self._read(reader, sentence, mask, self.count)  # the text's first token stands behind the states
         return Composed(query, {"fused": fused, "text": text, "mask": mask})
 
     def _read(self, reader: Any, embedded: Tensor, mask: Tensor, place: int) -> Tensor:
-        """Embeddings (B, K + T, H) read without an image → (B, E), unit norm, from the state at a place.
-
-        With no image all positions are text, so the length of the query is nought, which the library must be told.
-        """
+        """Embeddings (B, K + T, H) read without an image → (B, E), unit norm, from the state at a place."""
+        # with no image all positions are text, so the length of the query is nought, which the library must be told
         hidden = reader.qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state
         return l2_normalize(reader.text_projection(hidden[:, place]))
 
@@ -201,10 +194,5 @@ class SPRC(Backbone):
 
 def _plain(settings: PreTrainedConfig) -> dict[str, Any]:
     """What of a library configuration decides the model, as JSON holds it: no language model's."""
-    whole = settings.to_dict()
-    return {
-        "vision_config": {key: whole["vision_config"][key] for key in VISION},
-        "qformer_config": {key: whole["qformer_config"][key] for key in QFORMER},
-        "num_query_tokens": settings.num_query_tokens,
-        "image_text_hidden_size": settings.image_text_hidden_size,
-    }
+    whole, kept = settings.to_dict(), {"vision_config": VISION, "qformer_config": QFORMER}
+    return {part: {key: whole[part][key] for key in kept[part]} if part in kept else whole[part] for part in PARTS}

@@ -29,15 +29,11 @@ class TGCIR(Backbone):
     of a text count, padding too. There is no dropout, and the whole model stays in eval mode.
 
     Args:
-        model: ``embedded`` (the small model that ships), or a model of open_clip with a ViT and OpenAI's layout, such
-            as ``ViT-B-16-quickgelu``.
-        pretrained: a tag of open_clip (``openai``) or a weights file; None gives random weights, except where ``model``
-            brings its own.
+        model, pretrained: as ``shared_clip.load_clip`` takes them; a model with a ViT and OpenAI's layout.
         ortho, ckd, kl: weights of stage 1's terms.
         kl_temperature: what similarities are divided by in the term ``kl``.
 
-    Raises:
-        InputError: if open_clip knows no such model, tag or file, or the model is built in another way.
+    Raises ``InputError`` if open_clip knows no such model, tag or file, or the model is built in another way.
 
     Source: Wen et al., "Target-Guided Composed Image Retrieval", ACM MM 2023.
     """
@@ -109,7 +105,7 @@ class TGCIR(Backbone):
         """The teacher's own two terms, orthogonal tokens, and what the student learns from the teacher.
 
         The teacher knows the target, whose tokens, unlike those of reference and text, also learn from it. Its scores
-        are sums of weighted cosines over tokens, not one cosine; those that ``kl`` learns from are cosines.
+        are sums of weighted cosines over tokens; those that ``kl`` learns from are cosines.
         """
         reference, text, gate = (composed.states[name] for name in ("reference", "text", "gate"))
         target = to_float32(targets.reference)  # (B, 12, E)

@@ -1,7 +1,6 @@
 """Datasets by name. A new one is one file here, one line in ``DATASETS`` and one test."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from spn4cir.dataset import Dataset
 from spn4cir.datasets.catalogue import Catalogue
@@ -10,8 +9,7 @@ from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import with_images
 from spn4cir.datasets.pairs import Pairs
-from spn4cir.datasets.rows import HUB
-from spn4cir.datasets.skip import apply_skip_list
+from spn4cir.datasets.skip import read_skip_list
 from spn4cir.errors import InputError
 
 DATASETS: dict[str, Callable[[str | None], Dataset]] = {
@@ -24,29 +22,19 @@ DATASETS: dict[str, Callable[[str | None], Dataset]] = {
 
 
 def load_dataset(name: str, root: str | None = None) -> Dataset:
-    """The dataset of that name, without the images of its skip list.
-
-    Raises:
-        InputError: for an unknown name, or if its files are not there.
-    """
+    """The dataset of that name without skipped images. Raises ``InputError`` for an unknown name or missing files."""
     if name not in DATASETS:
         raise InputError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
-    return apply_skip_list(DATASETS[name](root))
+    dataset = DATASETS[name](root)
+    dataset.skip_reasons = read_skip_list(dataset.root)
+    return dataset
 
 
 def open_extra_images(dataset: Dataset, place: str) -> tuple[Dataset, list[str]]:
-    """Add the pictures of a folder or a table to a dataset: further negatives, which no triplet names.
+    """Add the pictures of a folder or a table to a dataset, as further negatives; return it and the pictures' ids.
 
-    Their ids say that they are extra, and not where they lie, so that a bank is the same wherever that is.
-
-    Returns:
-        The dataset with these images, and their ids.
-
-    Raises:
-        InputError: if there are none.
+    Ids do not say where the pictures lie, so a bank is the same wherever that is. Raises ``InputError`` without any.
     """
-    if not Path(place).exists() and not place.startswith(HUB):
-        raise InputError(f"bank.extra: {place} is missing: give a folder of pictures, or a table of them")
     try:
         pictures = load_dataset(Catalogue.name, place)
         images = {f"bank.extra:{image_id}": pictures.image(image_id) for image_id in pictures.training_images()}

@@ -56,9 +56,8 @@ class CIRR(Dataset):
         listed = read_json(path, SOURCE)
         if not isinstance(listed, dict):
             raise InputError(f"{path}: expected an object of image names and paths")
-        for image_id in listed:
-            if not PLAIN.fullmatch(image_id):
-                raise InputError(f"{path}: {image_id[:60]!r} is no image id")
+        if wrong := [image_id for image_id in listed if not PLAIN.fullmatch(image_id)]:
+            raise InputError(f"{path}: {wrong[0][:60]!r} is no image id")
         return {image_id: inner_path(path, image_id, value) for image_id, value in listed.items()}
 
     @cached_property
@@ -175,7 +174,6 @@ class CIRR(Dataset):
 
 
 def _faults(entries: Sequence[Entry], split: str, listed: set[str]) -> list[Check]:
-    """What does not hold of the entries of one split, kind by kind."""
     fields = ("reference",) if split == "test1" else ("reference", "target_hard")
     rows: list[tuple[str, list[str], list[str]]] = []  # place, reference and target, members of the subset
     for entry in entries:

@@ -4,21 +4,30 @@ Which files are refused: those whose names hold control characters, backslashes 
 that lie outside the root, be it by a path or by a link.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from spn4cir.datasets.pictures import safe_name, stray_links, walk
 from spn4cir.datasets.reading import inner_path
 from spn4cir.datasets.rows import HUB, SAVED, Rows, holds_images
-from spn4cir.datasets.tables import BOXES, find_table, read_table
+from spn4cir.datasets.tables import BOXES, find_table, read_other_columns, read_table
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.types import ImageRef
 
+if TYPE_CHECKING:
+    import pyarrow
+
 Box: TypeAlias = tuple[int, int, int, int]
+Place: TypeAlias = str | tuple[str, int]
+Columns: TypeAlias = Mapping[str, Sequence[str]]
+NameRow: TypeAlias = Callable[[int], str]
 ROLES = {
     "image": ("image", "path", "image_path", "file", "file_name"),
     "id": ("image_id", "id"),
@@ -28,25 +37,18 @@ ROLES = {
 }
 CORNERS = ("x0", "y0", "x1", "y1")
 BOX_ROLES = {name: (name,) for name in (*CORNERS, *BOXES)}
-IMAGES = (*ROLES["image"], "img", "jpg", "jpeg", "png", "webp")
-"""Names of columns that hold the bytes of images."""
+IMAGES = (*ROLES["image"], "img", "jpg", "jpeg", "png", "webp")  # names of columns that hold the bytes of images
 
 
 @dataclass
 class Contents:
-    """Image ids with where they lie, and what is known about them.
+    """Image ids with where they lie: a path below ``root``, or a column and a row of ``rows``; what is known of them.
 
-    Args:
-        root: folder that paths start from.
-        places: image id → path below the root, or column and row of ``rows``.
-        boxes: image id → its crop box, of those that have one.
-        rows: the table that images are read from.
-        texts: whether there are texts beside pictures.
-        notes: what was left out.
+    ``texts`` says whether there are texts beside pictures; ``notes`` say what was left out.
     """
 
     root: Path
-    places: dict[str, str | tuple[str, int]] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
     categories: dict[str, str] | None = None
     titles: dict[str, str] = field(default_factory=dict)
@@ -54,6 +56,17 @@ class Contents:
     rows: Rows | None = None
     texts: bool = False
     notes: list[str] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+
+    def other_columns(self) -> list[pyarrow.Table]:
+        """Tables below each other that say more of the images, in the order of ``places``; none for a plain folder."""
+        if self.rows is None:
+            return [read_other_columns(path, {**ROLES, **BOX_ROLES}) for path in self.tables]
+        table, used = self.rows.data.data.table, {self.rows.find(names) for names in _roles_of_rows().values()}
+        names = [
+            name for name in table.column_names if not (name in used or self.rows.is_image(name) or name[:2] == "__")
+        ]
+        return [table.select(names)]
 
     def image(self, image_id: str) -> ImageRef:
         """The image of a known id."""
@@ -63,19 +76,10 @@ class Contents:
         assert self.rows is not None
         return self.rows.image(*place, box)
 
-    def add(
-        self,
-        ids: Sequence[str],
-        places: Sequence[str | tuple[str, int]],
-        columns: Mapping[str, Sequence[str]],
-        where: Callable[[int], str],
-    ) -> None:
-        """Add the rows of a table. Raises ``InputError`` for an id that cannot be one, or that occurs twice.
+    def add(self, ids: Sequence[str], places: Sequence[Place], columns: Columns, where: NameRow) -> None:
+        """Add the rows of a table, which ``where`` gives names for messages; ``columns`` are role → a text of each row.
 
-        Args:
-            ids, places: one for each row.
-            columns: role → what each row says.
-            where: row → what messages call it.
+        Raises ``InputError`` for an id that cannot be one, or that occurs twice.
         """
         for row, (image_id, place) in enumerate(zip(ids, places, strict=True)):
             if not safe_name(image_id):
@@ -91,11 +95,7 @@ class Contents:
 
 
 def read_contents(place: Path | str) -> Contents:
-    """The pictures of a folder, a table or a hub name, in any form of a catalogue.
-
-    Raises:
-        InputError: if it cannot be read, naming the file and the row.
-    """
+    """The pictures of a folder, a table or a hub name. Raises ``InputError`` that names the file and the row."""
     path = Path(place)
     if str(place).startswith(HUB):
         from huggingface_hub.constants import HF_HUB_CACHE
@@ -119,42 +119,30 @@ def _of_folder(root: Path) -> Contents:
     if found.data and not found.ids:
         return _of_rows(Rows(str(root), [root / name for name in found.data]), root)
     contents = Contents(root, {image_id: image_id for image_id in found.ids}, texts=found.has_texts)
-    if found.links:
-        contents.notes.append(
-            f"{len(found.links)} links to folders, or out of {root}, are not followed, such as {found.links[0]!r}"
-        )
-    if found.unsafe:
-        contents.notes.append(
-            f"{len(found.unsafe)} pictures are left out since their names hold control characters, backslashes or no "
-            f"Unicode, such as {found.unsafe[0]!a}"
-        )
-    if found.own:
-        contents.notes.append(
-            f"{len(found.own)} folders are passed over since they hold files of data generation, such as "
-            f"{short(found.own[0])}"
-        )
-    if found.data:
-        contents.notes.append(
-            f"{len(found.data)} tables are passed over since there are pictures beside them, such as "
-            f"{short(found.data[0])}: give one as --data-root to read it"
-        )
-    path = find_table(root, "captions")
-    if path:
-        columns = read_table(
-            path, {"image": (*ROLES["image"], *ROLES["id"]), "caption": ROLES["caption"]}, ("image", "caption")
-        )
+    alone = ": give one as --data-root to read it"
+    unsafe = "pictures are left out since their names hold control characters, backslashes or no Unicode"
+    for names, what, show, advice in (
+        (found.links, f"links to folders, or out of {root}, are not followed", repr, ""),
+        (found.unsafe, unsafe, ascii, ""),
+        (found.own, "folders are passed over since they hold files of data generation", short, ""),
+        (found.data, "tables are passed over since there are pictures beside them", short, alone),
+    ):
+        if names:
+            contents.notes.append(f"{len(names)} {what}, such as {show(names[0])}{advice}")
+    if path := find_table(root, "captions"):
+        roles = {"image": (*ROLES["image"], *ROLES["id"]), "caption": ROLES["caption"]}
+        columns = read_table(path, roles, tuple(roles))
         given = zip(columns["image"], columns["caption"], strict=True)
         captions = {image_id.removeprefix("./"): one_line(text) for image_id, text in given}
         contents.captions = {i: text for i, text in captions.items() if i in contents.places}
-        lost = [i for i in captions if i not in contents.places]
-        if lost:
+        if lost := [i for i in captions if i not in contents.places]:
             contents.notes.append(f"{path} describes {len(lost)} images that are not there, such as {short(lost[0])}")
     return contents
 
 
 def _of_tables(root: Path, tables: Sequence[Path]) -> Contents:
     """Tables of paths, each relative to the folder of its table."""
-    contents = Contents(root)
+    contents = Contents(root, tables=list(tables))
     for path in tables:
         columns = read_table(path, {**ROLES, **BOX_ROLES}, ("image",))
 
@@ -171,8 +159,7 @@ def _of_tables(root: Path, tables: Sequence[Path]) -> Contents:
 
 def _of_rows(rows: Rows, root: Path) -> Contents:
     """Images that are stored in a table, or at the paths that it gives."""
-    roles = {**ROLES, **BOX_ROLES, "caption": (*ROLES["caption"], "txt"), "category": ("category", "label")}
-    named = {role: rows.find(names) for role, names in roles.items() if role != "image"}
+    named = {role: rows.find(names) for role, names in _roles_of_rows().items() if role != "image"}
     columns = {role: rows.texts(column) for role, column in named.items() if column}
     stored = [column for column in rows.data.column_names if rows.is_image(column)]
     known = [column for column in stored if column.strip().lower() in IMAGES]
@@ -180,7 +167,7 @@ def _of_rows(rows: Rows, root: Path) -> Contents:
     if not known and not listed and len(stored) != 1:
         rows.find(IMAGES, needed=True)
     contents, paths = Contents(root, rows=rows), [""] * len(rows)
-    places: list[str | tuple[str, int]] = [""] * len(rows)
+    places: list[Place] = [""] * len(rows)
     for column in known or stored[: not listed]:
         sizes, names = rows.sizes(column).to_pylist(), rows.paths(column).to_pylist()
         for row, (size, name) in enumerate(zip(sizes, names, strict=True)):
@@ -203,15 +190,18 @@ def _of_rows(rows: Rows, root: Path) -> Contents:
     return contents
 
 
-def _box(columns: Mapping[str, Sequence[str]], row: int, where: Callable[[int], str]) -> Box | None:
+def _roles_of_rows() -> dict[str, tuple[str, ...]]:
+    return {**ROLES, **BOX_ROLES, "caption": (*ROLES["caption"], "txt"), "category": ("category", "label")}
+
+
+def _box(columns: Columns, row: int, where: NameRow) -> Box | None:
     """Left, upper, right, lower in pixels, as x0, y0, x1, y1 or a box; a bbox is left, upper, width, height."""
-    name = "x0" if columns.keys() >= {*CORNERS} else next((name for name in BOXES if name in columns), None)
-    if name is None:
-        return None
-    text = " ".join(columns[part][row] for part in (CORNERS if name == "x0" else (name,)))
+    names = CORNERS if columns.keys() >= {*CORNERS} else [name for name in BOXES if name in columns][:1]
+    text = " ".join(columns[name][row] for name in names)
     parts = re.findall(r"[^\s,;()\[\]]+", text)
     if not parts:
         return None
+    name = names[0]
     try:
         left, upper, right, lower = (float(part) for part in parts)
         if name == "bbox":
@@ -229,19 +219,16 @@ def _known(ids: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
     return [(image_id, value) for image_id, value in zip(ids, values, strict=True) if value.strip()] if values else []
 
 
-def inner(folder: Path, where: Callable[[int], str], row: int, column: str, value: str) -> str:
+def inner(folder: Path, where: NameRow, row: int, column: str, value: str) -> str:
     """A path below a folder, as a table gives it. Raises ``InputError`` that names the row."""
-    try:
-        found = str(inner_path(folder, column, value))
-    except InputError:
-        found = ""
-    if not safe_name(found):
-        told = f"{value!a:.60} is no path below {folder}, relative to it and without control characters"
-        raise wrong(where(row), column, told)
-    return found
+    with suppress(InputError):
+        if safe_name(path := str(inner_path(folder, column, value))):
+            return path
+    told = f"{value!a:.60} is no path below {folder}, relative to it and without control characters"
+    raise wrong(where(row), column, told)
 
 
-def refuse_links(folder: Path, places: Sequence[str], column: str, where: Callable[[int], str]) -> None:
+def refuse_links(folder: Path, places: Sequence[str], column: str, where: NameRow) -> None:
     """Raise ``InputError`` for the first path below a folder that leads out of it by a link."""
     parents = [place.rpartition("/")[0] or "." for place in places]
     stray = stray_links(folder, set(parents))

@@ -18,8 +18,7 @@ from spn4cir.types import ImageRef, Triplet
 
 OUT_OF_DOMAIN = ("reference_name", "target_name", "captions")  # ids are addresses; reference and target are paths
 SHAPES = (OUT_OF_DOMAIN, ("candidate", "target", "captions"), ("reference", "target_hard", "caption"))
-AddImage: TypeAlias = Callable[[Entry, str, str], None]
-"""Takes an entry, the field that holds an image's path, and the image's id."""
+AddImage: TypeAlias = Callable[[Entry, str, str], None]  # of an entry, the field with an image's path, the image's id
 MAKE = "python data_gen/make_triplets.py"
 
 
@@ -35,41 +34,26 @@ def open_generated(
 ) -> tuple[Dataset, list[Triplet], list[str]]:
     """Triplets of a generated file, of images of a dataset or of others that the file says the place of.
 
-    Args:
-        path: the file.
-        dataset: whose training images are known.
-        ranked: image ids that no other image may have, since a benchmark ranks them.
-
-    Returns:
-        The dataset, with the other images if there are any; the triplets; and a line for each reason why some were left
-        out.
-
-    Raises:
-        InputError: naming the file, the entry and the field.
+    Other images may have none of the ids of ``ranked``, which a benchmark ranks. Returns the dataset, with the other
+    images if there are any, and what ``read_generated`` returns.
     """
     others = _Others(path, frozenset(ranked))
     triplets, notes = read_generated(path, dataset.training_images(), dataset.skip_reasons, others.add)
-    images = {image_id: ImageRef(path) for image_id, path in others.images.items()}
-    return with_images(dataset, images) if images else dataset, triplets, notes
+    return with_images(dataset, others.images) if others.images else dataset, triplets, notes
 
 
 def read_generated(
     path: Path, known: Iterable[str], skipped: Iterable[str] = (), other: AddImage | None = None
 ) -> tuple[list[Triplet], list[str]]:
-    """Triplets of a generated file, whoever made it.
+    """The triplets of a generated file, whoever made it, and a line for each reason why some are left out.
+
+    Raises ``InputError`` that names the file, the entry and the field.
 
     Args:
         path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
             ``caption``, or ``reference_name``, ``target_name``, ``captions``: one text, or a list to draw from.
-        known: image ids that may occur.
-        skipped: image ids whose triplets are left out.
+        known, skipped: image ids that may occur, and those whose triplets are left out.
         other: takes an image that is not known; None for an error.
-
-    Returns:
-        The triplets, and a line for each reason why some were left out.
-
-    Raises:
-        InputError: naming the file, the entry and the field.
     """
     if not path.is_file():
         how = f"make them with {MAKE} and give --generated auto, or put the published file there"
@@ -112,7 +96,7 @@ class _Others:
 
     def __init__(self, path: Path, ranked: frozenset[str]):
         self._file, self._ranked, self._root = path, ranked, Path()
-        self.images: dict[str, Path] = {}
+        self.images: dict[str, ImageRef] = {}
 
     def add(self, entry: Entry, key: str, image_id: str) -> None:
         """Take an image from the field that holds its path."""
@@ -128,12 +112,12 @@ class _Others:
             raise entry.error(key, f"{short(entry.text(key))} {what}; {advice}") from None
         if not self.images:
             roots = _roots(self._file.parent)
-            root = next((root for root in roots if (root / inner).is_file()), None)
-            if root is None:
+            found = [root for root in roots if (root / inner).is_file()]
+            if not found:
                 where = f"{short(inner.as_posix())} lies neither in {self._file.parent} nor in {roots[-1]}"
                 raise entry.error(key, f"{where}: put a copy of this file into the folder that its paths start from")
-            self._root = root
-        place = self._root / inner
+            self._root = found[0]
+        place = ImageRef(self._root / inner)
         if self.images.setdefault(image_id, place) != place:
             raise entry.error(key, f"{short(image_id)} was {self.images[image_id]} before: one id, one picture")
 

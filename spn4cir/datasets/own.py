@@ -1,9 +1,12 @@
 """Images of one's own as a dataset, whatever they are read from, and queries of one's own about them."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spn4cir.dataset import Check, Dataset
 from spn4cir.datasets.contents import Contents, one_line, read_contents, wrong
@@ -15,6 +18,10 @@ from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
+if TYPE_CHECKING:
+    import pyarrow
+
+FILES = (*TABLES, ".tar")
 ASKED = {name: (name,) for name in ("reference", "modification", "target", "group")}
 QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and group if there are groups"
 
@@ -22,30 +29,22 @@ QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and 
 class OwnImages(Dataset):
     """What datasets of one's own have in common: where they lie, their images, and queries in ``queries.csv``.
 
-    Args:
-        root: folder, file, or ``hf:`` and a hub name; None looks in SPN4CIR_DATA, then in data, for a folder of the
-            dataset's name.
-
-    Raises:
-        InputError: if there is none.
+    The root is a folder, a file, or ``hf:`` and a hub name; None looks in SPN4CIR_DATA, then in data, for a folder of
+    the dataset's name. Raises ``InputError`` if there is none.
     """
 
     def __init__(self, root: str | None = None):
         place = Path(root) if root else Path(os.environ.get("SPN4CIR_DATA") or "data") / self.name
-        if place.is_file() and place.suffix.lower() in (*TABLES, ".tar"):
+        if place.is_file() and place.suffix.lower() in FILES:
             self.root = place.parent
         elif place.is_dir():
             self.root = place
         elif not str(root).startswith(HUB):
-            raise InputError(
-                f"{self.name}: {place} is no folder of pictures and no table: give --data-root FOLDER, or a file of "
-                f"{', '.join((*TABLES, '.tar'))}, or {HUB}OWNER/NAME"
-            )
+            what = f"give --data-root FOLDER, or a file of {', '.join(FILES)}, or {HUB}OWNER/NAME"
+            raise InputError(f"{self.name}: {place} is no folder of pictures and no table: {what}")
         self._place = str(place)
         self._queries = find_table(self.root, "queries") if self.root else None
-        self.protocols: Mapping[str, tuple[str, ...]] = (  # type: ignore[misc]
-            {"val": (f"{self.name}/val",)} if self._queries else {}
-        )
+        self.protocols = {"val": (f"{self.name}/val",)} if self._queries else {}  # type: ignore[misc]
 
     @cached_property
     def _contents(self) -> Contents:
@@ -76,12 +75,15 @@ class OwnImages(Dataset):
             return image_id.partition("/")[0] if "/" in image_id else ""
         return categories.get(image_id, "")
 
+    def other_columns(self) -> Sequence[pyarrow.Table]:
+        """What the table says beside caption, category and title."""
+        return self._contents.other_columns()
+
     def caption(self, image_id: str) -> str:
         """What the table, the file of captions or the text beside the picture says, on one line."""
         given = self._contents.captions.get(image_id, "")
-        return given or (self._text_beside(image_id) if self._contents.texts else "")
-
-    def _text_beside(self, image_id: str) -> str:
+        if given or not self._contents.texts:
+            return given
         path = (self._contents.root / image_id).with_suffix(".txt")  # only of a plain folder
         if path.is_symlink():  # might lead anywhere
             return ""
@@ -110,40 +112,27 @@ class OwnImages(Dataset):
         return checks + [Check(note, 1, None, "note") for note in found.notes]
 
     def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
-        """``catalogue/val``: the queries of ``queries.csv``, ranked over all images without the reference.
-
-        Rows that ask the same of the same reference are one query with several targets.
-        """
+        """``queries.csv`` over all images but the reference; rows of one question are a query with several targets."""
         if not self._queries:
-            raise InputError(
-                f"{self.name}: nobody has annotated any query: to evaluate on your own, write {self.root}/{QUERIES}; "
-                "training does without by --selection holdout"
-            )
+            what = f"to evaluate on your own, write {self.root}/{QUERIES}; training does without by --selection holdout"
+            raise InputError(f"{self.name}: nobody has annotated any query: {what}")
         chosen = self.choose_protocol(split, protocol)
-        asked: dict[tuple[str, str, str], list[str]] = {}
+        asked: dict[tuple[str, str, str], dict[str, None]] = {}
         columns = read_table(self._queries, ASKED, ("reference", "modification", "target"))
         groups = columns.get("group", [""] * len(columns["target"]))
         rows = zip(columns["reference"], columns["modification"], columns["target"], groups, strict=True)
         for row, (reference, text, target, group) in enumerate(rows, 1):
+            where = f"{self._queries}, row {row}"
             for column, image_id in (("reference", reference), ("target", target)):
                 if image_id not in self._contents.places:
-                    raise wrong(
-                        f"{self._queries}, row {row}", column, f"{short(image_id)} is no image of the {self.name}"
-                    )
+                    raise wrong(where, column, f"{short(image_id)} is no image of the {self.name}")
             if not text.strip():
-                raise wrong(f"{self._queries}, row {row}", "modification", "is empty")
+                raise wrong(where, "modification", "is empty")
             if reference == target:
-                raise wrong(f"{self._queries}, row {row}", "target", "is the reference, which is not ranked")
-            asked.setdefault((reference, text.strip(), group), []).append(target)
+                raise wrong(where, "target", "is the reference, which is not ranked")
+            asked.setdefault((reference, text.strip(), group), {})[target] = None
         if not asked:
             raise InputError(f"{self._queries} holds no query")
-        return Benchmark(
-            name=chosen,
-            gallery=tuple(self._contents.places),
-            queries=tuple(
-                Query(r, text, tuple(dict.fromkeys(t)), (group,) if group else ())
-                for (r, text, group), t in asked.items()
-            ),
-            exclude_reference=True,
-            measures=recall_measures(1, 5, 10, 50, primary=(10, 50)),
-        )
+        queries = (Query(r, text, tuple(t), (group,) if group else ()) for (r, text, group), t in asked.items())
+        gallery, measures = tuple(self._contents.places), recall_measures(1, 5, 10, 50, primary=(10, 50))
+        return Benchmark(chosen, gallery, tuple(queries), exclude_reference=True, measures=measures)

@@ -20,18 +20,15 @@ ROLES = {
     "texts": ("modification", "modifications", "q_text", "text", "texts", "caption", "captions"),
     "negatives": ("negatives", "hns"),
 }
-IMAGES = "catalogue"
-"""Name of the table or folder of images beside a table of triplets."""
+IMAGES = "catalogue"  # name of the table or folder of images beside a table of triplets
 
 
 class Pairs(OwnImages):
     """A table of triplets, memory-mapped: columns reference, target, modification, and negatives if there are any.
 
-    The names of MegaPairs (q_img, t_img, q_text, hns) are known too; targets and texts may be lists. The table is a
-    file, a folder that ``save_to_disk`` wrote, ``hf:`` and a hub name, or what a folder holds: a table called
-    ``triplets``, or else its Parquet files. Images are, in this order: what the columns reference and target hold, if
-    that is bytes; images of the catalogue beside the table, by their ids: a table or a folder called ``catalogue``;
-    files, by paths that start from the folder of the table.
+    Images are what the columns reference and target hold, if that is bytes; else those of the table or folder called
+    ``catalogue`` beside the table, by their ids; else files, by paths from the table's folder. docs/datasets.md lists
+    all forms of the table and names of its columns.
     """
 
     name = "pairs"
@@ -41,16 +38,12 @@ class Pairs(OwnImages):
         place = Path(self._place)
         if self._place.startswith(HUB) or any((place / name).is_file() for name in SAVED):
             return Rows(self._place)
-        if place.is_file():
-            return Rows(self._place, [place])
-        table = find_table(place, "triplets")
-        own = (path for path in sorted(place.rglob("*.parquet")) if IMAGES not in path.relative_to(place).parts[0])
-        files = [table] if table else list(own)
-        if not files:
-            raise InputError(
-                f"{self.name}: {place} holds no triplets.csv, .tsv, .jsonl or .parquet, and no Parquet file"
-            )
-        return Rows(str(table or place), files)
+        if table := place if place.is_file() else find_table(place, "triplets"):
+            return Rows(str(table), [table])
+        files = [path for path in sorted(place.rglob("*.parquet")) if IMAGES not in path.relative_to(place).parts[0]]
+        if files:
+            return Rows(self._place, files)
+        raise InputError(f"{self.name}: {place} holds no triplets.csv, .tsv, .jsonl or .parquet, and no Parquet file")
 
     @cached_property
     def _columns(self) -> dict[str, str]:
@@ -86,9 +79,8 @@ class Pairs(OwnImages):
         if stored:
             return _stored_images(self._rows, self.root or Path(), stored)
         if self.root is None:
-            raise InputError(
-                f"{self._rows.place}: columns reference and target hold no images, and no folder is beside it"
-            )
+            what = "columns reference and target hold no images, and no folder is beside it"
+            raise InputError(f"{self._rows.place}: {what}")
         beside = find_table(self.root, IMAGES) or self.root / IMAGES
         if beside.exists():
             return read_contents(beside)

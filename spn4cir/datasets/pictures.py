@@ -9,10 +9,8 @@ from spn4cir.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 DATA_SUFFIXES = (".parquet", ".tar")
-NOT_DATA = ("captions", "queries")
-"""Tables beside pictures, which say something of them."""
-OWN = frozenset({"images.done.json", "images.jsonl", "images.cache.jsonl"})
-"""A folder below the root that holds one of these holds what data generation wrote, picture sheets included."""
+NOT_DATA = ("captions", "queries")  # tables beside pictures, which say something of them
+OWN = frozenset({"images.done.json", "images.jsonl", "images.cache.jsonl"})  # mark a folder that data generation wrote
 
 # Names go into JSON, HTML, logs and shells: no control characters, no line separators, no marks that turn the direction
 # of text, no backslash (a separator elsewhere), nothing that is no Unicode (a name that cannot be written down again).
@@ -26,10 +24,7 @@ def safe_name(text: str) -> bool:
 
 @dataclass
 class Pictures:
-    """What a walk found: ``ids`` are pictures, ``data`` files that may hold pictures, the other lists are left out.
-
-    All are paths below the root, sorted.
-    """
+    """Sorted paths below a root: ``ids`` of pictures, ``data`` that may hold some; the other lists are left out."""
 
     ids: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
@@ -42,10 +37,8 @@ class Pictures:
 def walk(root: Path) -> Pictures:
     """All pictures below a folder, by suffix; hidden names and folders of data generation are passed over.
 
-    Links to pictures below the root are followed; all others, and links to folders, are not.
-
-    Raises:
-        InputError: if a folder cannot be read.
+    Links to pictures below the root are followed; all others, and links to folders, are not. Raises ``InputError`` for
+    a folder that cannot be read.
     """
     found, real, todo = Pictures(), os.path.realpath(root), [""]
     while todo:
@@ -93,9 +86,6 @@ def stray_links(root: Path, inner: set[str]) -> set[str]:
             stray.add(folder)
             continue
         with os.scandir(place) as listing:
-            stray |= {
-                f"{folder}/{entry.name}".removeprefix("./")
-                for entry in listing
-                if entry.is_symlink() and not _below(entry.path, real)
-            }
+            names = [entry.name for entry in listing if entry.is_symlink() and not _below(entry.path, real)]
+        stray |= {f"{folder}/{name}".removeprefix("./") for name in names}
     return stray

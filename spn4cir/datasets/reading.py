@@ -21,14 +21,10 @@ def find_root(
     """The folder of a dataset: below ``given``, else below SPN4CIR_DATA, else below ``data``; or that folder itself.
 
     Args:
-        name: of the dataset, and of its folder.
+        name: of the dataset, and of its folder; ``aliases`` are other names of the folder.
         given: the folder that a person named, or None.
-        aliases: other names of the folder.
         inside: groups of paths; a folder that holds one of each group is preferred to one of the first group only.
-        source: what is expected and where it comes from.
-
-    Raises:
-        InputError: if no folder holds one of the first group.
+        source: what is expected and where it comes from, for the ``InputError`` if no folder holds one of the first.
     """
     base = Path(given or os.environ.get("SPN4CIR_DATA") or "data")
     below = [base / folder for folder in (name, *aliases)]

@@ -11,9 +11,11 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from glob import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spn4cir.datasets.tables import find_column
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.images import StoredBytes
@@ -22,10 +24,8 @@ from spn4cir.types import ImageRef
 if TYPE_CHECKING:
     import pyarrow
 
-HUB = "hf:"
-"""What a name on the Hugging Face hub starts with."""
-SAVED = ("state.json", "dataset_dict.json")
-"""A folder that ``save_to_disk`` wrote holds one of these."""
+HUB = "hf:"  # before a name on the Hugging Face hub
+SAVED = ("state.json", "dataset_dict.json")  # a folder that save_to_disk wrote holds one of these
 READERS: Mapping[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
     ".tar": ("webdataset", {}),
@@ -33,19 +33,17 @@ READERS: Mapping[str, tuple[str, dict[str, str]]] = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
 }
-SPLIT = re.compile(r"(?<![a-z])(train|validation|test)(?![a-z])")
+SPLITS = ("train", "validation", "test")
+SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 
 
 class Rows:
-    """The rows of a table, one split after the other.
+    """The rows of a table, one split after the other. Raises ``InputError`` if ``datasets`` cannot read it.
 
     Args:
         place: what messages call it: a file, a folder that ``save_to_disk`` wrote, or ``hf:`` and a hub name.
         files: the files of one format that it consists of; the first word train, validation or test in a path below
             the folder is the split, train if there is none. Empty for a saved folder and a hub name.
-
-    Raises:
-        InputError: if ``datasets`` cannot read it.
     """
 
     def __init__(self, place: str, files: Sequence[Path] = ()):
@@ -56,7 +54,7 @@ class Rows:
         if len(files) > 1 and files[0].suffix.lower() == ".parquet":
             from pyarrow import parquet
 
-            ordered = sorted(files, key=lambda path: list(splits).index(_split_of(path, place)))
+            ordered = sorted(files, key=lambda path: SPLITS.index(_split_of(path, place)))
             counts = {str(path): parquet.read_metadata(path).num_rows for path in ordered}
         self._parts = _starts(counts)
 
@@ -71,14 +69,8 @@ class Rows:
         return self.data.data.column(name)
 
     def find(self, names: Sequence[str], needed: bool = False) -> str | None:
-        """The first of these columns that is there, in any case. Raises ``InputError`` if a needed one is not."""
-        known: dict[str, str] = {column.strip().lower(): column for column in reversed(self.data.column_names)}
-        if found := [known[name] for name in names if name in known]:
-            return found[0]
-        if needed:
-            there = ", ".join(self.data.column_names)
-            raise InputError(f"{self.place}: one column must be called {' or '.join(names)}; there are: {there:.200}")
-        return None
+        """The column that ``find_column`` finds."""
+        return find_column(self.place, self.data.column_names, names, needed)
 
     def name(self, row: int) -> str:
         """What messages call a row: its file and its number in it, from 1 on; of a tar the name of the sample."""
@@ -91,11 +83,7 @@ class Rows:
         return "{}/{}".format(*_locate(self._splits, row))
 
     def texts(self, name: str) -> list[str]:
-        """A column as texts, those of a list with spaces between them; an empty text for a null.
-
-        Raises:
-            InputError: if the column holds something else.
-        """
+        """A column as texts, those of a list joined by spaces, a null as an empty one. Else raises ``InputError``."""
         import pyarrow as pa
 
         kind, as_text = self.column(name).type, getattr(self.data.features[name], "int2str", str)  # of a class its name
@@ -109,11 +97,7 @@ class Rows:
         return _holds_bytes(self.column(name).type)
 
     def ids(self, name: str) -> pyarrow.ChunkedArray:
-        """A column of texts, or lists of texts, as it lies on the disk; of images their paths, else what names the row.
-
-        Raises:
-            InputError: if the column holds something else.
-        """
+        """A column of (lists of) texts, as it is on the disk; of images paths, or rows. Else raises ``InputError``."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -123,8 +107,7 @@ class Rows:
             paths = self.paths(name)
             if not paths.null_count:
                 return paths
-            rows = pa.array([f"{self.row_id(row)}/{name}" for row in range(len(self))])
-            return pc.coalesce(paths, rows)
+            return pc.coalesce(paths, pa.array([f"{self.row_id(row)}/{name}" for row in range(len(self))]))
         if pa.types.is_integer(kind) or pa.types.is_null(kind):
             return column.cast(pa.string())
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
@@ -161,19 +144,19 @@ class Rows:
 
     def _read(self, column: str, row: int) -> bytes:
         value = self._cell(column, row)
-        found: bytes | None = value["bytes"] if isinstance(value, dict) else value
-        if not found:
+        data: bytes | None = value["bytes"] if isinstance(value, dict) else value
+        if not data:
             raise OSError("the row holds no image")
-        return found
+        return data
 
     @cached_property
     def _files(self) -> tuple[str, tuple[int, int] | None]:
         """The first Arrow file, and the stamp of all."""
         files = [Path(file["filename"]) for file in self.data.cache_files]
-        told = [file.stat() for file in files]
         if not files:
             return "", None
-        return str(files[0].absolute()), (sum(one.st_size for one in told), max(one.st_mtime_ns for one in told))
+        stats = [file.stat() for file in files]
+        return str(files[0].absolute()), (sum(one.st_size for one in stats), max(one.st_mtime_ns for one in stats))
 
 
 def holds_images(path: Path, names: Sequence[str]) -> bool:
@@ -202,16 +185,17 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
     suffixes = {path.suffix.lower() for path in files}
     if len(suffixes) > 1 or not suffixes <= READERS.keys():
         raise InputError(f"{place} holds files of several formats, {', '.join(sorted(suffixes))}: name one of them")
-    named: dict[str, list[str]] = {}
-    for path in files:
-        named.setdefault(_split_of(path, place), []).append(escape(str(path)))
     try:
         if files:
             reader, given = READERS[suffixes.pop()]
             options: dict[str, Any] = dict(given)
             if reader == "csv":  # texts as they are written: 007, NA and null are no numbers and no nulls
-                options |= {"keep_default_na": False, "features": _text_columns(files[0], **given)}
-            found = datasets.load_dataset(reader, data_files=dict(sorted(named.items(), key=_split_order)), **options)
+                with files[0].open(encoding="utf-8-sig", newline="") as lines:
+                    names = next(csv.reader(lines, delimiter=given.get("sep", ",")), [])
+                texts = datasets.Features({name: datasets.Value("string") for name in names})
+                options |= {"keep_default_na": False, "features": texts}
+            named = {s: [escape(str(path)) for path in files if _split_of(path, place) == s] for s in SPLITS}
+            found = datasets.load_dataset(reader, data_files={s: named[s] for s in SPLITS if named[s]}, **options)
         elif place.startswith(HUB):
             found = datasets.load_dataset(place.removeprefix(HUB))
         else:
@@ -223,16 +207,6 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
         raise InputError(f"{place} cannot be read as a table of datasets: {said[:200]}") from None
 
 
-def _text_columns(path: Path, sep: str = ",") -> Any:
-    """The columns that the head line of a table names, all of them texts."""
-    import datasets
-
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return datasets.Features(
-            {name: datasets.Value("string") for name in next(csv.reader(lines, delimiter=sep), [])}
-        )
-
-
 def _split_of(path: Path, place: str) -> str:
     """The split that a file's path below its folder, or its name, speaks of."""
     name = path.stem if str(path) == place else path.relative_to(place).as_posix()
@@ -240,16 +214,9 @@ def _split_of(path: Path, place: str) -> str:
     return found[1] if found else "train"
 
 
-def _split_order(item: tuple[str, Any]) -> int:
-    return ("train", "validation", "test").index(item[0])
-
-
 def _starts(counts: Mapping[str, int]) -> tuple[list[str], list[int]]:
-    """Names of parts, and the row that each begins with."""
-    starts = [0]
-    for count in counts.values():
-        starts.append(starts[-1] + count)
-    return list(counts), starts[:-1]
+    """Names of parts, and the row that each begins with, then the row after the last one."""
+    return list(counts), list(accumulate(counts.values(), initial=0))
 
 
 def _locate(parts: tuple[list[str], list[int]], row: int) -> tuple[str, int]:

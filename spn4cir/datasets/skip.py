@@ -29,12 +29,6 @@ def write_skip_list(root: Path, reasons: Mapping[str, str]) -> Path:
     return root / NAME
 
 
-def apply_skip_list(dataset: Dataset) -> Dataset:
-    """Let a dataset leave out the images of the skip list in its root, if there is one."""
-    dataset.skip_reasons = read_skip_list(dataset.root)
-    return dataset
-
-
 def skip_notes(dataset: Dataset) -> list[str]:
     """One line on what the skip list leaves out; none without a list."""
     if not dataset.skip_reasons:

@@ -23,13 +23,8 @@ def write_submission(
 ) -> list[Path]:
     """Write both files into a folder, made if it is missing, whole or not at all.
 
-    Args:
-        ranked: query name → first images of the gallery, at least 50.
-        within: query name → first images of the subset, at least 3.
-        benchmark: whose queries must all be there.
-
-    Raises:
-        InputError: if the server would refuse a file.
+    ``ranked`` are the first images of the gallery by query name, at least 50, ``within`` those of the subset, at least
+    3. Raises ``InputError`` if the server would refuse a file, such as for a query of the benchmark that is missing.
     """
     contents: dict[Path, str] = {}
     for metric, lists in (("recall", ranked), ("recall_subset", within)):
@@ -48,10 +43,7 @@ def write_submission(
 
 
 def check_submission(path: Path, benchmark: Benchmark) -> str:
-    """Returns one line on a sound submission file, of either metric, that answers the queries of a benchmark.
-
-    Raises ``InputError`` that names the file, the entry and what is wrong with it.
-    """
+    """One line on a sound file of either metric. Raises ``InputError`` that names the file, the entry and its fault."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no regular file")
     return _check(path, read_json(path), path.stat().st_size, benchmark)
@@ -84,7 +76,6 @@ def _check(path: Path, content: Any, size: int, benchmark: Benchmark) -> str:
 
 
 def _fault(images: Any, query: Query, metric: str, gallery: set[str]) -> str:
-    """What is wrong with one ranked list, or nothing."""
     if not isinstance(images, list):
         return f"expected a list of image names, got {short(images)}"
     if wrong := [i for i in images if not isinstance(i, str)]:

@@ -1,17 +1,21 @@
-"""Tables of others, read as columns of texts: CSV, TSV, JSONL and Parquet. Every error names the file and the row."""
+"""CSV, TSV, JSONL and Parquet tables, read as columns of texts. Every error names the file and the row."""
 
-import json
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spn4cir.errors import InputError
-from spn4cir.files import short
+from spn4cir.files import parse_row, short
 
+if TYPE_CHECKING:
+    import pyarrow
+
+T = TypeVar("T")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-BOXES = ("box", "bbox")
-"""Columns that may hold lists of numbers."""
+BOXES = ("box", "bbox")  # columns that may hold lists of numbers
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
@@ -20,30 +24,46 @@ def find_table(folder: Path, stem: str) -> Path | None:
 
 
 def read_table(path: Path, roles: Mapping[str, Sequence[str]], needed: Sequence[str]) -> dict[str, list[str]]:
-    """Columns by what they are for; an empty cell is an empty text.
+    """Return role → one text for each row; an empty cell is an empty text, and a role without a column has no entry.
+
+    Raises ``InputError`` if the file cannot be read, a needed column is missing, or a cell holds no text.
 
     Args:
         path: the table; its suffix says the format.
         roles: role → names that its column may have, the first that is there counts; case does not matter.
         needed: roles that must be there.
-
-    Returns:
-        Role → one text for each row; no entry for a role without a column.
-
-    Raises:
-        InputError: if the file cannot be read, a needed column is missing, or a cell holds no text.
     """
     frame = _frame(path)
-    named = {str(column).strip().lower(): column for column in reversed(frame.columns)}
-    found = {}
-    for role, names in roles.items():
-        column = next((named[name] for name in names if name in named), None)
-        if column is not None:
-            cells = enumerate(frame[column].tolist(), 1)
-            found[role] = [_text(path, row, column, cell) for row, cell in cells]
-        elif role in needed:
-            known = ", ".join(map(str, frame.columns)) or "none"
-            raise InputError(f"{path}: one column must be called {' or '.join(names)}; there are: {known:.200}")
+    columns = {role: find_column(path, list(frame.columns), names, role in needed) for role, names in roles.items()}
+    return {
+        role: [_text(path, row, column, cell) for row, cell in enumerate(frame[column].tolist(), 1)]
+        for role, column in columns.items()
+        if column is not None
+    }
+
+
+def read_other_columns(path: Path, roles: Mapping[str, Sequence[str]]) -> pyarrow.Table:
+    """The columns of a table that have none of these roles, in the types that they are stored in."""
+    import pyarrow as pa
+
+    frame = _frame(path)
+    used = {find_column(path, list(frame.columns), names) for names in roles.values()}
+    columns = {}
+    for name in (name for name in frame.columns if name not in used):
+        try:
+            columns[str(name)] = pa.array(frame[name], from_pandas=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # a column of several types
+            columns[str(name)] = pa.array(frame[name].astype(str))
+    return pa.table(columns)
+
+
+def find_column(place: object, columns: Sequence[T], names: Sequence[str], needed: bool = False) -> T | None:
+    """The first of these columns that is there, in any case, or None. Raises ``InputError`` if a needed one is not."""
+    known = {str(column).strip().lower(): column for column in reversed(columns)}
+    found = next((known[name] for name in names if name in known), None)
+    if found is None and needed:
+        there = ", ".join(map(str, columns)) or "none"
+        raise InputError(f"{place}: one column must be called {' or '.join(names)}; there are: {there:.200}")
     return found
 
 
@@ -56,7 +76,9 @@ def _frame(path: Path) -> Any:
         raise InputError(f"{path} is no table: known are {', '.join(SUFFIXES)}")
     try:
         if suffix == ".jsonl":
-            return pandas.DataFrame(_rows(path), dtype=object)
+            with path.open(encoding="utf-8-sig") as lines:
+                rows = [parse_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+            return pandas.DataFrame(rows, dtype=object)
         if suffix == ".parquet":
             return pandas.read_parquet(path)
         separator = "," if suffix == ".csv" else "\t"
@@ -67,9 +89,9 @@ def _frame(path: Path) -> Any:
         return frame
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # the readers' own errors are of these two kinds
-        if isinstance(error, InputError):
-            raise
         if found := re.search(r"in (line \d+), saw \d+", str(error)):  # more fields than in the rows before it
             raise _too_many(path, f", {found[1]}") from None
         raise InputError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:200]}") from None
@@ -78,21 +100,6 @@ def _frame(path: Path) -> Any:
 def _too_many(path: Path, where: str) -> InputError:
     mark = "commas" if path.suffix.lower() == ".csv" else "tabs"
     return InputError(f"{path}{where}: rows have more fields than the head line: texts with {mark} need quotes")
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: {error}") from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: expected an object, got {short(row)}")
-                rows.append(row)
-    return rows
 
 
 def _text(path: Path, row: int, column: object, cell: object) -> str:

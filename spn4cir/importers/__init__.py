@@ -49,7 +49,6 @@ def read_published(path: Path) -> dict[str, Any]:
     if not zipped and not start.startswith(b"\x80"):
         shown = f"it begins with {start!r}" if start else "it is empty"
         raise InputError(f"{path} is no file of torch.save, as weights are published in: {shown}")
-    damaged = None
     try:
         damaged = zipfile.ZipFile(path).testzip() if zipped else None  # what is mapped into memory is not checked
         with warnings.catch_warnings():  # torch advises to run what we refuse
@@ -82,8 +81,7 @@ def import_published(
         options: what the user states of the backbone's options; the rest is recognised.
         base: checkpoint folder of the same backbone, for what the file lacks where it holds a part of a model.
 
-    Raises:
-        InputError: if anything is missing, unexpected, of another shape or not finite.
+    Raises ``InputError`` if anything is missing, unexpected, of another shape or not finite.
     """
     check_backbone(name)
     if name not in IMPORTERS:
@@ -105,13 +103,11 @@ def import_published(
     backbone = build_backbone(name, **published.options, load_weights=False)
     print("\n".join([f"{path}: {published.container}", *account(backbone, published)]), flush=True)
     load_strictly(backbone, published.state, path)
-    about = {"imported_from": path.name, "sha256": hash_files(path), "container": published.container}
-    _write(output, backbone, about)
+    _write(output, backbone, {"imported_from": path.name, "sha256": hash_files(path), "container": published.container})
     return backbone
 
 
 def _joined(published: Published, name: str, base: Path | None) -> Published:
-    """A part of a model with the rest from a checkpoint folder; a whole one as it is."""
     if base is None:
         if published.lacks:
             raise InputError(f"{published.lacks} is not in it: give --base FOLDER, an imported or trained {name}")
@@ -132,8 +128,7 @@ def account(backbone: Backbone, published: Published) -> list[str]:
     apart = differences(own, state)
     matched = own.keys() & state.keys() - set(apart["of another shape"])
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in apart["of another shape"]]
-    shown = {key: value for key, value in published.options.items() if value is not None and type(value) is not dict}
-    stated = ", ".join(f"{key} {value}" for key, value in shown.items())
+    stated = ", ".join(f"{k} {v}" for k, v in published.options.items() if v is not None and type(v) is not dict)
     lines = [f"{backbone.name}, {stated}: {sum(p.numel() for p in backbone.parameters()):,} parameters"]
     lines.append(_line("matched", len(matched)))
     lines += [_line(word, len(keys), keys) for word, keys in {**apart, "of another shape": shapes}.items()]
@@ -163,8 +158,7 @@ def _check_output(output: Path) -> None:
 
 
 def _write(output: Path, backbone: Backbone, about: dict[str, Any]) -> None:
-    """The whole folder or none of it: it is written beside its place and renamed."""
-    place = output.absolute()
+    place = output.absolute()  # written whole or not at all: beside its place, then renamed
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".import-", dir=place.parent) as beside:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spn4cir.backbones.blip4cir import EMBEDDED, VISION, complete_config, load_config
 from spn4cir.errors import InputError
-from spn4cir.importers.published import Published, find_state_dict, read_text_config
+from spn4cir.importers.published import Published, find_state_dict, read_text_config, recognising
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower, resize_positions
 
 
@@ -15,8 +15,7 @@ def convert_blip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     """Convert weights of stage 1 (``BLIP_Retrieval``), of SPN's stage 2 (``state_dict``), or of BLIP (``model``).
 
     Beside the constructor's options, ``image_size`` states to which size the position embedding of BLIP's own file is
-    resized (384 if it is not given). Raises ``InputError`` if it is none of these, or if the shapes do not tell the
-    architecture.
+    resized (default 384). Raises ``InputError`` if it is none of these, or its shapes do not tell the architecture.
     """
     is_blip = "BLIP_Retrieval" not in content and "state_dict" not in content
     beside = {"config"} & content.keys() if is_blip else set()  # a dictionary of settings
@@ -26,16 +25,13 @@ def convert_blip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     prefix = "blip." if key == "state_dict" else ""
     if not any(name.startswith(prefix + TOWER) for name in state):
         raise InputError(f"no name in {key} begins with {prefix}{TOWER}, as BLIP's do")
-    for name in list(state):
-        if reason := _reason(name.removeprefix(prefix), state[name], is_blip):
-            ignored[name] = reason
-            del state[name]
-    named = {name.removeprefix(prefix): value for name, value in state.items()}
+    reasons = {name: _reason(name.removeprefix(prefix), value, is_blip) for name, value in state.items()}
+    ignored |= {name: reason for name, reason in reasons.items() if reason}
+    named = {name.removeprefix(prefix): value for name, value in state.items() if not reasons[name]}
     vision = rename_vision_tower(named)
     container = f"{key}, prefix {prefix}" if prefix else f"{key}, BLIP's names"
     if is_blip:
-        size = int(options.get("image_size") or VISION["image_size"])
-        vision, told = resize_positions(vision, size)
+        vision, told = resize_positions(vision, int(options.get("image_size") or VISION["image_size"]))
         container += told
     rest = {name: value for name, value in named.items() if not name.startswith(TOWER)}
     model = options.get("model")
@@ -63,13 +59,8 @@ def _reason(name: str, value: Any, is_blip: bool) -> str:
 
 
 def _recognise(vision: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the architecture from shapes. Raises ``InputError`` that names the tensor that would be needed."""
-    try:
+    with recognising("these shapes; name it with --model"):
         text = read_text_config(rest, "text_encoder.")
         embedding = len(rest["text_proj.weight"])
-    except KeyError as error:
-        raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None
-    except (AttributeError, IndexError, TypeError, ValueError):
-        raise InputError("the architecture cannot be recognised by these shapes; name it with --model") from None
     tower = recognise_vision_tower(vision)
     return complete_config({"image_text_hidden_size": embedding, "vision_config": tower, "text_config": text})

@@ -9,11 +9,9 @@ from spn4cir.importers.published import Published, find_state_dict
 
 
 def convert_clip_weights(content: Mapping[str, Any], options: Mapping[str, Any]) -> Published:
-    """Convert weights of the original or of SPN's stage 2.
+    """Convert weights of the original (``CLIP``, or ``Combiner``, whose CLIP is another file) or SPN's ``state_dict``.
 
-    The original has an entry ``CLIP`` with OpenAI's names, or an entry ``Combiner`` whose CLIP is another file; SPN's
-    has an entry ``state_dict`` with names that begin with ``clip.``. Raises ``InputError`` if it is none of these, or
-    if no ``model`` is stated and no model of OpenAI has these shapes.
+    Raises ``InputError`` if it is none of these, or if no ``model`` is stated and no model of OpenAI has these shapes.
     """
     key, state, ignored = find_state_dict(content, "CLIP", "state_dict", "Combiner", prefix="clip.")
     if key == "Combiner":
@@ -21,9 +19,9 @@ def convert_clip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
             raise InputError("it holds the Combiner alone, and its CLIP is that of --base: leave out --model")
         named = {f"combiner.{name}": value for name, value in state.items()}
         return Published({"fusion": "combiner"}, named, ignored, "Combiner, the original's names", lacks="CLIP")
-    container = "CLIP, OpenAI's names" if key == "CLIP" else "state_dict, prefix clip."
+    container = "state_dict, prefix clip."
     if key == "CLIP":
-        state = {f"clip.{name}": value for name, value in state.items()}
+        container, state = "CLIP, OpenAI's names", {f"clip.{name}": value for name, value in state.items()}
     ignored |= drop_jit_numbers(state, "clip.")
     model = name_clip_model(options.get("model"), state)
     return Published({"model": model, "pretrained": None}, state, ignored, container)

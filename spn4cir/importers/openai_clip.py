@@ -25,8 +25,7 @@ def drop_jit_numbers(state: dict[str, Any], prefix: str) -> dict[str, str]:
 def name_clip_model(stated: str | None, state: Mapping[str, Tensor]) -> str:
     """The stated model of open_clip, or the model of OpenAI that has the shapes of what begins with ``clip.``.
 
-    Raises:
-        InputError: if the stated one has another activation than OpenAI's weights, or if no model has these shapes.
+    Raises ``InputError`` if the stated one has another activation than OpenAI's weights, or no model has these shapes.
     """
     clip = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
     model = stated or recognise_clip_model(clip)
@@ -52,9 +51,8 @@ def _read_dimensions(state: Mapping[str, Tensor]) -> dict[str, Any]:
             size = 32 * isqrt(state["visual.attnpool.positional_embedding"].shape[0] - 1)  # one more for the mean
             vision = {"layers": [count(f"visual.layer{n}.") for n in (1, 2, 3, 4)], "width": width, "patch_size": None}
         context, text_width = state["positional_embedding"].shape
-        words = state["token_embedding.weight"].shape[0]
-        text = {"context_length": context, "vocab_size": words, "width": text_width, "heads": text_width // 64}
-        text["layers"] = count("transformer.resblocks.")
+        text = {"context_length": context, "vocab_size": state["token_embedding.weight"].shape[0]}
+        text |= {"width": text_width, "heads": text_width // 64, "layers": count("transformer.resblocks.")}
         embed_dim = state["text_projection"].shape[1]
     except KeyError as error:
         raise InputError(f"the architecture cannot be recognised without {error}; name it with --model") from None

@@ -1,32 +1,25 @@
 """A published checkpoint in the names of a backbone here, and what every importer needs to read one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from spn4cir.errors import InputError
 
+# beginnings of the names of entries that only resuming a training needs
 PROGRESS = ("epoch", "optimizer", "scheduler", "lr_scheduler", "scaler")
-"""Beginnings of the names of entries that only resuming a training needs."""
 
 
 class Published(NamedTuple):
-    """A published checkpoint in the names of a backbone.
+    """A published checkpoint in the names of a backbone."""
 
-    Args:
-        options: what rebuilds the backbone.
-        state: weights under the names of its ``state_dict``.
-        ignored: why each other name of the file is not needed.
-        container: what kind of file it is, in a few words.
-        lacks: the part that another file holds; empty for a whole model.
-    """
-
-    options: dict[str, Any]
-    state: dict[str, Tensor]
-    ignored: dict[str, str]
-    container: str
-    lacks: str = ""
+    options: dict[str, Any]  # what rebuilds the backbone
+    state: dict[str, Tensor]  # weights under the names of its ``state_dict``
+    ignored: dict[str, str]  # why each other name of the file is not needed
+    container: str  # what kind of file it is, in a few words
+    lacks: str = ""  # the part that another file holds; empty for a whole model
 
 
 def find_state_dict(
@@ -43,9 +36,8 @@ def find_state_dict(
         names = f"neither {' nor '.join(keys)} is" if len(keys) > 1 else f"{keys[0]} is not"
         raise InputError(f"{names} an entry of it; found {found}")
     beside = [name for name in content if name != key]
-    for name in beside:
-        if not str(name).startswith(PROGRESS):
-            raise InputError(f"beside {key} there is {name!r}, which is unknown here")
+    if unknown := [name for name in beside if not str(name).startswith(PROGRESS)]:
+        raise InputError(f"beside {key} there is {unknown[0]!r}, which is unknown here")
     state = content[key]
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         what = type(state).__name__ if state else "empty"
@@ -53,6 +45,19 @@ def find_state_dict(
     if key == "state_dict" and not any(name.startswith(prefix) for name in state):
         raise InputError(f"the names in state_dict should begin with {prefix}, not as in {next(iter(state))}")
     return key, dict(state), dict.fromkeys(beside, "progress of its training")
+
+
+@contextmanager
+def recognising(source: str) -> Iterator[None]:
+    """Turn what reading shapes raises into an ``InputError`` that names the missing tensor, or else the source."""
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise InputError(f"the architecture cannot be recognised by {source}") from None
 
 
 def read_text_config(state: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
@@ -69,8 +74,6 @@ def read_text_config(state: Mapping[str, Tensor], prefix: str) -> dict[str, int]
     }
 
 
+# content of a published file, and the options that the user states → the checkpoint in our names; options that are not
+# stated are recognised; raises ``InputError`` for a file of another format
 Importer = Callable[[Mapping[str, Any], Mapping[str, Any]], Published]
-"""Content of a published file, and the options that the user states → the checkpoint in our names.
-
-Options that are not stated are recognised. Raises ``InputError`` for a file of another format.
-"""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spn4cir.backbones.shared_blip import BERT
 from spn4cir.errors import InputError
-from spn4cir.importers.published import Published, find_state_dict, read_text_config
+from spn4cir.importers.published import Published, find_state_dict, read_text_config, recognising
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower
 
 GIANT = 1408  # width of ViT-g, whose 16 heads are 88 wide
@@ -38,14 +38,11 @@ def convert_sprc_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     """
     key, state, ignored = find_state_dict(content, "Blip2QformerCirAlignPrompt", "state_dict", prefix="blip_model.")
     prefix = "blip_model." if key == "state_dict" else ""
-    own, strange = {}, {}
-    for name, value in state.items():
-        if not name.startswith(prefix):
-            strange[name] = value
-        elif reason := _reason(name.removeprefix(prefix), value):
-            ignored[name] = reason
-        else:
-            own[name.removeprefix(prefix)] = value
+    ours = {name: value for name, value in state.items() if name.startswith(prefix)}
+    reasons = {name: _reason(name.removeprefix(prefix), value) for name, value in ours.items()}
+    ignored |= {name: reason for name, reason in reasons.items() if reason}
+    own = {name.removeprefix(prefix): value for name, value in ours.items() if not reasons[name]}
+    strange = {name: value for name, value in state.items() if name not in ours}
     stated = {"tokenizer": BERT, **{key: value for key, value in options.items() if key != "model"}}
     separated = any(name.startswith("Qformer_query.") for name in own)
     found = {"model": None, "config": _recognise(own), **stated, "separated": separated}
@@ -54,7 +51,6 @@ def convert_sprc_weights(content: Mapping[str, Any], options: Mapping[str, Any])
 
 
 def _reason(name: str, value: Any) -> str | None:
-    """Why a published tensor is not needed, or None if it is."""
     if name == "temp" and isinstance(value, Tensor) and value.numel() == 1:
         return f"learned temperature {float(value):.4g}, which is the recipe's to state"
     return next((reason for pattern, reason in IGNORED if re.match(pattern, name)), None)
@@ -79,14 +75,14 @@ def _rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the configuration from shapes under published names. Raises ``InputError`` that names a missing tensor."""
-    layer = "Qformer.bert.encoder.layer."
-    crossed = {int(name.split(".")[4]) for name in state if name.startswith(layer) and ".crossattention." in name}
-    layers = len({name.split(".")[4] for name in state if name.startswith(layer)})
+    names = [name.split(".") for name in state if name.startswith("Qformer.bert.encoder.layer.")]
+    layers = len({parts[4] for parts in names})
+    crossed = {int(parts[4]) for parts in names if "crossattention" in parts}
     every = min(crossed - {0}, default=max(layers, 1))
     if crossed != set(range(0, layers, every)):
         raise InputError(f"cross-attention in layers {sorted(crossed)} of {layers} is no even spacing from layer 0")
     is_giant = f"{TOWER}cls_token" in state and state[f"{TOWER}cls_token"].shape[-1] == GIANT
-    try:
+    with recognising("these shapes"):
         text = read_text_config(state, "Qformer.bert.")
         return {
             "vision_config": recognise_vision_tower(rename_vision_tower(state), heads=16 if is_giant else None),
@@ -94,5 +90,3 @@ def _recognise(state: Mapping[str, Tensor]) -> dict[str, Any]:
             "num_query_tokens": state["query_tokens"].shape[1],
             "image_text_hidden_size": state["vision_proj.weight"].shape[0],
         }
-    except KeyError as error:
-        raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None

@@ -30,10 +30,8 @@ def convert_tgcir_weights(content: Mapping[str, Any], options: Mapping[str, Any]
         number = float(scale) if isinstance(scale, Tensor) and scale.numel() == 1 else float("nan")
         if not 0 < number < float("inf"):
             raise InputError("loss_T, the scale of the logits, is no number above 0")
-        temperature = f"temperature {1 / number:.4g} in the recipe"
-        ignored["loss_T"] = f"learned scale {number:.4g} of the logits: {temperature}"
-    ignored |= drop_jit_numbers(published, "backbone.clip.")
-    ignored |= _drop_alias(published)
+        ignored["loss_T"] = f"learned scale {number:.4g} of the logits: temperature {1 / number:.4g} in the recipe"
+    ignored |= drop_jit_numbers(published, "backbone.clip.") | _drop_alias(published)
     separated = any(name.startswith(("backbone.tokenlearn_text.", "backbone.masks_text.")) for name in published)
     state = _join_learner(published, "backbone.tokenlearn.", "learner")
     if separated:
@@ -73,7 +71,6 @@ def _join_learner(published: dict[str, Any], prefix: str, name: str) -> dict[str
 
 
 def _rename(name: str) -> str:
-    """Translate a published name. Raises ``InputError`` for one that TG-CIR does not have."""
     for prefix, own in RENAMED.items():
         if name.startswith(prefix) if prefix.endswith(".") else name == prefix:
             return own + name.removeprefix(prefix)

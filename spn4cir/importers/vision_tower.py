@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir.errors import InputError
+from spn4cir.importers.published import recognising
 
 TOWER = "visual_encoder."
 BLOCK = {
@@ -50,23 +51,14 @@ def rename_vision_tower(published: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recognise_vision_tower(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, int]:
-    """Read from shapes what a configuration states of a vision tower.
+    """Read from shapes what a configuration states of a vision tower, named as by ``rename_vision_tower``.
 
-    Args:
-        state: as ``rename_vision_tower`` returns it.
-        heads: number of heads; None if each has width 64.
-
-    Raises:
-        InputError: naming the tensor that would be needed.
+    ``heads`` is None if each head has width 64. Raises ``InputError`` naming the tensor that would be needed.
     """
-    try:
+    with recognising("the shapes of its vision tower"):
         width, _, patch, _ = state["embeddings.patch_embedding.weight"].shape
         places = state["embeddings.position_embedding"].shape[1]
         inner = state["encoder.layers.0.mlp.fc1.weight"].shape[0]
-    except KeyError as error:
-        raise InputError(f"the architecture cannot be recognised without {error.args[0]}") from None
-    except (AttributeError, IndexError, ValueError):
-        raise InputError("the architecture cannot be recognised by the shapes of its vision tower") from None
     layers = {name.split(".")[2] for name in state if name.startswith("encoder.layers.")}
     return {
         "hidden_size": width,
@@ -82,9 +74,7 @@ def resize_positions(state: Mapping[str, Tensor], size: int) -> tuple[dict[str, 
     """Interpolate the position embeddings of patches, bicubically, for images of ``size`` pixels.
 
     Returns the state dict, named as by ``rename_vision_tower``, and what to tell of it: empty if nothing changed.
-
-    Raises:
-        InputError: naming the tensor that would be needed, or if patches do not fill the image.
+    Raises ``InputError`` naming the tensor that would be needed, or if patches do not fill the image.
     """
     settings = recognise_vision_tower(state)
     patch, old, name = settings["patch_size"], settings["image_size"], "embeddings.position_embedding"

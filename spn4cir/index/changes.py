@@ -228,7 +228,7 @@ class _Change:
             "mtime_ns": pa.array([time for _, time in stamps], pa.int64()),
             "content": pa.array(contents, pa.string()),
             "columns": pa.array([hashes[row] for row in rows], pa.uint64()),
-            "draw": pa.array([_draw(image_id) for image_id in ids], pa.uint64()),
+            "draw": pa.array([draw_number(image_id) for image_id in ids], pa.uint64()),
             "problem": pa.array([""] * len(ids), pa.string()),
         }
         known = self._vectors_by_content
@@ -255,8 +255,8 @@ class _Change:
             changes.encoded = sum(row < 0 for row in copied) if self.model else 0
             segment = self._segment(_Rows(images, files, columns, copied), changes)
             head = replace(head, segments=(*head.segments, segment))
-        if not head.segments and self.old is None:
-            raise InputError(f"no picture decodes, such as {changes.broken[0]}")
+            if self.old is None and len(changes.broken) == segment.rows:
+                raise InputError(f"no picture decodes, such as {changes.broken[0]}")
         write_head(self.path, head)
         return changes
 
@@ -379,6 +379,6 @@ def _problem(image: ImageRef) -> str:
     return f"image {image} changed while it was read"
 
 
-def _draw(image_id: str) -> int:
+def draw_number(image_id: str) -> int:
     """A number that the background sample is drawn by, the same in every index."""
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from spn4cir.index.searchable import Nearest, SearchableIndex
 from spn4cir.index.snapshot import Mask, Snapshot, other_model
 from spn4cir.index.source import Source, read_source
 from spn4cir.model import Model, load
-from spn4cir.search import blocks, scores_of
+from spn4cir.search import blocks, score_one
 from spn4cir.selection import Condition, Kind
 from spn4cir.types import ImageRef
 
@@ -165,23 +165,18 @@ class Index(SearchableIndex):
         for start, vectors, approximate in zip(snapshot.starts, snapshot.vectors, self._approximate, strict=True):
             part = mask[start : start + len(vectors)]
             if approximate is not None and not conditions:
-                wanted = min(len(vectors), count + len(exclude))
-                scores, rows = approximate.top_k(query[None], wanted)
-                kept = rows[0, rows[0] >= 0].numpy()
-                if len(kept) < len(vectors):
-                    floor = max(floor, float(scores[0, : len(kept)].amin()) if len(kept) == wanted else -float("inf"))
-                found.append(start + kept[part[kept]])
+                rows, least = approximate.candidates(query, count)
+                rows = rows[part[rows]]
             else:
-                rows_, least = _best(query, vectors.whole(), part, count)
-                floor = max(floor, least)
-                found.append(start + rows_)
+                rows, least = _best(query, vectors.whole(), part, count)
+            floor = max(floor, least)
+            found.append(start + rows)
         rows_found = np.concatenate(found)
-        files = snapshot.files.select(["id", "source", "path"]).take(rows_found).to_pydict()
         return Nearest(
-            files["id"],
+            snapshot.files["id"].take(rows_found).to_pylist(),
             snapshot.gather(rows_found.tolist()).float(),
-            [self._path(source, path) for source, path in zip(files["source"], files["path"], strict=True)],
-            snapshot.columns.take(rows_found).to_pylist(),
+            _Lazy(rows_found, lambda row: self._path(*(snapshot.files[n][row].as_py() for n in ("source", "path")))),
+            _Lazy(rows_found, lambda row: snapshot.columns.slice(row, 1).to_pylist()[0]),
             floor,
         )
 
@@ -217,9 +212,22 @@ class Index(SearchableIndex):
         return self._sources[number]
 
 
+class _Lazy(Sequence[Any]):
+    """What is known about rows, read when it is asked for: few candidates become hits."""
+
+    def __init__(self, rows: np.ndarray[Any, Any], read: Callable[[int], Any]):
+        self._rows, self._read = rows, read
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self._read(int(self._rows[position]))
+
+
 def _best(query: Tensor, vectors: Tensor, mask: Mask, count: int) -> tuple[np.ndarray[Any, Any], float]:
     """Rows of the highest scores among those of the mask, and the lowest of these scores; minus infinity for all."""
-    scores = torch.cat([scores_of(query[None], block)[0] for _, block in blocks(vectors, query)])
+    scores = torch.cat([score_one(query[None], block)[0] for _, block in blocks(vectors, query)])
     allowed = int(mask.sum())
     if allowed < len(mask):
         scores[torch.from_numpy(~mask)] = -torch.inf

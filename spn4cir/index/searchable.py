@@ -68,8 +68,8 @@ class Nearest(NamedTuple):
 
     ids: list[str]
     vectors: Tensor
-    paths: list[Path | None]
-    columns: list[Mapping[str, Any]]
+    paths: Sequence[Path | None]
+    columns: Sequence[Mapping[str, Any]]
     floor: float
 
 

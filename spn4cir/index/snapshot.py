@@ -217,13 +217,13 @@ class Snapshot:
 
     def gather(self, rows: Sequence[int]) -> Tensor:
         """Vectors (n, K, E) of rows, in the type they are stored in."""
-        out = torch.empty(len(rows), *self.head.shape, dtype=getattr(torch, self.head.dtype))
+        out = np.empty((len(rows), *self.head.shape), dtype=self.head.dtype)
         wanted = np.asarray(rows, dtype=np.int64)
         for start, vectors in zip(self.starts, self.vectors, strict=True):
             inside = np.flatnonzero((wanted >= start) & (wanted < start + len(vectors)))
             if len(inside):
-                out[torch.from_numpy(inside)] = vectors[(wanted[inside] - start).tolist()]
-        return out
+                out[inside] = vectors.whole().numpy()[wanted[inside] - start]
+        return torch.from_numpy(out)
 
     def sample(self) -> np.ndarray[Any, Any]:
         """Rows of the background sample."""

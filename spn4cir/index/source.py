@@ -20,7 +20,7 @@ from spn4cir.datasets.rows import HUB
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.identity import Stamp, image_stamp
-from spn4cir.index.snapshot import SourceNote
+from spn4cir.index.snapshot import SourceNote, concatenate_tables
 from spn4cir.types import ImageRef
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _content_hash(image: ImageRef) -> str:
 def _columns(dataset: Dataset, ids: Sequence[str]) -> pyarrow.Table:
     """Category, title and caption where the dataset has them, and further columns; numbers are recognised."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     titles = [dataset.label(image_id) for image_id in ids]
     known: dict[str, Any] = {
@@ -125,7 +126,11 @@ def _columns(dataset: Dataset, ids: Sequence[str]) -> pyarrow.Table:
         "caption": [dataset.caption(image_id) for image_id in ids],
     }
     columns = {name: pa.array(values) for name, values in known.items() if any(values)}
-    columns |= {name: values for name, values in dataset.columns(ids).items() if name not in columns}
+    others = dataset.other_columns()
+    if others:
+        listed = pa.array(dataset.list_training_images())
+        table = concatenate_tables(others).take(pc.index_in(pa.array(ids), listed))
+        columns |= {name: table[name] for name in table.column_names if name not in columns}
     return pa.table({name: _typed(values) for name, values in columns.items()} or {"category": [None] * len(ids)})
 
 

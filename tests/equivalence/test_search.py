@@ -1,5 +1,6 @@
 """Ranks, first k and recalls against loops over exact integers; and what a model that knows nothing scores."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -213,12 +214,14 @@ def left_out(which: str, count: int, targets: Tensor) -> tuple[Tensor | None, Te
 @pytest.mark.parametrize("which", LEFT_OUT)
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
-def test_blocks_of_the_gallery_equal_a_full_sort(
-    vectors: int, stored: torch.dtype, which: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("count", "images"), [(search.CHUNK + 11, 7), (search.CHUNK // 4, 2), (1, 2)])
+def test_blocks_of_the_gallery_equal_a_full_sort(  # type: ignore[no-untyped-def]
+    vectors: int, stored: torch.dtype, which: str, count: int, images: int, monkeypatch
 ) -> None:
-    """Seven images at a time, the last block ragged; two thirds of the gallery occur twice, mostly in another block."""
-    monkeypatch.setattr(search, "BLOCK", 7 * vectors)
-    count = search.CHUNK + 11
+    """Blocks of 7, of 4 · 2 and of 8 · 2 images, the last one ragged; two thirds of the gallery occur twice."""
+    monkeypatch.setattr(search, "BLOCK", images * vectors)
+    if count == 1:
+        monkeypatch.setattr(search, "CHUNK", 8)
     query, gallery = integers(count, 4), integers(G, vectors, 4, seed=1)
     gallery[G // 3 : 2 * (G // 3)] = gallery[: G // 3]
     targets = torch.stack([torch.randperm(G)[:3] for _ in range(count)])
@@ -236,17 +239,19 @@ def test_blocks_of_the_gallery_equal_a_full_sort(
         found = top_k(query, gallery, k, excluded, members)
         assert torch.equal(found[1], order) and torch.equal(found[0], values) and found[0].dtype == torch.float32
         backwards = sorted_top_k(scores.flip(1), k)[1]  # negative control: ties by row, and not the other way around
-        assert not torch.equal(found[1], G - 1 - backwards)
+        assert (count == 1 and k < G) or not torch.equal(found[1], G - 1 - backwards)
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_a_gallery_of_one_vector_is_ranked_by_row(vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most ties that there can be: every image has the same score."""
     monkeypatch.setattr(search, "BLOCK", 7 * vectors)
+    monkeypatch.setattr(search, "CHUNK", 5)
     query, gallery = torch.ones(5, 4), torch.ones(G, vectors, 4)
-    for k in (1, 6, 7, 8, G):
-        assert top_k(query, gallery, k)[1].tolist() == [list(range(k))] * 5
-        assert top_k(query, gallery, k, torch.full((5, 1), 2))[1][:, :6].tolist() == [[0, 1, 3, 4, 5, 6][:k]] * 5
+    for k, count in itertools.product((1, 6, 7, 8, G), (5, 2, 1)):  # in blocks of 7, 14 and 35 images
+        few, excluded = query[:count], torch.full((count, 1), 2)
+        assert top_k(few, gallery, k)[1].tolist() == [list(range(k))] * count
+        assert top_k(few, gallery, k, excluded)[1][:, :6].tolist() == [[0, 1, 3, 4, 5, 6][:k]] * count
     ranks = rank_targets(query, gallery, torch.tensor([[0, 1], [3, -1], [9, 17], [28, 0], [29, 5]]))[0].tolist()
     assert ranks == [[[1, G - 1], [1, G - 1]], [[1, G], [0, 0]], *[[[1, G - 1], [1, G - 1]]] * 3]
 
@@ -272,8 +277,22 @@ def test_a_target_is_scored_in_its_block(several: int, monkeypatch: pytest.Monke
     assert not torch.equal(rank_targets(query, gallery, targets)[0], wanted)
 
 
-def test_no_product_grows_with_the_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten times the gallery is ten times the blocks, none of them larger."""
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64])
+def test_scores_of_one_query_equal_a_product(vectors: int, kept: torch.dtype) -> None:
+    """By numpy and by torch, up to the order of a sum; equal vectors have equal scores wherever they are."""
+    draw = torch.Generator().manual_seed(0)
+    query, block = torch.randn(1, 65, generator=draw), torch.randn(G, vectors, 65, generator=draw).to(kept)
+    block[20:] = block[:10]
+    ours, other = search._score_one(query, block), search.scores_of(query.to(kept), block)
+    assert ours.dtype == kept and torch.equal(ours[:, 20:], ours[:, :10])
+    torch.testing.assert_close(ours, other)
+    assert not torch.allclose(ours, search.scores_of(query.to(kept), block.roll(1, 0)))  # negative control
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_no_product_grows_with_the_gallery(stored: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten times the gallery is ten times the blocks, none larger; few queries take larger ones that are no copies."""
     largest, whole = [], search.scores_of
 
     def noted(query: Tensor, candidates: Tensor) -> Tensor:
@@ -282,12 +301,16 @@ def test_no_product_grows_with_the_gallery(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(search, "scores_of", noted)
     monkeypatch.setattr(search, "BLOCK", 40)
+    monkeypatch.setattr(search, "CHUNK", 6)
     for size in (10, 100, 1000):
-        query, gallery = torch.ones(3, 4), integers(size, 2, 4)
+        query, gallery = torch.ones(3, 4), integers(size, 2, 4).to(stored)
+        largest.append(0)
+        top_k(query, gallery, 2)
         largest.append(0)
         rank_targets(query, gallery, torch.zeros(3, 1).long())
-        top_k(query, gallery, 2)
-    assert largest == [10 * 2 * 4, 20 * 2 * 4, 20 * 2 * 4]
+    most = 20 * 2 * 4
+    few = most * (2 if stored == torch.float32 else 1)
+    assert largest == [10 * 2 * 4, 10 * 2 * 4, few, most, few, most]
 
 
 def toy_benchmark(exclude: bool = True) -> Benchmark:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from spn4cir.distributed import (
     all_gather_rows,
-    all_reduce_max,
-    all_reduce_sum,
+    all_reduce,
     cpu_count,
     gather_with_gradient,
     process_rank,
@@ -32,7 +31,7 @@ def exchange(rank: int) -> dict[str, Tensor]:
     (gathered * WEIGHTS[rank]).sum().backward()
     assert local.grad is not None and (process_rank(), world_size()) == (rank, 2)
     found = {"gathered": gathered, "gradient": local.grad.contiguous(), "rows": all_gather_rows(local)}
-    found |= {"sum": all_reduce_sum(local), "max": all_reduce_max(local), "integers": gather_with_gradient(local.int())}
+    found |= {"sum": all_reduce(local), "max": all_reduce(local, "MAX"), "integers": gather_with_gradient(local.int())}
     assert [name for name, value in found.items() if value.requires_grad] == ["gathered"]
     return found
 

@@ -138,13 +138,16 @@ def test_scores_that_are_not_finite_have_no_rank(value: float) -> None:
         rank_targets(query, gallery, torch.tensor([[0], [1]]))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_scores_that_are_not_finite_have_no_first_k(value: float) -> None:
-    """Nor does a search answer with a NaN on top, which sorting puts first."""
-    query, gallery = l2_normalize(2, 4), l2_normalize(3, 1, 4)
-    gallery[1, 0, 2] = value
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("count", [1, 2])
+def test_scores_that_are_not_finite_have_no_first_k(count: int, value: float) -> None:
+    """Neither with a NaN on top, which sorting puts first, nor with what would come last."""
+    query, gallery = torch.ones(count, 1), torch.tensor([0.9, 0.8, value, 0.1])[:, None, None]
     with pytest.raises(ValueError, match="finite"):
-        top_k(query, gallery, 2)
+        top_k(query, gallery, 1)
+    with pytest.raises(ValueError, match="finite"):
+        top_k(torch.cat([query[1:], query[:1] * value]), gallery[:2], 1)
+    assert top_k(query, gallery[:2], 1)[1].tolist() == [[0]] * count
 
 
 def test_a_query_without_target_has_no_rank() -> None:
@@ -192,7 +195,7 @@ def test_k_beyond_the_gallery_gives_the_whole_gallery() -> None:
 
 def test_top_k_rows_do_not_pass_through_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stay integers, whatever holds the scores: float32 would round them from 2²⁴ on, as float16 does from 2¹¹."""
-    scores = torch.zeros(1, 4099, dtype=torch.float16)
-    scores[0, 4097] = 1
+    scores = torch.zeros(2, 4099, dtype=torch.float16)
+    scores[:, 4097] = 1
     monkeypatch.setattr(search, "scores_of", lambda query, gallery: scores)
-    assert top_k(torch.zeros(1, 1), torch.zeros(4099, 1, 1), 1)[1].tolist() == [[4097]]
+    assert top_k(torch.zeros(2, 1), torch.zeros(4099, 1, 1), 1)[1].tolist() == [[4097]] * 2

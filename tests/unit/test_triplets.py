@@ -78,6 +78,7 @@ def test_a_table_and_a_list_agree(whole: bool, kind: Any) -> None:
     assert 0 < len(rest) < len(other)
     agree(few, rest)
     agree(few[5:50], rest[5:50])
+    assert join_triplets(few, []) is few  # no object for each row
     more = [Triplet("i1", ("i2",), ("x", "y"), generated=True), Triplet("i1", ("i4",), ("x",), generated=True)]
     agree(join_triplets(few, more), rest + more)
     annotated, generated = join_triplets(few, more).split_rows()  # type: ignore[attr-defined]

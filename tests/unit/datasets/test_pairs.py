@@ -13,7 +13,8 @@ from conftest import TRAIN, Toy, draw_picture, toy_config
 from pyarrow import parquet
 
 from spn4cir import batches
-from spn4cir.data import load_data
+from spn4cir.config import TrainConfig
+from spn4cir.data import load_data, load_triplets
 from spn4cir.datasets import DATASETS, load_dataset
 from spn4cir.datasets.pairs import Pairs
 from spn4cir.datasets.skip import write_skip_list
@@ -69,6 +70,14 @@ def test_tables(root: Path, name: str, given: str) -> None:
     assert isinstance(triplets, TripletTable) and list(triplets) == EXPECTED and dataset.root == root
     assert dataset.training_images() == NAMES and dataset.image(NAMES[2]).path == root / NAMES[2]
     assert not dataset.protocols and dataset.checks()[0].found == 5
+
+
+def test_training_keeps_the_table(root: Path) -> None:
+    """What training draws from is the table, and no list of objects, whatever selects."""
+    rows = [{"reference": NAMES[n % 6], "modification": f"text {n}", "target": NAMES[(n + 1) % 6]} for n in range(40)]
+    config = TrainConfig(dataset="pairs", data_root=str(write(root / "t.parquet", rows)), selection="holdout")
+    loaded = load_triplets(config, load_dataset("pairs", config.data_root), None, lambda line: None)
+    assert isinstance(loaded[1], TripletTable) and 0 < len(loaded[1]) < 40
 
 
 def test_a_saved_folder_and_a_hub_name(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

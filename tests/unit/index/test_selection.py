@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from made_index import draw_columns, draw_vectors, make_index
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.made_index import draw_columns, draw_vectors, make_index
 from spn4cir.errors import InputError
 from spn4cir.index.local import Index
 from spn4cir.index.searchable import Hit

@@ -11,7 +11,8 @@ from pyarrow import parquet
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir.index.changes import _draw
+from spn4cir.index.approximate import MIN_APPROXIMATE, build_approximate
+from spn4cir.index.changes import draw_number
 from spn4cir.index.snapshot import BLOCK, Head, SegmentNote, SourceNote, segment_store, write_head, write_removed
 
 
@@ -64,15 +65,20 @@ def make_index(
             "mtime_ns": [1] * size,
             "content": [f"content of {image_id}" for image_id in ids],
             "columns": pa.array([0] * size, pa.uint64()),
-            "draw": pa.array([_draw(image_id) for image_id in ids], pa.uint64()),
+            "draw": pa.array([draw_number(image_id) for image_id in ids], pa.uint64()),
             "problem": [""] * size,
         }
         parquet.write_table(pa.table(files), store.folder / "files.parquet")
         parquet.write_table(pa.table({n: v[part] for n, v in columns.items()}), store.folder / "columns.parquet")
+        if kind != "exact" and size >= MIN_APPROXIMATE:
+            build_approximate(vectors[part], kind, store.folder)
         dead = np.array([row - start for row in gone if start <= row < start + size], dtype=np.int64)
         notes.append(SegmentNote(key, size, write_removed(store.folder, dead)))
         start += size
     source = SourceNote("", "catalogue", str(path))
     shape = (vectors.shape[1], vectors.shape[2])
-    write_head(path, Head("embedded", "made-up", str(vectors.dtype).removeprefix("torch."), shape, kind, (source,), tuple(notes)))
+    write_head(
+        path,
+        Head("embedded", "made-up", str(vectors.dtype).removeprefix("torch."), shape, kind, (source,), tuple(notes)),
+    )
     return path
