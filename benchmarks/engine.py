@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.made_index import make_index
 from spn4cir.errors import run_command
 from spn4cir.files import write_text
 from spn4cir.index.local import Index
 from spn4cir.index.searchable import Hit, SearchableIndex
-from spn4cir.index.snapshot import BLOCK, Head, SegmentNote, Snapshot, SourceNote, segment_store, write_head
+from spn4cir.index.snapshot import Snapshot, write_head
 from spn4cir.index.vector_engines import export_index
 from spn4cir.selection import Selection
 
@@ -41,31 +42,6 @@ def make_vectors(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(-(-count // CLUSTER), WIDTH, generator=generator).repeat_interleave(CLUSTER, 0)[:count]
     return F.normalize(centres + torch.randn(count, WIDTH, generator=generator), dim=1)[:, None]
-
-
-def make_index(path: Path, vectors: Tensor) -> Index:
-    """An index of made-up vectors, of one segment."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    count, path = len(vectors), path / "index"
-    path.mkdir()
-    store = segment_store(path, f"{1:024x}", count, "float32")
-    for start in range(0, count, BLOCK):
-        store.write(start, {"target": vectors[start : start + BLOCK]})
-    store.finish()
-    ids = [f"{n:07d}.jpg" for n in range(count)]
-    draws = np.random.default_rng(0).permutation(count).astype(np.uint64)
-    numbers = {name: np.zeros(count, np.int64) for name in ("source", "size", "mtime_ns", "columns")}
-    files = {"id": ids, "path": ids, "content": ids, "problem": [""] * count, "draw": draws, **numbers}
-    files["box"] = pa.nulls(count, pa.list_(pa.int64()))
-    parquet.write_table(pa.table(files), store.folder / "files.parquet")
-    columns = {"category": [f"c{n % 20}" for n in range(count)], "price": [n * 7919 % 100 for n in range(count)]}
-    parquet.write_table(pa.table(columns), store.folder / "columns.parquet")
-    segments = (SegmentNote(f"{1:024x}", count),)
-    sources = (SourceNote(str(path), "", str(path)),)
-    write_head(path, Head("embedded", "made up", "float32", (1, WIDTH), "exact", sources, segments))
-    return Index(path)
 
 
 def timed(task: Callable[[], Any]) -> tuple[float, Any]:
@@ -86,7 +62,8 @@ def measure(count: int) -> dict[str, Any]:
     """Export, open and search as many images; asserts that both indexes return the same hits."""
     with tempfile.TemporaryDirectory() as name:
         folder, vectors = Path(name), make_vectors(count)
-        local, place = make_index(folder, vectors), f"qdrant:{folder / 'engine'}"
+        columns: dict[str, list[Any]] = {"price": [n * 7919 % 100 for n in range(count)]}
+        local, place = Index(make_index(folder / "index", vectors, columns)), f"qdrant:{folder / 'engine'}"
         generator = torch.Generator().manual_seed(1)
         chosen = vectors[torch.randint(count, (QUERIES,), generator=generator), 0]
         queries = F.normalize(chosen + torch.randn(QUERIES, WIDTH, generator=generator) / WIDTH**0.5, dim=1)

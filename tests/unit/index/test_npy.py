@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_index import draw_columns, draw_vectors, make_index
 from pyarrow import parquet
 
+from benchmarks.made_index import draw_columns, draw_vectors, make_index
 from spn4cir.errors import InputError
 from spn4cir.index import npy
 from spn4cir.index.npy import META

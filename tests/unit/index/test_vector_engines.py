@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_picture
-from made_index import draw_columns, draw_vectors, make_index
 from tiny_backbones import tiny_backbone
 from torch.nn import functional as F
 
+from benchmarks.made_index import draw_columns, draw_vectors, make_index
 from spn4cir.errors import InputError
 from spn4cir.index import qdrant
 from spn4cir.index.local import Index
