@@ -37,6 +37,7 @@ SLOW = {
     "demo": "about five minutes",
     "generation": "minutes",
     "references": "minutes, and 20 GB of disk",
+    "engine": "minutes",
     "kills": "minutes",
     "claims": "half an hour",
     "negatives": "half an hour",

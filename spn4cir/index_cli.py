@@ -211,7 +211,7 @@ def _print_size(index: Index, started: float) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from spn4cir.index.engines import export_index
+    from spn4cir.index.vector_engines import export_index
 
     path = _folder(find_index(args.index))
     print(export_index(path, args.to, args.target))

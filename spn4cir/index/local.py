@@ -86,7 +86,7 @@ class Index(SearchableIndex):
         Raises:
             InputError: if there is none, it is damaged, or it is of another model.
         """
-        from spn4cir.index.engines import open_engine
+        from spn4cir.index.vector_engines import open_engine
 
         return open_engine(str(path), model) or Index(Path(path), model, effort)
 

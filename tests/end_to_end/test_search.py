@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from spn4cir.checkpoints import save_model
-from spn4cir.index import engines
+from spn4cir.index import vector_engines
 from spn4cir.index.local import Index
 from spn4cir.index.sheet import MOST, Tile, save_sheet
 from spn4cir.index_cli import file_size, index_command
@@ -181,7 +181,7 @@ def test_options_of_a_build(call: Call, shop: Path, tmp_path: Path) -> None:
 def test_export_is_passed_on(call: Call, built: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of the index, the engine and the address."""
     given: list[object] = []
-    monkeypatch.setattr(engines, "export_index", lambda *some: given.extend(some) or "48 written", raising=False)
+    monkeypatch.setattr(vector_engines, "export_index", lambda *some: given.extend(some) or "48 written", raising=False)
     told = call("index", "export", "--index", built[1], "--to", "npy", "out")
     assert told.out == "48 written\n" and given == [built[1], "npy", "out"]
 
