@@ -38,6 +38,8 @@ SLOW = {
     "generation": "minutes",
     "references": "minutes, and 20 GB of disk",
     "engine": "minutes",
+    "index": "half an hour, 10 GB of disk and 8 GB of memory",
+    "index_kills": "minutes",
     "kills": "minutes",
     "claims": "half an hour",
     "negatives": "half an hour",
