@@ -284,7 +284,7 @@ def test_scores_of_one_query_equal_a_product(vectors: int, kept: torch.dtype) ->
     draw = torch.Generator().manual_seed(0)
     query, block = torch.randn(1, 65, generator=draw), torch.randn(G, vectors, 65, generator=draw).to(kept)
     block[20:] = block[:10]
-    ours, other = search._score_one(query, block), search.scores_of(query.to(kept), block)
+    ours, other = search.score_one(query, block), search.scores_of(query.to(kept), block)
     assert ours.dtype == kept and torch.equal(ours[:, 20:], ours[:, :10])
     torch.testing.assert_close(ours, other)
     assert not torch.allclose(ours, search.scores_of(query.to(kept), block.roll(1, 0)))  # negative control

@@ -326,7 +326,7 @@ def test_two_processes_add_to_one_cache(pictures: dict[str, Path], tmp_path: Pat
     with identity._Cache(cache, []) as one, identity._Cache(cache, []) as two:
         for n, name in enumerate(names):
             image = ImageRef(pictures[name])
-            stamp = identity._stamp(image)
+            stamp = identity.image_stamp(image)
             assert stamp is not None
             (one if n % 2 else two).add(image, stamp, pixel_hash(open_image(image)))
     assert look(pictures, cache=cache) == look(pictures) and len(decoded) == 37
