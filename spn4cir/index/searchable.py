@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,7 +18,9 @@ from spn4cir.selection import (
     Condition,
     Kind,
     Part,
+    Pick,
     Selection,
+    Value,
     Where,
     combine_vectors,
     pair_parts,
@@ -207,29 +209,26 @@ class SearchableIndex(ABC):
         Raises:
             InputError: for a column that the index lacks, or a query of another width.
         """
-        conditions = self._check(where, selection)
+        conditions, group = self._check(where, selection), selection.group
         statistics = self._statistics(query)
         low = _lowest(selection, statistics)
-        count = selection.k + SPARE
+        hits, seen, left_out, count = list[Hit](), set[Value](), list(exclude), selection.k + SPARE
         while True:
-            found = _without_paths(self.nearest(query, count, conditions, exclude), set(exclude_paths))
-            groups = [row.get(selection.group) for row in found.columns] if selection.group is not None else None
-            picks = select(query, found.vectors, found.ids, selection, groups, statistics)
-            last = picks[-1].score if len(picks) == selection.k else low
-            if found.floor == float("-inf") or last > found.floor + ROUNDING:
-                break
-            count *= 4
-        return [
-            Hit(
-                found.ids[pick.position],
-                pick.score,
-                pick.z,
-                found.paths[pick.position],
-                found.columns[pick.position],
-                tuple(found.ids[n] for n in pick.folded),
-            )
-            for pick in picks
-        ]
+            wanted = replace(selection, k=selection.k - len(hits))
+            others = [Condition(group, "!=", tuple(seen))] if group is not None and seen else []
+            found = _without_paths(self.nearest(query, count, [*conditions, *others], left_out), set(exclude_paths))
+            groups = [row.get(group) for row in found.columns] if group is not None else None
+            picks = select(query, found.vectors, found.ids, wanted, groups, statistics)
+            least = picks[-1].score if len(picks) == wanted.k else low
+            if found.floor == float("-inf") or least > found.floor + ROUNDING:
+                return hits + [_hit(found, pick) for pick in picks]
+            sure = [pick for pick in picks if pick.score > found.floor + ROUNDING]
+            if groups is not None and selection.fold is None and sure:  # go on below them, in other groups only
+                hits += [_hit(found, pick) for pick in sure]
+                seen |= {value for pick in sure if (value := groups[pick.position]) is not None}
+                left_out += [found.ids[pick.position] for pick in sure]
+            else:
+                count *= 4
 
     def _check(self, where: Where, selection: Selection) -> list[Condition]:
         """The conditions. Raises ``InputError`` for a column that the index lacks."""
@@ -260,6 +259,11 @@ class SearchableIndex(ABC):
         if isinstance(image, str) and not Path(image).exists():
             raise InputError(f"{short(image)} is neither an id of the index nor a file")
         return open_picture(image)
+
+
+def _hit(found: Nearest, pick: Pick) -> Hit:
+    n, folded = pick.position, tuple(found.ids[n] for n in pick.folded)
+    return Hit(found.ids[n], pick.score, pick.z, found.paths[n], found.columns[n], folded)
 
 
 def _without_paths(found: Nearest, paths: Collection[Path]) -> Nearest:

@@ -175,6 +175,7 @@ from spn4cir.train import start
 accelerator = start(TrainConfig())
 assert accelerator.gather(__import__("torch").tensor([accelerator.process_index])).tolist() == [0, 1]
 print("together")
+accelerator.end_training()  # else a process may abort when the other has gone
 """
 
 

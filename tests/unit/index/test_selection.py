@@ -93,7 +93,9 @@ def brute_force(
 
 
 OPTIONS = list(
-    itertools.product((1, 10, 700), (None, 0.3), (None, 1.0), (None, 0.99), (None, "product"), range(len(WHERES)))
+    itertools.product(
+        (1, 10, 700), (None, 0.3), (None, 1.0), (None, 0.99), (None, "product", "category"), range(len(WHERES))
+    )
 )
 
 
@@ -119,6 +121,17 @@ def test_brute_force_can_tell_a_wrong_search(made: Made) -> None:
     assert found != [i for i, *_ in brute_force(made, query.roll(1), Selection(10))]
     assert found != [i for i, *_ in brute_force(made, query, Selection(10, group="product", fold=0.5))]
     assert found != [i for i, *_ in brute_force(made, query, Selection(10), ["price<=20"])]
+
+
+def test_groups_of_few_values_fetch_few_candidates(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a group has its hit, no other image of it is fetched."""
+    counts, nearest = [], made.index.nearest
+    monkeypatch.setattr(made.index, "nearest", lambda *given: counts.append(given[1]) or nearest(*given))
+    query = made.vectors[42, 0]
+    for k in (2, 60):
+        found = made.index.search_vector(query, Selection(k, group="sold"))
+        assert [hit.id for hit in found] == [i for i, *_ in brute_force(made, query, Selection(k, group="sold"))]
+    assert max(counts) < COUNT / 2
 
 
 def test_columns_of_hits(made: Made) -> None:
