@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from spn4cir.errors import run_command
 from spn4cir.files import write_text
 
 WIDTH, QUERIES, FIRST, CENTRES = 512, 100, 10, 1000
+EFFORTS = (64, 256, 1024)
 Found = list[list[int]]
 
 
@@ -46,7 +48,7 @@ def make_files(folder: Path, count: int) -> None:
     np.save(folder / "queries.npy", F.normalize(noisy, dim=1).numpy())
 
 
-def timed(search: Callable[[Any], list[int]], queries: Any) -> dict[str, Any]:
+def timed(search: Callable[[Any], list[Any]], queries: Any) -> dict[str, Any]:
     """First results, and the median and 95th percentile of the time of one query in milliseconds."""
     search(queries[0])
     taken, found = [], []
@@ -79,7 +81,25 @@ def ours(begin: Callable[[], None], folder: Path, kind: str) -> dict[str, Any]:
     first = time.perf_counter()
     result = timed(lambda query: [int(hit.id[1:]) for hit in index.search_vector(query, Selection(FIRST))], queries)
     parts = {"build": built - start, "open": opened - built, "first search": first - opened}
-    return {**{f"{name} s": round(value, 2) for name, value in parts.items()}, **result}
+    rows = timed(lambda query: index.nearest(query, FIRST).ids, queries)
+    more = {"candidates alone, p50 ms": rows["p50 ms"], "efforts": efforts(path, queries) if kind == "hnsw" else []}
+    return {**{f"{name} s": round(value, 2) for name, value in parts.items()}, **result, **more}
+
+
+def efforts(path: Path, queries: Any) -> list[dict[str, Any]]:
+    """Time and recall by how much of the graph is looked at."""
+    from spn4cir.index.approximate import measure_recall
+    from spn4cir.index.local import Index
+    from spn4cir.selection import Selection
+
+    found = []
+    for effort in EFFORTS:
+        index = Index(path, effort=effort)
+        about = timed(partial(index.search_vector, selection=Selection(FIRST)), queries)
+        del about["found"]
+        vectors = index.snapshot.vectors[0].whole()
+        found.append({"effort": effort, **about, "recall@10 of stored": measure_recall(index._approximate[0], vectors)})
+    return found
 
 
 def raw_faiss(begin: Callable[[], None], folder: Path, kind: str) -> dict[str, Any]:

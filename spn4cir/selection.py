@@ -178,8 +178,8 @@ def select(
 
 def score_statistics(query: Tensor, sample: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of a query's (E,) scores over the background sample (S, K, E)."""
-    scores = score_candidates(query, sample).double()
-    return (float(scores.mean()), float(scores.std(correction=0))) if len(scores) else (0.0, 0.0)
+    scores = (sample.numpy() @ query.float().numpy()).max(1)  # a product of matrices: no rank depends on its last bits
+    return (float(scores.mean(dtype=float)), float(scores.std(dtype=float))) if len(scores) else (0.0, 0.0)
 
 
 def parse_where(where: Where, kinds: Mapping[str, Kind]) -> list[Condition]:
