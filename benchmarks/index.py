@@ -97,8 +97,9 @@ def efforts(path: Path, queries: Any) -> list[dict[str, Any]]:
         index = Index(path, effort=effort)
         about = timed(partial(index.search_vector, selection=Selection(FIRST)), queries)
         del about["found"]
-        vectors = index.snapshot.vectors[0].whole()
-        found.append({"effort": effort, **about, "recall@10 of stored": measure_recall(index._approximate[0], vectors)})
+        vectors, graph = index.snapshot.vectors[0].whole(), index._approximate[0]
+        assert graph is not None
+        found.append({"effort": effort, **about, "recall@10 of stored": round(measure_recall(graph, vectors), 4)})
     return found
 
 

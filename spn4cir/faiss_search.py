@@ -48,7 +48,7 @@ class Neighbours:
     def __init__(self, gallery: Tensor, index: Kind = "exact", effort: int = 64, saved: Path | None = None):
         if index not in get_args(Kind) or effort < 1:
             raise ValueError(f"index must be one of {', '.join(get_args(Kind))} and effort positive: {index}, {effort}")
-        self.gallery, self.kind = gallery, index
+        self.gallery, self.kind, self._effort = gallery, index, effort
         faiss = import_faiss()
         self._on_gpu = index != "hnsw" and faiss.get_num_gpus() > 0
         self._longest = 0.0  # length of a vector
@@ -87,17 +87,20 @@ class Neighbours:
             index.add(_array(block.flatten(0, 1)))
         return index
 
-    def candidates(self, query: Tensor, count: int) -> tuple[np.ndarray[Any, Any], float]:
+    def candidates(self, query: Tensor, count: int) -> tuple[np.ndarray[Any, Any], float] | None:
         """Rows of about ``count`` images nearest to one query (E,), unordered, and the lowest product found.
 
-        That is minus infinity where the index has no more.
+        None where the index finds fewer.
         """
         assert self._index is not None
         wanted = min(count * self.gallery.shape[1], self._index.ntotal)
+        if self.kind == "hnsw":
+            self._index.hnsw.efSearch = max(self._effort, wanted)
         products, found = self._index.search(_array(query[None]), wanted)
-        found = found[0, found[0] >= 0]
-        is_all = len(found) < wanted or wanted == self._index.ntotal
-        return np.unique(found // self.gallery.shape[1]), -math.inf if is_all else float(products[0, -1])
+        if (found < 0).any():
+            return None
+        is_all = wanted == self._index.ntotal
+        return np.unique(found[0] // self.gallery.shape[1]), -math.inf if is_all else float(products[0, -1])
 
     def save(self, path: Path) -> None:
         """Write the index, vectors included."""

@@ -63,6 +63,8 @@ def _index() -> None:
         command.add_argument("--dataset", metavar="NAME", help="dataset whose files are in SOURCE, such as fashioniq")
     remove.add_argument("ids", nargs="*", metavar="ID", help="ids of pictures")
     remove.add_argument("--from", dest="list", type=Path, metavar="FILE", help="text file of ids, one a line")
+    remove.add_argument("--source", metavar="PLACE", help="a source, with all its pictures; see spn4cir-index info")
+    update.add_argument("--restore", action="store_true", help="bring back what was removed by hand")
     info.add_argument("--json", metavar="FILE", help="write the description as JSON; - for standard output")
     export.add_argument("target", metavar="TARGET", help="folder (npy); URL or folder (qdrant)")
     export.add_argument("--to", required=True, choices=("npy", "qdrant"), help="what is written")
@@ -165,11 +167,14 @@ def _add(args: argparse.Namespace) -> None:
 
 
 def _remove(args: argparse.Namespace) -> None:
-    if bool(args.ids) == bool(args.list):
-        raise InputError("give the ids of pictures, or --from FILE with one id a line")
-    started, ids = time.perf_counter(), args.ids or _read_ids(args.list)
+    if [bool(args.ids), bool(args.list), bool(args.source)].count(True) != 1:
+        raise InputError("give the ids of pictures, or --from FILE with one id a line, or --source PLACE")
+    started, ids = time.perf_counter(), _read_ids(args.list) if args.list else args.ids
     index = _open(args)
-    index.remove(ids)
+    if args.source:
+        index.remove_source(args.source)
+    else:
+        index.remove(ids)
     _report(index, started)
 
 
@@ -185,7 +190,7 @@ def _read_ids(path: Path) -> list[str]:
 
 def _update(args: argparse.Namespace) -> None:
     started, index = time.perf_counter(), _open(args)
-    index.update()
+    index.update(args.restore)
     _report(index, started)
 
 

@@ -79,6 +79,8 @@ class Model:
         Raises:
             InputError: if a file is missing or does not decode, or an embedding is not finite.
         """
+        if isinstance(images, str):
+            raise InputError("give a list of images")
         parts = [self._features(images[n : n + self.batch_size]).target for n in range(0, len(images), self.batch_size)]
         return _checked(torch.cat(parts).float().cpu(), self.name) if parts else torch.zeros(0, *self.target_shape)
 
@@ -97,10 +99,14 @@ class Model:
                 not finite.
         """
         count = max(len(images or ()), len(texts or ()))
+        if isinstance(images, str) or isinstance(texts, str):
+            raise InputError("give a list of images and a list of texts, one of each query")
         references, modifications = images or [None] * count, texts or [None] * count
         if len(references) != len(modifications):
             raise InputError(f"{len(references)} images and {len(modifications)} texts do not make queries")
         queries = list(zip(references, modifications, strict=True))
+        if wrong := [text for text in modifications if text is not None and not isinstance(text, str)]:
+            raise InputError(f"a text must be a string, got {wrong[0]!r:.60}")
         if any(reference is None and not text for reference, text in queries):
             raise InputError("a query needs an image, a text or both")
         if long := [text for text in modifications if text and len(text) > MAX_TEXT]:
@@ -190,6 +196,8 @@ def open_picture(picture: Picture) -> Image.Image:
     """Decode a picture as RGB. Raises ``InputError`` if the file is missing or does not decode."""
     if isinstance(picture, Image.Image):
         return to_rgb(picture)
+    if not isinstance(picture, str | Path | ImageRef):
+        raise InputError(f"an image is a file or a decoded picture, got {type(picture).__name__}")
     return open_image(picture if isinstance(picture, ImageRef) else Path(picture))
 
 

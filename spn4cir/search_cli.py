@@ -110,17 +110,18 @@ def _run(args: argparse.Namespace, query: Query) -> None:
     selection = Selection(args.k, **{name: value for name, value in limits.items() if value is not None})
     hits = index.search(**query, k=args.k, where=args.where, **limits)
     timing = _measure(index, query, selection, args.where, args.timing) if args.timing else {}
-    print(f"index {address}: {len(index):,} images", file=shown)
-    print(hit_table(hits, args.fold is not None) if hits else _explain_none(index, query, args), file=shown)
-    for name, values in timing.items():
-        figures = ", ".join(f"{key} {value:.1f} ms" for key, value in values.items())
-        print(f"{name}: {figures} ({args.timing} repetitions)", file=shown)
     if args.save:
         from spn4cir.index.sheet import MOST, save_sheet
 
         some = f", the first {MOST} are shown" if len(hits) > MOST else ""
         heading = f"{len(hits)} hits among {len(index):,} images{some}"
         save_sheet(args.save, heading, _query_tiles(index, query), _hit_tiles(index, hits[:MOST]))
+    print(f"index {address}: {len(index):,} images", file=shown)
+    print(hit_table(hits, args.fold is not None) if hits else _explain_none(index, query, args), file=shown)
+    for name, values in timing.items():
+        figures = ", ".join(f"{key} {value:.1f} ms" for key, value in values.items())
+        print(f"{name}: {figures} ({args.timing} repetitions)", file=shown)
+    if args.save:
         print(f"saved {args.save}", file=shown)
     settings = {"index": address, **query, "k": args.k, "where": args.where, **limits}
     write_json(
@@ -131,7 +132,7 @@ def _run(args: argparse.Namespace, query: Query) -> None:
 
 def hit_json(hit: Hit) -> dict[str, Any]:
     """A hit as ``--json`` writes it; cells that are no number become null."""
-    columns = {name: None if value != value else value for name, value in hit.columns.items()}
+    columns = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in hit.columns.items()}
     path = None if hit.path is None else str(hit.path)
     folded = list(hit.folded)
     return {"id": hit.id, "score": hit.score, "z": hit.z, "path": path, "columns": columns, "folded": folded}

@@ -3,6 +3,7 @@
 Pure functions, shared by the Python API, the command line and the engines, so that all of them return the same hits.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from spn4cir.errors import InputError
 Operator: TypeAlias = Literal["=", "!=", "<", "<=", ">", ">="]
 Kind: TypeAlias = Literal["text", "number", "boolean"]
 Value: TypeAlias = "str | float | bool"
-Where: TypeAlias = "Sequence[str] | Mapping[str, Value | Sequence[Value]]"
+Where: TypeAlias = "str | Sequence[str] | Mapping[str, Value | Sequence[Value]]"
 _CONDITION = re.compile(r"\s*([^=<>!|]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
 
 
@@ -62,8 +63,11 @@ class Selection:
     group: str | None = None
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError(f"k must be at least 1, got {self.k}")
+        if not isinstance(self.k, int) or not 1 <= self.k <= 10**9:
+            raise InputError(f"k must be at least 1, a whole number, got {self.k!r}")
+        for name, low in (("min_score", self.min_score), ("min_z", self.min_z)):
+            if low is not None and not (isinstance(low, int | float) and math.isfinite(low)):
+                raise InputError(f"{name} must be a finite number, got {low!r}")
         if self.fold is not None and not -1 < self.fold <= 1:
             raise InputError(f"fold is a similarity above -1 and at most 1, got {self.fold}")
 
@@ -152,7 +156,7 @@ def select(
     """
     scores = score_candidates(query, candidates)
     values, (mean, deviation) = scores.tolist(), background
-    threshold = selection.fold if selection.fold is not None else float("inf")
+    threshold = selection.fold - 1e-6 if selection.fold is not None else float("inf")  # a square may be 1 - 1e-7
     directions = F.normalize(candidates.float().mean(1), dim=1)
     picks: list[Pick] = []
     seen: set[object] = set()
@@ -198,14 +202,16 @@ def parse_where(where: Where, kinds: Mapping[str, Kind]) -> list[Condition]:
         >>> print(*parse_where(["colour=red|blue", "price<=50"], {"colour": "text", "price": "number"}))
         colour=red|blue price<=50.0
     """
+    where = [where] if isinstance(where, str) else where or ()
     if isinstance(where, Mapping):
-        raw = [
-            (column, "=", [value] if isinstance(value, str | float | int) else list(value))
-            for column, value in where.items()
-        ]
+        raw = [(column, "=", _listed(value)) for column, value in where.items()]
     else:
         raw = [_split_condition(text) for text in where]
     return [_check_condition(column, operator, values, kinds) for column, operator, values in raw]
+
+
+def _listed(value: "Value | Sequence[Value]") -> list[Value]:
+    return [value] if isinstance(value, str | float | int) or not isinstance(value, Sequence) else list(value)
 
 
 def _split_condition(text: str) -> tuple[str, str, list[Value]]:
@@ -224,7 +230,7 @@ def _check_condition(column: str, operator: str, values: Sequence[Value], kinds:
         raise InputError(f"filter on {column!r}: the column holds {kind}s, {operator} compares numbers")
     try:
         return Condition(column, next(o for o in get_args(Operator) if o == operator), tuple(map(_READ[kind], values)))
-    except ValueError:
+    except (ValueError, TypeError):
         raise InputError(f"filter on {column!r}: expected a {kind}, got {'|'.join(map(str, values))!r}") from None
 
 
@@ -234,4 +240,11 @@ def _read_boolean(value: Value) -> bool:
     return value.lower() == "true" if isinstance(value, str) else bool(value)
 
 
-_READ: Mapping[Kind, Callable[[Value], Value]] = {"text": str, "number": float, "boolean": _read_boolean}
+def _read_number(value: Value) -> float:
+    number = float(value)
+    if math.isnan(number) or (isinstance(value, str) and "_" in value):
+        raise ValueError
+    return number
+
+
+_READ: Mapping[Kind, Callable[[Value], Value]] = {"text": str, "number": _read_number, "boolean": _read_boolean}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from spn4cir.errors import InputError
 from spn4cir.files import locked
@@ -56,16 +57,18 @@ def build(model: Model, source: Source, path: Path, kind: str = "exact", dtype: 
     """
     if dtype not in ("float32", "float16"):
         raise InputError(f"vectors are stored as float32 or float16, not {dtype!r}")
-    if (path / HEAD).is_file():
-        raise InputError(f"{path} already holds an index: use update or add, or give another folder")
+    check_kind(kind)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: give a folder")
-    foreign = [one.name for one in path.iterdir() if not OWN.fullmatch(one.name)] if path.is_dir() else []
-    if foreign:
-        raise InputError(f"{path} holds other files, such as {foreign[0]!r:.60}: give a new or an empty folder")
-    check_kind(kind)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be made: {error.strerror}: give a new or an empty folder") from None
     with _changing(path):
+        if (path / HEAD).is_file():
+            raise InputError(f"{path} already holds an index: use update or add, or give another folder")
+        if foreign := [one.name for one in path.iterdir() if not OWN.fullmatch(one.name)]:
+            raise InputError(f"{path} holds other files, such as {foreign[0]!r:.60}: give a new or an empty folder")
         head = Head(model.name, model.fingerprint, dtype, model.target_shape, kind, (source.note,))
         change = Change(path, lambda: model, head, None)
         change.write(source, 0, list(source.images))
@@ -80,12 +83,13 @@ def add(load: Load, source: Source, path: Path) -> Changes:
             raise InputError(f"{source.note.place or source.note.dataset} is in {path} already: use update")
         if held := sorted(source.images.keys() & set(old.live_ids()))[:1]:
             raise InputError(f"{path} already holds an image with the id {held[0]!r:.80}: ids occur once")
-        removed = tuple(image_id for image_id in old.head.removed if image_id not in source.images)
+        removed = [image_id for image_id in source.images if image_id in old.head.removed]
+        notes = [*source.notes, *_left_out(removed, "were removed from the index: update --restore brings them back")]
         broken = _without(old.head.broken, source.images)
-        head = replace(old.head, sources=(*old.head.sources, source.note), removed=removed, broken=broken)
+        head = replace(old.head, sources=(*old.head.sources, source.note), broken=broken)
         change = Change(path, load, head, old)
-        change.write(source, len(old.head.sources), list(source.images))
-        return _finish(change, source.notes)
+        change.write(source, len(old.head.sources), [i for i in source.images if i not in set(removed)])
+        return _finish(change, notes)
 
 
 def remove(path: Path, ids: Sequence[str]) -> Changes:
@@ -97,28 +101,50 @@ def remove(path: Path, ids: Sequence[str]) -> Changes:
         return _finish(Change(path, _no_model, head, old, gone=rows))
 
 
-def update(load: Load, path: Path) -> Changes:
+def remove_source(path: Path, place: str) -> Changes:
+    """Remove a source with all its images; updates no longer read it. Raises ``InputError`` for an unknown one."""
+    with _changing(path):
+        old = Snapshot(path)
+        numbers = [n for n, note in enumerate(old.head.sources) if place in (note.place, note.dataset) and note.dataset]
+        if not numbers:
+            known = ", ".join(note.place or note.dataset for note in old.head.sources if note.dataset)
+            raise InputError(f"{path} has no source {place}; sources: {known}")
+        sources = tuple(
+            replace(note, place="", dataset="") if n in numbers else note for n, note in enumerate(old.head.sources)
+        )
+        numbers_of_rows = np.asarray(old.files["source"].to_numpy())
+        rows = np.flatnonzero(np.isin(numbers_of_rows, numbers)).tolist()
+        gone = {str(old.files["id"][row]) for row in rows}
+        head = replace(old.head, sources=sources, broken=_without(old.head.broken, gone))
+        return _finish(Change(path, _no_model, head, old, gone=rows))
+
+
+def update(load: Load, path: Path, restore: bool = False) -> Changes:
     """Read all sources again, and encode what is new or has changed.
+
+    With ``restore``, images that were removed by hand come back.
 
     An image is looked at again if the size or the time of its file is another one, and encoded again if its content
     is. A row of a table that says something else of the same picture keeps its vectors.
 
     Raises:
-        InputError: if a source is missing or has moved, or two sources have one id.
+        InputError: if a source is missing or has moved.
     """
     with _changing(path):
         old = Snapshot(path)
-        known = _last_rows(old)
-        about = old.files.select(list(ABOUT)).to_pydict()
+        known, removed = _last_rows(old), set() if restore else set(old.head.removed)
+        about = old.files.select([*ABOUT, "content"]).to_pydict()
         change, notes, seen = Change(path, load, old.head, old), list[str](), set[str]()
         for number, note in enumerate(old.head.sources):
+            if not note.dataset:  # removed
+                continue
             source = read_source(note.place, note.dataset)
             if source.note != note:
                 raise InputError(f"{note.place or note.dataset} lies in {source.note.root} now: build the index anew")
             notes += source.notes
-            ids = [image_id for image_id in source.images if image_id not in old.head.removed]
-            if twice := [image_id for image_id in ids if image_id in seen]:
-                raise InputError(f"two sources of {path} hold an image with the id {twice[0]!r:.80}: ids occur once")
+            twice = [image_id for image_id in source.images if image_id in seen]
+            notes += _left_out(twice, f"have ids of an earlier source ({note.place or note.dataset})")
+            ids = [image_id for image_id in source.images if image_id not in removed and image_id not in seen]
             seen.update(ids)
             stamps = image_stamps(source.images[image_id] for image_id in ids)
             hashes = dict(zip(source.images, source.column_hashes(), strict=True))
@@ -126,14 +152,16 @@ def update(load: Load, path: Path) -> Changes:
             stale = [
                 image_id
                 for image_id, told in zip(ids, now, strict=True)
-                if (row := known.get(image_id)) is None or told != tuple(about[name][row] for name in ABOUT)
+                if (row := known.get(image_id)) is None
+                or told != tuple(about[name][row] for name in ABOUT)
+                or not about["content"][row]  # could not be read
             ]
             change.gone += [known[image_id] for image_id in stale if image_id in known]
             change.write(source, number, stale)
         change.gone += [row for image_id, row in known.items() if image_id not in seen]
         kept = set(known.values()) - set(change.gone)
         broken = {image_id: why for image_id, why in old.head.broken.items() if known.get(image_id) in kept}
-        change.head = replace(old.head, broken=broken)
+        change.head = replace(old.head, broken=broken, removed=tuple(sorted(removed)))
         return _finish(change, notes)
 
 
@@ -146,6 +174,8 @@ def compact(path: Path) -> Changes:
 def _compact(path: Path) -> Changes:
     old = Snapshot(path)
     kept = sorted(_last_rows(old).values())
+    if not kept:
+        return Changes()
     change = Change(path, _no_model, replace(old.head, segments=()), old)
     change.rows.append(PlannedRows([None] * len(kept), old.files.take(kept), old.columns.take(kept), kept))
     change.commit()
@@ -172,7 +202,11 @@ def _finish(change: Change, notes: Sequence[str] = ()) -> Changes:
     return Changes(*counts, encoded, broken, list(notes))
 
 
-def _without(problems: Mapping[str, str], ids: Mapping[str, Any]) -> dict[str, str]:
+def _left_out(ids: Sequence[str], why: str) -> list[str]:
+    return [f"{len(ids):,} images are left out since they {why}, such as {ids[0]!r:.80}"] if ids else []
+
+
+def _without(problems: Mapping[str, str], ids: Collection[str]) -> dict[str, str]:
     return {image_id: why for image_id, why in problems.items() if image_id not in ids}
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from spn4cir.datasets.reading import inner_path
 from spn4cir.errors import InputError
+from spn4cir.faiss_search import Neighbours
 from spn4cir.index import changes
 from spn4cir.index.approximate import open_approximate
 from spn4cir.index.changes import Changes
+from spn4cir.index.columns import Mask
 from spn4cir.index.searchable import Nearest, SearchableIndex
-from spn4cir.index.snapshot import Mask, Snapshot, other_model
+from spn4cir.index.snapshot import Snapshot, other_model
 from spn4cir.index.source import Source, read_source
 from spn4cir.model import Model, load
 from spn4cir.search import blocks, score_one
@@ -40,12 +42,12 @@ class Index(SearchableIndex):
 
     changes: Changes | None = None
 
-    def __init__(self, path: Path, model: Model | None = None, effort: int = 64):
-        self.path, self._model, self._effort = path, model, effort
+    def __init__(self, path: str | Path, model: Model | None = None, effort: int = 64):
+        self.path, self._model, self._effort = Path(path).absolute(), model, effort
         self._sources: dict[int, Source] = {}
         self.refresh()
         if model is not None and model.fingerprint != self.snapshot.head.fingerprint:
-            raise other_model(path, self.snapshot.head.model, model.name)
+            raise other_model(self.path, self.snapshot.head.model, model.name)
 
     @classmethod
     def build(
@@ -71,6 +73,8 @@ class Index(SearchableIndex):
         Raises:
             InputError: if there are no pictures, the folder holds something else, or the disk has no room.
         """
+        if "://" in str(path):
+            raise InputError(f"{path} is an engine: build a folder, and export it")
         done = changes.build(model, read_source(source, dataset), Path(path), kind, dtype)
         return cls._opened(Path(path), model, done)
 
@@ -99,21 +103,29 @@ class Index(SearchableIndex):
     def refresh(self) -> None:
         """Read the last commit, such as one that another process made meanwhile."""
         self.snapshot = Snapshot(self.path)
+        self._approximate = self._open_approximate()
         self._sources.clear()
-        for name in ("background", "_approximate"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("background", None)
 
     def add(self, source: str | Path, dataset: str | None = None) -> Changes:
         """Add the images of another source. Raises ``InputError`` for an id that the index holds already."""
         return self._changed(changes.add(lambda: self.model, read_source(source, dataset), self.path))
 
-    def remove(self, ids: Sequence[str]) -> Changes:
+    def remove(self, ids: str | Sequence[str]) -> Changes:
         """Remove images; an update leaves them out from now on. Raises ``InputError`` for an unknown id."""
+        ids = [ids] if isinstance(ids, str) else ids
         return self._changed(changes.remove(self.path, ids))
 
-    def update(self) -> Changes:
-        """Follow the sources: encode what is new or has another content, and remove what is gone."""
-        return self._changed(changes.update(lambda: self.model, self.path))
+    def remove_source(self, place: str) -> Changes:
+        """Remove a source with all its images. Raises ``InputError`` for an unknown one."""
+        return self._changed(changes.remove_source(self.path, place))
+
+    def update(self, restore: bool = False) -> Changes:
+        """Follow the sources: encode what is new or has another content, and remove what is gone.
+
+        With ``restore``, images that were removed by hand come back.
+        """
+        return self._changed(changes.update(lambda: self.model, self.path, restore))
 
     def compact(self) -> Changes:
         """Write all images into one segment, without those that are gone."""
@@ -155,7 +167,11 @@ class Index(SearchableIndex):
     def nearest(
         self, query: Tensor, count: int, conditions: Sequence[Condition] = (), exclude: Collection[str] = ()
     ) -> Nearest:
-        """The candidates of a query (E,); under conditions, and in small segments, all images are scored."""
+        """The candidates of a query (E,).
+
+        All images are scored under conditions, in small segments, where more than a tenth of a segment is wanted, and
+        where faiss finds too few.
+        """
         snapshot = self.snapshot
         mask = snapshot.matching(conditions)
         if exclude:
@@ -164,8 +180,10 @@ class Index(SearchableIndex):
         found, floor = [np.zeros(0, np.int64)], -float("inf")
         for start, vectors, approximate in zip(snapshot.starts, snapshot.vectors, self._approximate, strict=True):
             part = mask[start : start + len(vectors)]
-            if approximate is not None and not conditions:
-                rows, least = approximate.candidates(query, count)
+            few = approximate is not None and not conditions and count <= len(vectors) // 10
+            candidates = approximate.candidates(query, count) if few and approximate is not None else None
+            if candidates is not None:
+                rows, least = candidates
                 rows = rows[part[rows]]
             else:
                 rows, least = _best(query, vectors.whole(), part, count)
@@ -180,8 +198,7 @@ class Index(SearchableIndex):
             floor,
         )
 
-    @cached_property
-    def _approximate(self) -> list[Any]:
+    def _open_approximate(self) -> list[Neighbours | None]:
         head = self.snapshot.head
         return [
             open_approximate(vectors.whole(), head.kind, self.path / part.key, self._effort)

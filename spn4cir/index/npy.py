@@ -48,7 +48,10 @@ def export_npy(path: Path, folder: Path) -> Exported:
     if not missing and not surplus:
         return Exported("shards", 0, 0, len(shards))
     for file in _files(folder, 0):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror}") from None
     _write_meta(snapshot, folder, kept)  # whoever is killed from here on has no digest of a shard that is half new
     for n in missing:
         _write_shard(snapshot, shards[n].rows, *_files(folder, n))
@@ -76,7 +79,15 @@ def _digests(snapshot: Snapshot, folder: Path) -> list[str]:
         raise InputError(f"{folder / META} is not of an export: give a new or an empty folder")
     if meta.get("fingerprint") != snapshot.head.fingerprint:
         raise InputError(f"{folder} holds vectors of another model, {meta.get('model')}: give another folder")
+    if meta.get("source") != _source(snapshot):
+        raise InputError(f"{folder} holds another index, of {meta.get('source')}: give another folder")
     return [str(digest) for digest in meta.get("shards", [])]
+
+
+def _source(snapshot: Snapshot) -> str:
+    """Where the index began, by which an export tells it from others."""
+    first = snapshot.head.sources[0]
+    return first.place or first.dataset
 
 
 def _write_meta(snapshot: Snapshot, folder: Path, digests: list[str]) -> None:
@@ -85,6 +96,7 @@ def _write_meta(snapshot: Snapshot, folder: Path, digests: list[str]) -> None:
         "format": FORMAT,
         "model": head.model,
         "fingerprint": head.fingerprint,
+        "source": _source(snapshot),
         "images": len(snapshot),
         "vectors_per_image": count,
         "width": width,
@@ -126,6 +138,11 @@ def _write_shard(snapshot: Snapshot, rows: np.ndarray[Any, Any], vectors: Path, 
     if count > 1:
         own["vector"] = pa.array(np.tile(np.arange(count), len(rows)), pa.int64())
     columns = snapshot.columns.take(repeated)
-    table = own | {f"{name}_" if name in own else name: columns[name] for name in columns.column_names}
+    table = dict(own)
+    for name in columns.column_names:
+        free = name
+        while free in own or (free != name and free in columns.column_names):
+            free += "_"
+        table[free] = columns[name]
     with replaced(metadata) as beside:
         parquet.write_table(pa.table(table), beside)

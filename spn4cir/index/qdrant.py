@@ -145,6 +145,10 @@ def _prepare(collection: Collection, note: Note) -> Note | None:
         if (before.fingerprint, before.shape) != (note.fingerprint, note.shape):
             models = f"{before.model}, not {note.model}"
             raise InputError(f"{collection.place} holds vectors of another model, {models}: give another place")
+        first, ours = (one.sources[0] for one in (before, note))
+        if (first.place, first.dataset) != (ours.place, ours.dataset):
+            other = first.place or first.dataset
+            raise InputError(f"{collection.place} holds another index, of {other}: give another place")
         return before
     collection.create(note.shape)
     _write_note(collection, replace(note, complete=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from spn4cir.types import ImageRef
 
 NEGATIVE = 0.5
 """Weight of what a query shall be unlike, or without, if none is given: a whole one drowns what it is taken from."""
+MOST_WEIGHT = 1e6
 SPARE = 16  # candidates fetched beyond those needed
 ROUNDING = 1e-5  # two ways to add up a dot product of unit vectors in float32 differ by less
 
@@ -151,7 +153,7 @@ class SearchableIndex(ABC):
         query = self.embed(image, text, unlike=unlike, without=without)
         given = [one for part in (image, unlike) for one, _ in _weighted(part, 1.0)]
         members = [image_id for one in given if (image_id := self._member(one)) is not None]
-        paths = [Path(one).absolute() for one in given if isinstance(one, str | Path)]
+        paths = [os.path.realpath(one) for one in given if isinstance(one, str | Path)]
         return self.search_vector(query, selection, where, exclude=members, exclude_paths=paths)
 
     def embed(
@@ -176,8 +178,11 @@ class SearchableIndex(ABC):
         if not images and not texts:
             raise InputError("a search needs an image or a text to look for")
         for given in (images, texts, negative_images, negative_texts):
-            if wrong := [weight for _, weight in given if not 0 < weight < float("inf")]:
-                raise InputError(f"weights must be positive numbers, got {wrong[0]}: use unlike or without to subtract")
+            if wrong := [weight for _, weight in given if not 0 < weight < MOST_WEIGHT]:
+                raise InputError(
+                    f"weights must be positive numbers below {MOST_WEIGHT:g}, got {wrong[0]}: use unlike or without to "
+                    "subtract"
+                )
         parts = pair_parts([weight for _, weight in images], [weight for _, weight in texts])
         parts += [Part(len(images) + n, None, -weight) for n, (_, weight) in enumerate(negative_images)]
         parts += [Part(None, len(texts) + n, -weight) for n, (_, weight) in enumerate(negative_texts)]
@@ -195,7 +200,7 @@ class SearchableIndex(ABC):
         selection: Selection,
         where: Where = (),
         exclude: Collection[str] = (),
-        exclude_paths: Collection[Path] = (),
+        exclude_paths: Collection[str] = (),
     ) -> list[Hit]:
         """Find the images that fit a query (E,) best; more candidates are fetched until no other could be a hit.
 
@@ -204,7 +209,7 @@ class SearchableIndex(ABC):
             selection: how many hits, cut-offs, groups and folding.
             where: conditions on columns.
             exclude: ids of the index that are left out.
-            exclude_paths: absolute paths of pictures that are left out.
+            exclude_paths: real paths of pictures that are left out.
 
         Raises:
             InputError: for a column that the index lacks, or a query of another width.
@@ -256,7 +261,7 @@ class SearchableIndex(ABC):
                 raise InputError(f"{image_id!r} is not in the index")
             return open_picture(found)
         assert not isinstance(image, Hit)
-        if isinstance(image, str) and not Path(image).exists():
+        if isinstance(image, str) and not os.path.exists(image):  # noqa: PTH110 - it does not raise for a long name
             raise InputError(f"{short(image)} is neither an id of the index nor a file")
         return open_picture(image)
 
@@ -266,13 +271,14 @@ def _hit(found: Nearest, pick: Pick) -> Hit:
     return Hit(found.ids[n], pick.score, pick.z, found.paths[n], found.columns[n], folded)
 
 
-def _without_paths(found: Nearest, paths: Collection[Path]) -> Nearest:
+def _without_paths(found: Nearest, paths: Collection[str]) -> Nearest:
     """The same candidates without the pictures at these paths."""
-    kept = [n for n, path in enumerate(found.paths) if path not in paths] if paths else []
+    places = enumerate(found.paths) if paths else ()
+    kept = [n for n, path in places if path is None or os.path.realpath(path) not in paths]
     if not paths or len(kept) == len(found.ids):
         return found
-    places, columns = [found.paths[n] for n in kept], [found.columns[n] for n in kept]
-    return Nearest([found.ids[n] for n in kept], found.vectors[kept], places, columns, found.floor)
+    part, columns = [found.paths[n] for n in kept], [found.columns[n] for n in kept]
+    return Nearest([found.ids[n] for n in kept], found.vectors[kept], part, columns, found.floor)
 
 
 def _lowest(selection: Selection, statistics: tuple[float, float]) -> float:
@@ -287,11 +293,15 @@ def _lowest(selection: Selection, statistics: tuple[float, float]) -> float:
 def _weighted(given: Any, default: float) -> list[tuple[Any, float]]:
     """Images or texts, one or several, each with its weight."""
     several = list(given) if isinstance(given, Sequence) and not isinstance(given, str | tuple) else [given]
-    return [
-        one if isinstance(one, tuple) and not isinstance(one, ImageRef) else (one, default)
-        for one in several
-        if one is not None
-    ]
+    parts: list[tuple[Any, float]] = []
+    for one in several:
+        if isinstance(one, tuple) and not isinstance(one, ImageRef):
+            if len(one) != 2 or isinstance(one[1], bool) or not isinstance(one[1], int | float):
+                raise InputError("a tuple is an image or a text with its weight, a number: give several as a list")
+            parts.append((one[0], float(one[1])))
+        elif one is not None:
+            parts.append((one, default))
+    return parts
 
 
 def _check_text(text: Any) -> str:

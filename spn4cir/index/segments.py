@@ -25,12 +25,12 @@ from spn4cir.errors import InputError
 from spn4cir.files import replaced
 from spn4cir.images import open_image
 from spn4cir.index.approximate import MIN_APPROXIMATE, build_approximate
+from spn4cir.index.columns import concatenate_tables
 from spn4cir.index.snapshot import (
     BLOCK,
     Head,
     SegmentNote,
     Snapshot,
-    concatenate_tables,
     draw_number,
     other_model,
     segment_store,
@@ -97,16 +97,18 @@ class Change:
             "columns": pa.array([hashes[row] for row in rows], pa.uint64()),
             "draw": pa.array([draw_number(image_id) for image_id in ids], pa.uint64()),
         }
-        known = self._vectors_by_content
-        copied = [known.get(content, -1) for content in contents]
+        copied = self._known_vectors(contents)
         self.rows.append(PlannedRows(images, pa.table(files), source.columns.take(rows), copied))
 
-    @cached_property
-    def _vectors_by_content(self) -> dict[str, int]:
+    def _known_vectors(self, contents: Sequence[str]) -> list[int]:
+        """The old row that holds the vectors of each content, or -1; zeros of a broken picture are none."""
         if self.old is None:
-            return {}
-        contents = self.old.files["content"].to_pylist()
-        return {content: row for row, content in enumerate(contents) if content}
+            return [-1] * len(contents)
+        known = {content: row for row, content in enumerate(self.old.files["content"].to_pylist()) if content}
+        rows = [known.get(content, -1) for content in contents]
+        found = [row for row in rows if row >= 0]
+        zero = {row for row, vectors in zip(found, self.old.gather(found), strict=True) if not bool(vectors.any())}
+        return [-1 if row in zero else row for row in rows]
 
     def commit(self) -> tuple[int, list[str]]:
         """Write the new segment, then the head that names it; the number of encoded images, and what is broken."""
@@ -139,8 +141,8 @@ class Change:
             str(rows.files["id"][row]): _problem(image) for row in broken.tolist() if (image := rows.images[row])
         }
         for name, table in (("files.parquet", rows.files), ("columns.parquet", rows.columns)):
-            with replaced(store.folder / name) as beside:
-                parquet.write_table(table, beside)
+            with replaced(store.folder / name) as beside, beside.open("wb") as file:
+                parquet.write_table(table, file)
         removed = write_removed(store.folder, broken)
         if self.head.kind != "exact" and len(rows.images) >= MIN_APPROXIMATE:
             build_approximate(arrays["target"].whole(), self.head.kind, store.folder)
@@ -175,9 +177,11 @@ class Change:
             return None
         transform = self.model.backbone.transform
         try:
-            return transform(open_image(image))
+            pixels = transform(open_image(image))
         except InputError:
             return None
+        planned = tuple(rows.files[name][row].as_py() for name in ("size", "mtime_ns"))
+        return pixels if image_stamps([image]) == [planned] else None  # else it was changed after it was hashed
 
     def _vectors(self, rows: PlannedRows, start: int, pixels: Sequence[Tensor | None]) -> Tensor:
         """Vectors (n, K, E) of a block of rows, as they are stored."""

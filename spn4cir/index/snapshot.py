@@ -24,6 +24,7 @@ from torch import Tensor
 
 from spn4cir.errors import InputError
 from spn4cir.files import read_json, replaced, write_text
+from spn4cir.index.columns import Mask, column_kind, concatenate_tables, matching_rows
 from spn4cir.selection import Condition, Kind
 from spn4cir.store import EmbeddingStore, StoredRows
 
@@ -36,7 +37,6 @@ SAMPLE = 1024
 """Images of the background sample of a query's z-scores: those with the smallest hash of their id."""
 BLOCK = 256  # rows encoded between two notes of what is done
 SEGMENT = re.compile(r"[0-9a-f]{24}")
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ def read_head(path: Path) -> Head:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} is damaged: {error!r}: build the index anew") from None
+    keys = [part.key for part in head.segments]
+    if len(set(keys)) < len(keys) or not keys or not head.sources or min(head.shape) < 1:
+        raise InputError(f"{file} is damaged: build the index anew")
     if not all(SEGMENT.fullmatch(part.key) and re.fullmatch(r"[\w.-]*", part.removed) for part in head.segments):
         raise InputError(f"{file} is damaged: a segment has an impossible name")
     return head
@@ -157,13 +160,23 @@ class Snapshot:
             self._open()
 
     def _open(self) -> None:
+        import pyarrow as pa
+
         self.vectors: list[StoredRows] = []
+        self._tables: dict[str, list[pyarrow.Buffer]] = {"files.parquet": [], "columns.parquet": []}
         self.alive: Mask = np.ones(sum(part.rows for part in self.head.segments), dtype=bool)
         for part, start in zip(self.head.segments, self.starts, strict=True):
             arrays = segment_store(self.path, part.key, part.rows, self.head.dtype).open()
             if not arrays:
                 raise InputError(f"{self.path / part.key} is missing or damaged: build the index anew")
+            if arrays["target"].whole().shape[1:] != self.head.shape:
+                raise InputError(f"{self.path / HEAD} is damaged: vectors have another shape: build the index anew")
             self.vectors.append(arrays["target"])
+            for name, buffers in self._tables.items():  # mapped, so that they outlive a commit of another process
+                try:
+                    buffers.append(pa.memory_map(str(self.path / part.key / name)).read_buffer())
+                except OSError:
+                    raise self._damaged(name) from None
             if part.removed:
                 self.alive[start + _read_rows(self.path / part.key / part.removed, part.rows)] = False
 
@@ -188,17 +201,22 @@ class Snapshot:
     @cached_property
     def kinds(self) -> dict[str, Kind]:
         """What each column holds."""
-        return {field.name: _kind(field.type) for field in self.columns.schema}
+        return {field.name: column_kind(field.type) for field in self.columns.schema}
 
     def _table(self, name: str) -> pyarrow.Table:
         import pyarrow as pa
         from pyarrow import parquet
 
         try:
-            parts = [parquet.read_table(self.path / part.key / name) for part in self.head.segments]
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{self.path}: {name} is missing or damaged ({error}): build the index anew") from None
+            parts = [parquet.read_table(pa.BufferReader(buffer)) for buffer in self._tables[name]]
+        except (OSError, pa.ArrowException):
+            raise self._damaged(name) from None
+        if [len(part) for part in parts] != [part.rows for part in self.head.segments]:
+            raise self._damaged(name)
         return concatenate_tables(parts)
+
+    def _damaged(self, name: str) -> InputError:
+        return InputError(f"{self.path}: {name} is missing or damaged: build the index anew")
 
     def live_ids(self) -> list[str]:
         """Ids of all images."""
@@ -249,7 +267,7 @@ class Snapshot:
         """Which rows are there and satisfy all conditions."""
         mask = self.alive
         for condition in conditions:
-            mask = mask & _matches(self.columns[condition.column], condition)
+            mask = mask & matching_rows(self.columns[condition.column], condition)
         return mask
 
     def remove(self, rows: np.ndarray[Any, Any]) -> Head:
@@ -259,53 +277,10 @@ class Snapshot:
         parts = []
         for part, start in zip(self.head.segments, self.starts, strict=True):
             gone = np.flatnonzero(~alive[start : start + part.rows])
-            if len(gone) == part.rows:
+            if len(gone) == part.rows and alive.any():  # an index that has become empty keeps its segments
                 continue
             parts.append(replace(part, removed=write_removed(self.path / part.key, gone)))
         return replace(self.head, segments=tuple(parts))
-
-
-def concatenate_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
-    """Tables below each other; a column that one lacks is empty there, and of different types becomes text."""
-    import pyarrow as pa
-
-    kinds: dict[str, set[Kind]] = {}
-    for table in tables:
-        for column in table.schema:
-            if not pa.types.is_null(column.type):
-                kinds.setdefault(column.name, set()).add(_kind(column.type))
-    mixed = [name for name, found in kinds.items() if len(found) > 1]
-
-    def fit(table: pyarrow.Table) -> pyarrow.Table:
-        for name in set(mixed) & set(table.column_names):
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, table[name].cast(pa.string()))
-        return table
-
-    return pa.concat_tables([fit(table) for table in tables], promote_options="permissive").combine_chunks()
-
-
-def _kind(arrow_type: Any) -> Kind:
-    import pyarrow as pa
-
-    if pa.types.is_boolean(arrow_type):
-        return "boolean"
-    return "number" if pa.types.is_integer(arrow_type) or pa.types.is_floating(arrow_type) else "text"
-
-
-def _matches(column: Any, condition: Condition) -> Mask:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if _kind(column.type) == "number":
-        column = column.cast(pa.float64())
-    if condition.operator in ("=", "!="):
-        found = pc.is_in(column, pa.array(condition.values, column.type))
-    else:
-        compare = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}[condition.operator]
-        found = pc.fill_null(compare(column, condition.values[0]), False)
-    mask: Mask = found.to_numpy(zero_copy_only=False).astype(bool)
-    return ~mask if condition.operator == "!=" else mask
 
 
 def _read_rows(path: Path, count: int) -> np.ndarray[Any, Any]:
@@ -335,4 +310,5 @@ def draw_number(image_id: str) -> int:
 
 def other_model(path: Path, built_with: str, given: str) -> InputError:
     """The error of a model whose embeddings do not fit an index."""
-    return InputError(f"{path} was built with another model, {built_with}, not {given}: give that, or build it anew")
+    names = built_with if built_with != given else f"{built_with} with other weights"
+    return InputError(f"{path} was built with another model, {names}, not {given}: give that, or build it anew")

@@ -21,7 +21,8 @@ from spn4cir.datasets.rows import HUB
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.identity import Stamp, image_stamp
-from spn4cir.index.snapshot import SourceNote, concatenate_tables
+from spn4cir.index.columns import concatenate_tables
+from spn4cir.index.snapshot import SourceNote
 from spn4cir.types import ImageRef
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ def _columns(dataset: Dataset, ids: Sequence[str]) -> pyarrow.Table:
         listed = pa.array(dataset.list_training_images())
         table = concatenate_tables(others).take(pc.index_in(pa.array(ids), listed))
         columns |= {name: table[name] for name in table.column_names if name not in columns}
-    return pa.table({name: _typed(values) for name, values in columns.items()} or {"category": [None] * len(ids)})
+    return pa.table(
+        {name: _typed(values) for name, values in columns.items()} or {"category": pa.nulls(len(ids), pa.string())}
+    )
 
 
 def _typed(column: Any) -> Any:

@@ -1,6 +1,7 @@
 """An index follows its pictures, survives kills, and answers queries as people make them."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -18,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import spn4cir
+from benchmarks.made_index import draw_vectors, make_index
 from spn4cir import store
 from spn4cir.errors import InputError
 from spn4cir.index import changes, segments, snapshot
 from spn4cir.index.local import Index
 from spn4cir.model import Model
+from spn4cir.selection import Selection
 from spn4cir.types import ImageFeatures
 
 COUNT = 30
@@ -425,3 +428,196 @@ def test_the_package_is_imported_at_once() -> None:
     assert spn4cir.Index is Index and set(spn4cir.__all__) <= set(dir(spn4cir))
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         spn4cir.Nothing  # noqa: B018
+
+
+def test_an_index_may_become_empty(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """It is searched, updated and compacted all the same, and images come back."""
+    index = Index.build(model, pictures, tmp_path / "index")
+    index.remove(index.ids)
+    for one in (index, Index(index.path, model)):
+        assert not len(one) and one.search(text="x") == [] and one.ids == []
+    assert not index.update().added and not len(Index(index.path, model))
+    index.compact()
+    draw_picture(tmp_path / "more" / "x.png", "x")
+    assert index.add(tmp_path / "more").added == 1 and [hit.id for hit in index.search(text="x")] == ["x.png"]
+    model.encoded = 0
+    assert index.update(restore=True).added == COUNT and len(index) == COUNT + 1 and model.encoded == 0
+
+
+def test_sources_that_go_or_share_ids(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    index = Index.build(model, pictures, tmp_path / "index")
+    draw_picture(tmp_path / "more" / "red" / "01.png", "other")
+    draw_picture(tmp_path / "more" / "x.png", "x")
+    index.remove(["red/01.png"])
+    done = index.add(tmp_path / "more")
+    assert done.added == 1 and "1 images are left out since they were removed from the index" in str(done)
+    draw_picture(tmp_path / "more" / "red" / "02.png", "other")
+    done = index.update()
+    assert not done.added and "have ids of an earlier source" in str(done) and len(index) == COUNT
+    shutil.rmtree(tmp_path / "more")
+    with pytest.raises(InputError, match="more is missing"):
+        index.update()
+    assert index.remove_source(str(tmp_path / "more")).removed == 1 and not index.update().removed
+    with pytest.raises(InputError, match=r"has no source nowhere; sources: .*pictures"):
+        index.remove_source("nowhere")
+
+
+def test_a_search_outlives_the_commits_of_others(
+    model: Counting, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index that was opened, and not yet searched, holds on to its files; wherever the process goes."""
+    monkeypatch.chdir(tmp_path)
+    writer = Index.build(model, pictures, "index")
+    reader = Index(Path("index"), model)
+    draw_picture(pictures / "red/01.png", "another")
+    writer.update()
+    writer.compact()
+    monkeypatch.chdir("/")
+    assert len(reader.search(text="x", k=COUNT)) == COUNT
+    reader.refresh()
+    assert len(reader.search(text="x", k=COUNT)) == COUNT
+
+
+def test_a_picture_that_decodes_again_is_encoded(
+    model: Counting, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros that stand for a broken picture are never taken over, not even by a copy of its file."""
+    opened = segments.open_image
+
+    def fails(image: object) -> Image.Image:
+        if "01.png" in str(image):
+            raise InputError("the codec is missing")
+        return opened(image)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(segments, "open_image", fails)
+    index = Index.build(model, pictures, tmp_path / "index")
+    monkeypatch.setattr(segments, "open_image", opened)
+    assert index.snapshot.head.broken == {"red/01.png": "the codec is missing"}
+    shutil.copy(pictures / "red/01.png", pictures / "copy.png")
+    os.utime(pictures / "red/01.png", ns=(1, 1))
+    assert index.update().encoded == 2 and not index.snapshot.head.broken
+    vectors = vectors_of(index)
+    assert torch.allclose(vectors["copy.png"], model.embed_images([pictures / "red/01.png"])[0], atol=1e-6)
+
+
+def test_a_picture_that_changes_while_it_is_read(
+    model: Counting, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left out until the next update, so that no vector is filed under other bytes."""
+    hashed = segments.content_hashes
+
+    def slow(images: object) -> list[str]:
+        found = hashed(images)  # type: ignore[arg-type]
+        draw_picture(pictures / "red/01.png", "another")
+        return found
+
+    monkeypatch.setattr(segments, "content_hashes", slow)
+    index = Index.build(model, pictures, tmp_path / "index")
+    monkeypatch.setattr(segments, "content_hashes", hashed)
+    assert "changed while it was read" in str(index.changes) and len(index) == COUNT - 1
+    assert index.update().added == 1 and len(index) == COUNT
+
+
+def test_a_build_does_not_replace_another(
+    model: Counting, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is made between the first look and the lock."""
+    check = changes.check_kind
+    monkeypatch.setattr(changes, "check_kind", lambda kind: None)
+    draw_picture(tmp_path / "more" / "x.png", "x")
+
+    def meanwhile(kind: str) -> None:
+        monkeypatch.setattr(changes, "check_kind", check)
+        Index.build(model, pictures, tmp_path / "index")
+
+    monkeypatch.setattr(changes, "check_kind", meanwhile)
+    with pytest.raises(InputError, match="already holds an index"):
+        Index.build(model, tmp_path / "more", tmp_path / "index")
+    assert len(Index(tmp_path / "index")) == COUNT
+
+
+def test_filters_on_odd_columns(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """A column without any value, and whole numbers that no float holds."""
+    flat = Index.build(model, pictures / "red", tmp_path / "flat")
+    assert flat.kinds == {"category": "text"}
+    assert not flat.search(text="x", where="category=red") and flat.search(text="x", where="category!=red")
+    table = tmp_path / "pictures" / "t.csv"
+    table.write_text("image,big\nred/01.png,1152921504606846977\nred/02.png,5\n")
+    index = Index.build(model, table, tmp_path / "index")
+    import pyarrow as pa
+
+    column = index.snapshot.columns.column_names.index("big")
+    large = pa.array([2**60 + 1, 5], pa.int64())
+    index.snapshot.__dict__["columns"] = index.snapshot.columns.set_column(column, "big", large)
+    index.snapshot.__dict__.pop("kinds", None)
+    assert [hit.id for hit in index.search(text="x", where="big>100")] == ["red/01.png"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image": ("a.png", "b.png")}, "a tuple is an image or a text with its weight"),
+        ({"image": ("a.png", "b.png", "c.png")}, "a tuple is an image or a text with its weight"),
+        ({"text": ("red", None)}, "a tuple is an image or a text with its weight"),
+        ({"text": ("red", 1e300)}, "weights must be positive numbers below"),
+        ({"text": 5}, "a text must say something, got 5"),
+        ({"image": 5}, "an image is a file or a decoded picture, got int"),
+        ({"image": "x" * 5000}, "is neither an id of the index nor a file"),
+        ({"text": "x", "k": 2.5}, "k must be at least 1, a whole number"),
+        ({"text": "x", "k": "3"}, "k must be at least 1, a whole number"),
+        ({"text": "x", "min_z": float("nan")}, "min_z must be a finite number"),
+        ({"text": "x", "where": {"category": None}, "k": 0}, "k must be"),
+        ({"text": "x", "where": "nope"}, "filter 'nope': expected COLUMN=VALUE"),
+    ],
+)
+def test_arguments_that_mean_nothing(
+    model: Counting, pictures: Path, tmp_path: Path, given: dict[str, object], message: str
+) -> None:
+    """One line each, whatever the type."""
+    index = Index.build(model, pictures, tmp_path / "index")
+    with pytest.raises(InputError, match=message) as error:
+        index.search(**given)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+    assert not index.search(text="x", where=None, k=1)[0].folded  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="give a list"):
+        model.embed_queries(texts="red heart")
+    with pytest.raises(InputError, match="is an engine"):
+        Index.build(model, pictures, "qdrant://here/x")
+
+
+def test_tampered_heads(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """An index that says impossible things of itself is damaged, in one line."""
+    index = Index.build(model, pictures, tmp_path / "index")
+    head = json.loads((index.path / "index.json").read_text())
+    wrong: list[dict[str, object]] = [
+        {"shape": [2, 24]}, {"shape": [0, 0]}, {"sources": []}, {"segments": []}, {"segments": head["segments"] * 2},
+        {"segments": [{**head["segments"][0], "key": "../../etc"}]},
+    ]  # fmt: skip
+    for change in wrong:
+        (index.path / "index.json").write_text(json.dumps({**head, **change}))
+        with pytest.raises(InputError, match="damaged"):
+            Index(index.path, model)
+
+
+def test_a_graph_never_gives_fewer(model: Counting, tmp_path: Path) -> None:
+    """Where faiss finds too few, and where many are wanted, all images are scored."""
+    pytest.importorskip("faiss")
+    vectors = draw_vectors(5000, 1, 24)
+    columns = {"n": list(range(5000))}
+    exact = Index(make_index(tmp_path / "exact", vectors, columns))
+    for kind in ("hnsw", "ivf"):
+        index = Index(make_index(tmp_path / kind, vectors, columns, kind=kind), effort=1)
+        for number, selection in enumerate((Selection(10), Selection(450), Selection(2000), Selection(50, fold=0.9))):
+            query = vectors[7 * number, 0]
+            found, truth = (one.search_vector(query, selection) for one in (index, exact))
+            assert len(found) == len(truth), (kind, selection)
+        assert [hit.id for hit in found] and index._approximate[0] is not None
+
+
+def test_equal_pictures_fold_at_one(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """Rounding does not keep equal vectors apart."""
+    for path in list(pictures.rglob("*.png")):
+        shutil.copy(path, path.with_name(f"copy {path.name}"))
+    index = Index.build(model, pictures, tmp_path / "index")
+    hits = index.search(text="x", k=100, fold=1.0)
+    assert len(hits) == COUNT and all(len(hit.folded) == 1 for hit in hits)

@@ -39,7 +39,6 @@ WHERES: tuple[Any, ...] = (
     ["sold!=true", "price>=7"],
     ["price=7|8|9"],
     ["price!=7|8"],
-    ["price<nan"],
     ["price<inf"],
     ["odd name.[0]=A b"],
     ["category=nothing of that name"],
