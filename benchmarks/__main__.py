@@ -37,6 +37,7 @@ SLOW = {
     "demo": "about five minutes",
     "generation": "minutes",
     "references": "minutes, and 20 GB of disk",
+    "cutoffs": "a minute",
     "engine": "minutes",
     "index": "half an hour, 10 GB of disk and 8 GB of memory",
     "index_kills": "minutes",
