@@ -97,7 +97,7 @@ def efforts(path: Path, queries: Any) -> list[dict[str, Any]]:
         index = Index(path, effort=effort)
         about = timed(partial(index.search_vector, selection=Selection(FIRST)), queries)
         del about["found"]
-        vectors, graph = index.snapshot.vectors[0].whole(), index._approximate[0]
+        vectors, graph = index.snapshot.vectors[0].whole(), index._state[1][0]
         assert graph is not None
         found.append({"effort": effort, **about, "recall@10 of stored": round(measure_recall(graph, vectors), 4)})
     return found

@@ -262,7 +262,11 @@ def describe_index(index: Index) -> dict[str, Any]:
         "width": head.shape[1],
         "dtype": head.dtype,
         "kind": head.kind,
-        "sources": [{"place": note.place, "dataset": note.dataset, "root": note.root} for note in head.sources],
+        "sources": [
+            {"place": note.place, "dataset": note.dataset, "root": note.root}
+            for note in head.sources
+            if not note.is_gone
+        ],
         "columns": dict(index.kinds),
     }
 

@@ -79,7 +79,7 @@ class Model:
         Raises:
             InputError: if a file is missing or does not decode, or an embedding is not finite.
         """
-        if isinstance(images, str):
+        if not isinstance(images, Sequence) or isinstance(images, str):
             raise InputError("give a list of images")
         parts = [self._features(images[n : n + self.batch_size]).target for n in range(0, len(images), self.batch_size)]
         return _checked(torch.cat(parts).float().cpu(), self.name) if parts else torch.zeros(0, *self.target_shape)

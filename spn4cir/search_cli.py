@@ -201,11 +201,10 @@ def _measure(
 ) -> dict[str, dict[str, float]]:
     """The median and the 95th percentile, in milliseconds, of encoding a query and of searching for its embedding."""
     vector = index.embed(**query)
-    images = [one if isinstance(one, str) else one[0] for name in ("image", "unlike") for one in query[name]]
-    members = [image for image in images if index.find_image(image) is not None]
+    members, paths = index.own_pictures(query["image"], query["unlike"])
     return {
         "encode": _percentiles(lambda: index.embed(**query), repeats),
-        "search": _percentiles(lambda: index.search_vector(vector, selection, where, members), repeats),
+        "search": _percentiles(lambda: index.search_vector(vector, selection, where, members, paths), repeats),
     }
 
 

@@ -68,8 +68,8 @@ class Selection:
         for name, low in (("min_score", self.min_score), ("min_z", self.min_z)):
             if low is not None and not (isinstance(low, int | float) and math.isfinite(low)):
                 raise InputError(f"{name} must be a finite number, got {low!r}")
-        if self.fold is not None and not -1 < self.fold <= 1:
-            raise InputError(f"fold is a similarity above -1 and at most 1, got {self.fold}")
+        if self.fold is not None and not (isinstance(self.fold, int | float) and -1 < self.fold <= 1):
+            raise InputError(f"fold is a similarity above -1 and at most 1, got {self.fold!r}")
 
 
 @dataclass
@@ -203,6 +203,10 @@ def parse_where(where: Where, kinds: Mapping[str, Kind]) -> list[Condition]:
         colour=red|blue price<=50.0
     """
     where = [where] if isinstance(where, str) else where or ()
+    if not isinstance(where, Mapping | Sequence) or not all(isinstance(one, str) for one in where):
+        raise InputError(f"where is a list of conditions, or a mapping from column to value, got {where!r:.80}")
+    if not all(one.isascii() or one == one.encode("utf-8", "ignore").decode() for one in where):
+        raise InputError(f"where {str(where)!a:.80} is no Unicode")
     if isinstance(where, Mapping):
         raw = [(column, "=", _listed(value)) for column, value in where.items()]
     else:

@@ -46,6 +46,12 @@ def read_other_columns(path: Path, roles: Mapping[str, Sequence[str]]) -> pyarro
     """The columns of a table that have none of these roles, in the types that they are stored in."""
     import pyarrow as pa
 
+    if path.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        table = parquet.read_table(path)
+        used = {find_column(path, table.column_names, names) for names in roles.values()}
+        return table.select([name for name in table.column_names if name not in used])
     frame = _frame(path)
     used = {find_column(path, list(frame.columns), names) for names in roles.values()}
     columns = {}

@@ -23,7 +23,7 @@ OWN = re.compile(r"index\.(json|lock)(\.tmp)?|[0-9a-f]{24}(\.lock)?")
 """Files and folders of an index."""
 MANY_SEGMENTS, MANY_GONE = 16, 0.25
 """An index of more segments than that, or of which more than that share is gone, is compacted with the next change."""
-ABOUT = ("source", "size", "mtime_ns", "columns")
+ABOUT = ("source", "size", "mtime_ns", "columns", "path", "box")
 """What tells that a row of ``files.parquet`` is as it was."""
 
 
@@ -105,12 +105,17 @@ def remove_source(path: Path, place: str) -> Changes:
     """Remove a source with all its images; updates no longer read it. Raises ``InputError`` for an unknown one."""
     with _changing(path):
         old = Snapshot(path)
-        numbers = [n for n, note in enumerate(old.head.sources) if place in (note.place, note.dataset) and note.dataset]
+        places = {place, str(Path(place).absolute())}
+        numbers = [
+            n
+            for n, note in enumerate(old.head.sources)
+            if not note.is_gone and (note.place in places if note.place else note.dataset == place)
+        ]
         if not numbers:
-            known = ", ".join(note.place or note.dataset for note in old.head.sources if note.dataset)
+            known = ", ".join(note.place or note.dataset for note in old.head.sources if not note.is_gone)
             raise InputError(f"{path} has no source {place}; sources: {known}")
         sources = tuple(
-            replace(note, place="", dataset="") if n in numbers else note for n, note in enumerate(old.head.sources)
+            replace(note, is_gone=True) if n in numbers else note for n, note in enumerate(old.head.sources)
         )
         numbers_of_rows = np.asarray(old.files["source"].to_numpy())
         rows = np.flatnonzero(np.isin(numbers_of_rows, numbers)).tolist()
@@ -136,7 +141,7 @@ def update(load: Load, path: Path, restore: bool = False) -> Changes:
         about = old.files.select([*ABOUT, "content"]).to_pydict()
         change, notes, seen = Change(path, load, old.head, old), list[str](), set[str]()
         for number, note in enumerate(old.head.sources):
-            if not note.dataset:  # removed
+            if note.is_gone:
                 continue
             source = read_source(note.place, note.dataset)
             if source.note != note:
@@ -148,13 +153,17 @@ def update(load: Load, path: Path, restore: bool = False) -> Changes:
             seen.update(ids)
             stamps = image_stamps(source.images[image_id] for image_id in ids)
             hashes = dict(zip(source.images, source.column_hashes(), strict=True))
-            now = [(number, *stamp, hashes[image_id]) for image_id, stamp in zip(ids, stamps, strict=True)]
+            boxes = [box and list(box) for box in (source.images[image_id].box for image_id in ids)]
+            now = [
+                (number, *stamp, hashes[image_id], source.relative_path(image_id), box)
+                for image_id, stamp, box in zip(ids, stamps, boxes, strict=True)
+            ]
             stale = [
                 image_id
                 for image_id, told in zip(ids, now, strict=True)
                 if (row := known.get(image_id)) is None
                 or told != tuple(about[name][row] for name in ABOUT)
-                or not about["content"][row]  # could not be read
+                or (told[1:3] != (0, 0) and not about["content"][row])  # is there, and could not be read
             ]
             change.gone += [known[image_id] for image_id in stale if image_id in known]
             change.write(source, number, stale)

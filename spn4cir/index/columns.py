@@ -24,12 +24,15 @@ def concatenate_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
         for column in table.schema:
             if not pa.types.is_null(column.type):
                 kinds.setdefault(column.name, set()).add(column_kind(column.type))
+    types = {name: {table.schema.field(name).type for table in tables if name in table.column_names} for name in kinds}
     mixed = [name for name, found in kinds.items() if len(found) > 1]
 
     def fit(table: pyarrow.Table) -> pyarrow.Table:
-        for name in set(mixed) & set(table.column_names):
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, table[name].cast(pa.string()))
+        for place, name in enumerate(table.column_names):
+            if name in mixed:
+                table = table.set_column(place, name, table[name].cast(pa.string()))
+            elif len(types.get(name, ())) > 1 and column_kind(table[name].type) == "number":
+                table = table.set_column(place, name, table[name].cast(pa.float64(), safe=False))
         return table
 
     whole = pa.concat_tables([fit(table) for table in tables], promote_options="permissive").combine_chunks()
@@ -54,7 +57,9 @@ def matching_rows(column: Any, condition: Condition) -> Mask:
     if column_kind(column.type) == "number":
         column = column.cast(pa.float64(), safe=False)  # as Qdrant compares them
     if condition.operator in ("=", "!="):
-        found = pc.is_in(column, pa.array(condition.values, column.type))
+        numbers = column_kind(column.type) == "number"
+        values = [float(value) for value in condition.values] if numbers else list(condition.values)
+        found = pc.is_in(column, pa.array(values, column.type))
     else:
         compare = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}[condition.operator]
         found = pc.fill_null(compare(column, condition.values[0]), False)

@@ -19,7 +19,7 @@ from spn4cir.index.approximate import open_approximate
 from spn4cir.index.changes import Changes
 from spn4cir.index.columns import Mask
 from spn4cir.index.searchable import Nearest, SearchableIndex
-from spn4cir.index.snapshot import Snapshot, other_model
+from spn4cir.index.snapshot import Snapshot, other_model, read_head
 from spn4cir.index.source import Source, read_source
 from spn4cir.model import Model, load
 from spn4cir.search import blocks, score_one
@@ -102,8 +102,14 @@ class Index(SearchableIndex):
 
     def refresh(self) -> None:
         """Read the last commit, such as one that another process made meanwhile."""
-        self.snapshot = Snapshot(self.path)
-        self._approximate = self._open_approximate()
+        while True:
+            snapshot = Snapshot(self.path)
+            try:
+                self._state = snapshot, self._open_approximate(snapshot)  # at once, for searches in other threads
+                break
+            except InputError:
+                if read_head(self.path) == snapshot.head:  # else another process has committed in between
+                    raise
         self._sources.clear()
         self.__dict__.pop("background", None)
 
@@ -172,13 +178,13 @@ class Index(SearchableIndex):
         All images are scored under conditions, in small segments, where more than a tenth of a segment is wanted, and
         where faiss finds too few.
         """
-        snapshot = self.snapshot
+        snapshot, approximates = self._state
         mask = snapshot.matching(conditions)
         if exclude:
             mask = mask.copy()
             mask[snapshot.rows_of(list(exclude))] = False
         found, floor = [np.zeros(0, np.int64)], -float("inf")
-        for start, vectors, approximate in zip(snapshot.starts, snapshot.vectors, self._approximate, strict=True):
+        for start, vectors, approximate in zip(snapshot.starts, snapshot.vectors, approximates, strict=True):
             part = mask[start : start + len(vectors)]
             few = approximate is not None and not conditions and count <= len(vectors) // 10
             candidates = approximate.candidates(query, count) if few and approximate is not None else None
@@ -198,11 +204,16 @@ class Index(SearchableIndex):
             floor,
         )
 
-    def _open_approximate(self) -> list[Neighbours | None]:
-        head = self.snapshot.head
+    @property
+    def snapshot(self) -> Snapshot:
+        """The commit that is open."""
+        return self._state[0]
+
+    def _open_approximate(self, snapshot: Snapshot) -> list[Neighbours | None]:
+        head = snapshot.head
         return [
             open_approximate(vectors.whole(), head.kind, self.path / part.key, self._effort)
-            for part, vectors in zip(head.segments, self.snapshot.vectors, strict=True)
+            for part, vectors in zip(head.segments, snapshot.vectors, strict=True)
         ]
 
     def find_image(self, image_id: str) -> ImageRef | None:

@@ -110,12 +110,14 @@ def _write_meta(snapshot: Snapshot, folder: Path, digests: list[str]) -> None:
 def _shards(snapshot: Snapshot) -> list[_Shard]:
     """Shards of live rows, each with a digest of what its files depend on; a segment's key stands for its content."""
     live, shards = live_rows(snapshot), []
-    about = [snapshot.head.sources, str(snapshot.columns.schema)]
+    sources = snapshot.files["source"].to_numpy()
     for part, start in zip(snapshot.head.segments, snapshot.starts, strict=True):
         rows = live[(live >= start) & (live < start + part.rows)]
         for first in range(0, len(rows), SHARD):
             chosen = rows[first : first + SHARD]
-            digest = hashlib.sha256(repr([part.key, *about]).encode() + (chosen - start).tobytes())
+            roots = [snapshot.head.sources[n].root for n in np.unique(sources[chosen])]
+            about = repr([part.key, roots, str(snapshot.columns.schema)])
+            digest = hashlib.sha256(about.encode() + (chosen - start).tobytes())
             shards.append(_Shard(chosen, digest.hexdigest()[:24]))
     return shards
 

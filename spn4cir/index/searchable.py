@@ -151,10 +151,14 @@ class SearchableIndex(ABC):
         selection = Selection(k, min_score, min_z, fold, group)
         self._check(where, selection)  # before a model is loaded
         query = self.embed(image, text, unlike=unlike, without=without)
+        members, paths = self.own_pictures(image, unlike)
+        return self.search_vector(query, selection, where, exclude=members, exclude_paths=paths)
+
+    def own_pictures(self, image: Images | None, unlike: Images | None) -> tuple[list[str], list[str]]:
+        """Ids, and real paths, of a query's pictures, which are left out of its hits."""
         given = [one for part in (image, unlike) for one, _ in _weighted(part, 1.0)]
         members = [image_id for one in given if (image_id := self._member(one)) is not None]
-        paths = [os.path.realpath(one) for one in given if isinstance(one, str | Path)]
-        return self.search_vector(query, selection, where, exclude=members, exclude_paths=paths)
+        return members, [os.path.realpath(one) for one in given if isinstance(one, str | Path)]
 
     def embed(
         self,
@@ -226,9 +230,11 @@ class SearchableIndex(ABC):
             picks = select(query, found.vectors, found.ids, wanted, groups, statistics)
             least = picks[-1].score if len(picks) == wanted.k else low
             if found.floor == float("-inf") or least > found.floor + ROUNDING:
-                return hits + [_hit(found, pick) for pick in picks]
+                hits += [_hit(found, pick) for pick in picks]
+                return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # an approximate search may have missed some
             sure = [pick for pick in picks if pick.score > found.floor + ROUNDING]
-            if groups is not None and selection.fold is None and sure:  # go on below them, in other groups only
+            is_exact = group is not None and self.kinds[group] != "number"  # large numbers may be equal as floats
+            if groups is not None and is_exact and selection.fold is None and sure:  # go on in other groups only
                 hits += [_hit(found, pick) for pick in sure]
                 seen |= {value for pick in sure if (value := groups[pick.position]) is not None}
                 left_out += [found.ids[pick.position] for pick in sure]
@@ -237,7 +243,7 @@ class SearchableIndex(ABC):
 
     def _check(self, where: Where, selection: Selection) -> list[Condition]:
         """The conditions. Raises ``InputError`` for a column that the index lacks."""
-        if selection.group is not None and selection.group not in self.kinds:
+        if selection.group is not None and not (isinstance(selection.group, str) and selection.group in self.kinds):
             raise InputError(f"group: the index has no column {selection.group!r}; columns: {', '.join(self.kinds)}")
         return parse_where(where, self.kinds)
 

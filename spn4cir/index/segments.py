@@ -125,7 +125,8 @@ class Change:
                 raise InputError(f"no picture decodes, such as {next(iter(problems.values()))}")
             named = zip(copied, files["id"].to_pylist(), strict=True)
             encoded = sum(row < 0 and image_id not in problems for row, image_id in named)
-            head = replace(head, segments=(*head.segments, segment), broken=head.broken | problems)
+            others = tuple(part for part in head.segments if part.key != segment.key)  # rows that still cannot be read
+            head = replace(head, segments=(*others, segment), broken=head.broken | problems)
         write_head(self.path, head)
         return encoded, list(problems.values())
 

@@ -46,6 +46,7 @@ class SourceNote:
     place: str
     dataset: str
     root: str
+    is_gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,14 @@ class Snapshot:
     def __init__(self, path: Path):
         self.path = path
         self.head = read_head(path)
-        try:
-            self._open()
-        except InputError:
-            again = read_head(path)  # another process may have committed, and cleaned up, in between
-            if again == self.head:
-                raise
-            self.head = again
-            self._open()
+        while True:
+            try:
+                return self._open()
+            except InputError:
+                again = read_head(path)  # another process may have committed, and cleaned up, in between
+                if again == self.head:
+                    raise
+                self.head = again
 
     def _open(self) -> None:
         import pyarrow as pa
@@ -232,6 +233,8 @@ class Snapshot:
 
     def row_of(self, image_id: str) -> int | None:
         """The row of an id; None for an id that the index lacks."""
+        if any("\ud800" <= letter <= "\udfff" for letter in image_id):  # no Unicode, so no id
+            return None
         draws, order = self._by_draw
         drawn = np.uint64(draw_number(image_id))
         for place in range(*np.searchsorted(draws, [drawn, drawn + np.uint64(1)])):

@@ -52,7 +52,7 @@ class Source:
         """A hash of what is known about each image, by which a change is noticed."""
         import pandas
 
-        hashes = pandas.util.hash_pandas_object(self.columns.to_pandas(), index=False)
+        hashes = pandas.util.hash_pandas_object(self.columns.to_pandas(integer_object_nulls=True), index=False)
         names = zlib.crc32(repr(self.columns.column_names).encode())
         return [int(value) for value in hashes ^ names]
 
@@ -77,10 +77,10 @@ def read_source(place: str | Path, dataset: str | None = None) -> Source:
     if dataset is None:
         is_name = text in DATASETS and not Path(text).exists()
         dataset, text = (text, "") if is_name else (OWN, text)
-    if dataset == OWN:
-        if not text.startswith(HUB) and not Path(text).exists():
-            raise InputError(f"{text} is missing: give a folder of pictures, a table of them, or {', '.join(DATASETS)}")
-        text = text if text.startswith(HUB) else str(Path(text).absolute())
+    if dataset == OWN and not text.startswith(HUB) and not Path(text).exists():
+        raise InputError(f"{text} is missing: give a folder of pictures, a table of them, or {', '.join(DATASETS)}")
+    if text and not text.startswith(HUB):
+        text = str(Path(text).absolute())
     opened = load_dataset(dataset, text or None)
     if dataset == OWN:
         ids = opened.training_images()
@@ -146,7 +146,10 @@ def _typed(column: Any) -> Any:
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     kind = column.type
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+    if pa.types.is_floating(kind):  # no NaN, which is an empty cell, and no -0.0
+        column = column.cast(pa.float64())
+        return pc.add(pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column), 0.0)
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind):
         return column
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         column = pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())

@@ -444,7 +444,9 @@ def test_an_index_may_become_empty(model: Counting, pictures: Path, tmp_path: Pa
     assert index.update(restore=True).added == COUNT and len(index) == COUNT + 1 and model.encoded == 0
 
 
-def test_sources_that_go_or_share_ids(model: Counting, pictures: Path, tmp_path: Path) -> None:
+def test_sources_that_go_or_share_ids(
+    model: Counting, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = Index.build(model, pictures, tmp_path / "index")
     draw_picture(tmp_path / "more" / "red" / "01.png", "other")
     draw_picture(tmp_path / "more" / "x.png", "x")
@@ -457,7 +459,10 @@ def test_sources_that_go_or_share_ids(model: Counting, pictures: Path, tmp_path:
     shutil.rmtree(tmp_path / "more")
     with pytest.raises(InputError, match="more is missing"):
         index.update()
-    assert index.remove_source(str(tmp_path / "more")).removed == 1 and not index.update().removed
+    monkeypatch.chdir(tmp_path)  # places are stored as absolute paths
+    assert index.remove_source("more").removed == 1 and not index.update().removed
+    with pytest.raises(InputError, match="has no source catalogue"):
+        index.remove_source("catalogue")
     with pytest.raises(InputError, match=r"has no source nowhere; sources: .*pictures"):
         index.remove_source("nowhere")
 
@@ -611,7 +616,7 @@ def test_a_graph_never_gives_fewer(model: Counting, tmp_path: Path) -> None:
             query = vectors[7 * number, 0]
             found, truth = (one.search_vector(query, selection) for one in (index, exact))
             assert len(found) == len(truth), (kind, selection)
-        assert [hit.id for hit in found] and index._approximate[0] is not None
+        assert [hit.id for hit in found] and index._state[1][0] is not None
 
 
 def test_equal_pictures_fold_at_one(model: Counting, pictures: Path, tmp_path: Path) -> None:
@@ -621,3 +626,80 @@ def test_equal_pictures_fold_at_one(model: Counting, pictures: Path, tmp_path: P
     index = Index.build(model, pictures, tmp_path / "index")
     hits = index.search(text="x", k=100, fold=1.0)
     assert len(hits) == COUNT and all(len(hit.folded) == 1 for hit in hits)
+
+
+def test_pictures_that_are_away_and_come_back(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """A disk that is not mounted removes images, however often the index is updated meanwhile."""
+    table = tmp_path / "t.csv"
+    table.write_text("image_id,image\n" + "".join(f"{n},pictures/red/{n:02d}.png\n" for n in (1, 2, 4)))
+    index = Index.build(model, table, tmp_path / "index")
+    pictures.rename(tmp_path / "away")
+    for _ in range(3):
+        index.update()
+        assert not len(Index(index.path, model)) and len(index.snapshot.head.broken) == 3
+    (tmp_path / "away").rename(pictures)
+    model.encoded = 0
+    assert index.update().added == 3 and len(index) == 3 and model.encoded == 0
+    path = pictures / "red" / "01.png"
+    path.chmod(0)
+    draw_picture(pictures / "red" / "02.png", "another")
+    index.update()
+    path.chmod(0o644)
+    index.update()
+    assert len(index) == 3 and not index.snapshot.head.broken
+
+
+def test_rows_that_name_another_place(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """A path or a box that has changed is a change, whatever size and time the file has."""
+    table = tmp_path / "t.csv"
+    rows = "image_id,image,x0,y0,x1,y1\na,pictures/red/01.png,{}\nb,pictures/red/02.png,0,0,40,40\n"
+    table.write_text(rows.format("0,0,20,20"))
+    index = Index.build(model, table, tmp_path / "index")
+    shutil.move(pictures / "red" / "02.png", pictures / "02.png")
+    table.write_text(rows.format("20,20,40,40").replace("red/02", "02"))
+    done = index.update()
+    assert (done.changed, done.encoded) == (2, 1)
+    fresh = vectors_of(Index.build(model, table, tmp_path / "fresh"))
+    assert all(torch.allclose(vectors, fresh[i], atol=1e-6) for i, vectors in vectors_of(index).items())
+    assert {hit.path for hit in index.search(text="x")} == {pictures / "red" / "01.png", pictures / "02.png"}
+
+
+def test_large_numbers_in_columns(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """Whole numbers that no float holds, empty cells and NaN: searched, filtered, grouped, and noticed when changed."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = [f"pictures/red/{n:02d}.png" for n in (1, 2, 4, 5)]
+    big = pa.array([2**60, 2**60 + 1, None, 2**60 + 1], pa.int64())
+    share = pa.array([float("nan"), 0.0, -0.0, float("nan")])
+
+    def write(column: pa.Array) -> Path:
+        parquet.write_table(pa.table({"image": names, "big": column, "share": share}), tmp_path / "t.parquet")
+        return tmp_path / "t.parquet"
+
+    index = Index.build(model, write(big), tmp_path / "index")
+    assert index.kinds == {"big": "number", "share": "number"}
+    assert len(index.search(text="x", group="big")) == 3 and len(index.search(text="x", group="share")) == 3
+    assert len(index.search(text="x", where="share=0")) == 2 and len(index.search(text="x", where="big>5")) == 3
+    write(pa.array([2**60 + 1, 2**60 + 1, None, 2**60 + 1], pa.int64()))
+    assert index.update().changed == 1 and len(index.search(text="x", group="big")) == 2
+    floats = pa.table({"image": ["pictures/blue/00.png"], "big": [0.5]})
+    parquet.write_table(floats, tmp_path / "u.parquet")
+    index.add(tmp_path / "u.parquet")
+    assert len(index.search(text="x", where="big<1")) == 1 and index.compact() and len(index) == 5
+
+
+def test_texts_that_are_no_unicode(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """What a terminal passes on of other encodings is refused in one line."""
+    index = Index.build(model, pictures, tmp_path / "index")
+    for call, message in (
+        (lambda: index.search("caf\udce9.png"), "neither an id of the index nor a file"),
+        (lambda: index.search(text="x", where="category=\udce9"), "is no Unicode"),
+        (lambda: index.remove("caf\udce9"), "are not in the index"),
+        (lambda: index.search(text="x", where=5), "where is a list of conditions"),  # type: ignore[arg-type]
+        (lambda: index.search(text="x", fold="y"), "fold is a similarity"),  # type: ignore[arg-type]
+        (lambda: index.search(text="x", group=["category"]), "the index has no column"),  # type: ignore[arg-type]
+        (lambda: model.embed_images(pictures), "give a list"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
