@@ -96,8 +96,10 @@ def remove(path: Path, ids: Sequence[str]) -> Changes:
     """Remove images; an update leaves them out from now on. Raises ``InputError`` for an id that the index lacks."""
     with _changing(path):
         old = Snapshot(path)
-        rows = old.rows_of(list(dict.fromkeys(ids)))
-        head = replace(old.head, removed=tuple(sorted({*old.head.removed, *ids})))
+        broken = [image_id for image_id in ids if image_id in old.head.broken]  # not searched, but listed
+        rows = old.rows_of([image_id for image_id in dict.fromkeys(ids) if image_id not in broken])
+        removed = tuple(sorted({*old.head.removed, *ids}))
+        head = replace(old.head, removed=removed, broken=_without(old.head.broken, broken))
         return _finish(Change(path, _no_model, head, old, gone=rows))
 
 
@@ -152,7 +154,7 @@ def update(load: Load, path: Path, restore: bool = False) -> Changes:
             ids = [image_id for image_id in source.images if image_id not in removed and image_id not in seen]
             seen.update(ids)
             stamps = image_stamps(source.images[image_id] for image_id in ids)
-            hashes = dict(zip(source.images, source.column_hashes(), strict=True))
+            hashes = dict(zip(source.images, source.column_hashes, strict=True))
             boxes = [box and list(box) for box in (source.images[image_id].box for image_id in ids)]
             now = [
                 (number, *stamp, hashes[image_id], source.relative_path(image_id), box)

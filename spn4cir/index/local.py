@@ -76,7 +76,9 @@ class Index(SearchableIndex):
         if "://" in str(path):
             raise InputError(f"{path} is an engine: build a folder, and export it")
         done = changes.build(model, read_source(source, dataset), Path(path), kind, dtype)
-        return cls._opened(Path(path), model, done)
+        index = cls(path, model)
+        index.changes = done
+        return index
 
     @staticmethod
     def open(path: str | Path, model: Model | None = None, *, effort: int = 64) -> SearchableIndex:
@@ -93,12 +95,6 @@ class Index(SearchableIndex):
         from spn4cir.index.vector_engines import open_engine
 
         return open_engine(str(path), model) or Index(Path(path), model, effort)
-
-    @classmethod
-    def _opened(cls, path: Path, model: Model, done: Changes) -> Index:
-        index = cls(path, model)
-        index.changes = done
-        return index
 
     def refresh(self) -> None:
         """Read the last commit, such as one that another process made meanwhile."""

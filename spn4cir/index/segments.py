@@ -85,7 +85,6 @@ class Change:
         stamps, contents = image_stamps(images), content_hashes(images)  # in this order: a change in between shows
         places = {image_id: place for place, image_id in enumerate(source.images)}
         rows = [places[image_id] for image_id in ids]
-        hashes = source.column_hashes()
         files = {
             "id": pa.array(ids, pa.string()),
             "source": pa.array([number] * len(ids), pa.int64()),
@@ -94,7 +93,7 @@ class Change:
             "size": pa.array([size for size, _ in stamps], pa.int64()),
             "mtime_ns": pa.array([time for _, time in stamps], pa.int64()),
             "content": pa.array(contents, pa.string()),
-            "columns": pa.array([hashes[row] for row in rows], pa.uint64()),
+            "columns": pa.array([source.column_hashes[row] for row in rows], pa.uint64()),
             "draw": pa.array([draw_number(image_id) for image_id in ids], pa.uint64()),
         }
         copied = self._known_vectors(contents)

@@ -153,7 +153,8 @@ class Snapshot:
         self.head = read_head(path)
         while True:
             try:
-                return self._open()
+                self._open()
+                break
             except InputError:
                 again = read_head(path)  # another process may have committed, and cleaned up, in between
                 if again == self.head:

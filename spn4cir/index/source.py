@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ class Source:
     columns: pyarrow.Table
     notes: list[str]
 
+    @cached_property
     def column_hashes(self) -> list[int]:
         """A hash of what is known about each image, by which a change is noticed."""
         import pandas
@@ -97,10 +99,10 @@ def read_source(place: str | Path, dataset: str | None = None) -> Source:
     return Source(SourceNote(text, dataset, own_root), images, _columns(opened, ids), opened.notes())
 
 
-def content_hashes(images: Sequence[ImageRef], show: bool = True) -> list[str]:
+def content_hashes(images: Sequence[ImageRef]) -> list[str]:
     """SHA-256 of the bytes and the crop box of each image; empty for an image that cannot be read."""
     with ThreadPoolExecutor(cpu_count(), "hash") as pool:
-        return list(tqdm(pool.map(_content_hash, images), "hash", len(images), False, unit="image", disable=not show))
+        return list(tqdm(pool.map(_content_hash, images), "hash", len(images), False, unit="image"))
 
 
 def image_stamps(images: Iterable[ImageRef]) -> list[Stamp]:

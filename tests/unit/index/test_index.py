@@ -208,6 +208,10 @@ def test_broken_pictures_are_left_out_and_named(model: Counting, pictures: Path,
     index.compact()
     assert not index.update().changed and len(index) == COUNT - 1
     assert list(index.snapshot.head.broken) == ["blue/00.png"]
+    index.remove(["blue/00.png"])
+    assert not index.snapshot.head.broken and not index.update().added and len(index) == COUNT - 1
+    index.update(restore=True)
+    assert list(index.snapshot.head.broken) == ["blue/00.png"] and len(index) == COUNT - 1
     (pictures / "blue/00.png").unlink()
     assert not index.update().removed and not index.snapshot.head.broken
     for path in pictures.rglob("*.png"):
