@@ -96,13 +96,15 @@ def find_index(given: str | None) -> str:
     if given:
         return given
     folder = runs_root() / "index"
-    found = sorted(str(file.parent) for file in folder.glob("*/index.json"))
-    if not found:
+    indexes = sorted(str(file.parent) for file in folder.glob("*/index.json"))
+    if not indexes:
         raise InputError(f"{folder} holds no index: make one by spn4cir-index build FOLDER, or give --index PATH")
-    if len(found) > 1:
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise InputError(f"{folder} holds {len(found)} indexes: give --index, one of {', '.join(found[:SHOWN])}{more}")
-    return found[0]
+    if len(indexes) > 1:
+        more = f" and {len(indexes) - SHOWN} more" if len(indexes) > SHOWN else ""
+        raise InputError(
+            f"{folder} holds {len(indexes)} indexes: give --index, one of {', '.join(indexes[:SHOWN])}{more}"
+        )
+    return indexes[0]
 
 
 def is_engine(index: str) -> bool:
@@ -224,26 +226,26 @@ def _export(args: argparse.Namespace) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     check_output("--json", args.json)
-    about = describe_index(_open(args))
-    broken = about["broken"]
-    sources = [f"{source['dataset']} {source['place']}".rstrip() for source in about["sources"]]
+    description = describe_index(_open(args))
+    broken = description["broken"]
+    sources = [f"{source['dataset']} {source['place']}".rstrip() for source in description["sources"]]
     lines = {
-        "index": about["path"],
-        "images": f"{about['images']:,}",
+        "index": description["path"],
+        "images": f"{description['images']:,}",
         "left out": f"{len(broken):,} broken" if broken else "",
-        "segments": str(about["segments"]),
-        "on disk": file_size(about["bytes"]),
-        "model": f"{about['model']}, fingerprint {about['fingerprint']}",
-        "vectors": f"{about['vectors']} × {about['width']}, {about['dtype']}",
-        "kind": about["kind"],
+        "segments": str(description["segments"]),
+        "on disk": file_size(description["bytes"]),
+        "model": f"{description['model']}, fingerprint {description['fingerprint']}",
+        "vectors": f"{description['vectors']} × {description['width']}, {description['dtype']}",
+        "kind": description["kind"],
         "sources": ", ".join(sources),
-        "columns": ", ".join(f"{name} ({kind})" for name, kind in about["columns"].items()),
+        "columns": ", ".join(f"{name} ({kind})" for name, kind in description["columns"].items()),
     }
     rows = [f"{name:<10}{text}" for name, text in lines.items() if text]
     rows += [f"  {problem}" for problem in list(broken.values())[:SHOWN]]
     rows += [f"  and {len(broken) - SHOWN} more: see --json"] if len(broken) > SHOWN else []
     print("\n".join(rows), file=report_stream(args.json))
-    write_json(args.json, about)
+    write_json(args.json, description)
 
 
 def describe_index(index: Index) -> dict[str, Any]:

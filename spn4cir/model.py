@@ -130,15 +130,18 @@ class Model:
             return self.backbone.encode_image(pixels.to(self.device))
 
     def _compose(self, queries: Sequence[tuple[Picture | None, str | None]]) -> Tensor:
-        held = torch.tensor([image is not None for image, _ in queries], device=self.device)
+        has_image = torch.tensor([image is not None for image, _ in queries], device=self.device)
         features, blank = None, Image.new("RGB", (64, 64))
-        if bool(held.any()):
+        if bool(has_image.any()):
             features = self._features([blank if image is None else image for image, _ in queries])
         tokens = {k: v.to(self.device) for k, v in self.backbone.tokenize([text or "" for _, text in queries]).items()}
         has_text = torch.tensor([bool(text) for _, text in queries], device=self.device)
         with self._precision():
             composed = self.backbone.compose_partial(
-                features, tokens, None if bool(held.all()) else held, None if bool(has_text.all()) else has_text
+                features,
+                tokens,
+                None if bool(has_image.all()) else has_image,
+                None if bool(has_text.all()) else has_text,
             )
         return composed.query.float().cpu()
 

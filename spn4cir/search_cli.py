@@ -180,9 +180,9 @@ def _printable(text: str) -> str:
 
 def _explain_none(index: SearchableIndex, query: Query, args: argparse.Namespace) -> str:
     """One line that says why there is no hit, and what to change."""
-    found = index.search(**query, k=1, where=args.where)
-    if found:
-        lows = {"--min-score": (args.min_score, found[0].score), "--min-z": (args.min_z, found[0].z)}
+    best = index.search(**query, k=1, where=args.where)
+    if best:
+        lows = {"--min-score": (args.min_score, best[0].score), "--min-z": (args.min_z, best[0].z)}
         short = [
             f"{option} {low:g} (the best image has {value:.3f})"
             for option, (low, value) in lows.items()
@@ -191,9 +191,10 @@ def _explain_none(index: SearchableIndex, query: Query, args: argparse.Namespace
         return f"no hit: lower {' and '.join(short)}"
     if not args.where:
         return "no hit: the index holds no image beside the query's"
-    alone = [one for one in args.where if not index.search(**query, k=1, where=[one])]
-    what = ", ".join(f"--where {one!r}" for one in alone or args.where)
-    return f"no hit: no image satisfies {what}{'' if alone else ' together'}: leave {'it' if alone else 'one'} out"
+    impossible = [one for one in args.where if not index.search(**query, k=1, where=[one])]
+    what = ", ".join(f"--where {one!r}" for one in impossible or args.where)
+    together, which = ("", "it") if impossible else (" together", "one")
+    return f"no hit: no image satisfies {what}{together}: leave {which} out"
 
 
 def _measure(

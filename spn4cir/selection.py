@@ -219,10 +219,10 @@ def _listed(value: "Value | Sequence[Value]") -> list[Value]:
 
 
 def _split_condition(text: str) -> tuple[str, str, list[Value]]:
-    found = _CONDITION.fullmatch(text)
-    if not found:
+    match = _CONDITION.fullmatch(text)
+    if not match:
         raise InputError(f"filter {text!r}: expected COLUMN=VALUE, COLUMN=A|B, COLUMN!=VALUE or COLUMN<=NUMBER")
-    column, operator, value = found.groups()
+    column, operator, value = match.groups()
     return column, operator, list(value.split("|")) if operator in ("=", "!=") else [value]
 
 

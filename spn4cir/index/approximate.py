@@ -47,8 +47,8 @@ def measure_recall(neighbours: Neighbours, vectors: Tensor) -> float:
     """Share of the exact first ten that are found, over evenly spaced images as queries, themselves left out."""
     rows = torch.linspace(0, len(vectors) - 1, min(PROBES, len(vectors))).long()
     queries = torch.nn.functional.normalize(vectors[rows].float().mean(1), dim=1)
-    found, exact = (top_k(queries, one, FIRST, rows[:, None])[1] for one in (neighbours, vectors))
-    return float((found[:, :, None] == exact[:, None]).any(2).float().mean())
+    ranked, exact_rows = (top_k(queries, one, FIRST, rows[:, None])[1] for one in (neighbours, vectors))
+    return float((ranked[:, :, None] == exact_rows[:, None]).any(2).float().mean())
 
 
 def _known(kind: str) -> Kind:

@@ -81,8 +81,8 @@ def add(load: Load, source: Source, path: Path) -> Changes:
         old = Snapshot(path)
         if source.note in old.head.sources:
             raise InputError(f"{source.note.place or source.note.dataset} is in {path} already: use update")
-        if held := sorted(source.images.keys() & set(old.live_ids()))[:1]:
-            raise InputError(f"{path} already holds an image with the id {held[0]!r:.80}: ids occur once")
+        if known_ids := sorted(source.images.keys() & set(old.live_ids()))[:1]:
+            raise InputError(f"{path} already holds an image with the id {known_ids[0]!r:.80}: ids occur once")
         removed = [image_id for image_id in source.images if image_id in old.head.removed]
         notes = [*source.notes, *_left_out(removed, "were removed from the index: update --restore brings them back")]
         broken = _without(old.head.broken, source.images)
@@ -140,7 +140,7 @@ def update(load: Load, path: Path, restore: bool = False) -> Changes:
     with _changing(path):
         old = Snapshot(path)
         known, removed = _last_rows(old), set() if restore else set(old.head.removed)
-        about = old.files.select([*ABOUT, "content"]).to_pydict()
+        old_rows = old.files.select([*ABOUT, "content"]).to_pydict()
         change, notes, seen = Change(path, load, old.head, old), list[str](), set[str]()
         for number, note in enumerate(old.head.sources):
             if note.is_gone:
@@ -149,23 +149,23 @@ def update(load: Load, path: Path, restore: bool = False) -> Changes:
             if source.note != note:
                 raise InputError(f"{note.place or note.dataset} lies in {source.note.root} now: build the index anew")
             notes += source.notes
-            twice = [image_id for image_id in source.images if image_id in seen]
-            notes += _left_out(twice, f"have ids of an earlier source ({note.place or note.dataset})")
+            repeated = [image_id for image_id in source.images if image_id in seen]
+            notes += _left_out(repeated, f"have ids of an earlier source ({note.place or note.dataset})")
             ids = [image_id for image_id in source.images if image_id not in removed and image_id not in seen]
             seen.update(ids)
             stamps = image_stamps(source.images[image_id] for image_id in ids)
             hashes = dict(zip(source.images, source.column_hashes, strict=True))
             boxes = [box and list(box) for box in (source.images[image_id].box for image_id in ids)]
-            now = [
+            new_rows = [
                 (number, *stamp, hashes[image_id], source.relative_path(image_id), box)
                 for image_id, stamp, box in zip(ids, stamps, boxes, strict=True)
             ]
             stale = [
                 image_id
-                for image_id, told in zip(ids, now, strict=True)
+                for image_id, new_row in zip(ids, new_rows, strict=True)
                 if (row := known.get(image_id)) is None
-                or told != tuple(about[name][row] for name in ABOUT)
-                or (told[1:3] != (0, 0) and not about["content"][row])  # is there, and could not be read
+                or new_row != tuple(old_rows[name][row] for name in ABOUT)
+                or (new_row[1:3] != (0, 0) and not old_rows["content"][row])  # is there, and could not be read
             ]
             change.gone += [known[image_id] for image_id in stale if image_id in known]
             change.write(source, number, stale)

@@ -59,9 +59,9 @@ def matching_rows(column: Any, condition: Condition) -> Mask:
     if condition.operator in ("=", "!="):
         numbers = column_kind(column.type) == "number"
         values = [float(value) for value in condition.values] if numbers else list(condition.values)
-        found = pc.is_in(column, pa.array(values, column.type))
+        matches = pc.is_in(column, pa.array(values, column.type))
     else:
         compare = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}[condition.operator]
-        found = pc.fill_null(compare(column, condition.values[0]), False)
-    mask: Mask = found.to_numpy(zero_copy_only=False).astype(bool)
+        matches = pc.fill_null(compare(column, condition.values[0]), False)
+    mask: Mask = matches.to_numpy(zero_copy_only=False).astype(bool)
     return ~mask if condition.operator == "!=" else mask

@@ -179,7 +179,7 @@ class Index(SearchableIndex):
         if exclude:
             mask = mask.copy()
             mask[snapshot.rows_of(list(exclude))] = False
-        found, floor = [np.zeros(0, np.int64)], -float("inf")
+        rows_of_segments, floor = [np.zeros(0, np.int64)], -float("inf")
         for start, vectors, approximate in zip(snapshot.starts, snapshot.vectors, approximates, strict=True):
             part = mask[start : start + len(vectors)]
             few = approximate is not None and not conditions and count <= len(vectors) // 10
@@ -190,13 +190,15 @@ class Index(SearchableIndex):
             else:
                 rows, least = _best(query, vectors.whole(), part, count)
             floor = max(floor, least)
-            found.append(start + rows)
-        rows_found = np.concatenate(found)
+            rows_of_segments.append(start + rows)
+        candidate_rows = np.concatenate(rows_of_segments)
         return Nearest(
-            snapshot.files["id"].take(rows_found).to_pylist(),
-            snapshot.gather(rows_found.tolist()).float(),
-            _Lazy(rows_found, lambda row: self._path(*(snapshot.files[n][row].as_py() for n in ("source", "path")))),
-            _Lazy(rows_found, lambda row: snapshot.columns.slice(row, 1).to_pylist()[0]),
+            snapshot.files["id"].take(candidate_rows).to_pylist(),
+            snapshot.gather(candidate_rows.tolist()).float(),
+            _Lazy(
+                candidate_rows, lambda row: self._path(*(snapshot.files[n][row].as_py() for n in ("source", "path")))
+            ),
+            _Lazy(candidate_rows, lambda row: snapshot.columns.slice(row, 1).to_pylist()[0]),
             floor,
         )
 
@@ -217,11 +219,11 @@ class Index(SearchableIndex):
         row = self.snapshot.row_of(image_id)
         if row is None:
             return None
-        about = self.snapshot.files.slice(row, 1).to_pylist()[0]
-        path = self._path(about["source"], about["path"])
+        file_row = self.snapshot.files.slice(row, 1).to_pylist()[0]
+        path = self._path(file_row["source"], file_row["path"])
         if path is None:
-            return self._source(about["source"]).images.get(image_id)
-        return ImageRef(path, tuple(about["box"]) if about["box"] else None)
+            return self._source(file_row["source"]).images.get(image_id)
+        return ImageRef(path, tuple(file_row["box"]) if file_row["box"] else None)
 
     def _path(self, source: int, path: str | None) -> Path | None:
         root = self.snapshot.head.sources[source].root

@@ -43,8 +43,10 @@ def export_npy(path: Path, folder: Path) -> Exported:
     kept = [shard.digest if before[n : n + 1] == [shard.digest] else "" for n, shard in enumerate(shards)]
     kept = [digest if all(file.is_file() for file in _files(folder, n)) else "" for n, digest in enumerate(kept)]
     missing = [n for n, digest in enumerate(kept) if not digest]
-    wanted = {file for n in range(len(shards)) for file in _files(folder, n)}
-    surplus = [file for kind in _files(folder, 0) for file in kind.parent.glob(f"*{kind.suffix}") if file not in wanted]
+    expected_files = {file for n in range(len(shards)) for file in _files(folder, n)}
+    surplus = [
+        file for kind in _files(folder, 0) for file in kind.parent.glob(f"*{kind.suffix}") if file not in expected_files
+    ]
     if not missing and not surplus:
         return Exported("shards", 0, 0, len(shards))
     for file in _files(folder, 0):
@@ -116,8 +118,8 @@ def _shards(snapshot: Snapshot) -> list[_Shard]:
         for first in range(0, len(rows), SHARD):
             chosen = rows[first : first + SHARD]
             roots = [snapshot.head.sources[n].root for n in np.unique(sources[chosen])]
-            about = repr([part.key, roots, str(snapshot.columns.schema)])
-            digest = hashlib.sha256(about.encode() + (chosen - start).tobytes())
+            content = repr([part.key, roots, str(snapshot.columns.schema)])
+            digest = hashlib.sha256(content.encode() + (chosen - start).tobytes())
             shards.append(_Shard(chosen, digest.hexdigest()[:24]))
     return shards
 
@@ -133,17 +135,17 @@ def _write_shard(snapshot: Snapshot, rows: np.ndarray[Any, Any], vectors: Path, 
         for start in range(0, len(rows), ROWS):
             file.write(snapshot.gather(rows[start : start + ROWS].tolist()).numpy().tobytes())
     repeated = np.repeat(rows, count)
-    own: dict[str, Any] = {
+    fixed_columns: dict[str, Any] = {
         "image_path": pa.array(image_paths(snapshot, repeated.tolist()), pa.string()),
         "id": snapshot.files["id"].take(repeated),
     }
     if count > 1:
-        own["vector"] = pa.array(np.tile(np.arange(count), len(rows)), pa.int64())
+        fixed_columns["vector"] = pa.array(np.tile(np.arange(count), len(rows)), pa.int64())
     columns = snapshot.columns.take(repeated)
-    table = dict(own)
+    table = dict(fixed_columns)
     for name in columns.column_names:
         free = name
-        while free in own or (free != name and free in columns.column_names):
+        while free in fixed_columns or (free != name and free in columns.column_names):
             free += "_"
         table[free] = columns[name]
     with replaced(metadata) as beside:

@@ -87,8 +87,8 @@ def open_collection(address: str) -> Collection:
     Raises:
         InputError: for another address, or if a package is missing.
     """
-    if found := _SERVER.fullmatch(address):
-        secure, host, port, name, exact = found.groups()
+    if match := _SERVER.fullmatch(address):
+        secure, host, port, name, exact = match.groups()
         client = import_qdrant("qdrant_client").QdrantClient(
             host=host,
             port=int(port or PORT),
@@ -98,8 +98,8 @@ def open_collection(address: str) -> Collection:
             check_compatibility=False,
         )
         return ServerCollection(client, name, address, exact != "false")
-    if found := _FOLDER.fullmatch(address):
-        return FolderCollection(Path(found[1]))
+    if match := _FOLDER.fullmatch(address):
+        return FolderCollection(Path(match[1]))
     raise InputError(f"{address!r} is no address of Qdrant: expected {ADDRESS}")
 
 
@@ -175,9 +175,9 @@ def _payloads(snapshot: Snapshot, rows: Sequence[int]) -> list[dict[str, Any]]:
     files = snapshot.files.select(["id", "source", "box", "content"]).take(rows).to_pylist()
     columns = snapshot.columns.take(rows).to_pylist()
     payloads = []
-    for about, path, row in zip(files, image_paths(snapshot, rows), columns, strict=True):
+    for file_row, path, row in zip(files, image_paths(snapshot, rows), columns, strict=True):
         cells = {name: _json_value(value) for name, value in row.items()}
-        payload = {**about, "path": path, "columns": {name: v for name, v in cells.items() if v is not None}}
+        payload = {**file_row, "path": path, "columns": {name: v for name, v in cells.items() if v is not None}}
         text = json.dumps([payload, snapshot.head.dtype], sort_keys=True)
         payloads.append({**payload, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]})
     return payloads
@@ -204,21 +204,21 @@ def _write_note(collection: Collection, note: Note) -> None:
 
 
 def _read_note(collection: Collection) -> Note:
-    found = collection.read([NOTE])
-    if not found or "spn4cir" not in found[0].payload:
+    points = collection.read([NOTE])
+    if not points or "spn4cir" not in points[0].payload:
         raise InputError(f"{collection.place} was not made by spn4cir-index export: give another place")
-    if found[0].payload["spn4cir"] != FORMAT:
+    if points[0].payload["spn4cir"] != FORMAT:
         raise InputError(f"{collection.place} was made by another release: export the index to another place")
-    about = found[0].payload["note"]
+    note = points[0].payload["note"]
     return Note(
-        about["model"],
-        about["fingerprint"],
-        (int(about["shape"][0]), int(about["shape"][1])),
-        dict(about["kinds"]),
-        tuple(SourceNote(**source) for source in about["sources"]),
-        tuple(about["sample"]),
-        int(about["images"]),
-        bool(about["complete"]),
+        note["model"],
+        note["fingerprint"],
+        (int(note["shape"][0]), int(note["shape"][1])),
+        dict(note["kinds"]),
+        tuple(SourceNote(**source) for source in note["sources"]),
+        tuple(note["sample"]),
+        int(note["images"]),
+        bool(note["complete"]),
     )
 
 
@@ -288,13 +288,13 @@ class QdrantIndex(SearchableIndex):
         """The candidates of a query (E,), by the engine."""
         vector = query.tolist() if self.note.shape[0] == 1 else [query.tolist()]
         excluded = [NOTE, *map(point_id, exclude)]
-        found = self.collection.query(vector, count, conditions, excluded)
+        points = self.collection.query(vector, count, conditions, excluded)
         return Nearest(
-            [one.payload["id"] for one in found],
-            self._vectors(found),
-            [Path(path) if (path := one.payload.get("path")) else None for one in found],
-            [self._columns(one.payload.get("columns") or {}) for one in found],
-            min(one.score for one in found) if len(found) == count else -float("inf"),
+            [one.payload["id"] for one in points],
+            self._vectors(points),
+            [Path(path) if (path := one.payload.get("path")) else None for one in points],
+            [self._columns(one.payload.get("columns") or {}) for one in points],
+            min(one.score for one in points) if len(points) == count else -float("inf"),
         )
 
     def _vectors(self, points: Sequence[Point]) -> Tensor:
@@ -307,10 +307,10 @@ class QdrantIndex(SearchableIndex):
 
     def find_image(self, image_id: str) -> ImageRef | None:
         """The picture of an image; None for an id that the index lacks."""
-        found = self.collection.read([point_id(image_id)])
-        if not found:
+        points = self.collection.read([point_id(image_id)])
+        if not points:
             return None
-        payload = found[0].payload
+        payload = points[0].payload
         if payload.get("path"):
             return ImageRef(Path(payload["path"]), tuple(payload["box"]) if payload.get("box") else None)
         return self._source(payload["source"]).images.get(image_id)

@@ -89,9 +89,9 @@ class Collection(ABC):
     def _range(self, **bounds: float) -> Any: ...
 
     def _filter(self, conditions: Sequence[Condition], excluded: Sequence[str]) -> Any:
-        wanted = [self._any_value(condition) for condition in conditions if condition.operator != "!="]
-        unwanted = [self._any_value(condition) for condition in conditions if condition.operator == "!="]
-        return self.kit.Filter(must=wanted, must_not=[*unwanted, self._has_id(excluded)])
+        required = [self._any_value(condition) for condition in conditions if condition.operator != "!="]
+        excluded_values = [self._any_value(condition) for condition in conditions if condition.operator == "!="]
+        return self.kit.Filter(must=required, must_not=[*excluded_values, self._has_id(excluded)])
 
     def _any_value(self, condition: Condition) -> Any:
         """A filter that holds where the column compares with one of the values; a point without it satisfies none."""

@@ -81,16 +81,16 @@ class FolderCollection(Collection):
 
     def read(self, ids: Sequence[str], vectors: bool = False) -> list[Point]:
         """The points of these ids that there are."""
-        found = self._guard(self._shard.retrieve, list(ids), True, vectors)
-        return [Point(str(one.id), one.payload or {}, one.vector) for one in found]
+        records = self._guard(self._shard.retrieve, list(ids), True, vectors)
+        return [Point(str(one.id), one.payload or {}, one.vector) for one in records]
 
     def scan(self, key: str) -> Iterator[Point]:
         """All points with one key of their payload."""
         start = None
         while True:
             request = self.kit.ScrollRequest(offset=start, limit=PAGE, with_payload=[key], with_vector=False)
-            found, start = self._guard(self._shard.scroll, request)
-            yield from (Point(str(one.id), one.payload or {}) for one in found)
+            records, start = self._guard(self._shard.scroll, request)
+            yield from (Point(str(one.id), one.payload or {}) for one in records)
             if start is None:
                 return
 
@@ -104,8 +104,8 @@ class FolderCollection(Collection):
             with_payload=True,
             with_vector=True,
         )
-        found = self._guard(self._shard.query, request)
-        return [Point(str(one.id), one.payload, one.vector, one.score) for one in found]
+        records = self._guard(self._shard.query, request)
+        return [Point(str(one.id), one.payload, one.vector, one.score) for one in records]
 
     def index_column(self, name: str, kind: Kind) -> None:
         """Index a column for filters."""

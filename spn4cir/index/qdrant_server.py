@@ -59,15 +59,15 @@ class ServerCollection(Collection):
 
     def read(self, ids: Sequence[str], vectors: bool = False) -> list[Point]:
         """The points of these ids that there are."""
-        found = self._call("retrieve", ids=list(ids), with_payload=True, with_vectors=vectors)
-        return [Point(str(one.id), one.payload, one.vector) for one in found]
+        records = self._call("retrieve", ids=list(ids), with_payload=True, with_vectors=vectors)
+        return [Point(str(one.id), one.payload, one.vector) for one in records]
 
     def scan(self, key: str) -> Iterator[Point]:
         """All points with one key of their payload."""
         start = None
         while True:
-            found, start = self._call("scroll", limit=PAGE, offset=start, with_payload=[key], with_vectors=False)
-            yield from (Point(str(one.id), one.payload) for one in found)
+            records, start = self._call("scroll", limit=PAGE, offset=start, with_payload=[key], with_vectors=False)
+            yield from (Point(str(one.id), one.payload) for one in records)
             if start is None:
                 return
 

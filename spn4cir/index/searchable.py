@@ -156,9 +156,9 @@ class SearchableIndex(ABC):
 
     def own_pictures(self, image: Images | None, unlike: Images | None) -> tuple[list[str], list[str]]:
         """Ids, and real paths, of a query's pictures, which are left out of its hits."""
-        given = [one for part in (image, unlike) for one, _ in _weighted(part, 1.0)]
-        members = [image_id for one in given if (image_id := self._member(one)) is not None]
-        return members, [os.path.realpath(one) for one in given if isinstance(one, str | Path)]
+        pictures = [one for part in (image, unlike) for one, _ in _weighted(part, 1.0)]
+        members = [image_id for one in pictures if (image_id := self._member(one)) is not None]
+        return members, [os.path.realpath(one) for one in pictures if isinstance(one, str | Path)]
 
     def embed(
         self,
@@ -223,21 +223,23 @@ class SearchableIndex(ABC):
         low = _lowest(selection, statistics)
         hits, seen, left_out, count = list[Hit](), set[Value](), list(exclude), selection.k + SPARE
         while True:
-            wanted = replace(selection, k=selection.k - len(hits))
+            remaining = replace(selection, k=selection.k - len(hits))
             others = [Condition(group, "!=", tuple(seen))] if group is not None and seen else []
-            found = _without_paths(self.nearest(query, count, [*conditions, *others], left_out), set(exclude_paths))
-            groups = [row.get(group) for row in found.columns] if group is not None else None
-            picks = select(query, found.vectors, found.ids, wanted, groups, statistics)
-            least = picks[-1].score if len(picks) == wanted.k else low
-            if found.floor == float("-inf") or least > found.floor + ROUNDING:
-                hits += [_hit(found, pick) for pick in picks]
+            candidates = _without_paths(
+                self.nearest(query, count, [*conditions, *others], left_out), set(exclude_paths)
+            )
+            groups = [row.get(group) for row in candidates.columns] if group is not None else None
+            picks = select(query, candidates.vectors, candidates.ids, remaining, groups, statistics)
+            least = picks[-1].score if len(picks) == remaining.k else low
+            if candidates.floor == float("-inf") or least > candidates.floor + ROUNDING:
+                hits += [_hit(candidates, pick) for pick in picks]
                 return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # an approximate search may have missed some
-            sure = [pick for pick in picks if pick.score > found.floor + ROUNDING]
+            sure = [pick for pick in picks if pick.score > candidates.floor + ROUNDING]
             is_exact = group is not None and self.kinds[group] != "number"  # large numbers may be equal as floats
             if groups is not None and is_exact and selection.fold is None and sure:  # go on in other groups only
-                hits += [_hit(found, pick) for pick in sure]
+                hits += [_hit(candidates, pick) for pick in sure]
                 seen |= {value for pick in sure if (value := groups[pick.position]) is not None}
-                left_out += [found.ids[pick.position] for pick in sure]
+                left_out += [candidates.ids[pick.position] for pick in sure]
             else:
                 count *= 4
 
@@ -262,29 +264,29 @@ class SearchableIndex(ABC):
     def _open(self, image: ImageQuery) -> Image.Image:
         image_id = self._member(image)
         if image_id is not None:
-            found = self.find_image(image_id)
-            if found is None:
+            image_ref = self.find_image(image_id)
+            if image_ref is None:
                 raise InputError(f"{image_id!r} is not in the index")
-            return open_picture(found)
+            return open_picture(image_ref)
         assert not isinstance(image, Hit)
         if isinstance(image, str) and not os.path.exists(image):  # noqa: PTH110 - it does not raise for a long name
             raise InputError(f"{short(image)} is neither an id of the index nor a file")
         return open_picture(image)
 
 
-def _hit(found: Nearest, pick: Pick) -> Hit:
-    n, folded = pick.position, tuple(found.ids[n] for n in pick.folded)
-    return Hit(found.ids[n], pick.score, pick.z, found.paths[n], found.columns[n], folded)
+def _hit(candidates: Nearest, pick: Pick) -> Hit:
+    n, folded = pick.position, tuple(candidates.ids[n] for n in pick.folded)
+    return Hit(candidates.ids[n], pick.score, pick.z, candidates.paths[n], candidates.columns[n], folded)
 
 
-def _without_paths(found: Nearest, paths: Collection[str]) -> Nearest:
+def _without_paths(candidates: Nearest, paths: Collection[str]) -> Nearest:
     """The same candidates without the pictures at these paths."""
-    places = enumerate(found.paths) if paths else ()
+    places = enumerate(candidates.paths) if paths else ()
     kept = [n for n, path in places if path is None or os.path.realpath(path) not in paths]
-    if not paths or len(kept) == len(found.ids):
-        return found
-    part, columns = [found.paths[n] for n in kept], [found.columns[n] for n in kept]
-    return Nearest([found.ids[n] for n in kept], found.vectors[kept], part, columns, found.floor)
+    if not paths or len(kept) == len(candidates.ids):
+        return candidates
+    part, columns = [candidates.paths[n] for n in kept], [candidates.columns[n] for n in kept]
+    return Nearest([candidates.ids[n] for n in kept], candidates.vectors[kept], part, columns, candidates.floor)
 
 
 def _lowest(selection: Selection, statistics: tuple[float, float]) -> float:

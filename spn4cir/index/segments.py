@@ -105,8 +105,10 @@ class Change:
             return [-1] * len(contents)
         known = {content: row for row, content in enumerate(self.old.files["content"].to_pylist()) if content}
         rows = [known.get(content, -1) for content in contents]
-        found = [row for row in rows if row >= 0]
-        zero = {row for row, vectors in zip(found, self.old.gather(found), strict=True) if not bool(vectors.any())}
+        known_rows = [row for row in rows if row >= 0]
+        zero = {
+            row for row, vectors in zip(known_rows, self.old.gather(known_rows), strict=True) if not bool(vectors.any())
+        }
         return [-1 if row in zero else row for row in rows]
 
     def commit(self) -> tuple[int, list[str]]:
@@ -122,8 +124,8 @@ class Change:
             segment, problems = self._segment(PlannedRows(images, files, columns, copied))
             if self.old is None and len(problems) == segment.rows:
                 raise InputError(f"no picture decodes, such as {next(iter(problems.values()))}")
-            named = zip(copied, files["id"].to_pylist(), strict=True)
-            encoded = sum(row < 0 and image_id not in problems for row, image_id in named)
+            copied_ids = zip(copied, files["id"].to_pylist(), strict=True)
+            encoded = sum(row < 0 and image_id not in problems for row, image_id in copied_ids)
             others = tuple(part for part in head.segments if part.key != segment.key)  # rows that still cannot be read
             head = replace(head, segments=(*others, segment), broken=head.broken | problems)
         write_head(self.path, head)

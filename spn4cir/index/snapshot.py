@@ -90,20 +90,20 @@ def read_head(path: Path) -> Head:
     file = path / HEAD
     if not file.is_file():
         raise InputError(f"{path} holds no index: make one by spn4cir-index build FOLDER --index {path}")
-    about = read_json(file)
+    values = read_json(file)
     try:
-        if about["format"] != FORMAT:
-            raise InputError(f"{file} has format {about['format']}, this release reads format {FORMAT}: build it anew")
+        if values["format"] != FORMAT:
+            raise InputError(f"{file} has format {values['format']}, this release reads format {FORMAT}: build it anew")
         head = Head(
-            str(about["model"]),
-            str(about["fingerprint"]),
-            str(about["dtype"]),
-            (int(about["shape"][0]), int(about["shape"][1])),
-            str(about["kind"]),
-            tuple(SourceNote(**source) for source in about["sources"]),
-            tuple(SegmentNote(**segment) for segment in about["segments"]),
-            tuple(map(str, about["removed"])),
-            {str(image_id): str(problem) for image_id, problem in about["broken"].items()},
+            str(values["model"]),
+            str(values["fingerprint"]),
+            str(values["dtype"]),
+            (int(values["shape"][0]), int(values["shape"][1])),
+            str(values["kind"]),
+            tuple(SourceNote(**source) for source in values["sources"]),
+            tuple(SegmentNote(**segment) for segment in values["segments"]),
+            tuple(map(str, values["removed"])),
+            {str(image_id): str(problem) for image_id, problem in values["broken"].items()},
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, InputError):
@@ -254,11 +254,11 @@ class Snapshot:
     def gather(self, rows: Sequence[int]) -> Tensor:
         """Vectors (n, K, E) of rows, in the type they are stored in."""
         out = np.empty((len(rows), *self.head.shape), dtype=self.head.dtype)
-        wanted = np.asarray(rows, dtype=np.int64)
+        numbers = np.asarray(rows, dtype=np.int64)
         for start, vectors in zip(self.starts, self.vectors, strict=True):
-            inside = np.flatnonzero((wanted >= start) & (wanted < start + len(vectors)))
+            inside = np.flatnonzero((numbers >= start) & (numbers < start + len(vectors)))
             if len(inside):
-                out[inside] = vectors.whole().numpy()[wanted[inside] - start]
+                out[inside] = vectors.whole().numpy()[numbers[inside] - start]
         return torch.from_numpy(out)
 
     def sample(self) -> np.ndarray[Any, Any]:
