@@ -156,11 +156,11 @@ class Change:
         missing = store.missing()
         if any(row < 0 for row in rows.copied):
             _ = self.model  # loaded once, and refused before any work
-        total, ahead = len(rows.images), sum(row >= 0 for row in rows.copied)
+        total = len(rows.images)
         done = total - sum(min(BLOCK, total - start) for start in missing)
         with (
             ThreadPoolExecutor(cpu_count(), "decode") as pool,
-            tqdm(total=total, initial=done, desc="index", unit="image", disable=ahead == total) as bar,
+            tqdm(total=total, initial=done, desc="index", unit="image") as bar,
         ):
 
             def load(start: int) -> tuple[int, list[Tensor | None]]:

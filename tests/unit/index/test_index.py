@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import spn4cir
 from benchmarks.made_index import draw_vectors, make_index
 from spn4cir import store
+from spn4cir.checkpoints import save_model
 from spn4cir.errors import InputError
 from spn4cir.index import changes, segments, snapshot
 from spn4cir.index.local import Index
@@ -52,6 +53,12 @@ def pictures(tmp_path: Path) -> Path:
     for n in range(COUNT):
         draw_picture(folder / ("red" if n % 3 else "blue") / f"{n:02d}.png", n)
     return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_model(tmp_path / "saved", tiny_backbone("clip4cir", tmp_path), {})
+    return tmp_path / "saved"
 
 
 @pytest.fixture
@@ -422,6 +429,16 @@ def test_damaged_segments(model: Counting, pictures: Path, tmp_path: Path, file:
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match="missing or damaged"):
         Index.open(index.path, model).search(text="x")
+
+
+def test_progress_bars_can_be_hidden(saved: Path, pictures: Path, tmp_path: Path) -> None:
+    """By TQDM_DISABLE, as the page says."""
+    script = f"import spn4cir; spn4cir.Index.build(spn4cir.load({str(saved)!r}), {str(pictures)!r}, 'index')"
+    for hidden in ("0", "1"):
+        environment = {**os.environ, "TQDM_DISABLE": hidden}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0 and (b"image/s" in done.stderr) == (hidden == "0"), done.stderr[-500:]
+        shutil.rmtree(tmp_path / "index")
 
 
 def test_the_package_is_imported_at_once() -> None:
