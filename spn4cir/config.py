@@ -92,7 +92,8 @@ class AdamWConfig:
 
 RENAMED = {
     "annotated": "max_annotated", "negatives.above": "negatives.max_similarity", "beta2": "adamw.beta2",
-    "eps": "adamw.eps", "schedule: drops": "schedule: multistep",
+    "eps": "adamw.eps", "schedule: drops": "schedule: multistep", "selection: holdout": "holdout: 0.1",
+    "selection: val": "holdout: null", "selection": "holdout",
 }  # fmt: skip
 """Old settings and values, and what they are called now."""
 GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
@@ -100,7 +101,7 @@ BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("above 0", lambda x: 0 < x < math.inf, "batch_size epochs lr temperature eval_batch_size log_every adamw.eps"),
     ("above 0", lambda x: 0 < x < math.inf, "adamw.max_grad_norm"),
     ("0 or more", lambda x: 0 <= x < math.inf, "warmup_steps eval_every save_every workers weight_decay max_annotated"),
-    ("at least 1", lambda x: x >= 1, "max_steps bank.limit compute.chunk compute.accumulate"),
+    ("at least 1", lambda x: x >= 1, "patience max_steps bank.limit compute.chunk compute.accumulate"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "generated_share adamw.beta2"),
     ("between 0 and 1", lambda x: 0 < x < 1, "holdout negatives.max_similarity"),
 ]
@@ -115,8 +116,9 @@ class TrainConfig:
         dataset: name of a dataset.
         data_root: where its files lie; null looks in SPN4CIR_DATA, then in data/<dataset>.
         protocol: id that evaluation follows, such as fashioniq/original-noref; null takes the dataset's default.
-        selection: what picks the best checkpoint: "val", which is also reported, or "holdout".
-        holdout: fraction of the annotated triplets that selection: holdout puts aside for it.
+        holdout: fraction of the annotated triplets to hold out and select the best checkpoint on; null selects on the
+            val split, which is also reported.
+        patience: stop after so many evaluations without a better score; null trains to the end.
         select_by: metrics whose mean selects, such as [R@1, R@10]; null takes the protocol's.
         backbone: name of a backbone.
         backbone_options: its own options, such as {model: RN50x4-quickgelu, pretrained: openai}.
@@ -156,8 +158,8 @@ class TrainConfig:
     dataset: str = "emoji"
     data_root: str | None = None
     protocol: str | None = None
-    selection: Literal["val", "holdout"] = "val"
-    holdout: float = 0.1
+    holdout: float | None = None
+    patience: int | None = None
     select_by: list[str] | None = None
     backbone: str = "clip4cir"
     backbone_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -202,6 +204,8 @@ class TrainConfig:
                 value = attrgetter(name)(self)
                 if value is not None and not holds(value):
                     raise InputError(f"{name} must be {bound}, got {value}")
+        if self.patience and not self.eval_every:
+            raise InputError("patience counts evaluations, and eval_every 0 evaluates only at the end")
         if self.generated_share and not self.generated:
             raise InputError(f"generated_share {self.generated_share} needs generated: a file of triplets, or auto")
         check_options(self.schedule, self.schedule_options)

@@ -58,7 +58,7 @@ def load_data(config: TrainConfig, say: Say) -> TrainingData:
     Raises ``InputError`` if files are missing or damaged, or there is no triplet to train on.
     """
     dataset = load_dataset(config.dataset, config.data_root)
-    has_benchmark = bool(dataset.protocols) or config.selection == "val"  # a catalogue may come without any query
+    has_benchmark = bool(dataset.protocols) or config.holdout is None  # a catalogue may come without any query
     benchmark = dataset.benchmark("val", config.protocol) if has_benchmark else None
     dataset, triplets, selection = load_triplets(config, dataset, benchmark, say)
     extra: list[str] = []
@@ -93,7 +93,7 @@ def load_triplets(
     if not triplets and not generated:
         more = "raise max_annotated, or " * dataset.has_triplets
         raise InputError(f"no triplets to train on: {more}give generated ones")
-    if config.selection == "val":
+    if config.holdout is None:
         assert benchmark is not None
         return dataset, join_triplets(triplets, generated), benchmark
     if triplets:

@@ -161,10 +161,16 @@ class Run(AbstractContextManager["Run"]):
         bar.set_postfix({SHOWN[name]: f"{value:.3g}" for name, value in row.items() if name in SHOWN})
 
     def keep_best(self, backbone: Backbone, result: dict[str, Any], score: float, state: dict[str, Any]) -> None:
-        """Save the model if it is the best so far."""
+        """Save the model if it is the best so far, and count the evaluations since; all processes call this."""
+        state["waited"] = state.get("waited", 0) + 1
         if state["best"] is None or score > state["best"]["score"]:
-            state["best"] = {"score": score, "step": state["step"], "result": result}
-            checkpoints.save_model(self.folder, backbone, {"stage": self.stage, "step": state["step"]})
+            state["best"], state["waited"] = {"score": score, "step": state["step"], "result": result}, 0
+            if self.main:
+                checkpoints.save_model(self.folder, backbone, {"stage": self.stage, "step": state["step"]})
+
+    def is_patient(self, state: dict[str, Any]) -> bool:
+        """Whether fewer than ``patience`` evaluations in a row brought no better score."""
+        return self.config.patience is None or state.get("waited", 0) < self.config.patience
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Write what a resume needs."""
@@ -176,7 +182,9 @@ class Run(AbstractContextManager["Run"]):
         """Mark the run as complete; print its metrics, the benchmark that selected its state, and the next command."""
         if self.main:
             best = state["best"]
+            stopped = "the end of its epochs or max_steps" if self.is_patient(state) else "patience"
             steps = {"steps": state["step"], "best_step": best["step"], "selected_on": selected_on}
+            steps["stopped_by"] = stopped
             seconds = round(time.time() - self.started, 1)  # since the start or the last resume
             note = {"stage": self.stage, **steps, **best["result"], "git": git_commit(), "seconds": seconds}
             write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
@@ -197,7 +205,7 @@ class Run(AbstractContextManager["Run"]):
         """What a person is likely to do next, with the data of this run."""
         if self.stage == 2:
             return f"spn4cir-eval --run {shlex.quote(str(self.folder))} --ablate"
-        aside = f" --selection holdout --holdout {self.config.holdout:g}" if self.config.selection == "holdout" else ""
+        aside = f" --holdout {self.config.holdout:g}" if self.config.holdout else ""
         data = options_of(self.config, "max_annotated", "generated", "generated_share")
         return f"{training_command(2)}{options_of(self.config)}{aside} --init {shlex.quote(str(self.folder))}{data}"
 
@@ -212,6 +220,8 @@ def options_of(config: TrainConfig, *names: str) -> str:
 def changes(before: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
     """Settings that differ from saved ones: dotted name, value then, value now. What was not saved had its default."""
     known = dataclasses.asdict(TrainConfig())
+    if before.get("selection") == "val":  # as versions saved it whose holdout had a default
+        before = before | {"holdout": None}
     found = []
     for name, now in dataclasses.asdict(config).items():
         then = before.get(name, known[name])

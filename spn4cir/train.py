@@ -68,7 +68,8 @@ def train(config: TrainConfig, stage: Any) -> Path:
 def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str]) -> dict[str, Any]:
     """Train an objective to the end of the run, and return its progress.
 
-    A run that was stopped goes on from its last state. The mean of the metrics ``select_by`` selects the best one.
+    A run that was stopped goes on from its last state. The mean of the metrics ``select_by`` selects the best one;
+    ``patience`` evaluations in a row without a better one end the run early.
     Raises ``InputError`` if a loss or a gradient is not finite; the last saved state stays as it is.
     """
     accelerator, objective, loader = run.accelerator, training.objective, training.loader
@@ -81,7 +82,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
     state = run.resume(objective, optimizer, training.bank)
     bar = tqdm(total=steps, initial=state["step"], desc=f"stage {run.stage}", unit="step", disable=not run.main)
     log = StepLog(config, accelerator)
-    while state["step"] < steps:
+    while state["step"] < steps and run.is_patient(state):
         objective.train(config.dropout)
         for part, batch in enumerate(loader.from_step(state["step"])):
             torch.manual_seed(_seed(config, accelerator, state["step"], part % loader.parts))
@@ -114,9 +115,9 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
             if is_last or (not inside and config.eval_every and epoch % config.eval_every == 0):
                 result = training.evaluate()
                 row |= result.metrics
-                if run.main:
-                    score = selection_score(result.metrics, select_by)
-                    run.keep_best(objective.backbone, result.as_json(), score, state)
+                score = selection_score(result.metrics, select_by)
+                run.keep_best(objective.backbone, result.as_json(), score, state)
+                is_last = is_last or not run.is_patient(state)
             if run.main:
                 run.log(row, bar)
             if run.main and is_saved:

@@ -114,7 +114,7 @@ class OwnImages(Dataset):
     def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """``queries.csv`` over all images but the reference; rows of one question are a query with several targets."""
         if not self._queries:
-            what = f"to evaluate on your own, write {self.root}/{QUERIES}; training does without by --selection holdout"
+            what = f"to evaluate on your own, write {self.root}/{QUERIES}; training does without by --holdout 0.1"
             raise InputError(f"{self.name}: nobody has annotated any query: {what}")
         chosen = self.choose_protocol(split, protocol)
         asked: dict[tuple[str, str, str], dict[str, None]] = {}

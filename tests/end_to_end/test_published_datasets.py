@@ -234,7 +234,7 @@ def test_what_is_put_aside_is_not_trained_on(
     everything, kept = list(trained), []
     for stage, seed in ((1, 42), (2, 42), (2, 7)):
         init = ("--init", model) if stage == 2 else ()
-        out, _ = call(*recipe("fashioniq", stage, fashioniq, "--selection", "holdout", "--seed", seed, *init))
+        out, _ = call(*recipe("fashioniq", stage, fashioniq, "--holdout", 0.1, "--seed", seed, *init))
         found = result_of(runs, "fashioniq", f"stage{stage}-*")
         assert found["selected_on"] == "fashioniq/holdout-0.1" and found["protocol"] == "fashioniq/original-noref"
         assert "the best on fashioniq/holdout-0.1, held-out training triplets" in out
@@ -242,10 +242,10 @@ def test_what_is_put_aside_is_not_trained_on(
     aside = [t for t in everything if t not in kept[0]]
     assert 1 <= len(aside) <= 9 and len(kept[0]) == len(everything) - len(aside)  # about a tenth of 36
     assert kept[0] == kept[1] == kept[2]
-    call(*recipe("fashioniq", 2, fashioniq, "--selection", "holdout", "--holdout", 0.5, "--init", model))
+    call(*recipe("fashioniq", 2, fashioniq, "--holdout", 0.5, "--init", model))
     assert 9 < len(trained) < 27  # negative control: another fraction, another set
     assert result_of(runs, "fashioniq")["selected_on"] == "fashioniq/holdout-0.5"
-    call(*recipe("fashioniq", 1, fashioniq, "--selection", "holdout", "--holdout", 0.5, "--max-annotated", 30))
+    call(*recipe("fashioniq", 1, fashioniq, "--holdout", 0.5, "--max-annotated", 30))
     first = everything[:30]
     assert trained and all(t in first for t in trained) and len(trained) < 30  # fewer triplets, the same sides
     assert not [t for t in aside if t in trained]
@@ -259,9 +259,9 @@ def test_an_unknown_metric_is_named(refused: Callable[..., str], cirr: Path) -> 
 
 def test_what_is_put_aside_has_no_subsets(call: Call, cirr: Path, runs: Path) -> None:
     """A recipe that selects by Rs@k goes on with the metrics that are there, says so, and hands the holdout on."""
-    out, _ = call(*recipe("cirr", 1, cirr, "--selection", "holdout"))
+    out, _ = call(*recipe("cirr", 1, cirr, "--holdout", 0.1))
     assert "cirr/holdout-0.1 has no Rs@1, Rs@2, Rs@3: selected by R@1, R@5, R@10, R@50" in out
-    assert "--selection holdout --holdout 0.1 --init" in out
+    assert "--holdout 0.1 --init" in out
     assert result_of(runs, "cirr")["selected_on"] == "cirr/holdout-0.1"
 
 

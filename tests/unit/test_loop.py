@@ -224,3 +224,44 @@ def test_training_stops_where_nothing_is_frozen(
     with pytest.raises(ValueError, match="a bank needs a frozen image side"):
         train(configure(init=start), 2)
     assert not list(runs.rglob("metrics.jsonl"))
+
+
+# --- patience
+
+
+@pytest.mark.parametrize(("scores", "patience", "evaluated", "best"), [
+    ([1, 3, 2, 2, 9], 2, 4, 2),  # two in a row without a better one
+    ([1, 3, 3, 4, 1, 9], 2, 6, 6),  # an equal score is no better one; the count begins anew with each better one
+    ([1, 0, 0, 0, 2, 0], None, 6, 5),
+])  # fmt: skip
+def test_patience(
+    scores: list[float], patience: int | None, evaluated: int, best: int, configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The run ends after that many evaluations in a row without a better score, and keeps the best state."""
+    given = iter(scores)
+    monkeypatch.setattr("spn4cir.train.selection_score", lambda metrics, names: next(given))
+    folder = train(configure(epochs=6, patience=patience), 1)
+    result = json.loads((folder / "result.json").read_text())
+    steps = rows(folder)[-1]["step"] // rows(folder)[-1]["epoch"]
+    assert (result["steps"], result["best_step"]) == (evaluated * steps, best * steps)
+    assert result["stopped_by"] == ("patience" if evaluated < 6 else "the end of its epochs or max_steps")
+
+
+def test_patience_is_counted_on_after_a_resume(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed after its last evaluation trains no further step."""
+    given = iter([3, 2, 1])
+    monkeypatch.setattr("spn4cir.train.selection_score", lambda metrics, names: next(given))
+    config = configure(epochs=6, patience=2)
+    folder = train(config, 1)
+    (folder / "result.json").unlink()
+    again = configure(epochs=6, patience=2, output=None, resume=str(folder))
+    before = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    train(again, 1)
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["steps"], result["stopped_by"]) == (before, "patience")
+
+
+def test_patience_needs_evaluations() -> None:
+    with pytest.raises(InputError, match="patience counts evaluations"):
+        TrainConfig(patience=2, eval_every=0)

@@ -282,7 +282,7 @@ def load(folder: Path, pairs: list[tuple[str, str]], **changes: Any) -> Any:
     entries = [{"reference_name": r, "target_name": t, "captions": [f"{r} {t}"]} for r, t in pairs]
     (folder / "made.json").write_text(json.dumps(entries))
     config = TrainConfig(
-        dataset="catalogue", data_root=str(folder), generated="made.json", selection="holdout", **changes
+        dataset="catalogue", data_root=str(folder), generated="made.json", **{"holdout": 0.1, **changes}
     )
     return load_triplets(config, load_dataset("catalogue", str(folder)), None, lambda line: None)
 

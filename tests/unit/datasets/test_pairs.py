@@ -75,7 +75,7 @@ def test_tables(root: Path, name: str, given: str) -> None:
 def test_training_keeps_the_table(root: Path) -> None:
     """What training draws from is the table, and no list of objects, whatever selects."""
     rows = [{"reference": NAMES[n % 6], "modification": f"text {n}", "target": NAMES[(n + 1) % 6]} for n in range(40)]
-    config = TrainConfig(dataset="pairs", data_root=str(write(root / "t.parquet", rows)), selection="holdout")
+    config = TrainConfig(dataset="pairs", data_root=str(write(root / "t.parquet", rows)), holdout=0.1)
     loaded = load_triplets(config, load_dataset("pairs", config.data_root), None, lambda line: None)
     assert isinstance(loaded[1], TripletTable) and 0 < len(loaded[1]) < 40
 
@@ -264,14 +264,14 @@ def test_the_holdout_of_a_table(table: Path) -> None:
     """Rest and held-out triplets are all triplets; the rest stays a table, generated ones behind it."""
     made = [{"candidate": "i00.png", "target": "i01.png", "captions": ["x"]}]
     (table / "made.json").write_text(json.dumps(made))
-    config = toy_config(table, dataset="pairs", selection="holdout", holdout=0.3, generated="made.json")
+    config = toy_config(table, dataset="pairs", holdout=0.3, generated="made.json")
     data = load_data(config, print)
     assert isinstance(data.triplets, TripletTable) and 0 < len(data.selection.queries) < 40
     asked = {(q.reference, *q.targets, q.text) for q in data.selection.queries}
     rest = list(data.triplets)
     assert len(rest) == 41 - len(asked) and rest[-1] == Triplet("i00.png", ("i01.png",), ("x",), generated=True)
     assert not asked & {(t.reference, *t.targets, t.texts[0]) for t in rest}
-    again = load_data(toy_config(table, dataset="pairs", selection="holdout", holdout=0.6, seed=5), print)
+    again = load_data(toy_config(table, dataset="pairs", holdout=0.6, seed=5), print)
     assert asked < {(q.reference, *q.targets, q.text) for q in again.selection.queries}
     few = load_data(toy_config(table, dataset="pairs", max_annotated=7), print)
     assert list(few.triplets) == list(load_dataset("pairs", str(table)).triplets())[:7]
