@@ -60,6 +60,8 @@ class GenerateConfig:
         max_new_tokens: bound of one answer.
         caption_batch_size: images captioned at once.
         templates: how the text is made, one drawn for each pair: "difference", "instead", "unlike" or "target".
+        min_shared: "difference" drops a pair whose captions share less than this part of what the target's caption
+            tells; frequent words tell little.
         rewriter: an LLM that rewrites the text: of transformers by name or folder, or on rewriter_endpoint; null: none.
         rewriter_endpoint: address of an OpenAI-compatible server that runs it.
         rewriter_prompt: a YAML file with instruction and examples; null takes the dataset's or the general one.
@@ -98,6 +100,7 @@ class GenerateConfig:
     max_new_tokens: int = 40
     caption_batch_size: int = 64
     templates: list[Template] = field(default_factory=lambda: ["difference"])
+    min_shared: float = 0.4
     rewriter: str | None = None
     rewriter_endpoint: str | None = None
     rewriter_prompt: str | None = None
@@ -119,6 +122,8 @@ class GenerateConfig:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.prompt_file is None and "{words}" not in self.prompt:
             raise InputError(f"prompt must hold {{words}}, where the number of words goes, got {self.prompt!r}")
+        if not 0 <= self.min_shared < 1:
+            raise InputError(f"min_shared must be in [0, 1), got {self.min_shared}")
         if self.retries < 0:
             raise InputError(f"retries must be 0 or more, got {self.retries}")
         if self.window is not None:

@@ -1,7 +1,9 @@
 """Modification texts: made by templates, rewritten by a language model, and how long they are for a tokenizer."""
 
+import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -27,18 +29,47 @@ SOURCE = re.compile(r"\W*(?:source|input|original|instruction)\b[^:]{0,30}:", re
 NEW_TOKENS = 50
 # the paper's templates 0, 1 and 2
 FORMS = {"instead": "{1} instead of {0}", "unlike": "Unlike {0}, I want {1}", "target": "{1}"}
-ARTICLES = {"a", "an", "the"}  # two captions that share nothing else have nothing in common
+ARTICLES = {"a", "an", "the"}  # captions that differ in nothing else do not differ
+FUNCTION_WORDS = ARTICLES | {
+    "and", "or", "of", "in", "on", "at", "to", "for", "from", "by", "with", "as", "is", "are", "this", "that", "its",
+    "it",
+}  # fmt: skip
+FEWEST = 100  # captions: among fewer, a word's share says little about how much it tells
 
 
-def difference(reference: str, target: str, draw: random.Random) -> str:
+class WordWeights:
+    """How much a word of a caption tells about its image: ``log(1 + N / n)`` if n of N captions have it.
+
+    Function words, such as articles and prepositions, tell nothing. This is the inverse document frequency of text
+    retrieval (Spärck Jones, Journal of Documentation, 1972), with at least ``FEWEST`` for N.
+    """
+
+    def __init__(self, captions: Iterable[str] = ()):
+        self._total, self._counts = 0, Counter[str]()
+        for self._total, caption in enumerate(captions, 1):
+            self._counts.update({word.lower() for word in _words(caption)})
+
+    def __call__(self, words: Iterable[str]) -> float:
+        """The sum over words in lower case."""
+        total = max(self._total, FEWEST)
+        told = (word for word in words if word not in FUNCTION_WORDS)
+        return sum(math.log(1 + total / max(self._counts[word], 1)) for word in told)
+
+
+def difference(
+    reference: str, target: str, draw: random.Random, weigh: WordWeights | None = None, least: float = 0.0
+) -> str:
     """What changes, in a drawn phrasing: the words that only the target's caption has; without any, what is gone.
 
-    The text is empty if the two captions hold the same words, or no word in common, articles aside: then it would be
-    the whole target caption, and a model could learn from it to ignore the reference.
+    The text is empty if the two captions hold the same words, articles aside, or share too few content words: then it
+    would be nearly the whole target caption, and a model could learn from it to ignore the reference. Too few are none,
+    or less than the part ``least`` of what the words of the target's caption tell, by ``weigh``.
     """
+    weigh = weigh or WordWeights()
     before, after = (_words(text) for text in (reference, target))
     low_before, low_after = ({word.lower() for word in words} for words in (before, after))
-    if not (low_before & low_after) - ARTICLES or not (low_before ^ low_after) - ARTICLES:
+    shared, told = weigh(low_before & low_after), weigh(low_after)
+    if not shared or shared < least * told or not (low_before ^ low_after) - ARTICLES:
         return ""
     new = " ".join(word for word in after if word.lower() not in low_before)
     gone = " ".join(word for word in before if word.lower() not in low_after)
@@ -48,10 +79,17 @@ def difference(reference: str, target: str, draw: random.Random) -> str:
     return draw.choice([new, f"but {new}", f"make it {new}", last])
 
 
-def compose_text(template: str, reference: str, target: str, draw: random.Random) -> str:
+def compose_text(
+    template: str,
+    reference: str,
+    target: str,
+    draw: random.Random,
+    weigh: WordWeights | None = None,
+    least: float = 0.0,
+) -> str:
     """A modification text by a template of ``FORMS`` or by ``difference``; empty if that has nothing to say."""
     if template == "difference":
-        return difference(reference, target, draw)
+        return difference(reference, target, draw, weigh, least)
     return FORMS[template].format(reference, target)
 
 

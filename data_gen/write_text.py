@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from spn4cir.data_gen.steps import GenerateConfig, digest, mark_done, run_step, skip_step
-from spn4cir.data_gen.texts import Rewriter, TokenCounter, caption_similarity, compose_text
+from spn4cir.data_gen.texts import Rewriter, TokenCounter, WordWeights, caption_similarity, compose_text
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
@@ -31,7 +31,7 @@ KINDS = ("jsonl", "json", "parquet")
 # settings that say where and how fast a run was made
 OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
 # settings that decide the text of a pair whose captions are given, rewriting aside
-DECIDING = ("templates", "seed", "tokenizer", "max_tokens", "max_caption_similarity", "max_caption_count")
+DECIDING = ("templates", "seed", "tokenizer", "max_tokens", "max_caption_similarity", "max_caption_count", "min_shared")
 COLUMNS = (  # of the Parquet file
     "reference", "target", "reference_path", "target_path", "modifications", "reference_caption", "target_caption",
     "rank", "similarity", "template", "model", "rewriter", "made_by",
@@ -55,6 +55,7 @@ class Captions:
             self.text[image_id] = row["caption"]
             if model != self._model:
                 self._others[image_id] = model
+        self.weigh = WordWeights(self.text.values())
         limit = config.max_caption_count
         counted = Counter(_normal(text) for text in self.text.values()) if limit else Counter[str]()
         self._frequent = {text for text, count in counted.items() if limit and count > limit}
@@ -95,7 +96,7 @@ class Texts:
             return None
         draw = random.Random(f"{self.config.seed}/{names[0]}/{names[1]}")
         template = draw.choice(self.config.templates)
-        text = compose_text(template, one, other, draw).strip()
+        text = compose_text(template, one, other, draw, self.captions.weigh, self.config.min_shared).strip()
         if reason := self._reason(one, other):
             self.dropped[reason] += 1
         elif not text:

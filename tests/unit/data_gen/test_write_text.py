@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from conftest import stand_in
 
 from spn4cir.data_gen.make_triplets import print_summary
 from spn4cir.data_gen.steps import GenerateConfig
-from spn4cir.data_gen.texts import caption_similarity, compose_text, difference
+from spn4cir.data_gen.texts import WordWeights, caption_similarity, compose_text, difference
 from spn4cir.data_gen.write_text import write_triplets
 from spn4cir.dataset import Dataset
 from spn4cir.datasets import DATASETS
@@ -49,6 +50,36 @@ def test_articles_are_nothing_in_common_and_no_difference() -> None:
     assert difference("a dog on grass", "the dog on grass", draw) == ""
     assert difference("a dog on the grass", "a dog on grass", draw) == ""
     assert difference("a girl with a pear", "a girl with an apple", draw).count("an apple") == 1
+
+
+FACES = [f"{kind} face" for kind in ("grinning", "winking", "dog", "cat", "pensive", "fox", "kissing", "lion", "clown")]
+TONES = [f"{who} {what} {tone} skin tone" for who in ("man", "woman") for tone in ("dark", "light")
+         for what in ("running", "cook", "pilot", "surfing", "judge", "kneeling", "singer", "farmer")]  # fmt: skip
+OTHERS = [f"thing {number}" for number in range(100)]
+
+
+@pytest.mark.parametrize(("reference", "target", "kept"), [
+    ("grinning face", "dog face", False),
+    ("man running dark skin tone", "woman cook dark skin tone", False),
+    ("man cook dark skin tone", "woman cook light skin tone", True),
+    ("man cook dark skin tone", "woman cook dark skin tone", True),
+    ("red heart", "blue heart", True),
+    ("a picture of a dog", "a picture of the cat", True),  # among these captions a picture is something
+    ("the dog is on it", "the cat is on it", False),
+])  # fmt: skip
+def test_frequent_words_are_little_in_common(reference: str, target: str, kept: bool) -> None:
+    """A shared "face" or "skin tone" leaves nearly the whole target to the text; a shared "cook" does not."""
+    weigh = WordWeights([*FACES, *TONES, *OTHERS, "red heart", "blue heart", "a picture of a dog"])
+    assert bool(difference(reference, target, random.Random(0), weigh, 0.4)) is kept
+
+
+def test_weights_of_words() -> None:
+    """log(1 + N / n) with at least a hundred for N; function words weigh nothing, unknown words as rare ones."""
+    weigh = WordWeights(["red heart", "Red, circle."] + ["thing"] * 198)
+    assert weigh(["red"]) == pytest.approx(math.log(1 + 200 / 2))
+    assert weigh(["circle", "the", "of"]) == weigh(["circle"]) == weigh(["zebra"]) == pytest.approx(math.log(201))
+    assert weigh(["thing", "red"]) == pytest.approx(math.log(1 + 200 / 198) + math.log(101))
+    assert WordWeights()(["red"]) == pytest.approx(math.log(101))
 
 
 def test_difference_of_a_lost_word() -> None:
@@ -165,12 +196,12 @@ def test_texts_stay_what_they_were(tmp_path: Path) -> None:
     captions = {f"i{n}": " ".join(draw.sample(words, 3)) for n in range(40)}
     pairs = [(f"i{a}", f"i{b}") for a in range(40) for b in range(40) if a != b]
     templates = ["difference", "instead", "unlike", "target"]
-    rows = read_jsonl(made(tmp_path / "4", pairs, captions, templates=templates).file("triplets.jsonl"))
-    rows += read_jsonl(made(tmp_path / "1", pairs, captions).file("triplets.jsonl"))
+    rows = read_jsonl(made(tmp_path / "4", pairs, captions, templates=templates, min_shared=0.0).file("triplets.jsonl"))
+    rows += read_jsonl(made(tmp_path / "1", pairs, captions, min_shared=0.0).file("triplets.jsonl"))
     texts = json.dumps([[row["reference"], row["target"], row["modification"]] for row in rows])
     assert len(rows) == 2762
     assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "b6acf0a07f5424bd"
-    other = read_jsonl(made(tmp_path / "7", pairs, captions, seed=7).file("triplets.jsonl"))
+    other = read_jsonl(made(tmp_path / "7", pairs, captions, min_shared=0.0, seed=7).file("triplets.jsonl"))
     assert [row["modification"] for row in other] != [row["modification"] for row in rows[-len(other) :]]
 
 
