@@ -1,8 +1,8 @@
 """Train the embedded BLIP and BLIP-2 on the train images of the ``emoji`` dataset and their names.
 
 They see images and names, never a triplet, and no val or test target. BLIP's vision tower begins as that of the
-embedded CLIP, which saw the same; BLIP-2's is that of the embedded BLIP, and frozen. Writes a folder of transformers
-(configuration, tokenizer, half-precision weights) and ``quality.json``::
+embedded CLIP with a transformer, which saw the same; BLIP-2's is that of the embedded BLIP, and frozen. Writes a folder
+of transformers (configuration, tokenizer, half-precision weights) and ``quality.json``::
 
     python -m benchmarks.embedded.make_fusion --backbone blip4cir --epochs 25
     python -m benchmarks.embedded.make_fusion --backbone sprc --tower blip --epochs 36 --batch-size 64
@@ -126,12 +126,12 @@ def library_of(backbone: Backbone) -> PreTrainedModel:
 
 
 def clip_tower(pixels: Tensor) -> dict[str, Tensor]:
-    """Vision tower of the embedded CLIP under BLIP's names.
+    """Vision transformer of the embedded CLIP that has one, under BLIP's names.
 
     BLIP has no norm before the first block. Its centring and its scale are linear and go into the embeddings; what each
     patch is divided by varies, and is taken to be its mean over pixels (N, 3, H, W).
     """
-    file = load_file(FOLDER.parent / "clip" / "open_clip_model.safetensors")
+    file = load_file(FOLDER.parent / "clip_transformer" / "open_clip_model.safetensors")
     clip = {key.removeprefix("visual."): value.float() for key, value in file.items() if key.startswith("visual.")}
     block = {
         "ln_1.": "layer_norm1.", "attn.in_proj_": "self_attn.qkv.", "attn.out_proj.": "self_attn.projection.",

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
+from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor
 
 from spn4cir.backbones.shared_weights import READS_WEIGHTS
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
 
-EMBEDDED = Path(__file__).parents[1] / "embedded" / "clip"
+EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 
 def load_clip(
-    model: str, pretrained: str | None, pad_ratio: float | None
+    model: str, pretrained: str | None, pad_ratio: float | None, embedded: str = "clip"
 ) -> tuple[Any, Callable[..., Tensor], Transform]:
     """Load a model of open_clip, its tokenizer (B texts → (B, context)), and its transform.
 
@@ -28,11 +30,13 @@ def load_clip(
             ``ViT-B-16-quickgelu``, ``RN50x4-quickgelu``, ``local-dir:FOLDER`` or ``hf-hub:NAME``.
         pretrained: a tag of open_clip (``openai``) or a weights file; None for random weights, unless ``model`` brings
             its own.
+        pad_ratio: of the transform.
+        embedded: folder of the small model.
 
     Raises ``InputError`` if open_clip knows no such model, tag or file.
     """
     load_weights = READS_WEIGHTS.get()
-    located = f"local-dir:{EMBEDDED}" if model == "embedded" else model
+    located = f"local-dir:{EMBEDDED / embedded}" if model == "embedded" else model
     try:
         with _missing_weights() as missing:
             tag = pretrained if load_weights else None
@@ -47,6 +51,8 @@ def load_clip(
     for scalar in ("logit_scale", "logit_bias"):  # the loss has its own temperature
         if getattr(clip, scalar, None) is not None:
             getattr(clip, scalar).requires_grad_(False)
+    if isinstance(clip.visual, ModifiedResNet):  # the layout in which convolutions are fastest
+        clip.visual.to(memory_format=torch.channels_last)
     size = clip.visual.image_size
     mean, std = tuple(clip.visual.image_mean), tuple(clip.visual.image_std)
     return clip, tokenizer, Transform(size[0] if isinstance(size, tuple) else size, pad_ratio, mean, std)

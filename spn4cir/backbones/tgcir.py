@@ -58,7 +58,9 @@ class TGCIR(Backbone):
             raise InputError(f"kl_temperature is to be above 0, and ortho, ckd and kl 0 or more; {given}")
         self.options = {"model": model, "pretrained": pretrained, "ortho": ortho, "ckd": ckd, "kl": kl}
         self.options |= {"kl_temperature": kl_temperature, "separated": False}
-        self.clip, self._tokenizer, self.transform = load_clip(model, pretrained, pad_ratio=None)
+        self.clip, self._tokenizer, self.transform = load_clip(
+            model, pretrained, pad_ratio=None, embedded="clip_transformer"
+        )
         _check_layout(self.clip, model)
         width = self.clip.text_projection.shape[1]  # E
         self.image_fc = nn.Linear(self.clip.visual.proj.shape[0], width)

@@ -60,7 +60,7 @@ def test_padding_is_really_cut(backbone: CLIP4CIR, monkeypatch: pytest.MonkeyPat
 
 def variant(folder: Path, pool: str, pad: str) -> CLIP4CIR:
     """The embedded model's architecture with another way to pool, or a tokenizer that pads with its end token."""
-    shutil.copytree(EMBEDDED, folder)
+    shutil.copytree(EMBEDDED / "clip", folder)
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["pool_type"] = pool
     (folder / "open_clip_config.json").write_text(json.dumps(config))
