@@ -1,7 +1,7 @@
 """The whole system on real images: captions → pairs → triplets → stage 1 → stage 2 → evaluation → a picture.
 
-Runs one seed of one setting of ``benchmarks.claims`` and prints it beside the three-seed result that is kept. A demo
-that was interrupted goes on where it was; one that was complete starts over.
+Follows the recipes of the embedded data, one seed. A demo that was interrupted goes on where it was; one that was
+complete starts over. What holds over seeds, and against controls, is the matter of ``benchmarks.claims``.
 
 examples:
   python -m benchmarks.demo
@@ -9,16 +9,16 @@ examples:
 """
 
 import argparse
-import json
 import random
 import shutil
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.claims import RESULT, ROOT, ROWS, STAGE1_STEPS, measure, run_setting
-from spn4cir.config import parse
+from benchmarks.claims import ROOT, measure
+from spn4cir.config import TrainConfig, parse
 from spn4cir.errors import run_command
 
 if TYPE_CHECKING:
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
     from spn4cir.types import Benchmark
 
-SHOWN = ("embedded", "stage1", "stage2", "stage2+p")
+EMBEDDED = "embedded weights, no training"
+ROWS = {  # name → recipe
+    "stage 1": "clip4cir_stage1",
+    "stage 1 → stage 2, negatives only": "clip4cir_stage2",
+    "stage 1 → stage 2, generated positives": "clip4cir_stage2_generated",
+}
 COLUMNS = ("R@1", "R@5", "R@10", "macro R@1", "Rs@1")
 TOP = 5
 
@@ -35,11 +40,11 @@ def main() -> None:
     """Generate, train, evaluate, print, draw."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo",
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog=(__doc__ or "").partition("examples:")[2],
+        description=(__doc__ or "").partition("examples:")[0],
+        epilog="examples:" + (__doc__ or "").partition("examples:")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--max-annotated", type=int, default=2000, choices=sorted(STAGE1_STEPS))
+    parser.add_argument("--max-annotated", type=int, default=2000, help="annotated triplets to train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
@@ -58,29 +63,43 @@ def main() -> None:
     make_triplets(parse(GenerateConfig, preset, ["--output", str(generated)]), load_dataset("emoji"))
     print(f"\n2/3 both stages, with and without them, from {args.max_annotated} annotated triplets", flush=True)
     runs = args.output / f"{args.max_annotated}-seed{args.seed}"
-    found = run_setting(args.max_annotated, args.seed, str(generated / "triplets.json"), runs, SHOWN)
-    found["embedded"] = measure(None)
+    found = {EMBEDDED: measure(None, splits=["val"])}
+    for row, recipe in ROWS.items():
+        run = train_row(recipe, runs, str(generated / "triplets.json"), args.max_annotated, args.seed)
+        found[row] = measure(run, splits=["val"])
     print("\n3/3 example queries before and after", flush=True)
-    draw(picture, [("stage 1", runs / "stage1"), ("stage 2 with generated positives", runs / "stage2+p")], args.seed)
+    first, *_, last = (runs / recipe for recipe in ROWS.values())
+    draw(picture, [("stage 1", first), ("stage 2 with generated positives", last)], args.seed)
     print("\n" + text_table(found, args.max_annotated))
     print(f"\n{time.time() - started:.0f} s; example queries in {picture}, runs in {runs}")
-    print(f"next: spn4cir-eval --run {runs / 'stage2+p'} --split test --ablate")
+    print(f"next: spn4cir-eval --run {last} --split test --ablate")
+
+
+def train_row(recipe: str, runs: Path, generated: str, annotated: int, seed: int) -> Path:
+    """Train a recipe of the embedded data, from stage 1 if it is of stage 2; a complete run is reused."""
+    from spn4cir.run import pending
+    from spn4cir.train import train
+
+    config = parse(TrainConfig, ROOT / "recipes" / "emoji" / f"{recipe}.yaml", [])
+    config = replace(config, max_annotated=annotated, seed=seed, eval_every=0, output=str(runs / recipe))
+    stage = 1 if "stage1" in recipe else 2
+    if stage == 2:
+        config = replace(config, init=str(runs / "clip4cir_stage1"))
+    if config.generated:
+        config = replace(config, generated=generated)
+    if left := pending(config):
+        train(left, stage)
+    return runs / recipe
 
 
 def text_table(found: dict[str, dict[str, Any]], annotated: int) -> str:
-    """This seed's figures, and beside them the kept mean and spread over three seeds."""
-    kept = json.loads(RESULT.read_text())["summary"][str(annotated)] if RESULT.is_file() else {}
-    width = max(len(ROWS[name]) for name in SHOWN)
-    lines = [f"emoji/val, {annotated} annotated triplets, one seed" + (f"{'three seeds':>36}" if kept else "")]
-    lines.append(" " * width + "".join(f"{name:>10}" for name in COLUMNS) + (f"{'R@1':>16}" if kept else ""))
-    for name in SHOWN:
-        metrics = found[name]["val"]["metrics"]
-        line = f"{ROWS[name]:<{width}}" + "".join(f"{metrics[column]:10.2f}" for column in COLUMNS)
-        if kept:
-            cell = kept[name]["val R@1"]
-            spread = f" ± {cell['sd']:.2f}" if cell["sd"] is not None else " " * 7
-            line += f"{cell['mean']:9.2f}{spread}"
-        lines.append(line)
+    """Metrics of each row on val."""
+    width = max(map(len, found))
+    lines = [f"emoji/val, {annotated} annotated triplets, one seed"]
+    lines.append(" " * width + "".join(f"{name:>10}" for name in COLUMNS))
+    for row, measured in found.items():
+        metrics = measured["val"]["metrics"]
+        lines.append(f"{row:<{width}}" + "".join(f"{metrics[column]:10.2f}" for column in COLUMNS))
     return "\n".join(lines)
 
 

@@ -1,12 +1,12 @@
 """What negatives buy on the embedded dataset: what of a triplet others replace, and how many candidates there are.
 
-Stage 1 is trained with each type of negative alone and with all of them; stage 2, from the run whose targets are
-replaced, with ever more candidates. Every run has the same number of steps and its last state is evaluated, on val and
-on test: nothing is selected. A comparison that was stopped goes on where it was.
+Under the protocol of ``benchmarks.claims``, whose runs are reused: stage 1 is trained with each type of negative alone
+and with all of them until its patience ends; stage 2, from the model whose targets were replaced, with ever more
+candidates. A comparison that was stopped goes on where it was.
 
 examples:
-  python -m benchmarks.negatives                  # three seeds; about half an hour on two cores
-  python -m benchmarks.negatives --seeds 0 --steps 10 10 --runs runs/quick --json quick.json --picture quick.png
+  python -m benchmarks.negatives                  # five seeds; hours on two cores
+  python -m benchmarks.negatives --seeds 0 --runs runs/quick --json quick.json --picture quick.png
 """
 
 import argparse
@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spn4cir.config import BankConfig, NegativesConfig, TrainConfig, parse
+from benchmarks.claims import BUDGETS, EVERY, HELD, PATIENCE, STEPS, Setting, differences, measure, summarise
+from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 
@@ -41,70 +42,31 @@ BANKS: dict[str, BankConfig] = {
     "all": BankConfig(images="all"),
 }
 INK, PALE, WARM = "#0072b2", "#a6cbe3", "#d55e00"  # also told apart by those who see no red or no green
-SPLITS = ("val", "test")
 METRICS = ("R@1", "R@10")
 
 
-def plans(seed: int, steps: Sequence[int], folder: Path) -> dict[str, tuple[int, TrainConfig]]:
+def plans(setting: Setting) -> dict[str, tuple[int, TrainConfig]]:
     """Stage and settings of each run of a seed, in the order in which they are trained."""
-
-    recipes = [parse(TrainConfig, ROOT / "recipes" / "emoji" / f"clip4cir_stage{stage}.yaml", []) for stage in (1, 2)]
-
-    def settings(stage: int, name: str) -> TrainConfig:
-        output, bound = str(folder / name.replace(" ", "-")), steps[stage - 1]
-        return replace(recipes[stage - 1], seed=seed, epochs=10_000, max_steps=bound, eval_every=0, output=output)
-
-    first = {name: (1, replace(settings(1, name), negatives=kind)) for name, kind in TYPES.items()}
-    start = first[START][1].output
-    return first | {name: (2, replace(settings(2, name), bank=bank, init=start)) for name, bank in BANKS.items()}
-
-
-def measure(run: Path) -> dict[str, Any]:
-    """What a complete run finds, by split, as its result says."""
-    from spn4cir import checkpoints
-    from spn4cir.datasets import load_dataset
-    from spn4cir.evaluate import evaluate
-    from spn4cir.images import ImageSource
-
-    kept = run / "test.json"
-    if not kept.is_file():
-        model, dataset = checkpoints.load_model(run), load_dataset(TrainConfig.dataset)
-        found = evaluate(model, dataset.benchmark("test"), ImageSource(dataset.image, model.transform, keep=True))
-        write_text(kept, json.dumps(found.as_json()))
-    return {"val": json.loads((run / "result.json").read_text()), "test": json.loads(kept.read_text())}
-
-
-def train_all(seeds: Sequence[int], steps: Sequence[int], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Train and measure; ``{name of a run: [what each seed finds]}``."""
-    from spn4cir.run import pending
-    from spn4cir.train import train
-
-    found: dict[str, list[dict[str, Any]]] = {}
-    for seed in seeds:
-        for name, (stage, config) in plans(seed, steps, folder / f"seed{seed}").items():
-            if left := pending(config):
-                train(left, stage)
-            assert config.output is not None
-            found.setdefault(name, []).append(measure(Path(config.output)))
+    found = {
+        name: (1, replace(setting.first("stage1" if name == START else f"types/{name}", False), negatives=kind))
+        for name, kind in TYPES.items()
+    }
+    for name, bank in BANKS.items():
+        row = "negatives" if name == "all" else f"candidates/{name}"
+        config = setting.second(2, row, False, "stage1", **setting.settings("negatives"))
+        found[name] = (2, replace(config, bank=bank))
     return found
 
 
-def summarise(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """``{split: {metric: {mean, sd, seeds}}}`` of what the seeds find; the deviation of one seed is null."""
-    from spn4cir.results import combine
-
-    summary: dict[str, dict[str, Any]] = {}
-    for split in SPLITS:
-        results = [each[split] for each in found]
-        summary[split] = {
-            name: {
-                "mean": round(mean, 2),
-                "sd": round(deviation, 2) if len(found) > 1 else None,
-                "seeds": [round(result["metrics"][name], 4) for result in results],
-            }
-            for name, (mean, deviation) in combine(results).items()
-        }
-    return summary
+def train_all(seeds: Sequence[int], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Train and measure; ``{name of a run: [what each seed finds]}``."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        setting = Setting(BUDGETS[0], seed, "", folder)
+        runs = {name: setting.run(stage, config) for name, (stage, config) in plans(setting).items()}
+        for name, run in runs.items():
+            found.setdefault(name, []).append(measure(run, splits=["test"]))
+    return found
 
 
 def bank_sizes() -> dict[str, int]:
@@ -121,19 +83,20 @@ def bank_sizes() -> dict[str, int]:
 
 def report(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> dict[str, Any]:
     """All that is kept as JSON."""
-    runs = [each for row in found.values() for each in row]
-    sizes = bank_sizes()
-    seeds, steps = (" ".join(map(str, values)) for values in (args.seeds, args.steps))
+    from spn4cir.results import git_commit
+
+    sizes, metrics = bank_sizes(), summarise(found, "test")
+    compared = {START: [name for name in found if name != START], "all": [name for name in BANKS if name != "all"]}
     return {
-        "what": "percent, mean and standard deviation over seeds; last state of each run, nothing selected",
-        "command": f"python -m benchmarks.negatives --seeds {seeds} --steps {steps}",
-        "protocols": {split: runs[0][split]["protocol"] for split in SPLITS},
-        "steps": {"stage 1": args.steps[0], "stage 2": args.steps[1]},
+        "what": "emoji/test in percent, mean and standard deviation over seeds; differences in points with 95 % "
+        "intervals, paired by seed and query; best state of each run on held-out training triplets",
+        "command": "python -m benchmarks.negatives --seeds " + " ".join(map(str, args.seeds)),
+        "protocol": {"held out": HELD, "evaluated every": EVERY, "patience": PATIENCE, "steps of stage 2": STEPS},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "git": sorted({str(each["val"]["git"]) for each in runs}),
-        "seconds of training": round(sum(each["val"]["seconds"] for each in runs), 1),
-        "stage 1, by type of negative": {name: summarise(found[name]) for name in TYPES},
-        "stage 2, by candidates": {name: {"candidates": sizes[name], **summarise(found[name])} for name in BANKS},
+        "git": git_commit(),
+        "stage 1, by type of negative": {name: metrics[name] for name in TYPES},
+        "stage 2, by candidates": {name: {"candidates": sizes[name], **metrics[name]} for name in BANKS},
+        "differences": differences(found, "test", compared),
     }
 
 
@@ -150,19 +113,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    protocol, steps = results["protocols"]["test"], results["steps"]
+    protocol, steps = "emoji/test", results["protocol"]["steps of stage 2"]
     types, banks = results["stage 1, by type of negative"], results["stage 2, by candidates"]
     figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 6.4), layout="constrained", sharex="col")
     for (left, right), metric in zip(axes, METRICS, strict=True):
         left.set_ylabel(f"{metric}, {protocol} (%)")
-        draw_types(left, {name: row["test"][metric] for name, row in types.items()})
-        points = {name: (row["candidates"], row["test"][metric]) for name, row in banks.items()}
-        draw_candidates(right, points, types[START]["test"][metric]["mean"])
-    axes[0][0].set_title(f"Stage 1: what the negatives replace\n({steps['stage 1']} steps, batch of 128)", fontsize=11)
+        draw_types(left, {name: row[metric] for name, row in types.items()})
+        points = {name: (row["candidates"], row[metric]) for name, row in banks.items()}
+        draw_candidates(right, points, types[START][metric]["mean"])
+    axes[0][0].set_title("Stage 1: what the negatives replace\n(until patience ends, batch of 128)", fontsize=11)
     axes[1][0].set_xlabel("replaced part of the triplet")
-    axes[0][1].set_title(
-        f"Stage 2: how many candidates a query has\n(from “target”, {steps['stage 2']} steps)", fontsize=11
-    )
+    axes[0][1].set_title(f"Stage 2: how many candidates a query has\n(from “target”, {steps} steps)", fontsize=11)
     axes[1][1].set_xlabel("candidates of a query, its target included (log scale)")
     figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
@@ -215,17 +176,12 @@ def main() -> None:
         epilog="examples:" + (__doc__ or "").partition("examples:")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--steps", type=int, nargs=2, default=[80, 60], metavar=("STAGE1", "STAGE2"), help="of each run"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/negatives"), help="where runs lie, to be gone on with")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="where runs lie, to be gone on with")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "negatives.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "negatives.png")
     args = parser.parse_args()
-    if min(args.steps) < 1:
-        raise InputError(f"--steps are at least 1 for each stage, got {args.steps[0]} and {args.steps[1]}")
-    results = report(train_all(args.seeds, args.steps, args.runs), args)
+    results = report(train_all(args.seeds, args.runs), args)
     for path in (args.json, args.picture):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.json, json.dumps(results, indent=1) + "\n")
