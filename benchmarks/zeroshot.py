@@ -120,6 +120,7 @@ def generate_from_pictures(pictures: Path, folder: Path) -> tuple[Path, dict[str
     if not kept:
         raise InputError(f"--pictures {pictures} holds no picture to train on")
     listed, sample = folder / "pictures.txt", folder / "sample"
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(listed, "".join(f"{name}\n" for name in kept))
     sample_images(SampleConfig(folder=str(pictures), list=str(listed), images=len(kept), output=str(sample)))
     options = ["--dataset", "catalogue", "--data-root", str(sample), "--output", str(folder / "triplets")]
