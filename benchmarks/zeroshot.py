@@ -130,7 +130,10 @@ def generate_from_pictures(pictures: Path, folder: Path) -> tuple[Path, dict[str
 
 
 def settings(stage: int, seed: int, max_steps: int | None, annotated: int = 0, generated: Path | None = None) -> Any:
-    """The recipe of a stage, with a fixed number of steps and nothing selected."""
+    """The recipe of a stage, with a fixed number of steps and nothing selected.
+
+    Of 100 annotated triplets each batch holds all, so seeds differ in their order alone.
+    """
     kind = "generated" if generated else "annotated"
     recipe = ROOT / "recipes" / "emoji" / f"clip4cir_{'zeroshot_' if generated else ''}stage{stage}.yaml"
     config = parse(TrainConfig, recipe, [])
