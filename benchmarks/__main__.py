@@ -43,6 +43,7 @@ SLOW = {
     "index_kills": "minutes",
     "kills": "minutes",
     "claims": "half an hour",
+    "zeroshot": "an hour",
     "negatives": "half an hour",
     "triplet_table": "minutes, and 3 GB of disk",
     "unchanged": "minutes",

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
-from spn4cir.config import GROUPS, TrainConfig, training_command, write_yaml
+from spn4cir.config import GROUPS, TrainConfig, recipes_folder, training_command, write_yaml
 from spn4cir.errors import InputError
 from spn4cir.files import locked, write_text
 from spn4cir.results import Result, git_commit, metrics_table
@@ -207,7 +207,10 @@ class Run(AbstractContextManager["Run"]):
             return f"spn4cir-eval --run {shlex.quote(str(self.folder))} --ablate"
         aside = f" --holdout {self.config.holdout:g}" if self.config.holdout else ""
         data = options_of(self.config, "max_annotated", "generated", "generated_share")
-        return f"{training_command(2)}{options_of(self.config)}{aside} --init {shlex.quote(str(self.folder))}{data}"
+        recipe = f"{self.config.dataset}/{self.config.backbone}_zeroshot_stage2.yaml"  # the usual one has another rate
+        is_zeroshot = self.config.max_annotated == 0 and (recipes_folder() / recipe).is_file()
+        command = training_command(2) + f" --config recipes/{recipe}" * is_zeroshot
+        return f"{command}{options_of(self.config)}{aside} --init {shlex.quote(str(self.folder))}{data}"
 
 
 def options_of(config: TrainConfig, *names: str) -> str:

@@ -191,7 +191,10 @@ def test_zero_shot_trains_on_generated_triplets_alone(
         assert len(trained) == 8 and all(t.generated for t in trained)
         found = result_of(runs, dataset, f"stage{stage}-*")
         assert found["steps"] == 2 and found["protocol"] == found["selected_on"]
-        assert stage == 2 or "--max-annotated 0 --generated captions/" in out  # what it says comes next sees no other
+        if stage == 1:  # what it says comes next is the zero-shot recipe, and sees no other triplet
+            following = next(line for line in out.splitlines() if line.startswith("next: "))
+            assert f"--config recipes/{dataset}/clip4cir_zeroshot_stage2.yaml" in following
+            assert "--max-annotated 0 --generated captions/" in following
     named = {i for t in trained for i in t.image_ids}
     banks = {json.loads(path.read_text())["rows"] for path in runs.glob("banks/*/store.json")}
     assert len(named) == 9 and 9 in banks and len(banks) == 2  # the other one is the gallery's

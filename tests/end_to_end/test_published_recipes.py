@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from spn4cir.backbones import BACKBONES
-from spn4cir.config import AdamWConfig, BankConfig, TrainConfig, parse
+from spn4cir.config import AdamWConfig, BankConfig, ComputeConfig, TrainConfig, parse
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.results import primary_names
@@ -156,13 +156,14 @@ for place, numbers in (
 ):
     about = {"dataset": place.partition("/")[0], "backbone": "clip4cir", "protocol": place}
     ROWS[f"{about['dataset']}/clip4cir_combiner"] = Row(1, numbers, place, AGAIN, COMMON | COMBINER | about)
+CHECKPOINT = ComputeConfig(checkpoint=True)
 for dataset, place in (("fashioniq", "fashioniq/original-noref"), ("cirr", "cirr/val")):
     # CLIP ViT-L/14, the last two rows of the paper's commands: generated triplets alone, no figure in numbers
     about = {"dataset": dataset, "backbone": "clip4cir", "protocol": place, "max_annotated": 0}
     about["generated"] = GENERATED[dataset].format("zs")
     clip = {"backbone_options": {"model": "ViT-L-14-quickgelu", "pretrained": "openai"}}
     for stage, own in (
-        (1, clip | {"batch_size": 48, "epochs": 10, "lr": 2e-6, "temperature": 0.01}),
+        (1, clip | {"batch_size": 48, "epochs": 10, "lr": 2e-6, "temperature": 0.01, "compute": CHECKPOINT}),
         (2, {"batch_size": 128, "epochs": 5, "lr": 2e-6, "temperature": 0.02}),
     ):
         ROWS[f"{dataset}/clip4cir_zeroshot_stage{stage}"] = Row(stage, {}, place, "", COMMON | own | about)
