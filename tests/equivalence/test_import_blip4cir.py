@@ -181,8 +181,8 @@ def test_blips_own_file_for_384_pixels(imports: Imports, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("container", "said"), [
-    ("BLIP_Retrieval", ["1  learned temperature 0.0321, which is the recipe's to state: temp", "optimizer_state_dict"]),
-    ("state_dict", ["1  learned temperature 0.0298, which is the recipe's to state: tau", ": blip.temp"]),
+    ("BLIP_Retrieval", ["1  learned temperature 0.0321, which the checkpoint notes: temp", "optimizer_state_dict"]),
+    ("state_dict", ["1  learned temperature 0.0298, which the checkpoint notes: tau", "earlier stage: blip.temp"]),
     ("model", [": image_queue", "head that no score reads: itm_head.weight", "text_decoder."]),
 ])  # fmt: skip
 def test_the_account_gives_reasons(
