@@ -60,6 +60,7 @@ class GenerateConfig:
         max_new_tokens: bound of one answer.
         caption_batch_size: images captioned at once.
         templates: how the text is made, one drawn for each pair: "difference", "instead", "unlike" or "target".
+        all_templates: give each pair a text by every template, of which training draws one each time it sees the pair.
         rewriter: an LLM that rewrites the text: of transformers by name or folder, or on rewriter_endpoint; null: none.
         rewriter_endpoint: address of an OpenAI-compatible server that runs it.
         rewriter_prompt: a YAML file with instruction and examples; null takes the dataset's or the general one.
@@ -98,6 +99,7 @@ class GenerateConfig:
     max_new_tokens: int = 40
     caption_batch_size: int = 64
     templates: list[Template] = field(default_factory=lambda: ["difference"])
+    all_templates: bool = False
     rewriter: str | None = None
     rewriter_endpoint: str | None = None
     rewriter_prompt: str | None = None

@@ -211,7 +211,7 @@ def test_the_option_is_in_the_checkpoint_and_in_every_key(tmp_path: Path) -> Non
     assert (Model(early, "early").embed_images([path]) - target).abs().max() > 1e-3  # negative control
     other = model.embed_images([saved_in(pictures, "RGBA", 90, 60)])
     index = Index.build(model, pictures, tmp_path / "index")  # in which an image of the index does not find itself
-    query = late.compose_image(ImageFeatures(target, target))
+    query = late.compose_image(ImageFeatures(target, target)).detach()
     asked = [index.search(shown, k=1)[0].score for shown in (path.name, str(path))]
     assert asked == pytest.approx([float(query[0] @ other[0, 0])] * 2, abs=1e-5)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,7 @@ def test_ids_that_no_split_lists(fashioniq: Path, split: str) -> None:
 
 
 def test_generated_triplets_in_the_published_shape(fashioniq: Path, tmp_path: Path) -> None:
-    """What is written for FashionIQ has its fields and is read back over its images; others' fields are ignored."""
+    """What is written for FashionIQ has its fields and is read back over its images, or the text of a rewriter."""
     dataset = FashionIQ(str(fashioniq))
     triplet = Triplet("BDTR00000", ("BSTR00001",), ("a red shirt",), generated=True)
     entry = entry_writer(dataset, tmp_path)(triplet, ("a dress", "a red shirt"))
@@ -339,7 +340,11 @@ def test_generated_triplets_in_the_published_shape(fashioniq: Path, tmp_path: Pa
     }  # fmt: skip
     path = tmp_path / "cap.extend_clip.train.json"
     path.write_text(json.dumps([entry, {**entry, "llm_caption": "make it a shirt"}]))
-    assert read_generated(path, dataset.training_images()) == ([triplet, triplet], [])
+    rewritten = replace(triplet, texts=("make it a shirt",))  # of published *_llm files
+    assert read_generated(path, dataset.training_images()) == ([triplet, rewritten], [])
+    path.write_text(json.dumps([{**entry, "llm_caption": ["one", "other"]}, {**entry, "llm_caption": " "}]))
+    several = replace(triplet, texts=("one", "other"))
+    assert read_generated(path, dataset.training_images()) == ([several, triplet], [])  # an empty one says nothing
     path.write_text(json.dumps([{**entry, "target": "BDVA00001"}]))
     assert "entry 0, field 'target': 'BDVA00001' is no training image" in refused(
         lambda: read_generated(path, dataset.training_images())
