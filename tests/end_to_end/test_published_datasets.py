@@ -30,7 +30,7 @@ STAGES = {1: "recipes/stage1.py", 2: "recipes/stage2.py"}
 EVAL, DATA, MAKE = "spn4cir-eval", "spn4cir-data", "data_gen/make_triplets.py"
 FEW = ("--max-steps", 2, "--batch-size", 8, "--workers", 0, "--mixed-precision", "no")
 SMALL = ("--backbone-options", "{model: embedded}")
-FASHIONIQ = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")
+FASHIONIQ = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union", "fashioniq/val-union-ref")
 Call = Callable[..., tuple[str, str]]
 
 

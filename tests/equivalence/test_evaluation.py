@@ -28,7 +28,7 @@ from spn4cir.results import combine, compute_metrics
 from spn4cir.types import Benchmark, ImageFeatures, Query, recall_measures
 
 CATEGORIES = ("dress", "shirt", "toptee")
-PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")
+PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union", "fashioniq/val-union-ref")
 FASHION = [f"B{n:09}" for n in range(170)]
 Vector = tuple[int, ...]
 Result = tuple[dict[str, float], dict[str, dict[str, float]]]
@@ -112,13 +112,13 @@ def slow_fashioniq(
     for category in CATEGORIES:
         rows = json.loads((root / "captions" / f"cap.{category}.val.json").read_text())
         gallery = json.loads((root / "image_splits" / f"split.{category}.val.json").read_text())
-        if protocol == "fashioniq/val-union":
+        if protocol in PROTOCOLS[2:]:
             gallery = [i for i in gallery if any(i in (row["candidate"], row["target"]) for row in rows)]
         found = []
         for row in rows:
             if row["candidate"] in skipped or row["target"] in skipped:
                 continue
-            removed = {*skipped} if protocol == "fashioniq/original" else {*skipped, row["candidate"]}
+            removed = {*skipped, row["candidate"]} if protocol in PROTOCOLS[1:3] else {*skipped}
             found.append(places(next(turn), row["target"], [i for i in gallery if i not in removed], images))
         tens, fifties = recall(found, 10), recall(found, 50)
         groups[category] = {"R@10": tens, "R@50": fifties, "Rmean": (tens + fifties) / 2, "queries": len(found)}

@@ -92,7 +92,7 @@ def test_rewritten_texts_take_the_place_of_the_template_s(tmp_path: Path, monkey
 
 
 def test_all_texts_of_a_pair_are_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ``all_templates`` each text is asked about, and one that fails keeps its template's text beside the other."""
+    """With ``all_templates`` each text is asked about, and one that fails stays as the template made it."""
 
     def say(source: str, _: int) -> str:
         return "" if source == "Unlike red apple, I want two dogs" else f"Target: {source} please"

@@ -20,7 +20,7 @@ from spn4cir.results import metric_names, primary_names
 from spn4cir.types import Benchmark, Triplet
 
 CATEGORIES = ("dress", "shirt", "toptee")
-PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")
+PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union", "fashioniq/val-union-ref")
 
 
 def ids_of(category: str, split: str) -> list[str]:
@@ -120,13 +120,13 @@ def test_protocols(fashioniq: Path, protocol: str | None) -> None:
     """Galleries per category, the reference, cut-offs, and what selects."""
     benchmark = FashionIQ(str(fashioniq)).benchmark("val", protocol)
     assert benchmark.name == (protocol or "fashioniq/original")
-    assert benchmark.exclude_reference is (protocol in PROTOCOLS[1:])
+    assert benchmark.exclude_reference is (protocol in PROTOCOLS[1:3])
     assert metric_names(benchmark) == primary_names(benchmark) == ["R@10", "R@50"]
     assert benchmark.macro == CATEGORIES and benchmark.has_known_targets
     ranked = galleries(benchmark)
     for category in CATEGORIES:
         ids = ids_of(category, "val")
-        if protocol == "fashioniq/val-union":  # references are the first 5, targets the next 8
+        if protocol in PROTOCOLS[2:]:  # references are the first 5, targets the next 8
             assert set(ranked[category]) == set(ids[:13])
         else:
             assert list(ranked[category]) == ids
@@ -268,7 +268,7 @@ def test_a_gallery_without_the_target(fashioniq: Path, lost: str, entry: int, fi
     """The caption file, the entry, the field and the split file are named; the union needs no split file."""
     split = edit(fashioniq / SPLIT.format("val"), lambda ids: [i for i in ids if i != lost])
     dataset = FashionIQ(str(fashioniq))
-    if protocol.endswith("union"):
+    if protocol in PROTOCOLS[2:]:
         assert lost in dataset.benchmark("val", protocol).gallery
         return
     assert refused(lambda: dataset.benchmark("val", protocol)) == (
