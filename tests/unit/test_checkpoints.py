@@ -13,6 +13,7 @@ import yaml
 from tiny_backbones import tiny_backbone, tiny_options
 from torch import Tensor, nn
 
+from spn4cir import run
 from spn4cir.backbones import BACKBONES, build_backbone
 from spn4cir.backbones.clip4cir import CLIP4CIR
 from spn4cir.checkpoints import (
@@ -28,7 +29,6 @@ from spn4cir.checkpoints import (
 from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
 from spn4cir.objective import Objective
-from spn4cir.run import changes
 from spn4cir.stages import load_backbone, resolve_temperature
 from spn4cir.train import train
 
@@ -456,8 +456,10 @@ def test_null_is_the_temperature_of_the_starting_weights(
     assert said == ([] if given else [f"temperature {wanted}, {source}"])
     assert Objective(backbone, given).temperature.item() == pytest.approx(wanted)
     saved = dataclasses.asdict(config)
-    assert not changes(saved, dataclasses.replace(config, temperature=None))  # a resume by the recipe that says null
-    assert changes(saved, dataclasses.replace(config, temperature=0.06)) == [("temperature", wanted, 0.06)]
+    assert not run.changes(
+        saved, dataclasses.replace(config, temperature=None)
+    )  # a resume by the recipe that says null
+    assert run.changes(saved, dataclasses.replace(config, temperature=0.06)) == [("temperature", wanted, 0.06)]
 
 
 def test_a_run_states_its_temperature(tmp_path: Path) -> None:
