@@ -458,7 +458,7 @@ def test_null_is_the_temperature_of_the_starting_weights(
     saved = dataclasses.asdict(config)
     assert not run.changes(
         saved, dataclasses.replace(config, temperature=None)
-    )  # a resume by the recipe that says null
+    )  # resumed by a recipe of null
     assert run.changes(saved, dataclasses.replace(config, temperature=0.06)) == [("temperature", wanted, 0.06)]
 
 
