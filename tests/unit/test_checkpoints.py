@@ -456,9 +456,7 @@ def test_null_is_the_temperature_of_the_starting_weights(
     assert said == ([] if given else [f"temperature {wanted}, {source}"])
     assert Objective(backbone, given).temperature.item() == pytest.approx(wanted)
     saved = dataclasses.asdict(config)
-    assert not run.changes(
-        saved, dataclasses.replace(config, temperature=None)
-    )  # resumed by a recipe of null
+    assert not run.changes(saved, dataclasses.replace(config, temperature=None))  # resumed by a recipe of null
     assert run.changes(saved, dataclasses.replace(config, temperature=0.06)) == [("temperature", wanted, 0.06)]
 
 
