@@ -138,8 +138,8 @@ def settings(stage: int, seed: int, max_steps: int | None, annotated: int = 0, g
     recipe = ROOT / "recipes" / "emoji" / f"clip4cir_{'zeroshot_' if generated else ''}stage{stage}.yaml"
     config = parse(TrainConfig, recipe, [])
     return replace(
-        config, seed=seed, max_annotated=annotated, generated=str(generated) if generated else None, selection="val",
-        eval_every=0, epochs=10_000, max_steps=min(STEPS[kind][stage - 1], max_steps or 10_000),
+        config, seed=seed, max_annotated=annotated, generated=str(generated) if generated else None,
+        holdout=None, eval_every=0, epochs=10_000, max_steps=min(STEPS[kind][stage - 1], max_steps or 10_000),
         batch_size=min(config.batch_size, annotated or config.batch_size),
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ from spn4cir.data_gen.deduplicate import deduplicate
 from spn4cir.data_gen.match_pairs import match_pairs
 from spn4cir.data_gen.steps import GenerateConfig, digest, first_process, is_done, mark_done, run_step
 from spn4cir.data_gen.texts import Rewriter, TokenCounter
-from spn4cir.data_gen.write_text import describe_drops, write_triplets
+from spn4cir.data_gen.write_text import describe_drops, list_texts, write_triplets
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
@@ -75,10 +75,17 @@ def sample_triplets(config: GenerateConfig, total: int) -> list[Row]:
     return [row for number, row in enumerate(rows) if number in chosen]
 
 
+def shown_text(row: Row) -> str:
+    """The text of a triplet, or all of them on one line."""
+    return " / ".join(part["modification"] for part in list_texts(row))
+
+
 def describe_origin(row: Row) -> str:
     """Say where a triplet's text and partner come from, in a few words."""
-    told = [row["template"] + (f" instead of {row['shortened']}, which was too long" if "shortened" in row else "")]
-    told += ["rewritten"] if "llm_caption" in row else []
+    long = " instead of {shortened}, which was too long"
+    names = [part["template"] + (long.format(**part) if "shortened" in part else "") for part in list_texts(row)]
+    told = [" or ".join(names)]
+    told += ["rewritten"] if any("llm_caption" in part for part in list_texts(row)) else []
     told += [f"rank {row['rank']}"] if row["rank"] is not None else []
     told += [f"similarity {row['similarity']:.2f}"] if row["similarity"] is not None else []
     return " · ".join(told)
@@ -93,7 +100,7 @@ def draw_sheet(title: str, shown: Sequence[draw.Shown]) -> Image.Image:
     canvas = Image.new("RGB", (2 * CELL + 3 * GAP, top + sum(tall) + GAP * (len(tall) + 1)), "white")
     x = GAP + round(draw.font(24).getlength(title)) + 2 * GAP
     draw.write_lines(canvas, (GAP, GAP), [title], 24)
-    if any(not draw.has_letters(text) for row, _, _ in shown for text in (row["modification"], *row["captions"])):
+    if any(not draw.has_letters(text) for row, _, _ in shown for text in (shown_text(row), *row["captions"])):
         lacking = "Boxes are letters that the font of this picture lacks: see sheet.html"
         draw.write_lines(canvas, (x, GAP + 10), [lacking], SMALL, draw.GREY)
     y = top
@@ -108,7 +115,7 @@ def draw_sheet(title: str, shown: Sequence[draw.Shown]) -> Image.Image:
 
 def _cell(row: Row, reference: Image.Image, target: Image.Image) -> Image.Image:
     captions = [draw.wrap(text, SMALL, SIDE, most=5) for text in row["captions"]]
-    text, told = draw.wrap(row["modification"], TEXT, MIDDLE), draw.wrap(describe_origin(row), SMALL, MIDDLE)
+    text, told = draw.wrap(shown_text(row), TEXT, MIDDLE), draw.wrap(describe_origin(row), SMALL, MIDDLE)
     height = SIDE + 4 + max(map(len, captions)) * draw.line_height(SMALL)
     middle = len(text) * draw.line_height(TEXT) + 6 + len(told) * draw.line_height(SMALL)
     canvas = Image.new("RGB", (CELL, max(height, middle) + 2 * PAD), "white")
@@ -135,7 +142,7 @@ def _cards(shown: Sequence[draw.Shown]) -> str:
         left = f"<div>{draw.image_tag(reference, row['reference'])}{captions[0]}</div>"
         right = f"<div>{draw.image_tag(target, row['target'])}{captions[1]}</div>"
         origin = f"<small>{html.escape(describe_origin(row))}</small>"
-        text = f'<div class="text">{html.escape(row["modification"])}{origin}</div>'
+        text = f'<div class="text">{html.escape(shown_text(row))}{origin}</div>'
         cards.append(f'<div class="card">{left}{text}{right}</div>')
     return '<div class="grid">\n' + "\n".join(cards) + "\n</div>"
 
@@ -174,7 +181,7 @@ def print_summary(config: GenerateConfig, dataset: Dataset) -> None:
     print("\nfor example:")
     step = max(1, summary["counts"]["triplets"] // 8)
     for row in islice(stream_jsonl(config.file("triplets.jsonl")), 0, 8 * step, step):
-        print(f"  {row['captions'][0]}  +  «{row['modification']}»  →  {row['captions'][1]}")
+        print(f"  {row['captions'][0]}  +  «{shown_text(row)}»  →  {row['captions'][1]}")
     files = [config.file(name) for name in ("triplets.json", "triplets.parquet", "sheet.html", "sheet.png")]
     print(f"\n{dataset.name}: " + ", ".join(str(path) for path in files if path.is_file()))
 

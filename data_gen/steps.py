@@ -62,6 +62,7 @@ class GenerateConfig:
         templates: how the text is made, one drawn for each pair: "difference", "instead", "unlike" or "target".
         min_shared: "difference" drops a pair whose captions share less than this part of what the target's caption
             tells; frequent words tell little.
+        all_templates: give each pair a text by every template, of which training draws one each time it sees the pair.
         rewriter: an LLM that rewrites the text: of transformers by name or folder, or on rewriter_endpoint; null: none.
         rewriter_endpoint: address of an OpenAI-compatible server that runs it.
         rewriter_prompt: a YAML file with instruction and examples; null takes the dataset's or the general one.
@@ -101,6 +102,7 @@ class GenerateConfig:
     caption_batch_size: int = 64
     templates: list[Template] = field(default_factory=lambda: ["difference"])
     min_shared: float = 0.4
+    all_templates: bool = False
     rewriter: str | None = None
     rewriter_endpoint: str | None = None
     rewriter_prompt: str | None = None

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ def _normal(text: str) -> str:
 
 
 class Texts:
-    """Rows with a text for each pair that has one to say, and the count of everything that was left out."""
+    """Rows with a text for each pair that has one to say, and the count of everything that was left out.
+
+    With ``all_templates`` a pair has a row for each of its texts, one after the other, which ``join_texts`` joins.
+    """
 
     def __init__(self, config: GenerateConfig, captions: Captions, count: TokenCounter):
         self.config, self.captions, self.count = config, captions, count
@@ -86,26 +90,26 @@ class Texts:
         stream = iter(pairs)
         while chunk := list(islice(stream, CHUNK)):
             self.pairs += len(chunk)
-            yield from self._guarded([row for pair in chunk if (row := self._row(pair))])
+            yield from self._guarded([row for pair in chunk for row in self._rows(pair)])
 
-    def _row(self, pair: Row) -> Row | None:
+    def _rows(self, pair: Row) -> list[Row]:
         names = pair["reference"], pair["target"]
         one, other = (self.captions.text.get(name) for name in names)
         if one is None or other is None:
             self.dropped["an image has no caption"] += 1
-            return None
+            return []
         draw = random.Random(f"{self.config.seed}/{names[0]}/{names[1]}")
-        template = draw.choice(self.config.templates)
-        text = compose_text(template, one, other, draw, self.captions.weigh, self.config.min_shared).strip()
+        templates = self.config.templates if self.config.all_templates else [draw.choice(self.config.templates)]
+        weigh, least = self.captions.weigh, self.config.min_shared
+        texts = {name: compose_text(name, one, other, draw, weigh, least).strip() for name in templates}
         if reason := self._reason(one, other):
             self.dropped[reason] += 1
-        elif not text:
-            self.dropped[f"{template} has nothing to say"] += 1
-        else:
-            kept = {key: pair.get(key) for key in ("reference", "target", "rank", "similarity")}
-            model = self.captions.model(names[1])
-            return {**kept, "modification": text, "template": template, "captions": [one, other], "model": model}
-        return None
+            return []
+        if not any(texts.values()):
+            self.dropped[f"{templates[0]} has nothing to say"] += 1
+        kept = {key: pair.get(key) for key in ("reference", "target", "rank", "similarity")}
+        rest = {"captions": [one, other], "model": self.captions.model(names[1])}
+        return [{**kept, "modification": text, "template": name, **rest} for name, text in texts.items() if text]
 
     def _reason(self, one: str, other: str) -> str | None:
         if one.lower() == other.lower():
@@ -126,11 +130,34 @@ class Texts:
                 row["modification"] = row["captions"][1].strip()
                 row["shortened"], row["template"] = row["template"], "target"
                 [row["tokens"]] = self.count([row["modification"]])
-            if row["tokens"] > limit or not row["modification"]:
+        for of_pair in self._by_pair(rows):
+            kept = [row for row in of_pair if row["tokens"] <= limit and row["modification"]]
+            if not kept:
                 self.dropped[f"too long: more than {limit} tokens"] += 1
-            else:
-                self.shortened += "shortened" in row
-                yield row
+            self.shortened += sum("shortened" in row for row in kept)
+            yield from kept
+
+    def _by_pair(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+        """The rows of each pair, of which there are several with ``all_templates`` alone."""
+        if self.config.all_templates:
+            return (list(group) for _, group in groupby(rows, itemgetter("reference", "target")))
+        return ([row] for row in rows)
+
+    def join_texts(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """One row for each pair: that of its first text, and under ``other_texts`` what is said of any further one."""
+        of_pair = ("reference", "target", "rank", "similarity", "captions", "model")
+        for group in self._by_pair(rows):
+            distinct: dict[str, Row] = {}
+            for row in group:
+                distinct.setdefault(row["modification"], row)
+            first, *others = distinct.values()
+            told = [{key: row[key] for key in row if key not in of_pair} for row in others]
+            yield {**first, "other_texts": told} if told else first
+
+
+def list_texts(row: Row) -> list[Row]:
+    """What a row says of each text of its pair: the text as ``modification``, its ``template`` and its ``tokens``."""
+    return [row, *row.get("other_texts", ())]
 
 
 @contextmanager
@@ -155,8 +182,8 @@ class TripletWriter:
         self._dataset, self._made_by = dataset, made_by
         self._path_of = lru_cache(1 << 18)(lambda image_id: str(dataset.image(image_id)))
         self._published = entry_writer(dataset, paths[1].parent)
-        self.count, self.words, self.tokens, self.rewritten = 0, 0, 0, 0
-        self.distinct, self.templates = set[int](), Counter[str]()  # hashes of texts; triplets of each template
+        self.count, self.texts, self.words, self.tokens, self.rewritten = 0, 0, 0, 0, 0
+        self.distinct, self.templates = set[int](), Counter[str]()  # hashes of texts; texts of each template
         self._group: list[Row] = []
         kinds = {"modifications": pa.list_(pa.string()), "rank": pa.int64(), "similarity": pa.float64()}
         self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in COLUMNS])
@@ -166,22 +193,29 @@ class TripletWriter:
     def add(self, row: Row) -> None:
         """Write one triplet."""
         self._rows.write(json.dumps({**row, "made_by": self._made_by}, ensure_ascii=False) + "\n")
-        triplet = Triplet(row["reference"], (row["target"],), (row["modification"],))
-        entry = self._published(triplet, tuple(row["captions"]))
-        entry |= {"llm_caption": row["llm_caption"]} if "llm_caption" in row else {}
+        parts = list_texts(row)
+        texts = tuple(part["modification"] for part in parts)
+        entry = self._published(Triplet(row["reference"], (row["target"],), texts), tuple(row["captions"]))
+        if any("llm_caption" in part for part in parts):  # which takes the place of all texts where it is read
+            entry["llm_caption"] = list(texts) if texts[1:] else texts[0]
         self._entries.write(("," if self.count else "[") + "\n" + json.dumps(entry, ensure_ascii=False, indent=0))
         self._group.append(self._record(row))
         if len(self._group) == GROUP:
             self._flush()
         self.count += 1
-        self.words += len(row["modification"].split())
-        self.tokens += row["tokens"]
-        self.rewritten += "llm_caption" in row
-        self.distinct.add(hash(row["modification"]))
-        self.templates[row["template"]] += 1
+        self.texts += len(parts)
+        for part in parts:
+            self.words += len(part["modification"].split())
+            self.tokens += part["tokens"]
+            self.rewritten += "llm_caption" in part
+            self.distinct.add(hash(part["modification"]))
+            self.templates[part["template"]] += 1
 
     def _record(self, row: Row) -> Row:
-        known = {**row, "modifications": [row["modification"]], "made_by": self._made_by}
+        parts = list_texts(row)
+        rewriter = next((part["rewriter"] for part in parts if "rewriter" in part), None)
+        known = {**row, "modifications": [part["modification"] for part in parts], "rewriter": rewriter}
+        known["made_by"] = self._made_by
         for role, caption in zip(("reference", "target"), row["captions"], strict=True):
             known |= {f"{role}_path": self._path_of(row[role]), f"{role}_caption": caption}
         return {name: known.get(name) for name in COLUMNS}
@@ -206,6 +240,7 @@ def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     processes, rewriter = Processes(), Rewriter.of(config)
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))
     settings = {name: getattr(config, name) for name in DECIDING} | ({"rewriter": rewriter.about} if rewriter else {})
+    settings |= {"all_templates": True} if config.all_templates else {}
     made_by = digest({"step": "write", "dataset": dataset.name, **settings}, pairs, captions)
     if skip_step("write", out, made_by):
         return
@@ -216,7 +251,7 @@ def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
         texts = Texts(config, known, count)
         rows = texts.of(tqdm(stream_jsonl(pairs), desc="write", unit="pair", leave=False))
         with open_triplet_files(config, dataset, made_by) as files:
-            for row in rewriter.apply(rows, count) if rewriter else rows:
+            for row in texts.join_texts(rewriter.apply(rows, count) if rewriter else rows):
                 files.add(row)
             if not files.count:
                 raise InputError(f"{pairs} gives no triplet: {describe_drops(texts.dropped) or 'there is no pair'}")
@@ -244,17 +279,18 @@ def write_summary(config: GenerateConfig, made: TripletWriter, texts: Texts, mad
         "captions": len(texts.captions.text),
         "captions_failed": count_lines(config.file("captions.failed.jsonl")),
         "triplets": made.count,
+        **({"texts": made.texts} if config.all_templates else {}),
         "distinct_texts": len(made.distinct),
         "too_long_so_target_caption_alone": texts.shortened,
     }
     if config.rewriter:
-        counts |= {"rewritten": made.rewritten, "not_rewritten": made.count - made.rewritten}
+        counts |= {"rewritten": made.rewritten, "not_rewritten": made.texts - made.rewritten}
     summary = {
         "counts": counts,
         "dropped": dict(_by_count(texts.dropped)),
         "templates": dict(sorted(made.templates.items())),
-        "mean_words": round(made.words / max(made.count, 1), 2),
-        "mean_tokens": round(made.tokens / max(made.count, 1), 2),
+        "mean_words": round(made.words / max(made.texts, 1), 2),
+        "mean_tokens": round(made.tokens / max(made.texts, 1), 2),
         "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_A_MACHINE},
         "made_by": made_by,
     }

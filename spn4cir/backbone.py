@@ -37,6 +37,8 @@ class Backbone(nn.Module, ABC):
     options: dict[str, Any]
     transform: Callable[[Image.Image], Tensor]
     tokenize: Callable[[Sequence[str]], Tokens]
+    temperature: float | None = None
+    """The temperature that its weights were trained with, as far as their checkpoint says."""
     chunk: int | None = None
     """Images, and texts, in one pass of a training step; None for all."""
 

@@ -65,7 +65,8 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> 
 def save_model(folder: Path, backbone: Backbone, about: dict[str, Any]) -> None:
     """Write a backbone so that ``load_model`` rebuilds it without any other file."""
     folder.mkdir(parents=True, exist_ok=True)
-    note = {"format": 1, "backbone": backbone.name, "options": backbone.options, **about}
+    held = {} if backbone.temperature is None else {"temperature": backbone.temperature}
+    note = {"format": 1, "backbone": backbone.name, "options": backbone.options, **held, **about}
     write_text(folder / "model.json", json.dumps(note, indent=1) + "\n")
     backbone.save_assets(folder)
     write_tensors(folder / "model.safetensors", backbone.state_dict(), note)
@@ -97,7 +98,8 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
     backbone = build_backbone(name, **{**saved, **own, **changes}, load_weights=False)
     if own:
         backbone.options["tokenizer"] = {**saved, **changes}.get("tokenizer")
-    state, _ = read_tensors(folder / "model.safetensors")
+    state, note = read_tensors(folder / "model.safetensors")
+    backbone.temperature = note.get("temperature")
     fresh = backbone.state_dict().keys() - state.keys() if changes else set()
     if fresh:  # what the saved options bring as well is missing
         fresh -= build_backbone(name, **{**saved, **own}, load_weights=False).state_dict().keys()

@@ -138,7 +138,8 @@ class TrainConfig:
         warmup_steps: linear warm-up before it.
         weight_decay: for matrices; vectors, biases and the temperature are exempt.
         adamw: the optimiser's further settings.
-        temperature: what scores are divided by.
+        temperature: what scores are divided by; null takes the value that the starting weights hold, such as imported
+            ones, or 0.07 where they hold none. The run's config.yaml states it as a number.
         learn_temperature: train it, from that value on, clamped to [0.005, 0.5].
         dropout: switch the model's dropout on while it trains; frozen parts never have it.
         mixed_precision: "no", "bf16" or "fp16".
@@ -179,7 +180,7 @@ class TrainConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.01
     adamw: AdamWConfig = dataclasses.field(default_factory=AdamWConfig)
-    temperature: float = 0.02
+    temperature: float | None = 0.02
     learn_temperature: bool = False
     dropout: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

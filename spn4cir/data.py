@@ -141,14 +141,18 @@ def _draws(triplets: Sequence[Triplet], by_target: bool) -> Numbers:
     return np.where(same, np.inf, [random.Random(f"holdout/{word}").random() for word in words])
 
 
-def hash_pixels(dataset: Dataset, image_ids: Iterable[str], say: Say, show: bool = True) -> dict[str, str]:
+def hash_pixels(
+    dataset: Dataset, image_ids: Iterable[str], say: Say, show: bool = True, own_mode: bool = False
+) -> dict[str, str]:
     """Image id → hash of its pixels, equal for equal ones; or for those that ``optimized_images.json`` says are equal.
 
     Each image is decoded, unless it was before and has not changed since: a broken one is found before training.
+    ``own_mode`` is that of ``inspect_images``.
     Raises ``InputError`` that names the first one that is missing or broken, and how to leave such images out.
     """
     images = {image_id: dataset.image(image_id) for image_id in image_ids}
-    found = inspect_images(images, checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl", show=show)
+    cache = checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl"
+    found = inspect_images(images, cache, show=show, own_mode=own_mode)
     broken = [image_id for image_id, image in found.items() if image.problem]
     if broken:
         first = found[broken[0]]

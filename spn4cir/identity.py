@@ -8,9 +8,10 @@ import json
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -44,7 +45,11 @@ class Inspected(NamedTuple):
 
 
 def inspect_images(
-    images: Mapping[str, ImageRef], cache: Path | None = None, workers: int | None = None, show: bool = True
+    images: Mapping[str, ImageRef],
+    cache: Path | None = None,
+    workers: int | None = None,
+    show: bool = True,
+    own_mode: bool = False,
 ) -> dict[str, Inspected]:
     """Decode every image once and hash its pixels; no broken image stops it.
 
@@ -58,14 +63,16 @@ def inspect_images(
         cache: JSONL file of images that were decoded before; those whose size and time are the same are not opened
             again. Several processes may share it. Where it cannot be read or written, all goes on without it.
         workers: threads (decoders and hashes run outside the interpreter's lock); by default one for each core.
+        own_mode: hash pictures as ``images.keep_mode`` gives them, instead of as RGB.
     """
+    read = partial(decode, own_mode=True) if own_mode else decode
     sources = list(dict.fromkeys(images.values()))
     found: dict[ImageRef, Inspected] = {}
     with (
-        _Cache(cache, sources) as kept,
+        _Cache(cache, sources, own_mode) as kept,
         tqdm(total=len(sources), desc="check images", unit="image", leave=False, disable=not show) as bar,
     ):
-        for block, results in _blocks(sources, kept.known, cpu_count() if workers is None else workers):
+        for block, results in _blocks(sources, kept.known, read, cpu_count() if workers is None else workers):
             for source, (inspected, stamp) in zip(block, results, strict=True):
                 found[source] = inspected
                 if stamp is not None:
@@ -130,11 +137,12 @@ def write_optimized(path: Path, canonical: Mapping[str, str], images: Mapping[st
     write_text(path, json.dumps([list(number), [Path(str(images[name])).as_posix() for name in number], classes]))
 
 
+Read: TypeAlias = Callable[[ImageRef], Image.Image]
 Looked: TypeAlias = "tuple[Inspected, Stamp | None]"  # a result, and the stamp to remember it under, if it is to be
 
 
 def _blocks(
-    images: Sequence[ImageRef], known: Mapping[str, tuple[Stamp, str]], workers: int
+    images: Sequence[ImageRef], known: Mapping[str, tuple[Stamp, str]], read: Read, workers: int
 ) -> Iterator[tuple[Sequence[ImageRef], list[Looked]]]:
     """Blocks of images with their results, in order, a bounded number of them under way."""
     Image.init()  # PIL loads its plugins at the first file that needs one, and threads beside may miss them
@@ -144,7 +152,8 @@ def _blocks(
         waiting: deque[tuple[Sequence[ImageRef], Future[list[Looked]]]] = deque()
         while True:
             for block in islice(todo, AHEAD * workers - len(waiting)):
-                waiting.append((block, pool.submit(lambda part: [_look(image, known) for image in part], block)))
+                looked = pool.submit(lambda part: [_look(image, known, read) for image in part], block)
+                waiting.append((block, looked))
             if not waiting:
                 return
             block, future = waiting.popleft()
@@ -153,11 +162,11 @@ def _blocks(
         pool.shutdown(cancel_futures=True)
 
 
-def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]]) -> Looked:
+def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]], read: Read) -> Looked:
     stamp = image_stamp(image)
     if stamp is not None and (before := known.get(_key(image))) and before[0] == stamp:
         return Inspected(before[1]), None
-    inspected = _inspect(image)
+    inspected = _inspect(image, read)
     unchanged = stamp is not None and not inspected.problem and image_stamp(image) == stamp
     return inspected, stamp if unchanged else None
 
@@ -182,11 +191,11 @@ def image_stamp(image: ImageRef) -> Stamp | None:
     return (told.st_size, told.st_mtime_ns) if stat.S_ISREG(told.st_mode) else None
 
 
-def _inspect(image: ImageRef) -> Inspected:
+def _inspect(image: ImageRef, read: Read) -> Inspected:
     try:
         if image.path and not image.path.is_file() and image.path.exists():  # a pipe would wait for ever
             return Inspected("", "unreadable", "not a regular file")
-        return Inspected(pixel_hash(decode(image)))
+        return Inspected(pixel_hash(read(image)))
     except (FileNotFoundError, NotADirectoryError) as error:
         return Inspected("", "missing", _line(error))
     except Exception as error:  # foreign data in a dozen decoders: whatever one of them raises is said of this file
@@ -214,7 +223,8 @@ def _ends_early(image: ImageRef, said: str) -> bool:
 class _Cache:
     """Hashes that are known from before, and a file to which new ones are added a line at a time."""
 
-    def __init__(self, file: Path | None, images: Sequence[ImageRef]):
+    def __init__(self, file: Path | None, images: Sequence[ImageRef], own_mode: bool = False):
+        self._made_by = f"{MADE_BY}, own mode" if own_mode else MADE_BY  # both kinds of hashes share a file
         self.known: dict[str, tuple[Stamp, str]] = {}
         self._descriptor: int | None = None
         if file is None:
@@ -223,7 +233,7 @@ class _Cache:
         with suppress(OSError):  # a cache only saves time
             with suppress(FileNotFoundError), file.open("rb") as lines:
                 for line in lines:
-                    row = _cache_row(line)
+                    row = _cache_row(line, self._made_by)
                     if row is not None and row[0] in wanted:
                         self.known[row[0]] = row[1:]  # the last line of an image wins
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +243,7 @@ class _Cache:
 
     def add(self, image: ImageRef, stamp: Stamp, pixels: str) -> None:
         """Remember an image, by one write so that lines of several processes do not mix."""
-        row = {"path": _key(image), "size": stamp[0], "mtime_ns": stamp[1], "pixels": pixels, "by": MADE_BY}
+        row = {"path": _key(image), "size": stamp[0], "mtime_ns": stamp[1], "pixels": pixels, "by": self._made_by}
         self._write(json.dumps(row).encode() + b"\n")
 
     def _write(self, line: bytes) -> None:
@@ -255,12 +265,12 @@ class _Cache:
         self._close()
 
 
-def _cache_row(line: bytes) -> tuple[str, Stamp, str] | None:
-    """Path, stamp and hash of one line; None if it is torn, damaged or from another version."""
+def _cache_row(line: bytes, made_by: str) -> tuple[str, Stamp, str] | None:
+    """Path, stamp and hash of one line; None if it is torn, damaged, from another version or of the other kind."""
     try:
         row = json.loads(line)
         path, size, time, pixels, by = (row[name] for name in ("path", "size", "mtime_ns", "pixels", "by"))
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
     whole = type(path) is str and type(size) is int and type(time) is int and type(pixels) is str and len(pixels) == 64
-    return (path, (size, time), pixels) if whole and by == MADE_BY and line.endswith(b"\n") else None
+    return (path, (size, time), pixels) if whole and by == made_by and line.endswith(b"\n") else None

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -16,6 +17,8 @@ from spn4cir.errors import InputError
 from spn4cir.types import ImageRef
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+OWN_MODES = ("1", "P", "RGBA", "LA", "CMYK")
+"""Modes that ``RgbLastTransform`` resizes as they are. In others, such as grey, converting first changes no pixel."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,11 @@ class StoredBytes:
         return self.read(self.column, self.row)
 
 
-def decode(image: ImageRef | Path) -> Image.Image:
-    """Decode an image as RGB, cropped to its box; transparent parts become white. Raises whatever the decoder does."""
+def decode(image: ImageRef | Path, own_mode: bool = False) -> Image.Image:
+    """Decode an image and crop it to its box. Raises whatever the decoder does.
+
+    ``own_mode`` converts as ``keep_mode`` does, else ``to_rgb``.
+    """
     source, box, _ = image if isinstance(image, ImageRef) else ImageRef(image)
     file = source if isinstance(source, Path) else io.BytesIO(source())
     try:
@@ -50,7 +56,7 @@ def decode(image: ImageRef | Path) -> Image.Image:
     with opened as picture:
         if picture.format in ("EPS", "IPTC"):
             raise OSError("PostScript, or what may hold it, is a program and no picture")  # a decoder would run it
-        whole = to_rgb(picture)
+        whole = keep_mode(picture) if own_mode else to_rgb(picture)
         if box is None:
             return whole
         if box[2] > whole.width or box[3] > whole.height:
@@ -66,10 +72,17 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def open_image(image: ImageRef | Path) -> Image.Image:
+def keep_mode(picture: Image.Image) -> Image.Image:
+    """A copy of a picture whose mode is one of ``OWN_MODES``, of any other as RGB; a transparent colour is ignored."""
+    copied = picture.copy() if picture.mode in OWN_MODES else picture.convert("RGB")
+    copied.info.pop("transparency", None)  # converting a palette later would warn of it
+    return copied
+
+
+def open_image(image: ImageRef | Path, own_mode: bool = False) -> Image.Image:
     """Decode an image as ``decode`` does. Raises ``InputError`` if the file is missing or does not decode."""
     try:
-        return decode(image)
+        return decode(image, own_mode)
     except FileNotFoundError:
         raise InputError(f"image {image} is missing") from None
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
@@ -77,14 +90,17 @@ def open_image(image: ImageRef | Path) -> Image.Image:
 
 
 def pixel_hash(picture: Image.Image) -> str:
-    """Hash of size and pixels: equal exactly for images that look the same to a model."""
-    digest = hashlib.sha256(f"{picture.size}".encode())
+    """Hash of size and pixels, and of mode and palette if it is not RGB: equal hashes look the same to a model."""
+    kind = "" if picture.mode == "RGB" else f"{picture.mode} {picture.getpalette()}"
+    digest = hashlib.sha256(f"{picture.size}{kind}".encode())
     digest.update(picture.tobytes())
     return digest.hexdigest()
 
 
 def target_pad(picture: Image.Image, ratio: float = 1.25) -> Image.Image:
-    """Pad an elongated image with black until its longer side is at most ``ratio`` times the shorter one.
+    """Pad an elongated image with zeros until its longer side is at most ``ratio`` times the shorter one.
+
+    Zeros are black in RGB, transparent in RGBA and LA, white in CMYK, and the first colour of a palette.
 
     Source: Baldrati et al., "Effective conditioned and composed image retrieval", CVPR 2022.
     """
@@ -93,8 +109,7 @@ def target_pad(picture: Image.Image, ratio: float = 1.25) -> Image.Image:
         return picture
     side = max(w, h) / ratio
     across, down = max(int((side - w) / 2), 0), max(int((side - h) / 2), 0)
-    padded = Image.new("RGB", (w + 2 * across, h + 2 * down))
-    padded.paste(picture, (across, down))
+    padded: Image.Image = TF.pad(picture, [across, down, across, down])
     return padded
 
 
@@ -106,15 +121,30 @@ class Transform:
     pad_ratio: float | None = 1.25
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    own_mode: ClassVar[bool] = False  # whether it takes pictures as ``keep_mode`` gives them, instead of RGB
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """RGB image → (3, size, size)."""
         if self.pad_ratio is not None:
             picture = target_pad(picture, self.pad_ratio)
         resized = TF.resize(picture, [self.size], InterpolationMode.BICUBIC)
-        pixels = TF.to_tensor(TF.center_crop(resized, [self.size, self.size]))
-        normalised: Tensor = TF.normalize(pixels, list(self.mean), list(self.std))
+        cropped = TF.center_crop(resized, [self.size, self.size])
+        normalised: Tensor = TF.normalize(TF.to_tensor(cropped.convert("RGB")), list(self.mean), list(self.std))
         return normalised
+
+
+class RgbLastTransform(Transform):
+    """The same steps in the picture's own mode, converted to RGB after the crop, as the published code does.
+
+    What is transparent then shows the colour that it hides, and palettes are resized by the nearest neighbour.
+    """
+
+    own_mode = True
+
+
+def takes_own_mode(transform: Callable[[Image.Image], Tensor]) -> bool:
+    """Whether a transform takes pictures as ``keep_mode`` gives them; any other takes RGB."""
+    return isinstance(transform, Transform) and transform.own_mode
 
 
 class ImageSource:
@@ -128,11 +158,12 @@ class ImageSource:
 
     def __call__(self, image_id: str) -> Tensor:
         """(3, H, W). Raises ``InputError`` naming the file if it is missing or does not decode."""
-        if self._kept is None:
-            return self.transform(open_image(self.image(image_id)))
-        if image_id not in self._kept:
-            self._kept[image_id] = self.transform(open_image(self.image(image_id)))
-        return self._kept[image_id]
+        if self._kept is not None and image_id in self._kept:
+            return self._kept[image_id]
+        pixels = self.transform(open_image(self.image(image_id), takes_own_mode(self.transform)))
+        if self._kept is not None:
+            self._kept[image_id] = pixels
+        return pixels
 
     def stack(self, image_ids: Sequence[str]) -> Tensor:
         """(B, 3, H, W)."""

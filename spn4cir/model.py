@@ -18,7 +18,7 @@ from spn4cir.checkpoints import load_model, read_model
 from spn4cir.config import TrainConfig
 from spn4cir.distributed import own_device
 from spn4cir.errors import InputError
-from spn4cir.images import open_image, to_rgb
+from spn4cir.images import keep_mode, open_image, takes_own_mode, to_rgb
 from spn4cir.types import ImageFeatures, ImageRef
 
 Picture: TypeAlias = str | Path | Image.Image | ImageRef
@@ -121,7 +121,9 @@ class Model:
         return k, e
 
     def _features(self, images: Sequence[Picture]) -> ImageFeatures:
-        return self.features(torch.stack([self.backbone.transform(open_picture(image)) for image in images]))
+        transform = self.backbone.transform
+        own_mode = takes_own_mode(transform)
+        return self.features(torch.stack([transform(open_picture(image, own_mode)) for image in images]))
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> ImageFeatures:
@@ -195,13 +197,13 @@ def _download(name: str) -> Path:
     return folder
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """Decode a picture as RGB. Raises ``InputError`` if the file is missing or does not decode."""
+def open_picture(picture: Picture, own_mode: bool = False) -> Image.Image:
+    """Decode a picture as RGB, or as ``keep_mode`` does. Raises ``InputError`` if it is missing or does not decode."""
     if isinstance(picture, Image.Image):
-        return to_rgb(picture)
+        return keep_mode(picture) if own_mode else to_rgb(picture)
     if not isinstance(picture, str | Path | ImageRef):
         raise InputError(f"an image is a file or a decoded picture, got {type(picture).__name__}")
-    return open_image(picture if isinstance(picture, ImageRef) else Path(picture))
+    return open_image(picture if isinstance(picture, ImageRef) else Path(picture), own_mode)
 
 
 def _checked(vectors: Tensor, name: str) -> Tensor:

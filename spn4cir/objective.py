@@ -18,8 +18,15 @@ from spn4cir.losses import Shard, info_nce, masked_share, row_pairs
 from spn4cir.types import Composed, ImageFeatures
 
 TEMPERATURE_BOUNDS = (0.005, 0.5)
+INITIAL_TEMPERATURE = 0.07
+"""Where BLIP4CIR and SPRC start if the weights that they start from hold no temperature."""
 PARTS = {"text": (0, 1), "reference": (1, 0)}
 """Which part of a sum is kept, and which is swapped, to form negatives by text or by reference."""
+
+
+def initial_temperature(backbone: Backbone) -> float:
+    """The temperature that ``temperature: null`` stands for: that of the starting weights, else the published one."""
+    return INITIAL_TEMPERATURE if backbone.temperature is None else backbone.temperature
 
 
 class Candidates(nn.Module, ABC):
@@ -92,7 +99,7 @@ class Objective(nn.Module):
 
     Args:
         backbone: with its image side frozen if the candidates are a bank.
-        temperature: divisor of the scores.
+        temperature: divisor of the scores; None for ``initial_temperature``.
         learn_temperature: whether it is trained, from that value on.
         candidates: a bank or class centres; None for the targets of the batch.
         types: which element of the triplet is replaced to form negatives, for candidates of the batch: ``target``,
@@ -105,7 +112,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        temperature: float,
+        temperature: float | None,
         learn_temperature: bool = False,
         candidates: Candidates | None = None,
         types: Sequence[str] = ("target",),
@@ -114,6 +121,7 @@ class Objective(nn.Module):
         super().__init__()
         if isinstance(candidates, BankCandidates) and not backbone.is_frozen:
             raise ValueError("a bank needs a frozen image side: call freeze_image_side() first")
+        temperature = initial_temperature(backbone) if temperature is None else temperature
         low, high = TEMPERATURE_BOUNDS
         if learn_temperature and not low <= temperature <= high:
             raise InputError(f"a learned temperature begins between {low} and {high}, got {temperature}")

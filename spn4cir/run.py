@@ -228,6 +228,8 @@ def changes(before: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any,
     found = []
     for name, now in dataclasses.asdict(config).items():
         then = before.get(name, known[name])
+        if name == "temperature" and now is None:
+            continue  # the saved number is what null stood for
         if name in GROUPS:
             inner = {key: then.get(key, value) for key, value in known[name].items()}
             found += [(f"{name}.{key}", inner[key], value) for key, value in now.items() if inner[key] != value]

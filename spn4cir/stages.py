@@ -21,8 +21,8 @@ from spn4cir.config import ComputeConfig, TrainConfig, training_command
 from spn4cir.data import Say, TrainingData, hash_pixels
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
-from spn4cir.images import ImageSource
-from spn4cir.objective import BankCandidates, Objective
+from spn4cir.images import ImageSource, takes_own_mode
+from spn4cir.objective import BankCandidates, Objective, initial_temperature
 from spn4cir.results import Result
 from spn4cir.run import Run, options_of
 
@@ -133,7 +133,8 @@ def _open_images(
     images = ImageSource(data.dataset.image, backbone.transform, config.keep_pixels)
     ids = [*data.candidate_images(config), *data.selection.image_ids, *data.reported.image_ids]
     with run.accelerator.main_process_first():  # the others find in the cache what the first has decoded
-        return images, hash_pixels(data.dataset, ids, run.say, show=run.main)
+        own_mode = takes_own_mode(backbone.transform)
+        return images, hash_pixels(data.dataset, ids, run.say, show=run.main, own_mode=own_mode)
 
 
 def _sampler(config: TrainConfig, run: Run, data: TrainingData) -> TripletSampler:
@@ -179,6 +180,14 @@ def frozen_features(config: TrainConfig, backbone: Backbone, images: ImageSource
     parts = banks.stored_parts(config.bank.dtype, config.bank.references == "stored")
     root = checkpoints.runs_root() / "banks"
     return banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, parts)
+
+
+def resolve_temperature(config: TrainConfig, backbone: Backbone, say: Say = print) -> None:
+    """Put a number in the place of ``temperature: null``, and say where it is from."""
+    if config.temperature is None:
+        config.temperature = initial_temperature(backbone)
+        source = "published start: the weights hold none" if backbone.temperature is None else "of the starting weights"
+        say(f"temperature {config.temperature:.6g}, {source}")
 
 
 def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone:

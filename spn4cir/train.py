@@ -27,7 +27,7 @@ from spn4cir.objective import Objective
 from spn4cir.results import primary_names, selection_score
 from spn4cir.run import Run
 from spn4cir.schedules import SCHEDULES
-from spn4cir.stages import CHECKS, STAGES, Training, load_backbone, parameter_groups
+from spn4cir.stages import CHECKS, STAGES, Training, load_backbone, parameter_groups, resolve_temperature
 
 
 def train(config: TrainConfig, stage: Any) -> Path:
@@ -51,6 +51,7 @@ def train(config: TrainConfig, stage: Any) -> Path:
     run = Run.open(config, stage, start(config))
     data = load_data(config, run.say)
     backbone = load_backbone(config, stage, run.say).to(run.accelerator.device)
+    resolve_temperature(config, backbone, run.say)
     training = STAGES[stage](config, run, data, backbone)
     with run:
         state = fit(training, config, run, config.select_by or primary_names(data.selection))
@@ -116,6 +117,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
                 result = training.evaluate()
                 row |= result.metrics
                 score = selection_score(result.metrics, select_by)
+                objective.backbone.temperature = objective.temperature.item()
                 run.keep_best(objective.backbone, result.as_json(), score, state)
                 is_last = is_last or not run.is_patient(state)
             if run.main:

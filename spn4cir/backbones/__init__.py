@@ -11,6 +11,7 @@ from spn4cir.backbones.shared_weights import READS_WEIGHTS
 from spn4cir.backbones.sprc import SPRC
 from spn4cir.backbones.tgcir import TGCIR
 from spn4cir.errors import InputError
+from spn4cir.images import RgbLastTransform, Transform
 
 BACKBONES: dict[str, type[Backbone]] = {"clip4cir": CLIP4CIR, "tgcir": TGCIR, "blip4cir": BLIP4CIR, "sprc": SPRC}
 
@@ -24,20 +25,26 @@ def check_backbone(name: str) -> None:
         raise InputError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
 
 
-def build_backbone(name: str, load_weights: bool = True, separated: bool = False, **options: Any) -> Backbone:
+def build_backbone(
+    name: str, load_weights: bool = True, separated: bool = False, rgb_last: bool = False, **options: Any
+) -> Backbone:
     """Build a backbone by name, with its own options. Raises ``InputError`` for an unknown name or option.
 
     Args:
         name: one of ``BACKBONES``.
         load_weights: False builds the architecture alone, for a checkpoint to fill.
         separated: the text side has copies of what it shared with the image side, as in stage 2.
+        rgb_last: an option of all backbones: pictures that are not RGB are padded and resized in their own mode and
+            converted last, as the published code does; else transparent parts become white, and all is RGB, first.
         options: arguments of its constructor.
     """
     check_backbone(name)
+    if not isinstance(rgb_last, bool):
+        raise InputError(f"option rgb_last of backbone {name} cannot be {rgb_last!r}")
     known = get_type_hints(BACKBONES[name].__init__)
     for option, value in options.items():
         if option not in known:
-            parameters = ", ".join(inspect.signature(BACKBONES[name]).parameters)
+            parameters = ", ".join([*inspect.signature(BACKBONES[name]).parameters, "rgb_last"])
             raise InputError(f"backbone {name} has no option {option!r}; known: {parameters}")
         if not _is_a(value, known[option]):
             raise InputError(f"option {option} of backbone {name} cannot be {value!r}")
@@ -46,6 +53,11 @@ def build_backbone(name: str, load_weights: bool = True, separated: bool = False
         backbone = BACKBONES[name](**options)
     finally:
         READS_WEIGHTS.reset(before)
+    if rgb_last:
+        if not isinstance(backbone.transform, Transform):
+            raise InputError(f"backbone {name} has a transform of its own, for which rgb_last says nothing")
+        backbone.transform = RgbLastTransform(**vars(backbone.transform))
+        backbone.options["rgb_last"] = True
     if separated:
         backbone.untie_text_side()
     return backbone

@@ -33,7 +33,11 @@ class FashionIQ(Dataset):
     """
 
     name = "fashioniq"
-    protocols: ClassVar = {"val": ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")}
+    protocols: ClassVar = {
+        "val": (
+            "fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union", "fashioniq/val-union-ref",
+        ),
+    }  # fmt: skip
 
     def __init__(self, root: str | None = None):
         inside = (("captions", "image_splits"), ("images", "resized_image"))
@@ -75,25 +79,26 @@ class FashionIQ(Dataset):
     def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """One gallery per category; metrics are means over the three."""
         chosen = self.choose_protocol(split, protocol)
+        is_union = chosen.startswith("fashioniq/val-union")
+        exclude_reference = chosen in ("fashioniq/original-noref", "fashioniq/val-union")
         queries: list[Query] = []
         images: dict[str, None] = {}
         for category in CATEGORIES:
-            if chosen.endswith("/val-union"):
+            if is_union:
                 rows = self._rows(category, split)
                 gallery = tuple(dict.fromkeys(i for row in rows for i in row[:2]))
             else:
                 gallery = tuple(self._listed(category, split))
                 rows = self._rows(category, split, set(gallery))
             same = [number for number, row in enumerate(rows) if row[0] == row[1]]
-            if same and not chosen.endswith("/original"):
+            if same and exclude_reference:
                 where = f"{self._captions(category, split)}, entry {same[0]}, field 'target'"
                 raise InputError(f"{where}: is the reference, which {chosen} does not rank")
             images |= dict.fromkeys(gallery)
             # the text is "c0 and c1" even where one of them is empty, as in published evaluations
             queries += [Query(row[0], " and ".join(row[2]), (row[1],), (category,), gallery) for row in rows]
         measures = recall_measures(10, 50, primary=(10, 50), over="candidates")
-        is_original = chosen.endswith("/original")
-        return Benchmark(chosen, tuple(images), tuple(queries), not is_original, measures, macro=CATEGORIES)
+        return Benchmark(chosen, tuple(images), tuple(queries), exclude_reference, measures, macro=CATEGORIES)
 
     def notes(self) -> list[str]:
         """How many training triplets have no caption at all; nothing where there are no training triplets."""

@@ -52,6 +52,7 @@ def read_generated(
     Args:
         path: JSON list; each entry has ``candidate``, ``target``, ``captions``, or ``reference``, ``target_hard``,
             ``caption``, or ``reference_name``, ``target_name``, ``captions``: one text, or a list to draw from.
+            ``llm_caption``, the text of a rewriter, takes the place of these texts, as it does in published training.
         known, skipped: image ids that may occur, and those whose triplets are left out.
         other: takes an image that is not known; None for an error.
     """
@@ -86,9 +87,14 @@ def _triplet(entry: Entry, allowed: frozenset[str], other: AddImage | None) -> T
                 raise entry.error(key, f"{image_id[:60]!r} is no training image")
             other(entry, key.removesuffix("_name"), image_id)
         ids.append(image_id)
-    is_text = isinstance(entry.get(shape[2], object, "a text"), str)
-    texts = [entry.text(shape[2])] if is_text else entry.texts(shape[2])
-    return Triplet(ids[0], (ids[1],), tuple(text for text in texts if text.strip()), generated=True)
+    texts = (_texts(entry, "llm_caption") if "llm_caption" in entry else ()) or _texts(entry, shape[2])
+    return Triplet(ids[0], (ids[1],), texts, generated=True)
+
+
+def _texts(entry: Entry, key: str) -> tuple[str, ...]:
+    """A field's text, or those of its list, that say something."""
+    is_text = isinstance(entry.get(key, object, "a text"), str)
+    return tuple(text for text in ([entry.text(key)] if is_text else entry.texts(key)) if text.strip())
 
 
 class _Others:

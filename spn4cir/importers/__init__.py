@@ -101,6 +101,7 @@ def import_published(
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     backbone = build_backbone(name, **published.options, load_weights=False)
+    backbone.temperature = published.temperature
     print("\n".join([f"{path}: {published.container}", *account(backbone, published)]), flush=True)
     load_strictly(backbone, published.state, path)
     _write(output, backbone, {"imported_from": path.name, "sha256": hash_files(path), "container": published.container})

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from spn4cir.backbones.blip4cir import EMBEDDED, VISION, complete_config, load_config
 from spn4cir.errors import InputError
-from spn4cir.importers.published import Published, find_state_dict, read_text_config, recognising
+from spn4cir.importers.published import (
+    Published,
+    find_state_dict,
+    read_temperature,
+    read_text_config,
+    recognising,
+)
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower, resize_positions
 
 
@@ -25,7 +31,8 @@ def convert_blip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     prefix = "blip." if key == "state_dict" else ""
     if not any(name.startswith(prefix + TOWER) for name in state):
         raise InputError(f"no name in {key} begins with {prefix}{TOWER}, as BLIP's do")
-    reasons = {name: _reason(name.removeprefix(prefix), value, is_blip) for name, value in state.items()}
+    temperature, told_of_it = read_temperature(state, "tau", f"{prefix}temp")
+    reasons = {name: told_of_it.get(name) or _reason(name.removeprefix(prefix), is_blip) for name in state}
     ignored |= {name: reason for name, reason in reasons.items() if reason}
     named = {name.removeprefix(prefix): value for name, value in state.items() if not reasons[name]}
     vision = rename_vision_tower(named)
@@ -39,13 +46,11 @@ def convert_blip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     ours = {f"blip.vision_model.{name}": value for name, value in vision.items()}
     ours |= {f"blip.{name}": value for name, value in rest.items()}
     stated = {"model": model, "config": config, "tokenizer": options.get("tokenizer")}
-    return Published(stated, ours, ignored, container)
+    return Published(stated | {"rgb_last": True}, ours, ignored, container, temperature=temperature)
 
 
-def _reason(name: str, value: Any, is_blip: bool) -> str:
+def _reason(name: str, is_blip: bool) -> str:
     """Why a name of a published file is not needed; empty if it is. ``is_blip``: the file is BLIP's own."""
-    if name in ("temp", "tau") and isinstance(value, Tensor) and value.numel() == 1:
-        return f"learned temperature {float(value):.4f}, which is the recipe's to state"
     if name == "text_encoder.embeddings.position_ids":
         return "a buffer of old library versions"
     if not is_blip:

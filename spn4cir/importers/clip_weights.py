@@ -18,10 +18,11 @@ def convert_clip_weights(content: Mapping[str, Any], options: Mapping[str, Any])
         if options.get("model"):
             raise InputError("it holds the Combiner alone, and its CLIP is that of --base: leave out --model")
         named = {f"combiner.{name}": value for name, value in state.items()}
-        return Published({"fusion": "combiner"}, named, ignored, "Combiner, the original's names", lacks="CLIP")
+        stated = {"fusion": "combiner", "rgb_last": True}
+        return Published(stated, named, ignored, "Combiner, the original's names", lacks="CLIP")
     container = "state_dict, prefix clip."
     if key == "CLIP":
         container, state = "CLIP, OpenAI's names", {f"clip.{name}": value for name, value in state.items()}
     ignored |= drop_jit_numbers(state, "clip.")
     model = name_clip_model(options.get("model"), state)
-    return Published({"model": model, "pretrained": None}, state, ignored, container)
+    return Published({"model": model, "pretrained": None, "rgb_last": True}, state, ignored, container)

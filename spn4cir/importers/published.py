@@ -20,6 +20,7 @@ class Published(NamedTuple):
     ignored: dict[str, str]  # why each other name of the file is not needed
     container: str  # what kind of file it is, in a few words
     lacks: str = ""  # the part that another file holds; empty for a whole model
+    temperature: float | None = None  # that its training learned, if the file holds one
 
 
 def find_state_dict(
@@ -72,6 +73,20 @@ def read_text_config(state: Mapping[str, Tensor], prefix: str) -> dict[str, int]
         "intermediate_size": state[f"{layers}0.intermediate.dense.weight"].shape[0],
         "max_position_embeddings": state[f"{prefix}embeddings.position_embeddings.weight"].shape[0],
     }
+
+
+def read_temperature(state: Mapping[str, Any], *names: str) -> tuple[float | None, dict[str, str]]:
+    """The learned temperature under the first of these names that the file has, and a reason to ignore each of them.
+
+    Raises ``InputError`` if it is not above 0.
+    """
+    held = {name: value for name in names if isinstance(value := state.get(name), Tensor) and value.numel() == 1}
+    found = {name: float(value) for name, value in held.items()}
+    first = next(iter(found), "")
+    if first and not 0 < found[first] < float("inf"):
+        raise InputError(f"{first}, the temperature, is {found[first]}, no number above 0")
+    told = {name: f"learned temperature {number:.4g}, which the checkpoint notes" for name, number in found.items()}
+    return found.get(first), told | {name: "temperature of an earlier stage" for name in found if name != first}
 
 
 # content of a published file, and the options that the user states → the checkpoint in our names; options that are not

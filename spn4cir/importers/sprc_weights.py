@@ -8,7 +8,13 @@ from torch import Tensor
 
 from spn4cir.backbones.shared_blip import BERT
 from spn4cir.errors import InputError
-from spn4cir.importers.published import Published, find_state_dict, read_text_config, recognising
+from spn4cir.importers.published import (
+    Published,
+    find_state_dict,
+    read_temperature,
+    read_text_config,
+    recognising,
+)
 from spn4cir.importers.vision_tower import TOWER, recognise_vision_tower, rename_vision_tower
 
 GIANT = 1408  # width of ViT-g, whose 16 heads are 88 wide
@@ -39,20 +45,19 @@ def convert_sprc_weights(content: Mapping[str, Any], options: Mapping[str, Any])
     key, state, ignored = find_state_dict(content, "Blip2QformerCirAlignPrompt", "state_dict", prefix="blip_model.")
     prefix = "blip_model." if key == "state_dict" else ""
     ours = {name: value for name, value in state.items() if name.startswith(prefix)}
-    reasons = {name: _reason(name.removeprefix(prefix), value) for name, value in ours.items()}
+    temperature, told_of_it = read_temperature(state, f"{prefix}temp")
+    reasons = {name: told_of_it.get(name) or _reason(name.removeprefix(prefix)) for name in ours}
     ignored |= {name: reason for name, reason in reasons.items() if reason}
     own = {name.removeprefix(prefix): value for name, value in ours.items() if not reasons[name]}
     strange = {name: value for name, value in state.items() if name not in ours}
     stated = {"tokenizer": BERT, **{key: value for key, value in options.items() if key != "model"}}
     separated = any(name.startswith("Qformer_query.") for name in own)
-    found = {"model": None, "config": _recognise(own), **stated, "separated": separated}
+    found = {"model": None, "config": _recognise(own), "rgb_last": True, **stated, "separated": separated}
     container = f"{key}, stage {2 if separated else 1}" + (f", prefix {prefix}" if prefix else "")
-    return Published(found, _rename(own) | strange, ignored, container)
+    return Published(found, _rename(own) | strange, ignored, container, temperature=temperature)
 
 
-def _reason(name: str, value: Any) -> str | None:
-    if name == "temp" and isinstance(value, Tensor) and value.numel() == 1:
-        return f"learned temperature {float(value):.4g}, which is the recipe's to state"
+def _reason(name: str) -> str | None:
     return next((reason for pattern, reason in IGNORED if re.match(pattern, name)), None)
 
 

@@ -25,12 +25,14 @@ def convert_tgcir_weights(content: Mapping[str, Any], options: Mapping[str, Any]
     Raises ``InputError`` if it is neither, or if no ``model`` is stated and no model of OpenAI has these shapes.
     """
     _, published, ignored = find_state_dict(content, "state_dict", prefix="backbone.")
+    temperature = None
     if "loss_T" in published:
         scale = published.pop("loss_T")
         number = float(scale) if isinstance(scale, Tensor) and scale.numel() == 1 else float("nan")
         if not 0 < number < float("inf"):
             raise InputError("loss_T, the scale of the logits, is no number above 0")
-        ignored["loss_T"] = f"learned scale {number:.4g} of the logits: temperature {1 / number:.4g} in the recipe"
+        temperature = 1 / number
+        ignored["loss_T"] = f"learned scale {number:.4g} of the logits: temperature {temperature:.4g} in the recipe"
     ignored |= drop_jit_numbers(published, "backbone.clip.") | _drop_alias(published)
     separated = any(name.startswith(("backbone.tokenlearn_text.", "backbone.masks_text.")) for name in published)
     state = _join_learner(published, "backbone.tokenlearn.", "learner")
@@ -39,7 +41,8 @@ def convert_tgcir_weights(content: Mapping[str, Any], options: Mapping[str, Any]
     state |= {_rename(name): value for name, value in published.items()}
     model = name_clip_model(options.get("model"), state)
     container = f"state_dict, TG-CIR's names, {'stage 2: text with twins' if separated else 'stage 1'}"
-    return Published({"model": model, "pretrained": None, "separated": separated}, state, ignored, container)
+    stated = {"model": model, "pretrained": None, "rgb_last": True, "separated": separated}
+    return Published(stated, state, ignored, container, temperature=temperature)
 
 
 def _drop_alias(published: dict[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spn4cir.errors import InputError
 from spn4cir.files import short
+from spn4cir.images import takes_own_mode
 from spn4cir.model import Model, Picture, open_picture
 from spn4cir.selection import (
     Condition,
@@ -262,16 +263,16 @@ class SearchableIndex(ABC):
         return image if isinstance(image, str) and self.find_image(image) is not None else None
 
     def _open(self, image: ImageQuery) -> Image.Image:
-        image_id = self._member(image)
+        image_id, own_mode = self._member(image), takes_own_mode(self.model.backbone.transform)
         if image_id is not None:
             image_ref = self.find_image(image_id)
             if image_ref is None:
                 raise InputError(f"{image_id!r} is not in the index")
-            return open_picture(image_ref)
+            return open_picture(image_ref, own_mode)
         assert not isinstance(image, Hit)
         if isinstance(image, str) and not os.path.exists(image):  # noqa: PTH110 - it does not raise for a long name
             raise InputError(f"{short(image)} is neither an id of the index nor a file")
-        return open_picture(image)
+        return open_picture(image, own_mode)
 
 
 def _hit(candidates: Nearest, pick: Pick) -> Hit:

@@ -23,7 +23,7 @@ from spn4cir.batches import prefetch
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.files import replaced
-from spn4cir.images import open_image
+from spn4cir.images import open_image, takes_own_mode
 from spn4cir.index.approximate import MIN_APPROXIMATE, build_approximate
 from spn4cir.index.columns import concatenate_tables
 from spn4cir.index.snapshot import (
@@ -179,7 +179,7 @@ class Change:
             return None
         transform = self.model.backbone.transform
         try:
-            pixels = transform(open_image(image))
+            pixels = transform(open_image(image, takes_own_mode(transform)))
         except InputError:
             return None
         planned = tuple(rows.files[name][row].as_py() for name in ("size", "mtime_ns"))

@@ -13,6 +13,7 @@ import yaml
 
 from spn4cir.backbones import BACKBONES
 from spn4cir.config import AdamWConfig, BankConfig, ComputeConfig, TrainConfig, parse
+from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.results import primary_names
@@ -61,11 +62,11 @@ STAGE_1: dict[str, dict[str, Any]] = {
     "blip4cir": {  # the epsilon is that of torch's AdamW
         "backbone_options": {"model": "Salesforce/blip-itm-base-coco"},  # --init takes what theirs starts from
         "batch_size": 512, "lr": 2e-5, "weight_decay": 0.05, "adamw": AdamWConfig(eps=1e-8), "schedule": "cosine",
-        "temperature": 0.07, "learn_temperature": True, "dropout": True,
+        "temperature": None, "learn_temperature": True, "dropout": True,
     },
     "sprc": {
         "batch_size": 128, "weight_decay": 0.05, "adamw": AdamWConfig(beta2=0.98), "schedule": "onecycle",
-        "temperature": 0.07, "learn_temperature": True, "dropout": True,
+        "temperature": None, "learn_temperature": True, "dropout": True,
     },
 }  # fmt: skip
 CLIP_B16 = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "ortho": 0.1}
@@ -196,11 +197,12 @@ def test_settings_are_the_published_ones(name: str) -> None:
     """Everything that moves a figure; a file sets nothing beyond it but how many images are encoded at once."""
     wanted = ROWS[name].settings
     config = read(name)
+    wanted = {**wanted, "backbone_options": wanted["backbone_options"] | {"rgb_last": True}}
     found = {key: getattr(config, key) for key in wanted}
     assert found == wanted
     said = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     assert said.keys() <= wanted.keys() | {"select_by", "eval_batch_size"}
-    assert config.backbone_options.keys() <= inspect.signature(BACKBONES[config.backbone]).parameters.keys()
+    assert config.backbone_options.keys() <= {*inspect.signature(BACKBONES[config.backbone]).parameters, "rgb_last"}
 
 
 @pytest.mark.parametrize("dataset", METRICS)
@@ -234,4 +236,22 @@ def test_a_header_says_what_differs(name: str) -> None:
     decays = ROWS[name].settings["weight_decay"] > 0  # in theirs all parameters do
     assert bool(re.search(r"(vectors|norms, biases)[^.]* do not decay", said)) == decays
     assert ("equal targets are not negatives" in said) == (ROWS[name].stage == 1)
+    assert re.search("other targets of the same query", said)
+    is_learned, is_fashion = ROWS[name].settings["learn_temperature"], name.startswith("fashioniq/")
+    assert ("temperature is clamped" in said) == is_learned
+    assert ("empty captions are not drawn" in said) == (is_fashion and "zeroshot" not in name)
+    assert ("temperature: null" in header(name)) == (ROWS[name].settings["temperature"] is None)
+    assert ("Their extraction of the bank cannot run" in said) == ("sprc_stage2" in name)
     assert ("Starts from the newest stage 1 run" in header(name)) == (ROWS[name].stage == 2)
+
+
+@pytest.mark.parametrize(("dataset", "backbone"), itertools.product(METRICS, [*ROW, "zeroshot"]))
+def test_a_header_of_a_preset_says_what_differs(dataset: str, backbone: str) -> None:
+    """Pairs that are left out, and what happens to a text that is too long."""
+    name = f"triplets/{dataset}_{backbone}"
+    text, config = header(name), parse(GenerateConfig, RECIPES / f"{name}.yaml", [])
+    said = text.partition("Unlike theirs: ")[2]
+    assert "annotated pairs, pairs of equal captions and copies of an image are left out" in said
+    assert ("never its own partner" in said) == (config.window is not None)
+    assert "77 tokens of CLIP" in said and ("both texts" in said) == config.all_templates
+    assert ("32 tokens of BERT, cuts a text where it is read" in said) == (backbone == "sprc")

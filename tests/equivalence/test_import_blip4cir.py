@@ -181,8 +181,8 @@ def test_blips_own_file_for_384_pixels(imports: Imports, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("container", "said"), [
-    ("BLIP_Retrieval", ["1  learned temperature 0.0321, which is the recipe's to state: temp", "optimizer_state_dict"]),
-    ("state_dict", ["1  learned temperature 0.0298, which is the recipe's to state: tau", ": blip.temp"]),
+    ("BLIP_Retrieval", ["1  learned temperature 0.0321, which the checkpoint notes: temp", "optimizer_state_dict"]),
+    ("state_dict", ["1  learned temperature 0.0298, which the checkpoint notes: tau", "earlier stage: blip.temp"]),
     ("model", [": image_queue", "head that no score reads: itm_head.weight", "text_decoder."]),
 ])  # fmt: skip
 def test_the_account_gives_reasons(
@@ -190,8 +190,10 @@ def test_the_account_gives_reasons(
 ) -> None:
     """The learned temperature with its number, old buffers, and what only a training needs; nothing else."""
     state = published(384, 96, HEAD)
-    imports(contained(state, container))
+    backbone = imports(contained(state, container))
     told = capsys.readouterr().out
+    expected = {"BLIP_Retrieval": 0.0321, "state_dict": 0.0298, "model": 0.05}[container]
+    assert backbone.temperature == pytest.approx(expected)  # where temperature: null starts
     for words in (*said, "a buffer of old library versions: "):
         assert words in told
     assert re.search(rf"matched +{len(state)}\b", told) and re.search(r"missing +0\b", told)

@@ -344,7 +344,8 @@ def test_equals_the_published_model(
     told = capsys.readouterr().out
     assert "learned temperature 0.0321" in told and "float16 → float32" in told
     assert re.search(r"missing +0\n", told) and re.search(r"unexpected +0\n", told)
-    assert backbone.options["separated"] is (stage == 2)
+    assert backbone.options["separated"] is (stage == 2) and backbone.options["rgb_last"]
+    assert backbone.temperature == pytest.approx(0.0321)  # where temperature: null starts
     wanted = expected_of(stage)
     assert max(apart(actual(backbone), wanted).values()) <= 1e-5
     found = apart(actual(backbone.double()), wanted)

@@ -79,7 +79,9 @@ def test_the_scale_is_told_as_a_temperature(folder: str) -> None:
     content = contained(WrittenOut())
     for scale in (torch.tensor([12.5]), torch.tensor(12.5)):
         content["state_dict"]["loss_T"] = scale
-        reason = convert_tgcir_weights(content, {"model": folder}).ignored["loss_T"]
+        published = convert_tgcir_weights(content, {"model": folder})
+        assert published.temperature == pytest.approx(0.08)
+        reason = published.ignored["loss_T"]
         assert "scale 12.5" in reason and "temperature 0.08" in reason
 
 

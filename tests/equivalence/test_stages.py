@@ -175,7 +175,7 @@ def test_the_loop_keeps_references_as_it_is_told(name: str, configure, init, run
 
 def test_images_put_aside_are_not_stored_twice(configure, init, runs: Path) -> None:  # type: ignore[no-untyped-def]
     """What selects is a part of the training images: their bank serves, and gives what encoding them gives."""
-    options = {"init": str(init("tgcir")), "backbone": "tgcir", "selection": "holdout", "max_steps": 2}
+    options = {"init": str(init("tgcir")), "backbone": "tgcir", "holdout": 0.1, "max_steps": 2}
     rows = {}
     for way in ("recompute", "stored"):
         folder = train(configure(output=str(runs / way), bank={"references": way}, **options), 2)

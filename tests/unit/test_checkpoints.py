@@ -1,5 +1,6 @@
 """Weights on disk."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_backbones import tiny_backbone, tiny_options
 from torch import Tensor, nn
 
+from spn4cir import run
 from spn4cir.backbones import BACKBONES, build_backbone
 from spn4cir.backbones.clip4cir import CLIP4CIR
 from spn4cir.checkpoints import (
@@ -25,7 +28,9 @@ from spn4cir.checkpoints import (
 )
 from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
-from spn4cir.stages import load_backbone
+from spn4cir.objective import Objective
+from spn4cir.stages import load_backbone, resolve_temperature
+from spn4cir.train import train
 
 
 def test_tensors_come_back(tmp_path: Path) -> None:
@@ -430,3 +435,41 @@ def test_separated_is_not_for_people_to_change(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="stage 2 separates a model itself"):
         load_model(tmp_path / "one", {"separated": True})
     assert load_model(tmp_path / "one", {"separated": False}).options["separated"] is False
+
+
+@pytest.mark.parametrize(("held", "given", "wanted"), [
+    (0.0321, None, 0.0321), (None, None, 0.07), (0.0321, 0.05, 0.05), (None, 0.05, 0.05),
+])  # fmt: skip
+def test_null_is_the_temperature_of_the_starting_weights(
+    tmp_path: Path, held: float | None, given: float | None, wanted: float
+) -> None:
+    """A checkpoint that notes one gives it, else 0.07; a number is taken as it stands; what was taken is said."""
+    start = build_backbone("blip4cir")
+    start.temperature = held
+    save_model(tmp_path / "init", start, {})
+    config = TrainConfig(backbone="blip4cir", init=str(tmp_path / "init"), temperature=given)
+    backbone, said = load_backbone(config, 1), list[str]()
+    assert backbone.temperature == held
+    resolve_temperature(config, backbone, said.append)
+    assert config.temperature == wanted
+    source = "of the starting weights" if held else "published start: the weights hold none"
+    assert said == ([] if given else [f"temperature {wanted}, {source}"])
+    assert Objective(backbone, given).temperature.item() == pytest.approx(wanted)
+    saved = dataclasses.asdict(config)
+    assert not run.changes(saved, dataclasses.replace(config, temperature=None))  # resumed by a recipe of null
+    assert run.changes(saved, dataclasses.replace(config, temperature=0.06)) == [("temperature", wanted, 0.06)]
+
+
+def test_a_run_states_its_temperature(tmp_path: Path) -> None:
+    """The number is in config.yaml, the learned one in the checkpoint, from which a further run starts."""
+    start = build_backbone("clip4cir")
+    start.temperature = 0.033
+    save_model(tmp_path / "init", start, {})
+    config = TrainConfig(
+        init=str(tmp_path / "init"), temperature=None, learn_temperature=True, max_steps=1, batch_size=8,
+        max_annotated=64, output=str(tmp_path / "run"), holdout=0.1,
+    )  # fmt: skip
+    folder = train(config, 1)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["temperature"] == 0.033
+    learned = load_model(folder).temperature
+    assert learned is not None and learned != 0.033 and abs(learned - 0.033) < 1e-3

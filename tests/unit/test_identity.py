@@ -79,8 +79,8 @@ def test_what_is_under_way_is_bounded(pictures: dict[str, Path], monkeypatch: py
     monkeypatch.setattr(identity, "BLOCK", 1)
     monkeypatch.setattr(identity, "AHEAD", 2)
     taken: list[ImageRef] = []
-    monkeypatch.setattr(identity, "_look", lambda image, known: taken.append(image))
-    blocks = identity._blocks(list(refs(pictures).values()), {}, workers=2)
+    monkeypatch.setattr(identity, "_look", lambda image, known, read: taken.append(image))
+    blocks = identity._blocks(list(refs(pictures).values()), {}, identity.decode, workers=2)
     for number, _ in enumerate(blocks, 1):
         assert len(taken) <= number + 3
     assert number == len(taken) == 37
@@ -91,7 +91,7 @@ def test_an_interrupt_ends_it(pictures: dict[str, Path], monkeypatch: pytest.Mon
     monkeypatch.setattr(identity, "BLOCK", 1)
     taken: list[Path] = []
 
-    def interrupted(path: Path, known: object) -> None:
+    def interrupted(path: Path, known: object, read: object) -> None:
         taken.append(path)
         raise KeyboardInterrupt
 

@@ -301,7 +301,7 @@ def test_models_of_openai_are_recognised(name: str) -> None:
         model: nn.Module = open_clip.model.CLIP(**open_clip.get_model_config(name))
     state = model.state_dict()
     published = convert_clip_weights({"CLIP": state}, {})
-    assert published.options == {"model": name, "pretrained": None}
+    assert published.options == {"model": name, "pretrained": None, "rgb_last": True}
     if name.startswith("RN50x4"):
         assert sum(p.numel() for p in model.parameters()) == 178_300_601
     prefixed = {f"clip.{key}": value for key, value in state.items()}

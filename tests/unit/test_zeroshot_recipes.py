@@ -157,7 +157,7 @@ def test_embedded_recipes_use_nothing_annotated(stage: int) -> None:
         parse(TrainConfig, recipes_folder() / "emoji" / f"clip4cir_{kind}stage{stage}.yaml", [])
         for kind in ("zeroshot_", "")
     )
-    assert (config.max_annotated, config.generated, config.selection) == (0, "auto", "holdout")
+    assert (config.max_annotated, config.generated, config.holdout) == (0, "auto", 0.1)
     assert config.bank == BankConfig(images="named")
     changed = {"max_annotated", "generated", "selection", "bank", "epochs", "eval_every"}
     for field in dataclasses.fields(config):

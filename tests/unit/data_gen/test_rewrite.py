@@ -59,7 +59,7 @@ def run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, say: Callable[[str, int], str], **settings: Any
 ) -> tuple[GenerateConfig, Fake]:
     """Texts of four pairs, rewritten by a fake."""
-    config = GenerateConfig(output=str(folder), rewriter="fake", templates=["target"], **settings)
+    config = GenerateConfig(output=str(folder), rewriter="fake", **{"templates": ["target"], **settings})
     write_jsonl(config.file("captions.jsonl"), [{"image_id": i, "caption": c} for i, c in CAPTIONS.items()])
     rows = [{"reference": r, "target": t, "rank": 1, "similarity": 0.5} for r, t in PAIRS]
     write_jsonl(config.file("pairs.jsonl"), rows)
@@ -89,6 +89,29 @@ def test_rewritten_texts_take_the_place_of_the_template_s(tmp_path: Path, monkey
     table = pandas.read_parquet(config.file("triplets.parquet"))
     assert table["modifications"][3].tolist() == ["I want two dogs"] and set(table["rewriter"]) == {"fake"}
     assert rows[0]["tokens"] == TokenCounter("clip")(["I want green apple"])[0]
+
+
+def test_all_texts_of_a_pair_are_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``all_templates`` each text is asked about, and one that fails stays as the template made it."""
+
+    def say(source: str, _: int) -> str:
+        return "" if source == "Unlike red apple, I want two dogs" else f"Target: {source} please"
+
+    settings = {"templates": ["target", "unlike"], "all_templates": True, "retries": 0}
+    config, fake = run(tmp_path, monkeypatch, say, **settings)
+    entries = json.loads(config.file("triplets.json").read_text())
+    triplets, _ = read_generated(config.file("triplets.json"), "abcd")
+    rows = read_jsonl(config.file("triplets.jsonl"))
+    for (reference, target), triplet, entry, row in zip(PAIRS, triplets, entries, rows, strict=True):
+        texts = [CAPTIONS[target], f"Unlike {CAPTIONS[reference]}, I want {CAPTIONS[target]}"]
+        assert {source for source, _ in fake.asked} >= {*texts}
+        expected = [f"{text} please" for text in texts]
+        if say(texts[1], 0) == "":
+            expected[1] = texts[1]
+        assert list(triplet.texts) == entry["captions"] == entry["llm_caption"] == expected
+        assert row["template_text"] == texts[0] and row["other_texts"][0]["modification"] == expected[1]
+    counts = json.loads(config.file("summary.json").read_text())["counts"]
+    assert counts["rewritten"] + counts["not_rewritten"] == counts["texts"] == 2 * len(PAIRS)
 
 
 def test_bad_answers_are_asked_again_and_then_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

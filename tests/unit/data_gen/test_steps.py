@@ -77,7 +77,9 @@ def test_presets_are_those_of_the_paper(name: str) -> None:
     assert found == TABLE[name] and config.pairs_per_image == 1 and config.seed == 42
     assert config.captioner == "llava-hf/llava-1.5-7b-hf" and config.pool == "all"
     assert config.window is None or config.matcher == "unicom:ViT-L/14"
-    assert config.candidates == ("named" if name.startswith("fashioniq") or name == "cirr_zeroshot" else "all")
+    assert config.candidates == ("all" if name.startswith("outofdomain") else "named")
+    assert config.all_templates == ("unlike" in config.templates)  # both texts of a pair
+    assert (config.tokenizer, config.max_tokens) == ("clip", 77)  # of every backbone, whatever it reads
 
 
 @pytest.mark.parametrize(("key", "value"), [

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import stand_in
 
+from spn4cir.batches import TripletRows
 from spn4cir.data_gen.make_triplets import print_summary
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.data_gen.texts import WordWeights, caption_similarity, compose_text, difference
@@ -363,3 +365,42 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(config, NOBODY)
     told = capsys.readouterr().out
     assert "triplets 3" in told and "dropped: none" in told and "red apple  +  «two dogs»  →  two dogs" in told
+
+
+def test_all_templates_give_a_pair_several_texts(tmp_path: Path) -> None:
+    """As in the published files of CIRR: both texts in one entry, of which one is drawn at each access."""
+    settings: dict[str, Any] = {"templates": ["instead", "unlike"], "max_tokens": 20}
+    pairs = [("a", "b"), ("a", "c"), ("d", "e"), ("b", "long"), ("a", "longer")]
+    captions = {**CAPTIONS, "long": "x y " * 8, "longer": "x y " * 20}
+    config = made(tmp_path / "all", pairs, captions, all_templates=True, **settings)
+    triplets, notes = read_generated(config.file("triplets.json"), captions)
+    assert not notes and [triplet.texts for triplet in triplets] == [
+        ("green apple instead of red apple", "Unlike red apple, I want green apple"),
+        ("green apple tree instead of two dogs", "Unlike two dogs, I want green apple tree"),
+        (captions["long"].strip(),),  # both are too long, and fall back to the target's caption
+    ]
+    rows = {row["target"]: row for row in read_jsonl(config.file("triplets.jsonl"))}
+    assert rows["b"]["template"] == "instead" and "other_texts" not in rows["long"]
+    assert rows["b"]["other_texts"] == [
+        {"modification": "Unlike red apple, I want green apple", "template": "unlike", "tokens": 10}
+    ]
+    assert pq.read_table(config.file("triplets.parquet"))["modifications"].to_pylist() == [
+        list(triplet.texts) for triplet in triplets
+    ]
+    summary = json.loads(config.file("summary.json").read_text())
+    assert summary["counts"]["triplets"] == 3 and summary["counts"]["texts"] == 5
+    assert summary["templates"] == {"instead": 2, "target": 1, "unlike": 2}
+    assert sum(summary["dropped"].values()) == 2 and summary["counts"]["pairs"] == 5
+    loader = TripletRows(triplets, seed=0)
+    assert {loader[epoch, 0][1] for epoch in range(20)} == set(triplets[0].texts)
+    one = made(tmp_path / "one", pairs, captions, **settings)  # negative control: one template is drawn for each pair
+    assert all(len(triplet.texts) == 1 for triplet in read_generated(one.file("triplets.json"), captions)[0])
+
+
+def test_one_template_of_all_is_the_same_file(tmp_path: Path) -> None:
+    """``all_templates`` changes nothing where there is one template, but for the digest of the settings."""
+    pairs = [("a", "b"), ("b", "a"), ("d", "e")]
+    for name, flag in (("one", False), ("all", True)):
+        made(tmp_path / name, pairs, templates=["instead"], all_templates=flag)
+    one, all_of_them = ((tmp_path / name / "triplets.json").read_text() for name in ("one", "all"))
+    assert one == all_of_them

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +322,7 @@ def test_roles_of_images(cirr: Path) -> None:
 
 
 def test_generated_triplets_in_the_published_shape(cirr: Path, tmp_path: Path) -> None:
-    """What is written for CIRR has its fields and is read back over its images."""
+    """What is written for CIRR has its fields and is read back over its images, or the text of a rewriter."""
     dataset = CIRR(str(cirr))
     triplet = Triplet("train-0-0-img0", ("train-1-0-img1",), ("a dog", "a dog instead of a cat"), generated=True)
     entry = entry_writer(dataset, tmp_path)(triplet, ("a cat", "a dog"))
@@ -332,7 +333,11 @@ def test_generated_triplets_in_the_published_shape(cirr: Path, tmp_path: Path) -
     }  # fmt: skip
     path = tmp_path / "cap.rc2.train.extend_clip.json"
     path.write_text(json.dumps([entry, {**entry, "llm_caption": "make it a dog"}]))
-    assert read_generated(path, dataset.training_images()) == ([triplet, triplet], [])
+    rewritten = replace(triplet, texts=("make it a dog",))  # of published *_llm files
+    assert read_generated(path, dataset.training_images()) == ([triplet, rewritten], [])
+    path.write_text(json.dumps([{**entry, "llm_caption": ["one", "other"]}, {**entry, "llm_caption": " "}]))
+    several = replace(triplet, texts=("one", "other"))
+    assert read_generated(path, dataset.training_images()) == ([several, triplet], [])  # an empty one says nothing
     path.write_text(json.dumps([entry, {**entry, "target_hard": "dev-0-0-img0"}]))
     assert "entry 1, field 'target_hard': 'dev-0-0-img0' is no training image" in refused(
         lambda: read_generated(path, dataset.training_images())

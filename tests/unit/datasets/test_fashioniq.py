@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from spn4cir.results import metric_names, primary_names
 from spn4cir.types import Benchmark, Triplet
 
 CATEGORIES = ("dress", "shirt", "toptee")
-PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union")
+PROTOCOLS = ("fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union", "fashioniq/val-union-ref")
 
 
 def ids_of(category: str, split: str) -> list[str]:
@@ -119,13 +120,13 @@ def test_protocols(fashioniq: Path, protocol: str | None) -> None:
     """Galleries per category, the reference, cut-offs, and what selects."""
     benchmark = FashionIQ(str(fashioniq)).benchmark("val", protocol)
     assert benchmark.name == (protocol or "fashioniq/original")
-    assert benchmark.exclude_reference is (protocol in PROTOCOLS[1:])
+    assert benchmark.exclude_reference is (protocol in PROTOCOLS[1:3])
     assert metric_names(benchmark) == primary_names(benchmark) == ["R@10", "R@50"]
     assert benchmark.macro == CATEGORIES and benchmark.has_known_targets
     ranked = galleries(benchmark)
     for category in CATEGORIES:
         ids = ids_of(category, "val")
-        if protocol == "fashioniq/val-union":  # references are the first 5, targets the next 8
+        if protocol in PROTOCOLS[2:]:  # references are the first 5, targets the next 8
             assert set(ranked[category]) == set(ids[:13])
         else:
             assert list(ranked[category]) == ids
@@ -267,7 +268,7 @@ def test_a_gallery_without_the_target(fashioniq: Path, lost: str, entry: int, fi
     """The caption file, the entry, the field and the split file are named; the union needs no split file."""
     split = edit(fashioniq / SPLIT.format("val"), lambda ids: [i for i in ids if i != lost])
     dataset = FashionIQ(str(fashioniq))
-    if protocol.endswith("union"):
+    if protocol in PROTOCOLS[2:]:
         assert lost in dataset.benchmark("val", protocol).gallery
         return
     assert refused(lambda: dataset.benchmark("val", protocol)) == (
@@ -329,7 +330,7 @@ def test_ids_that_no_split_lists(fashioniq: Path, split: str) -> None:
 
 
 def test_generated_triplets_in_the_published_shape(fashioniq: Path, tmp_path: Path) -> None:
-    """What is written for FashionIQ has its fields and is read back over its images; others' fields are ignored."""
+    """What is written for FashionIQ has its fields and is read back over its images, or the text of a rewriter."""
     dataset = FashionIQ(str(fashioniq))
     triplet = Triplet("BDTR00000", ("BSTR00001",), ("a red shirt",), generated=True)
     entry = entry_writer(dataset, tmp_path)(triplet, ("a dress", "a red shirt"))
@@ -339,7 +340,11 @@ def test_generated_triplets_in_the_published_shape(fashioniq: Path, tmp_path: Pa
     }  # fmt: skip
     path = tmp_path / "cap.extend_clip.train.json"
     path.write_text(json.dumps([entry, {**entry, "llm_caption": "make it a shirt"}]))
-    assert read_generated(path, dataset.training_images()) == ([triplet, triplet], [])
+    rewritten = replace(triplet, texts=("make it a shirt",))  # of published *_llm files
+    assert read_generated(path, dataset.training_images()) == ([triplet, rewritten], [])
+    path.write_text(json.dumps([{**entry, "llm_caption": ["one", "other"]}, {**entry, "llm_caption": " "}]))
+    several = replace(triplet, texts=("one", "other"))
+    assert read_generated(path, dataset.training_images()) == ([several, triplet], [])  # an empty one says nothing
     path.write_text(json.dumps([{**entry, "target": "BDVA00001"}]))
     assert "entry 0, field 'target': 'BDVA00001' is no training image" in refused(
         lambda: read_generated(path, dataset.training_images())

@@ -159,7 +159,7 @@ def test_fashioniq_val(fashion: FashionIQ, category: str, expected: tuple[int, .
 
 
 def test_fashioniq_val_in_all(fashion: FashionIQ) -> None:
-    """6,016 queries over 15,415 images; three protocols that differ in gallery and reference alone."""
+    """6,016 queries over 15,415 images; four protocols that differ in gallery and reference alone."""
     original = fashion.benchmark("val", "fashioniq/original")
     without = fashion.benchmark("val", "fashioniq/original-noref")
     assert fashion.benchmark("val") == original
@@ -167,7 +167,9 @@ def test_fashioniq_val_in_all(fashion: FashionIQ) -> None:
     assert sum(len(ids) for ids in {q.candidates for q in original.queries}) == 15536
     assert (original.exclude_reference, without.exclude_reference) == (False, True)
     assert (original.queries, original.measures) == (without.queries, without.measures)
-    assert fashion.benchmark("val", "fashioniq/val-union").exclude_reference
+    union, kept = fashion.benchmark("val", "fashioniq/val-union"), fashion.benchmark("val", "fashioniq/val-union-ref")
+    assert (union.exclude_reference, kept.exclude_reference) == (True, False)
+    assert (union.queries, union.gallery, union.measures) == (kept.queries, kept.gallery, kept.measures)
 
 
 def test_fashioniq_test() -> None:
