@@ -1,8 +1,9 @@
 """Stage 1 with cached gradients against the plain step on the same batch: equal gradients, and what is held meanwhile.
 
-The real objective on the embedded CLIP, whose every part trains, with random pixels: all images of a batch are unique.
-Memory is what a step takes beyond the model, its gradients and the batch: activations. Cached gradients go through the
-images in eight chunks, and through the texts in chunks of the same size; checkpointed blocks keep what is between.
+The real objective on the embedded CLIP with a vision transformer, whose every part trains, with random pixels: all
+images of a batch are unique. Memory is what a step takes beyond the model, its gradients and the batch: activations.
+Cached gradients go through the images in eight chunks, and through the texts in chunks of the same size; checkpointed
+blocks keep what is between.
 
 examples:
   python -m benchmarks.gradients                         # half a minute on two cores
@@ -17,6 +18,7 @@ from torch import Tensor
 from benchmarks.measure import bound, command, in_turns, peaks, report, row, share
 from benchmarks.step import TEXTS
 from spn4cir.backbones.clip4cir import CLIP4CIR
+from spn4cir.backbones.shared_clip import EMBEDDED
 from spn4cir.batches import TripletBatch
 from spn4cir.compute import checkpoint_blocks
 from spn4cir.errors import run_command
@@ -39,7 +41,7 @@ class Step:
     def __init__(self, way: tuple[bool, bool], batch: int):
         torch.manual_seed(0)
         chunked, checkpointed = way
-        self.backbone = CLIP4CIR()
+        self.backbone = CLIP4CIR(f"local-dir:{EMBEDDED / 'clip_transformer'}")
         self.backbone.chunk = 2 * batch // CHUNKS if chunked else None
         assert not checkpointed or checkpoint_blocks(self.backbone)
         self.backbone.train()

@@ -43,7 +43,7 @@ STEPS = {  # of stage 2 with generated positives: on FashionIQ, and at most on C
 
 COMMON: dict[str, Any] = {
     "bank": BankConfig(images="named"), "max_annotated": None, "generated": None, "generated_share": None, "init": None,
-    "max_steps": None, "warmup_steps": 0, "selection": "val", "eval_every": 1, "seed": 42, "mixed_precision": "fp16",
+    "max_steps": None, "warmup_steps": 0, "holdout": None, "eval_every": 1, "seed": 42, "mixed_precision": "fp16",
     "workers": 4, "schedule": "constant", "schedule_options": {}, "lr_scale": {}, "backbone_options": {},
     "weight_decay": 0.01, "adamw": AdamWConfig(), "learn_temperature": False, "dropout": False,
 }  # fmt: skip

@@ -57,8 +57,8 @@ def step(objective: Objective, batch: TripletBatch) -> tuple[Found, int]:
 def apart(one: Found, two: Found) -> float:
     """The largest distance of two of one name, as a share of its norm (or of the largest, where it is nearly zero)."""
     assert one.keys() == two.keys() and len(one) > 10
-    floor = 1e-3 * max(float(value.norm()) for value in one.values())
-    return max(float((one[n] - two[n]).norm()) / max(float(one[n].norm()), floor) for n in one)
+    floor = 1e-3 * max(float(value.double().norm()) for value in one.values())
+    return max(float((one[n].double() - two[n]).norm()) / max(float(one[n].double().norm()), floor) for n in one)
 
 
 @pytest.fixture(params=TINY)

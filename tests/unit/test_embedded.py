@@ -29,7 +29,7 @@ FUSION = {
 
 def test_there_are_weights() -> None:
     """All embedded models are there, so the tests below look at something."""
-    assert {path.parent.name for path in WEIGHTS} == {"clip", "llava", *FUSION}
+    assert {path.parent.name for path in WEIGHTS} == {"clip", "clip_transformer", "llava", *FUSION}
 
 
 def test_nothing_pickled_ships() -> None:

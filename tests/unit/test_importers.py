@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from spn4cir import importers
 from spn4cir.backbones import BACKBONES
 from spn4cir.backbones.clip4cir import CLIP4CIR
-from spn4cir.checkpoints import load_model
+from spn4cir.backbones.shared_clip import EMBEDDED
+from spn4cir.checkpoints import load_model, save_model
 from spn4cir.cli import import_command
 from spn4cir.errors import InputError
 from spn4cir.importers import import_published
@@ -23,12 +24,13 @@ from spn4cir.importers.clip_weights import convert_clip_weights
 from spn4cir.importers.openai_clip import OPENAI
 
 Refuses = Callable[..., str]
+TRANSFORMER = f"local-dir:{EMBEDDED / 'clip_transformer'}"
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
     """OpenAI's names with the embedded model's values."""
-    return dict(CLIP4CIR().clip.state_dict())
+    return dict(CLIP4CIR(TRANSFORMER).clip.state_dict())
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def refuses(tmp_path: Path) -> Refuses:
             torch.save(content, path)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(InputError) as raised:
-            import_published(path, tmp_path / "deep" / "output", "clip4cir", {"model": "embedded", **options})
+            import_published(path, tmp_path / "deep" / "output", "clip4cir", {"model": TRANSFORMER, **options})
         assert sorted(tmp_path.rglob("*")) == before
         assert str(path) in str(raised.value) and "\n" not in str(raised.value)
         return str(raised.value)
@@ -66,7 +68,7 @@ def test_an_imported_model_is_the_same(tmp_path: Path, weights: dict[str, Tensor
     """From either format of torch.save; the note says from what it was made."""
     path, output = tmp_path / "published.pt", tmp_path / "runs" / "imported"
     path.write_bytes(saved({"epoch": 7, "CLIP": weights}, path, zipped))
-    import_published(path, output, "clip4cir", {"model": "embedded"})
+    import_published(path, output, "clip4cir", {"model": TRANSFORMER})
     assert sorted(p.name for p in output.iterdir()) == ["model.json", "model.safetensors"]
     assert sorted(p.name for p in output.parent.iterdir()) == ["imported"]
     found = load_model(output).state_dict()
@@ -86,14 +88,17 @@ def test_what_an_evaluation_says_of_it(
     torch.save({"CLIP": weights}, tmp_path / "published.pt")
     output = str(tmp_path / "imported")
     arguments = ["spn4cir-import", "--backbone", "clip4cir", str(tmp_path / "published.pt"), "--output", output]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--model", "embedded"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--model", TRANSFORMER])
     import_command()
     said = capfd.readouterr().out
     assert f"spn4cir-eval --run {output}" in said and f"--init {output}" in said
-    metrics = []
-    for run in ([], ["--run", output]):
+    metrics, own = [], tmp_path / "own"
+    save_model(own, CLIP4CIR(TRANSFORMER), {})
+    for run in (str(own), output):
         monkeypatch.setattr(
-            sys, "argv", ["spn4cir-eval", "--dataset", "toy", "--data-root", str(toy.folder), "--json", "-", *run]
+            sys,
+            "argv",
+            ["spn4cir-eval", "--dataset", "toy", "--data-root", str(toy.folder), "--json", "-", "--run", run],
         )
         evaluate_command()
         metrics.append(json.loads(capfd.readouterr().out)["metrics"])
@@ -119,7 +124,7 @@ def test_leftovers_are_ignored_with_a_reason(
     numbers = {"input_resolution": torch.tensor(64), "context_length": torch.tensor(24), "vocab_size": torch.tensor(9)}
     content = {"epoch": 3, "CLIP": weights | numbers, "optimizer_state_dict": {"state": {0: torch.ones(2)}}}
     torch.save(content, tmp_path / "published.pt")
-    import_published(tmp_path / "published.pt", tmp_path / "out", "clip4cir", {"model": "embedded"})
+    import_published(tmp_path / "published.pt", tmp_path / "out", "clip4cir", {"model": TRANSFORMER})
     out = capsys.readouterr().out
     assert "progress of its training: epoch, optimizer_state_dict" in out
     assert "3  a number beside the weights of OpenAI's archives: clip.input_resolution, " in out
@@ -130,7 +135,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path, weights: dict[str, Tensor]) -
     """An output that is there but empty is as good as a new one."""
     (tmp_path / "out").mkdir()
     torch.save({"CLIP": weights}, tmp_path / "published.pt")
-    import_published(tmp_path / "published.pt", tmp_path / "out", "clip4cir", {"model": "embedded"})
+    import_published(tmp_path / "published.pt", tmp_path / "out", "clip4cir", {"model": TRANSFORMER})
     load_model(tmp_path / "out")
 
 
@@ -279,7 +284,7 @@ def test_a_failure_while_writing_leaves_nothing(
     monkeypatch.setattr(importers, "save_model", fail)
     torch.save({"CLIP": weights}, tmp_path / "published.pt")
     with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt):
-        import_published(tmp_path / "published.pt", tmp_path / "out", "clip4cir", {"model": "embedded"})
+        import_published(tmp_path / "published.pt", tmp_path / "out", "clip4cir", {"model": TRANSFORMER})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["published.pt"]
 
 
@@ -326,7 +331,7 @@ def test_an_architecture_needs_its_shapes(refuses: Refuses, weights: dict[str, T
 def test_a_stated_model_is_taken_as_it_is(tmp_path: Path, refuses: Refuses, weights: dict[str, Tensor]) -> None:
     """Whatever the shapes say: what does not fit it is named, and an unknown one is an error of its own."""
     vocabulary = weights["token_embedding.weight"][:-1]
-    line = refuses({"CLIP": weights | {"token_embedding.weight": vocabulary}}, model="embedded")
+    line = refuses({"CLIP": weights | {"token_embedding.weight": vocabulary}}, model=TRANSFORMER)
     assert "1 of another shape, such as clip.token_embedding.weight" in line
     with pytest.raises(InputError, match="no-such-model"):
         import_published(tmp_path / "published.pt", tmp_path / "out", "clip4cir", {"model": "no-such-model"})

@@ -34,19 +34,22 @@ TRAINING: Table = {
     "workers": (4, "5.1"),
     "seed": (42, "5.1"),
     "eval_every": (1, "5.1: validate every epoch"),
-    "selection": ("val", "8: the best epoch on the labelled val split"),
+    "holdout": (None, "8: the best epoch on the labelled val split"),
     "select_by": (None, "5.1: the protocol's own metrics, (R@10 + R@50) / 2 and (Rs@1 + R@5) / 2"),
 }
 STAGES: dict[int, Table] = {
     1: {
-        "backbone_options": ({"model": "ViT-L-14-quickgelu", "pretrained": "openai"}, "8: the public ViT-L/14"),
+        "backbone_options": (
+            {"model": "ViT-L-14-quickgelu", "pretrained": "openai", "rgb_last": True},
+            "8: the public ViT-L/14; 12: pictures that are not RGB",
+        ),
         "batch_size": (48, "5.1 and 8"),
         "epochs": (10, "5.1 and 8"),
         "temperature": (0.01, "5.1 and 8"),
         "compute": (ComputeConfig(checkpoint=True), "8: activation checkpointing"),
     },
     2: {
-        "backbone_options": ({}, "8: those of stage 1"),
+        "backbone_options": ({"rgb_last": True}, "8: those of stage 1"),
         "init": (None, "8: from stage 1; the newest run, or --init"),
         "batch_size": (128, "5.1 and 8"),
         "epochs": (5, "5.1 and 8"),
@@ -99,6 +102,7 @@ PRESETS: dict[str, Table] = {
     "cirr_zeroshot": {
         "dataset": ("cirr", "3.3"),
         "candidates": ("named", "12: images that triplets name, not all of the split file"),
+        "all_templates": (True, "12: the published files hold both texts"),
         "output": ("data/cirr/zeroshot", OURS),
         "recipe": ("cirr/clip4cir_zeroshot_stage1.yaml", OURS),
     },
@@ -111,6 +115,7 @@ PRESETS: dict[str, Table] = {
     "outofdomain_cirr": {
         "dataset": ("catalogue", OURS),
         "candidates": ("all", "3.3: all of the parts"),
+        "all_templates": (True, "12: the published files hold both texts"),
         "output": ("data/outofdomain/cirr", OURS),
         "recipe": ("cirr/clip4cir_zeroshot_stage1.yaml", OURS),
     },
@@ -159,7 +164,7 @@ def test_embedded_recipes_use_nothing_annotated(stage: int) -> None:
     )
     assert (config.max_annotated, config.generated, config.holdout) == (0, "auto", 0.1)
     assert config.bank == BankConfig(images="named")
-    changed = {"max_annotated", "generated", "selection", "bank", "epochs", "eval_every"}
+    changed = {"max_annotated", "generated", "holdout", "bank", "epochs", "eval_every", "lr", "temperature"}
     for field in dataclasses.fields(config):
         assert field.name in changed or getattr(config, field.name) == getattr(supervised, field.name)
 

@@ -62,7 +62,7 @@ OTHERS = [f"thing {number}" for number in range(100)]
 
 @pytest.mark.parametrize(("reference", "target", "kept"), [
     ("grinning face", "dog face", False),
-    ("man running dark skin tone", "woman cook dark skin tone", False),
+    ("man running dark skin tone", "woman cook light skin tone", False),
     ("man cook dark skin tone", "woman cook light skin tone", True),
     ("man cook dark skin tone", "woman cook dark skin tone", True),
     ("red heart", "blue heart", True),

@@ -510,10 +510,10 @@ def test_a_picture_that_decodes_again_is_encoded(
     """Zeros that stand for a broken picture are never taken over, not even by a copy of its file."""
     opened = segments.open_image
 
-    def fails(image: object) -> Image.Image:
+    def fails(image: object, *how: object) -> Image.Image:
         if "01.png" in str(image):
             raise InputError("the codec is missing")
-        return opened(image)  # type: ignore[arg-type]
+        return opened(image, *how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(segments, "open_image", fails)
     index = Index.build(model, pictures, tmp_path / "index")
