@@ -20,7 +20,8 @@ from spn4cir.checkpoints import load_model, read_tensors, save_model
 from spn4cir.datasets import DATASETS
 
 SCRIPT = Path(__file__).parent / "toy_script.py"
-TRANSFORMER = f"local-dir:{EMBEDDED / 'clip_transformer'}"  # convolutions round by more than the bounds below
+# not the residual network: the gradient of its key bias is rounding alone, and AdamW makes steps of any gradient
+TRANSFORMER = f"local-dir:{EMBEDDED / 'clip_transformer'}"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
