@@ -113,7 +113,7 @@ class Setting:
         stage, positives = 1 + (kind in ("negatives", "both")), kind in ("positives", "both")
         config = self.second(stage, name, positives, init, **self.settings("steps" if kind == "time" else kind))
         if kind == "time":
-            slow, fast = (step_time(self.train(row)) for row in ("steps", "negatives"))
+            slow, fast = (triplet_time(self.train(row)) for row in ("steps", "negatives"))
             config = replace(config, max_steps=max(10, round(STEPS * fast / slow)))
         return self.run(stage, config)
 
@@ -127,8 +127,8 @@ class Setting:
         return Path(str(config.output))
 
 
-def step_time(run: Path) -> float:
-    """Seconds of a triplet of a batch, the median of the lines of the log."""
+def triplet_time(run: Path) -> float:
+    """Seconds of training for each triplet of a batch, the median of the lines of the log."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return 1 / float(statistics.median(line["items_per_second"] for line in lines))
 

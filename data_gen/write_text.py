@@ -32,7 +32,10 @@ KINDS = ("jsonl", "json", "parquet")
 # settings that say where and how fast a run was made
 OF_A_MACHINE = ("output", "data_root", "requests", "requests_per_minute", "timeout", "endpoint", "rewriter_endpoint")
 # settings that decide the text of a pair whose captions are given, rewriting aside
-DECIDING = ("templates", "seed", "tokenizer", "max_tokens", "max_caption_similarity", "max_caption_count", "min_shared")
+DECIDING = (
+    "templates", "all_templates", "min_shared", "seed", "tokenizer", "max_tokens", "max_caption_similarity",
+    "max_caption_count",
+)  # fmt: skip
 COLUMNS = (  # of the Parquet file
     "reference", "target", "reference_path", "target_path", "modifications", "reference_caption", "target_caption",
     "rank", "similarity", "template", "model", "rewriter", "made_by",
@@ -56,7 +59,7 @@ class Captions:
             self.text[image_id] = row["caption"]
             if model != self._model:
                 self._others[image_id] = model
-        self.weigh = WordWeights(self.text.values())
+        self.weigh = WordWeights(self.text.values() if "difference" in config.templates else ())
         limit = config.max_caption_count
         counted = Counter(_normal(text) for text in self.text.values()) if limit else Counter[str]()
         self._frequent = {text for text, count in counted.items() if limit and count > limit}
@@ -240,7 +243,6 @@ def write_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     processes, rewriter = Processes(), Rewriter.of(config)
     out, pairs, captions = (config.file(name) for name in ("triplets.json", "pairs.jsonl", "captions.jsonl"))
     settings = {name: getattr(config, name) for name in DECIDING} | ({"rewriter": rewriter.about} if rewriter else {})
-    settings |= {"all_templates": True} if config.all_templates else {}
     made_by = digest({"step": "write", "dataset": dataset.name, **settings}, pairs, captions)
     if skip_step("write", out, made_by):
         return
