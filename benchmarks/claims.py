@@ -36,7 +36,7 @@ from spn4cir.files import write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-HELD, EVERY, PATIENCE, STEPS = 200, 25, 6, 150
+HELD, EVERY, PATIENCE, STEPS = 200, 25, 10, 150
 BUDGETS = (1800, 1000, 300, 100)
 SHARE = {1800: 0.25, 1000: 0.25, 300: 0.5, 100: 0.5}  # of each batch, where generated triplets take part
 ROWS = {

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from spn4cir.triplets import Numbers, TripletTable, join_triplets, named_images
 from spn4cir.types import Benchmark, Query, Triplet, recall_measures
 
 Say = Callable[[str], None]
+HOLDOUT_GALLERY = 10_000
+"""Held-out triplets are ranked over so many images, or over all images of the triplets if there are fewer."""
 
 
 @dataclass
@@ -113,8 +116,8 @@ def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Seq
 
     A triplet's own words decide on which side it falls, so the split is the same for all seeds, for both stages, and
     whatever other triplets there are. Of generated triplets many share a target, so the target decides, and no image is
-    both trained on and evaluated; they are ranked over all images that any of them names. Annotated ones are ranked
-    over the images of the held-out triplets. A table of triplets is split by other numbers than a list is.
+    both trained on and evaluated. They are ranked over the images of all triplets that are split, or of the first ones
+    that name ``HOLDOUT_GALLERY`` images. A table of triplets is split by other numbers than a list is.
     """
     made = triplets[0].generated
     drawn = triplets.draws(made) if isinstance(triplets, TripletTable) else _draws(triplets, made)
@@ -125,8 +128,8 @@ def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Seq
         why = f"nothing is left to select on, or to train on; holdout is {config.holdout}"
         raise InputError(f"selection: {what}: {why}")
     own = [triplets[int(n)] for n in held]
-    named = (i for t in (triplets if made else own) for i in (t.reference, *t.targets) if i is not None)
-    gallery = tuple(dict.fromkeys(named))
+    named, others = named_images(own), islice(named_images(triplets), HOLDOUT_GALLERY)
+    gallery = tuple(dict.fromkeys([*named, *others]))
     queries = tuple(Query(t.reference, t.texts[0] if t.texts else None, t.targets) for t in own)
     name = f"{config.dataset}/holdout-{'generated-' * made}{config.holdout:g}"
     measures = recall_measures(1, 5, 10, 50, primary=(10, 50))

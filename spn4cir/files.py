@@ -8,11 +8,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal
 
 from spn4cir.errors import InputError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Row = dict[str, Any]
+_HEADERS = Lock()
 
 
 @contextmanager
@@ -43,6 +48,19 @@ def hash_files(*paths: Path, prefix: bytes = b"") -> str:
             while part := file.read(1 << 22):
                 digest.update(part)
     return digest.hexdigest()
+
+
+def open_array(path: Path, mode: Literal["r", "c"] | None = "r") -> "np.ndarray[Any, Any]":
+    """Map a ``.npy`` file into memory, or read it whole for the mode None; never unpickles.
+
+    One thread reads a header at a time, because Python 3.11 parses literals in one thread only (its issue 106905).
+    Raises ``ValueError``, ``OSError`` or ``EOFError`` if it is damaged.
+    """
+    import numpy as np
+
+    with _HEADERS:
+        array: np.ndarray[Any, Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
+        return array
 
 
 @contextmanager

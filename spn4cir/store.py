@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spn4cir.errors import InputError
-from spn4cir.files import locked, write_text
+from spn4cir.files import locked, open_array, write_text
 
 WHOLE, BEGUN = "store.json", "begun.json"
 SECONDS = 5.0
@@ -33,7 +33,7 @@ class StoredRows:
 
     def __init__(self, path: Path):
         self.path = path
-        self._array: np.memmap[Any, Any] = np.load(path, mmap_mode="c", allow_pickle=False)
+        self._array = open_array(path, "c")
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         """A copy of these rows, in the type they are stored in."""
@@ -131,7 +131,8 @@ class EmbeddingStore:
             self.create({name: tuple(value.shape[1:]) for name, value in values.items()})
         for name, value in values.items():
             path, content = self.folder / f"{name}.npy", value.contiguous().numpy()
-            array: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = open_array(path)
+            assert isinstance(array, np.memmap)
             assert (array.dtype, array.shape[1:]) == (content.dtype, content.shape[1:]), "rows of another kind"
             with _writing(path) as file:  # through a memory map a full disk would end the process unheard
                 file.seek(array.offset + start * content[0].nbytes)

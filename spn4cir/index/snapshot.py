@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from spn4cir.errors import InputError
-from spn4cir.files import read_json, replaced, write_text
+from spn4cir.files import open_array, read_json, replaced, write_text
 from spn4cir.index.columns import Mask, column_kind, concatenate_tables, matching_rows
 from spn4cir.selection import Condition, Kind
 from spn4cir.store import EmbeddingStore, StoredRows
@@ -289,7 +289,7 @@ class Snapshot:
 
 def _read_rows(path: Path, count: int) -> np.ndarray[Any, Any]:
     try:
-        rows: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
+        rows = open_array(path, None)
     except (OSError, ValueError, EOFError):
         raise InputError(f"{path} is missing or damaged: build the index anew") from None
     if len(rows) and not (rows.min() >= 0 and rows.max() < count):
