@@ -37,6 +37,7 @@ from spn4cir.files import write_text
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 HELD, EVERY, PATIENCE, STEPS = 200, 25, 10, 150
+PROTOCOL = {"held out": HELD, "evaluated every": EVERY, "patience": PATIENCE, "steps": STEPS}
 BUDGETS = (1800, 1000, 300, 100)
 SHARE = {1800: 0.25, 1000: 0.25, 300: 0.5, 100: 0.5}  # of each batch, where generated triplets take part
 ROWS = {
@@ -52,6 +53,7 @@ ROWS = {
 }
 CONTROLS = {"time": ("negatives", "both"), "steps": ("positives", "negatives", "both"), "stage1": tuple(ROWS)[2:]}
 """What each row is compared with: control → rows."""
+COLUMNS = {"steps": "equal steps", "time": "equal time", "stage1": "stage 1"}
 METRICS = ("R@1", "R@5", "R@10", "macro R@1", "Rs@1")
 SETTINGS: dict[str, dict[str, Any]] = {  # of clip4cir, chosen by --tune; other backbones keep those of their recipes
     "stage1": {"lr": 2e-3, "temperature": 0.1},
@@ -74,21 +76,17 @@ class Setting:
 
     def recipe(self, stage: int, name: str, positives: bool, **changes: Any) -> TrainConfig:
         """The recipe of a stage under the protocol."""
-        from spn4cir.data import load_data
-
         recipe = parse(TrainConfig, ROOT / "recipes" / "emoji" / f"{self.backbone}_stage{stage}.yaml", [])
         config = replace(
             recipe, max_annotated=self.annotated + HELD, holdout=HELD / (self.annotated + HELD), seed=self.seed,
             batch_size=self.batch, select_by=["R@1", "R@5"], epochs=10_000, output=str(self.folder / name), **changes,
         )  # fmt: skip
-        of_batch = self.batch
         if positives:
             share = SHARE[self.annotated]
-            whole = of_batch if share == 0.25 else 2 * of_batch  # as many annotated ones, if there are few
-            config = replace(config, generated=self.generated, generated_share=share, batch_size=whole)
-            of_batch = round(whole * (1 - share))
-        kept = len(load_data(replace(config, generated=None, generated_share=None), lambda _: None).triplets)
-        return replace(config, eval_every=max(1, round(EVERY / (kept // of_batch))))
+            whole = self.batch if share == 0.25 else 2 * self.batch  # as many annotated ones, if there are few
+            mixed = replace(config, generated=self.generated, generated_share=share, batch_size=whole)
+            return replace(mixed, eval_every=often(replace(config, batch_size=round(whole * (1 - share)))))
+        return replace(config, eval_every=often(config))
 
     def first(self, name: str, positives: bool) -> TrainConfig:
         """Stage 1 until its patience ends."""
@@ -125,6 +123,13 @@ class Setting:
         if left := pending(config):
             train(left, stage)
         return Path(str(config.output))
+
+
+def often(config: TrainConfig) -> int:
+    """Epochs between evaluations, about ``EVERY`` steps."""
+    from spn4cir.data import load_data
+
+    return max(1, round(EVERY / (len(load_data(config, lambda _: None).triplets) // config.batch_size)))
 
 
 def triplet_time(run: Path) -> float:
@@ -202,22 +207,19 @@ def endings(setting: Setting, rows: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {row: {name: result[name] for name in said} for row, result in results.items()}
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The tables of docs/results.md."""
-    lines = []
-    for annotated, part in report["results"].items():
-        lines += [f"**{annotated} annotated triplets**", ""]
-        lines += ["| | test R@1 | test R@10 | R@1 − equal steps | R@1 − equal time | R@1 − stage 1 |", "|---" * 6 + "|"]
-        for row, metrics in part["test"].items():
-            cells = [
-                f"{metrics[name]['mean']:.1f}" + (f" ± {sd:.1f}" if (sd := metrics[name]["sd"]) is not None else "")
-                for name in ("R@1", "R@10")
-            ]
-            for control in ("steps", "time", "stage1"):
-                values = part["differences"].get(control, {}).get(row)
-                cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*values["R@1"]) if values else "")
-            lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + " |")
-        lines.append("")
+def markdown(part: Mapping[str, Any], rows: Mapping[str, str], controls: Mapping[str, str]) -> str:
+    """Metrics of each row, and differences from controls (key → title) where there are some."""
+    titles = ["", "test R@1", "test R@10", *(f"R@1 − {title}" for title in controls.values())]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row, metrics in part["test"].items():
+        cells = [
+            f"{metrics[name]['mean']:.1f}" + (f" ± {sd:.1f}" if (sd := metrics[name]["sd"]) is not None else "")
+            for name in ("R@1", "R@10")
+        ]
+        for control in controls:
+            values = part["differences"].get(control, {}).get(row)
+            cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*values["R@1"]) if values else "")
+        lines.append(f"| {rows[row]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -302,7 +304,7 @@ def main() -> None:
         "what": "emoji/test in percent, mean and standard deviation over seeds; differences in points with 95 % "
         "intervals, paired by seed and query; best state of each run on held-out training triplets",
         "command": "python -m benchmarks.claims " + " ".join(sys.argv[1:]),
-        "protocol": {"held out": HELD, "evaluated every": EVERY, "patience": PATIENCE, "steps": STEPS},
+        "protocol": PROTOCOL,
         "settings": SETTINGS if args.backbone == "clip4cir" else "of the recipes",
         "generated share of a batch": SHARE,
         "rows": ROWS,
@@ -313,7 +315,8 @@ def main() -> None:
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, json.dumps(report, indent=1) + "\n")
-    print(markdown(report))
+    for annotated, part in results.items():
+        print(f"**{annotated} annotated triplets**\n\n{markdown(part, ROWS, COLUMNS)}\n")
     print(f"written to {output}")
 
 

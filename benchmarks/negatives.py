@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.claims import BUDGETS, EVERY, HELD, PATIENCE, STEPS, Setting, differences, measure, summarise
+from benchmarks.claims import BUDGETS, PROTOCOL, Setting, differences, measure, summarise
 from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
@@ -91,7 +91,7 @@ def report(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> 
         "what": "emoji/test in percent, mean and standard deviation over seeds; differences in points with 95 % "
         "intervals, paired by seed and query; best state of each run on held-out training triplets",
         "command": "python -m benchmarks.negatives --seeds " + " ".join(map(str, args.seeds)),
-        "protocol": {"held out": HELD, "evaluated every": EVERY, "patience": PATIENCE, "steps of stage 2": STEPS},
+        "protocol": PROTOCOL,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "git": git_commit(),
         "stage 1, by type of negative": {name: metrics[name] for name in TYPES},
@@ -113,7 +113,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    protocol, steps = "emoji/test", results["protocol"]["steps of stage 2"]
+    protocol, steps = "emoji/test", results["protocol"]["steps"]
     types, banks = results["stage 1, by type of negative"], results["stage 2, by candidates"]
     figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 6.4), layout="constrained", sharex="col")
     for (left, right), metric in zip(axes, METRICS, strict=True):

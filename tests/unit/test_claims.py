@@ -1,4 +1,4 @@
-"""The benchmarks of the claims and of negatives, with a training that only writes what a run leaves behind."""
+"""Benchmarks of the claims, negatives, zero-shot and curves, with a training that only writes what a run leaves."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import spn4cir.train as loop
-from benchmarks import claims, negatives
+from benchmarks import claims, dynamics, negatives, zeroshot
 from benchmarks.claims import Setting
 from spn4cir.config import TrainConfig, write_yaml
 from spn4cir.errors import InputError
@@ -32,7 +32,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
         if (folder.parent / "killed").is_file() and (folder.parent / "killed").read_text() == folder.name:
             raise KeyboardInterrupt
         speed = 500 if stage == 2 else 100
-        lines = [{"step": 1, "items_per_second": speed}, {"step": 2, "R@1": 40, "R@5": 60, "items_per_second": speed}]
+        both = {"loss": 1.0, "temperature": 0.1, "grad_norm": 2.0, "items_per_second": speed}
+        lines = [{"step": 1, **both}, {"step": 2, "R@1": 40, "R@5": 60, **both}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         ended = {"steps": 2, "best_step": 2, "stopped_by": "patience", "seconds": 1.0, "git": "abc"}
         (folder / "result.json").write_text(json.dumps(ended))
@@ -164,3 +165,51 @@ def test_a_picture_needs_matplotlib(trained: Trained, tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match=r"matplotlib: pip install 'spn4cir\[demo\]'"):
         start(negatives, monkeypatch, *places, "--seeds", 0)
     assert json.loads((tmp_path / "a.json").read_text())["protocol"] and not (tmp_path / "a.png").exists()
+
+
+def test_zero_shot(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Generated triplets beside runs of the claims, which are reused, and beside no training."""
+    found = {
+        "metrics": dict.fromkeys(claims.METRICS, 12.5),
+        "hits": dict.fromkeys(("R@1", "R@10"), [0.0] * 21 + [1.0] * 3),
+    }
+    measured = claims.measure
+    monkeypatch.setattr(claims, "measure", lambda run, splits: measured(run, splits=splits) if run else {"test": found})
+    monkeypatch.setattr(claims, "often", lambda config: 2)
+    made = tmp_path / "made.json"
+    made.write_text("[1, 2]")
+    monkeypatch.setattr(zeroshot, "generate", lambda folder: made)
+    monkeypatch.setattr(zeroshot, "generate_from_pictures", lambda pictures, folder: (made, {"pictures": 5}))
+    Setting(100, 1, "other.json", tmp_path / "claims").train("negatives")
+    trained.clear()
+    places = ["--claims", tmp_path / "claims", "--runs", tmp_path / "runs", "--output", tmp_path / "new" / "a.json"]
+    argv = [*places, "--seeds", 0, 1, "--annotated", 100, "--pictures", tmp_path]
+    start(zeroshot, monkeypatch, *argv, "--train-only")
+    assert len(trained) == 2 * 2 * 2 + 2 and not (tmp_path / "new").exists()
+    trained.clear()
+    start(zeroshot, monkeypatch, *argv)
+    assert not trained
+    report = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert report["triplets"] == {"generated": 2, "pictures": 2} and report["pictures of another maker"] == {
+        "pictures": 5
+    }
+    assert report["results"]["differences"]["none"]["generated 2"]["R@1"][0] == 12.5
+    assert set(report["results"]["differences"]) == {"none", "annotated 100 1"}
+    assert report["runs"]["pictures"]["1"]["negatives"]["steps"] == 2
+    assert "| generated triplets, stage 1 | 33.3 ± 0.0 |" in capsys.readouterr().out
+
+
+def test_curves(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture of all rows; before they are trained, one line says with what command."""
+    argv = ["--runs", tmp_path, "--max-annotated", 300, "--seeds", 0, 1, "--picture", tmp_path / "a.png"]
+    with pytest.raises(InputError, match=r"stage1 is not trained yet: python -m benchmarks.claims --train-only"):
+        start(dynamics, monkeypatch, *argv)
+    for seed in (0, 1):
+        for row in list(claims.ROWS)[1:]:
+            Setting(300, seed, GENERATED, tmp_path).train(row)
+    start(dynamics, monkeypatch, *argv)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert dynamics.curves(tmp_path / "300-seed0" / "clip4cir" / "both")["recall"] == [(2, 50.0)]
+    assert dynamics.mean([[(1, 2.0), (2, 4.0)], [(2, 1.0), (3, 9.0)]]) == ([2], [2.5], [1.0], [4.0])

@@ -1,13 +1,17 @@
 """Files written whole or not at all."""
 
+import gc
 import hashlib
 import os
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from spn4cir.errors import InputError
-from spn4cir.files import hash_files, locked, write_text
+from spn4cir.files import hash_files, locked, open_array, write_text
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -62,3 +66,29 @@ def test_digest_of_files(tmp_path: Path) -> None:
     two.write_bytes(b"c")
     assert hash_files(one) == hashlib.sha256(one.read_bytes()).hexdigest()
     assert hash_files(one, two) == hashlib.sha256(one.read_bytes() + b"c").hexdigest() != hash_files(two, one)
+
+
+def test_arrays_are_opened_by_several_threads(tmp_path: Path) -> None:
+    """A thread that gives way while it reads a header, as it may in collecting garbage: Python 3.11 fails there."""
+    path, whole, wrong = tmp_path / "x.npy", np.arange(6, dtype="f4").reshape(3, 2), list[Exception]()
+    np.save(path, whole)
+
+    def read() -> None:
+        try:
+            for _ in range(100):
+                assert (open_array(path) == whole).all() and (open_array(path, None) == whole).all()
+        except Exception as error:
+            wrong.append(error)
+
+    threads, before = [threading.Thread(target=read) for _ in range(4)], gc.get_threshold()
+    gc.callbacks.append(give_way := lambda *_: time.sleep(0))
+    gc.set_threshold(20, 2, 2)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(give_way)
+    assert not wrong

@@ -1,12 +1,16 @@
-"""The zero-shot benchmark: no target leaks through another maker's pictures, and values of queries give the metrics."""
+"""The zero-shot benchmark: no target leaks through another maker's pictures, and nothing annotated is read."""
 
-import numpy as np
+import itertools
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks import zeroshot
+from benchmarks.claims import EVERY, PATIENCE, STEPS
+from spn4cir.data import load_data
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.errors import InputError
-from spn4cir.results import Ranking, Result, compute_metrics
 
 
 @pytest.mark.parametrize(("name", "found"), [
@@ -34,39 +38,19 @@ def test_pictures_of_targets_are_left_out() -> None:
     assert len(kept) == len(training) + 1 and "1faff.png" in kept
 
 
-def test_nothing_annotated_is_read_for_generated_triplets() -> None:
+def test_nothing_annotated_is_read_for_generated_triplets(tmp_path: Path) -> None:
+    """Not by matching, not by training, not for selection; the protocol is that of the claims."""
     assert Emoji().triplets() and not zeroshot.Unannotated().triplets()
-    for stage in (1, 2):
-        config = zeroshot.settings(stage, 3, None, generated=zeroshot.RESULT)
-        assert (config.max_annotated, config.eval_every, config.max_steps, config.seed) == (0, 0, 120, 3)
-        few = zeroshot.settings(stage, 3, 7, annotated=100)
-        assert (few.max_annotated, few.generated, few.max_steps, few.batch_size) == (100, None, 7, 100)
-
-
-def test_values_of_queries() -> None:
-    """Their means are the metrics; ``query_values`` asserts it too."""
-    benchmark = Emoji().benchmark("val")
-    chance = np.random.default_rng(0)
-    first = {over: chance.integers(1, 30, len(benchmark.queries)) for over in ("gallery", "subset")}
-    ranks = {over: np.stack([one, one + chance.integers(0, 2, len(one))], 1)[:, None] for over, one in first.items()}
-    metrics, tags = compute_metrics(benchmark, ranks)
-    rankings = {over: Ranking(one) for over, one in ranks.items()}
-    found = zeroshot.query_values(
-        Result("emoji/val", metrics, tags, {}, len(benchmark.queries), "", queries=benchmark.queries, rankings=rankings)
-    )
-    assert {name: values.mean() for name, values in found.items()} == pytest.approx(
-        {name: metrics[name] for name in zeroshot.METRICS}
-    )
-
-
-def test_summary_compares_pairs() -> None:
-    """Rows that are not there are passed over; a row without seeds is compared with each seed of the other."""
-    names = [f"{split} {metric}" for split in ("val", "test") for metric in zeroshot.METRICS]
-    none, one, two = (dict.fromkeys(names, values) for values in ([0.0, 0.0], [100.0, 0.0], [100.0, 100.0]))
-    summary = zeroshot.summarise({"none": [none], "generated 1": [one, two]})
-    assert summary["rows"]["generated 1"]["test R@1"] == {"mean": 75.0, "sd": 35.36, "seeds": [50.0, 100.0]}
-    assert set(summary["differences"]) == {"generated 1 - none"}
-    assert summary["differences"]["generated 1 - none"]["val Rs@1"] == {"difference": 75.0, "low": 0.0, "high": 100.0}
-    told = zeroshot.markdown(summary)
-    assert "| generated triplets, stage 1 | 75.0 ± 35.4 |" in told
-    assert "| generated 1 - none | +75.0 [+0.0, +100.0] |" in told
+    pairs = itertools.pairwise(Emoji().training_images()[:400])
+    made = [{"candidate": one, "target": other, "captions": ["so"]} for one, other in pairs]
+    file = tmp_path / "triplets.json"
+    file.write_text(json.dumps(made))
+    setting = zeroshot.ZeroShot(3, file, tmp_path)
+    first, second = setting.first("stage1", False), setting.second(2, "negatives", False, "stage1")
+    for config in (first, second):
+        assert (config.max_annotated, config.generated, config.seed) == (0, str(file), 3)
+        assert load_data(config, lambda _: None).selection.name.startswith("emoji/holdout-generated-")
+        assert config.eval_every == round(EVERY / (len(load_data(config, lambda _: None).triplets) // 128))
+    assert (first.patience, first.max_steps, first.schedule) == (PATIENCE, None, "constant")
+    assert (second.patience, second.max_steps, second.schedule) == (None, STEPS, "cosine")
+    assert second.init == str(tmp_path / "seed3" / "stage1")
