@@ -1,7 +1,7 @@
 """What a backbone is: two methods to write, two derived, and a promise about its image side."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -77,6 +77,23 @@ class Backbone(nn.Module, ABC):
             targets: features of the batch's target images, (B, …).
             contrast: ``contrast(query, target)`` is the main term's loss of queries (B, E) against targets (B, K, E).
         """
+        return {}
+
+    @property
+    def statistics_sample(self) -> int:
+        """Number of training images that ``fit_statistics`` wants before the first step; 0 if it wants none."""
+        return 0
+
+    def fit_statistics(self, references: Tensor, labels: Sequence[str | None], targets: Tensor) -> None:
+        """Fit what is computed from training images rather than trained; called where ``statistics_sample`` is not 0.
+
+        Args:
+            references: (N, 3, H, W) reference images of training triplets, with the labels of their triplets.
+            targets: (M, 3, H, W) target images.
+        """
+
+    def describe_reference(self, reference: Tensor) -> Mapping[str, Tensor]:
+        """What the model sees in reference features (B, L, D), for people to read: {name: (B,)}."""
         return {}
 
     def save_assets(self, folder: Path) -> None:

@@ -47,6 +47,22 @@ class TrainingData:
         rest = self.dataset.training_images() if config.bank.images == "all" else []
         return list(dict.fromkeys([*named_images(self.triplets), *rest, *self.extra]))
 
+    def sample_references(self, count: int, seed: int) -> tuple[list[Triplet], list[str]]:
+        """Triplets with different references, ``count`` at most, and a third as many target images."""
+        many = min(len(self.triplets), 8 * count)  # as several triplets may share a reference
+        order = random.Random(f"references/{seed}").sample(range(len(self.triplets)), many)
+        found: dict[str, Triplet] = {}
+        targets: dict[str, None] = {}
+        for number in order:
+            triplet = self.triplets[number]
+            if triplet.reference is not None:
+                found.setdefault(triplet.reference, triplet)
+            if len(targets) < count // 3:
+                targets[triplet.targets[0]] = None
+            if len(found) == count:
+                break
+        return list(found.values()), list(targets)
+
     def split_rows(self) -> tuple[Sequence[int] | Numbers, Sequence[int] | Numbers]:
         """Row numbers of annotated and of generated triplets; arrays for a table of triplets."""
         if isinstance(self.triplets, TripletTable):

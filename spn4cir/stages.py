@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from spn4cir import bank as banks
@@ -65,6 +66,7 @@ def check_stage1(config: TrainConfig) -> None:
 def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """Both sides train; candidates are the targets of the batch."""
     images, pixels = _open_images(config, run, data, backbone)
+    fit_statistics(backbone, data, images, config.seed)
     identity = banks.assign_rows({image_id: pixels[image_id] for image_id in data.candidate_images(config)})
     known = KnownTargets(data.triplets, identity)
     collate = TripletCollate(backbone.tokenize, identity, images, known=known)
@@ -92,6 +94,7 @@ def check_stage2(config: TrainConfig) -> None:
 def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
     images, pixels = _open_images(config, run, data, backbone)
+    fit_statistics(backbone, data, images, config.seed)
     ids = data.candidate_images(config)
     backbone.freeze_image_side()
     prepare_compute(backbone, config.compute)
@@ -144,6 +147,23 @@ def _sampler(config: TrainConfig, run: Run, data: TrainingData) -> TripletSample
         annotated, generated, config.batch_size, config.generated_share, config.seed, process,
         config.compute.accumulate,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def fit_statistics(backbone: Backbone, data: TrainingData, images: ImageSource, seed: int) -> None:
+    """Give a backbone the training images that its statistics are to be fitted to, if it wants any.
+
+    Raises ``InputError`` if no triplet has a reference.
+    """
+    if not (count := backbone.statistics_sample):
+        return
+    triplets, targets = data.sample_references(count, seed)
+    if not triplets:
+        raise InputError(f"{backbone.name} fits statistics to reference images, and no training triplet has one")
+    device = next(backbone.parameters()).device
+    references = images.stack([str(triplet.reference) for triplet in triplets])
+    labels = [triplet.label for triplet in triplets]
+    backbone.fit_statistics(references.to(device), labels, images.stack(targets).to(device))
 
 
 def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

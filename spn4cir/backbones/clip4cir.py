@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import has_openai_text, load_clip
+from spn4cir.backbones.shared_clip import encode_text, load_clip
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
@@ -108,18 +107,8 @@ class CLIP4CIR(Backbone):
         return self.combiner is None
 
     def _encode_text(self, text: Tensor) -> Tensor:
-        """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows."""
-        clip = self.clip
-        if not has_openai_text(clip):
-            return clip.encode_text(text)  # type: ignore[no-any-return]
-        # with causal attention no position sees what comes after it, so cutting the tail changes nothing but the time;
-        # one column more than the last that is not padding, as some models pad with the end token
-        text = text[:, : int((text != self._padding).any(0).nonzero().max()) + 2]  # (B, T)
-        used = text.shape[1]
-        x = clip.token_embedding(text) + clip.positional_embedding[:used]
-        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:used, :used]))  # (B, T, width)
-        pooled = text_global_pool(x, text, clip.text_pool_type, eos_token_id=clip.text_eos_id)  # (B, width)
-        return pooled @ clip.text_projection  # type: ignore[no-any-return]
+        """(B, context) → (B, E)."""
+        return encode_text(self.clip, text, self._padding)
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
         """The visual tower."""

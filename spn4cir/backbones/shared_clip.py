@@ -9,6 +9,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor
 
 from spn4cir.backbones.shared_weights import READS_WEIGHTS
@@ -62,6 +63,27 @@ def has_openai_text(clip: Any) -> bool:
     """Whether the text tower is in OpenAI's layout: causal, pooled at the end token, and projected by a matrix."""
     is_clip = isinstance(clip, open_clip.CLIP) and clip.attn_mask is not None
     return is_clip and clip.text_pool_type in ("argmax", "eos") and isinstance(clip.text_projection, Tensor)
+
+
+def has_openai_vision(clip: Any) -> bool:
+    """Whether the image tower is a vision transformer in OpenAI's layout: pooled at the class token, and projected."""
+    visual = getattr(clip, "visual", None)
+    is_vit = isinstance(visual, VisionTransformer) and isinstance(visual.proj, Tensor)
+    return is_vit and (visual.pool_type, visual.attn_pool, visual.final_ln_after_pool) == ("tok", None, False)
+
+
+def encode_text(clip: Any, text: Tensor, padding: int) -> Tensor:
+    """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows."""
+    if not has_openai_text(clip):
+        return clip.encode_text(text)  # type: ignore[no-any-return]
+    # with causal attention no position sees what comes after it, so cutting the tail changes nothing but the time;
+    # one column more than the last that is not padding, as some models pad with the end token
+    text = text[:, : int((text != padding).any(0).nonzero().max()) + 2]  # (B, T)
+    used = text.shape[1]
+    x = clip.token_embedding(text) + clip.positional_embedding[:used]
+    x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:used, :used]))  # (B, T, width)
+    pooled = text_global_pool(x, text, clip.text_pool_type, eos_token_id=clip.text_eos_id)  # (B, width)
+    return pooled @ clip.text_projection  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from open_clip.transformer import VisionTransformer, text_global_pool
+from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import has_openai_text, load_clip
+from spn4cir.backbones.shared_clip import has_openai_text, has_openai_vision, load_clip
 from spn4cir.distributed import gather_with_gradient
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
@@ -189,9 +189,7 @@ def _off_orthogonal(tokens: Tensor) -> Tensor:
 
 def _check_layout(clip: nn.Module, model: str) -> None:
     """Raises ``InputError`` for a CLIP whose positions are not what the tokens are made of."""
-    visual: Any = getattr(clip, "visual", None)
-    vision = isinstance(visual, VisionTransformer) and isinstance(visual.proj, Tensor)
-    vision = vision and (visual.pool_type, visual.attn_pool, visual.final_ln_after_pool) == ("tok", None, False)
+    vision = has_openai_vision(clip)
     if not (vision and has_openai_text(clip)):
         needs = "tgcir needs a CLIP with a vision transformer in OpenAI's layout"
         advice = "take ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu"

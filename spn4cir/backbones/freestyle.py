@@ -1,0 +1,281 @@
+"""FreestyleRet: a frozen vision transformer reads a picture of any style by prompt tokens made of its style."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from spn4cir.backbone import Backbone, l2_normalize, to_float32
+from spn4cir.backbones.shared_clip import encode_text, has_openai_text, has_openai_vision, load_clip
+from spn4cir.backbones.shared_style import StyleFilters, StyleSpace
+from spn4cir.backbones.shared_vision import encode_images
+from spn4cir.errors import InputError
+from spn4cir.types import Composed, ImageFeatures, Tokens
+
+PHOTO = "photo"
+"""The style of targets."""
+STYLES = (PHOTO, "sketch", "art", "mosaic")
+PLACES = {"none": (), "shallow": ("shallow",), "deep": ("deep",), "both": ("shallow", "deep")}
+TRAINED = ("prompts", "norms", "all")
+PROMPTS = ("style", "static")
+
+
+class PromptTable(nn.Module):
+    """A learned table (R, T, D): its rows mixed by a picture's style are T tokens; or all R·T of them, for any picture.
+
+    Args:
+        rows, tokens, width: R, T, D.
+        is_static: whether the style is ignored. Both kinds have the same parameters.
+
+    Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, for the initial values and the static kind.
+    """
+
+    def __init__(self, rows: int, tokens: int, width: int, is_static: bool):
+        super().__init__()
+        self.is_static = is_static
+        bound = (6 / (2 * width)) ** 0.5
+        self.weight = nn.Parameter(torch.empty(rows, tokens, width).uniform_(-bound, bound))
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        """Weights of the rows (B, R) → tokens (B, T, D), or (B, R·T, D)."""
+        if self.is_static:
+            return self.weight.flatten(0, 1).expand(len(mixture), -1, -1)
+        return torch.einsum("br,rtd->btd", mixture.to(self.weight), self.weight)
+
+
+class Freestyle(Backbone):
+    """``q = normalise(v + t)``: v is the image through CLIP's transformer with prompts, t the text, of unit norm each.
+
+    The target is CLIP's own embedding, so the gallery holds photographs as CLIP sees them and never moves (K = 1). The
+    reference is the transformer's input, class token and patches (1 + N of D), and the style vector in as many further
+    rows as it needs. A query of an image alone is v, of a text alone t.
+
+    Prompts stand behind the class token from a block on. Shallow ones, before the first block, are a table with a row
+    for each style, mixed by how near the style's centre is. Deep ones, before the last block, are a table with a row
+    for each of the first ``rank`` components of the style vector and one more that always counts.
+
+    Args:
+        model, pretrained: as ``shared_clip.load_clip`` takes them; a model with a ViT and OpenAI's layout.
+        prompts: ``style``, or ``static`` for as many parameters that ignore the style (VPT).
+        place: where prompts are inserted: ``shallow``, ``deep``, ``both`` or ``none``.
+        tokens: T of each table.
+        trains: ``prompts`` alone; ``norms`` also trains a copy of the LayerNorms for queries, and those of the text
+            encoder; ``all`` also a copy of the whole transformer, and the text encoder.
+        styles: names of the styles in the data; targets are photographs.
+        style_width: dimensions of a style vector.
+        style_temperature: divisor of cosines between style vector and centres.
+        rank: components of the style vector that deep prompts read.
+        filters: as ``StyleFilters`` takes them.
+
+    Raises ``InputError`` if open_clip knows no such model, tag or file, or the options fit nothing.
+
+    Source: Li et al., "FreestyleRet: Retrieving Images from Style-Diversified Queries", ECCV 2024. Unlike theirs, style
+    vectors are whitened and centres fitted before training; prompts are learned tables; photographs stay as they are.
+    """
+
+    name = "freestyle"
+    clip: Any  # a model of open_clip, which has no types
+
+    def __init__(
+        self,
+        model: str = "embedded",
+        pretrained: str | None = None,
+        prompts: str = "style",
+        place: str = "both",
+        tokens: int = 4,
+        trains: str = "norms",
+        styles: list[str] | None = None,
+        style_width: int = 64,
+        style_temperature: float = 0.1,
+        rank: int = 8,
+        filters: str = "random",
+    ):
+        super().__init__()
+        styles = list(styles or STYLES)
+        self.options = {"model": model, "pretrained": pretrained, "prompts": prompts, "place": place, "tokens": tokens}
+        self.options |= {"trains": trains, "styles": styles, "style_width": style_width, "filters": filters}
+        self.options |= {"style_temperature": style_temperature, "rank": rank}
+        _check_options(self.options)
+        found = load_clip(model, pretrained, pad_ratio=None, embedded="clip_transformer")
+        self.clip, self._tokenizer, self.transform = found
+        self._colours = found[2].mean, found[2].std
+        if not (has_openai_vision(self.clip) and has_openai_text(self.clip)):
+            advice = "take ViT-B-16-quickgelu, ViT-B-32-quickgelu or ViT-L-14-quickgelu"
+            raise InputError(f"freestyle needs a CLIP with a ViT in OpenAI's layout; {model!r} is another: {advice}")
+        self._padding = int(self._tokenizer(["a"])[0, -1])
+        self.clip.requires_grad_(False)
+        self.filters = StyleFilters(filters)
+        self.style_space = StyleSpace(len(styles), style_width, style_temperature)
+        width, is_static = self.clip.visual.proj.shape[0], prompts == "static"
+        rows = {"shallow": len(styles), "deep": 1 + rank}
+        self.tables = nn.ModuleDict({p: PromptTable(rows[p], tokens, width, is_static) for p in PLACES[place]})
+        self._prepare_query_side(trains)
+        self.eval()
+
+    def _prepare_query_side(self, trains: str) -> None:
+        """Give queries their own copies of what trains beside the prompts."""
+        visual = self.clip.visual
+        self.query_blocks: nn.ModuleList | None = None
+        self.query_norms: nn.ModuleList | None = None
+        self.query_head: nn.Parameter | None = None
+        if trains == "all":
+            self.query_blocks = copy.deepcopy(visual.transformer.resblocks).requires_grad_(True)
+            self.query_head = nn.Parameter(visual.proj.detach().clone())
+        if trains == "norms":
+            norms = ({"ln_1": block.ln_1, "ln_2": block.ln_2} for block in visual.transformer.resblocks)
+            self.query_norms = nn.ModuleList(copy.deepcopy(nn.ModuleDict(pair)).requires_grad_(True) for pair in norms)
+        self.query_norm: nn.Module | None = None
+        if trains != "prompts":
+            self.query_norm = copy.deepcopy(visual.ln_post).requires_grad_(True)
+        for name, module in self.clip.named_modules():
+            is_trained = trains == "all" or (trains == "norms" and isinstance(module, nn.LayerNorm))
+            if is_trained and not name.startswith("visual"):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(True)
+        for scalar in ("logit_scale", "logit_bias"):
+            if getattr(self.clip, scalar, None) is not None:
+                getattr(self.clip, scalar).requires_grad_(False)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """B texts → ``{"text": (B, context)}``; what is longer than the context is cut."""
+        return {"text": self._tokenizer(list(texts))}
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """(B, 3, H, W) → reference (B, 1 + N + S, D) in float32, target (B, 1, E) of unit norm."""
+        visual = self.clip.visual
+
+        def encode(part: Tensor) -> Tensor:
+            x = visual._embeds(part)  # (b, 1 + N, D)
+            target = visual._pool(visual.transformer(x))[0] @ visual.proj  # (b, E)
+            style = self.style_space(self._grams(part))  # (b, d)
+            return torch.cat([to_float32(one).flatten(1) for one in (x, style, target)], 1)
+
+        found = encode_images(encode, pixels, False)
+        width, embedding = visual.proj.shape
+        split = [found.shape[1] - self.options["style_width"] - embedding, self.options["style_width"], embedding]
+        x, style, target = torch.split(found, split, 1)
+        rows = -(-style.shape[1] // width)
+        padded = F.pad(style, (0, rows * width - style.shape[1]))
+        reference = torch.cat([x.view(len(x), -1, width), padded.view(len(x), rows, width)], 1)
+        return ImageFeatures(reference, l2_normalize(target)[:, None])
+
+    def _grams(self, pixels: Tensor) -> Tensor:
+        """Pixels as the transform gives them (B, 3, H, W) → logarithms of Gram matrices (B, 8256), in float32."""
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in self._colours)
+        with torch.autocast(pixels.device.type, enabled=False):
+            found: Tensor = self.filters(to_float32(pixels) * std + mean)
+        return found
+
+    def _split(self, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Reference (B, L, D) → transformer's input (B, 1 + N, D) and style vectors (B, d)."""
+        width = self.options["style_width"]
+        rows = -(-width // reference.shape[2])
+        return reference[:, :-rows], reference[:, -rows:].flatten(1)[:, :width]
+
+    def _mixture(self, place: str, style: Tensor) -> Tensor:
+        """Style vectors (B, d) → weights of the rows of a table (B, R)."""
+        if place == "shallow":
+            return self.style_space.weights(style)
+        first = style[:, : self.options["rank"]]
+        return torch.cat([torch.ones_like(first[:, :1]), first / first.shape[1] ** 0.5], 1)
+
+    def embed_prompted(self, reference: Tensor) -> Tensor:
+        """Reference (B, L, D) → embeddings (B, E) of the images alone, unit norm."""
+        x, style = self._split(to_float32(reference))
+        own, visual = self.query_blocks, self.clip.visual
+        blocks = visual.transformer.resblocks if own is None else own
+        for number, block in enumerate(blocks):
+            is_first, is_last = number == 0, number == len(blocks) - 1
+            for place, here in (("shallow", is_first), ("deep", is_last)):
+                if here and place in self.tables:
+                    x = torch.cat([x[:, :1], self.tables[place](self._mixture(place, style)), x[:, 1:]], 1)
+            if self.query_norms is None:
+                x = block(x)
+            else:
+                x = functional_call(block, dict(self.query_norms[number].named_parameters()), (x,))
+        head = visual.proj if self.query_head is None else self.query_head
+        norm = visual.ln_post if self.query_norm is None else self.query_norm
+        return l2_normalize(norm(x[:, 0]) @ head)
+
+    def _embed_text(self, tokens: Tokens) -> Tensor:
+        """(B, E), unit norm."""
+        return l2_normalize(encode_text(self.clip, tokens["text"], self._padding))
+
+    def compose(self, reference: Tensor, tokens: Tokens) -> Composed:
+        """(B, L, D) and texts → queries (B, E)."""
+        image, text = self.embed_prompted(reference), self._embed_text(tokens)
+        return Composed(l2_normalize(image + text), parts=(image, text))
+
+    def compose_image(self, features: ImageFeatures) -> Tensor:
+        """The image with its prompts."""
+        return self.embed_prompted(features.reference)
+
+    def compose_text(self, tokens: Tokens) -> Composed:
+        """The text's own embedding."""
+        return Composed(self._embed_text(tokens))
+
+    def encode_text_target(self, tokens: Tokens) -> Tensor:
+        """The text's own embedding (B, 1, E), where the text encoder does not train."""
+        return self._embed_text(tokens)[:, None]
+
+    @property
+    def query_is_sum(self) -> bool:
+        """The query is the sum of an embedding of the image and one of the text."""
+        return True
+
+    @property
+    def statistics_sample(self) -> int:
+        """Pictures that the style space is fitted to, until it is."""
+        return 0 if bool(self.style_space.is_fitted) else 1024
+
+    def describe_reference(self, reference: Tensor) -> Mapping[str, Tensor]:
+        """How near each style's centre is, {name: (B,)}, summing to 1."""
+        weights = self.style_space.weights(self._split(to_float32(reference))[1])  # (B, S)
+        return dict(zip(self.options["styles"], weights.T, strict=True))
+
+    def fit_statistics(self, references: Tensor, labels: Sequence[str | None], targets: Tensor) -> None:
+        """Fit the style space to pictures (N, 3, H, W), styles named by label, and to targets, which are photographs.
+
+        Without any label the centres are found by k-means, and are called ``cluster 1`` and so on.
+        Raises ``InputError`` if labels and ``styles`` name other styles.
+        """
+        styles = self.options["styles"]
+        grams = torch.cat([self._grams(part) for part in torch.split(torch.cat([references, targets]), 32)])
+        if not any(labels):
+            self.style_space.fit(grams, None)
+            self.options["styles"] = [f"cluster {n + 1}" for n in range(len(styles))]
+            return
+        names = [*(label or PHOTO for label in labels), *[PHOTO] * len(targets)]
+        if set(names) != set(styles):
+            has = ", ".join(sorted(set(names)))
+            raise InputError(f"backbone_options.styles is {', '.join(styles)}, and the references' labels are {has}")
+        self.style_space.fit(grams, [styles.index(name) for name in names])
+
+    def image_side(self) -> list[nn.Module | nn.Parameter]:
+        """The visual tower, the filters and the style space."""
+        return [self.clip.visual, self.filters, self.style_space]
+
+    def train(self, mode: bool = True) -> "Freestyle":
+        """Stays in eval mode: nothing in it has another mode."""
+        nn.Module.train(self, False)
+        return self
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises ``InputError`` for a value that does not exist, and where nothing would train."""
+    for name, known in (("prompts", PROMPTS), ("place", tuple(PLACES)), ("trains", TRAINED)):
+        if options[name] not in known:
+            raise InputError(f"freestyle: {name} cannot be {options[name]!r}; known: {', '.join(known)}")
+    for name, least in (("tokens", 1), ("rank", 1), ("style_width", options["rank"])):
+        if options[name] < least:
+            raise InputError(f"freestyle: {name} must be at least {least}, got {options[name]}")
+    if not options["style_temperature"] > 0:
+        raise InputError(f"freestyle: style_temperature must be above 0, got {options['style_temperature']}")
+    if len(set(options["styles"])) < len(options["styles"]) or len(options["styles"]) < 2:
+        raise InputError(f"freestyle: styles must be at least two different names, got {options['styles']}")
+    if options["place"] == "none" and options["trains"] == "prompts":
+        raise InputError("freestyle: without prompts, trains: prompts leaves nothing to train")
