@@ -47,12 +47,17 @@ class NegativesConfig:
             query, text, reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
         max_similarity: candidates more similar to the positive than this (cosine of targets) are treated as false
             negatives and masked; null masks none.
+        margin: of a triplet loss against one negative drawn from the batch, in the place of InfoNCE, in stage 1; null
+            for InfoNCE.
     """
 
     types: list[Literal["target", "query", "text", "reference"]] = dataclasses.field(default_factory=lambda: ["target"])
     max_similarity: float | None = None
+    margin: float | None = None
 
     def __post_init__(self) -> None:
+        if self.margin is not None and self.types != ["target"]:
+            raise InputError(f"negatives.margin draws targets as negatives, and negatives.types is {self.types}")
         if not self.types or len(set(self.types)) < len(self.types):
             raise InputError(f"negatives.types names at least one type, and each once, got {self.types}")
 
@@ -99,7 +104,7 @@ RENAMED = {
 GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("above 0", lambda x: 0 < x < math.inf, "batch_size epochs lr temperature eval_batch_size log_every adamw.eps"),
-    ("above 0", lambda x: 0 < x < math.inf, "adamw.max_grad_norm"),
+    ("above 0", lambda x: 0 < x < math.inf, "adamw.max_grad_norm negatives.margin"),
     ("0 or more", lambda x: 0 <= x < math.inf, "warmup_steps eval_every save_every workers weight_decay max_annotated"),
     ("at least 1", lambda x: x >= 1, "patience max_steps bank.limit compute.chunk compute.accumulate"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "generated_share adamw.beta2"),

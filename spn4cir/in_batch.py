@@ -86,6 +86,30 @@ class InBatch:
         scores = scores_of(gather_with_gradient(query), target).T  # (B, N)
         return self.replaced(scores, self._answers(target))
 
+    def by_margin(self, query: Tensor, target: Tensor, margin: float, step: int) -> Tensor:
+        """Triplet loss of queries (B, E) against targets (B · T, K, E) and one negative each, drawn anew in each step.
+
+        ``d(q, t) = 1 - q·t``; the mean of ``relu(d(q, t) - d(q, n) + margin)`` and of the same with t as the anchor,
+        ``relu(d(t, q) - d(t, n) + margin)``. t is the first target, n a negative of the batches of all processes. A
+        query without any negative adds nothing.
+
+        Source: Li et al., "FreestyleRet: Retrieving Images from Style-Diversified Queries", ECCV 2024.
+        """
+        candidates = gather_with_gradient(target)  # (N, K, E)
+        own = self.own[:, 0]  # (B,)
+        is_negative = torch.ones(len(query), len(candidates), dtype=torch.bool, device=query.device)
+        is_negative[tuple(self.ignored)] = False
+        is_negative.scatter_(1, own[:, None], False)
+        chance = torch.Generator().manual_seed(step * world_size() + process_rank())
+        drawn = torch.rand(is_negative.shape, generator=chance).to(query.device).masked_fill(~is_negative, -1).argmax(1)
+        scores = scores_of(query, candidates)  # (B, N)
+        among = scores_of(pooled(candidates[own]), candidates)  # (B, N), of targets
+        matched, other = scores.gather(1, own[:, None])[:, 0], drawn[:, None]  # (B,), (B, 1)
+        both = torch.stack(
+            [part.gather(1, other)[:, 0] - matched + margin for part in (scores, among)]
+        ).relu()  # (2, B)
+        return (both * is_negative.any(1)).mean()
+
     def by_part(self, kept: Tensor, swapped: Tensor, target: Tensor, identity: tuple[Tensor, Tensor]) -> Tensor:
         """Each target (B, E) against sums of its query's one part and the other part of all queries.
 

@@ -114,6 +114,21 @@ class Model:
         parts = [self._compose(queries[n : n + self.batch_size]) for n in range(0, count, self.batch_size)]
         return _checked(torch.cat(parts), self.name) if parts else torch.zeros(0, self.target_shape[1])
 
+    @torch.no_grad()
+    def describe_images(self, images: Sequence[Picture]) -> list[dict[str, float]]:
+        """What the model sees in pictures, by name: for ``freestyle`` the weights of the styles; {} for other models.
+
+        Raises:
+            InputError: if a file is missing or does not decode.
+        """
+        found: list[dict[str, float]] = []
+        for start in range(0, len(images), self.batch_size):
+            part = images[start : start + self.batch_size]
+            columns = self.backbone.describe_reference(self._features(part).reference)
+            rows = {name: values.float().tolist() for name, values in columns.items()}
+            found += [{name: values[n] for name, values in rows.items()} for n in range(len(part))]
+        return found
+
     @cached_property
     def target_shape(self) -> tuple[int, int]:
         """(K, E): vectors of an image, and their width."""

@@ -105,6 +105,7 @@ class Objective(nn.Module):
         types: which element of the triplet is replaced to form negatives, for candidates of the batch: ``target``,
             ``query``, ``text``, ``reference``; the loss is their mean.
         max_similarity: candidates more similar to a positive than this are masked as false negatives; None for none.
+        margin: of a triplet loss in the place of InfoNCE, for candidates of the batch; None for InfoNCE.
 
     Raises ``InputError`` if the temperature is out of bounds, or the backbone has no such negatives.
     """
@@ -117,6 +118,7 @@ class Objective(nn.Module):
         candidates: Candidates | None = None,
         types: Sequence[str] = ("target",),
         max_similarity: float | None = None,
+        margin: float | None = None,
     ):
         super().__init__()
         if isinstance(candidates, BankCandidates) and not backbone.is_frozen:
@@ -129,7 +131,7 @@ class Objective(nn.Module):
             if kind in PARTS and not backbone.query_is_sum:
                 raise InputError(f"negatives.types: {kind} needs a query that is a sum, and {backbone.name}'s is none")
         self.backbone, self.candidates, self.types = backbone, candidates, tuple(types)
-        self.max_similarity = max_similarity
+        self.max_similarity, self.margin = max_similarity, margin
         self.temperature = nn.Parameter(torch.tensor(float(temperature)), requires_grad=learn_temperature)
         self._scored: Callable[[], tuple[Tensor | Shard, Tensor, Tensor | None]] | None = None  # by the last batch
 
@@ -197,7 +199,10 @@ class Objective(nn.Module):
         rows = batch.target.clamp(min=0).flatten()
         targets = ImageFeatures(features.reference[rows], features.target[rows])  # (B · T, …)
         contrast = InBatch(batch.identity, self.temperature, batch.others, self.max_similarity, batch.positives)
-        terms = [self._replacing(kind, composed, targets.target, contrast, batch) for kind in self.types]
+        if self.margin is not None:
+            terms = [contrast.by_margin(composed.query, targets.target, self.margin, batch.step)]
+        else:
+            terms = [self._replacing(kind, composed, targets.target, contrast, batch) for kind in self.types]
         extra = self.backbone.extra_losses(composed, targets, contrast)
         target = targets.target.detach()
         self._scored = lambda: (all_gather_rows(target), contrast.own, contrast.ignored)

@@ -41,7 +41,7 @@ class Result:
         protocol: id of the benchmark.
         metrics: name to percentage, from 0 to 100; empty where targets are not public.
         tags: the same by tag, each with its number of ``queries``.
-        ablation: the same for queries of the image alone and of the text alone, if they were asked for.
+        ablation: the same for the image alone, the text alone and late fusion of both, if they were asked for.
         count: number of queries.
         data: fingerprint of the benchmark; results of different data are never combined.
         is_holdout: whether the queries are training triplets that were held out.

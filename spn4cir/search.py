@@ -60,6 +60,34 @@ def _block_size(gallery: Tensor) -> int:
     return max(1, BLOCK // gallery.shape[1])
 
 
+def fuse_scores(first: Tensor, second: Tensor, gallery: Tensor, temperature: float = 0.01) -> Tensor:
+    """Late fusion: the maximum of the log-softmax over a gallery (G, K, E) of two queries' scores → (B, G).
+
+    Args:
+        first, second: both queries of each pair, (B, E); zeros for one that is missing, whose score never counts.
+        temperature: divisor of the scores.
+    """
+    fused = []
+    for query in (first, second):
+        logs = (scores_of(query, gallery) / temperature).log_softmax(1)  # (B, G)
+        fused.append(logs.masked_fill(~query.any(1, keepdim=True), -torch.inf))
+    return torch.maximum(*fused)
+
+
+@torch.no_grad()
+def rank_scores(scores: Tensor, targets: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """``rank_targets`` of given scores (B, G) over the gallery alone → (B, P, 2)."""
+    own = scores.gather(1, targets.clamp(min=0)).masked_fill(targets < 0, -torch.inf)  # (B, P)
+    others = scores.clone()
+    for rows in (targets, *(() if excluded is None else (excluded,))):
+        others[inside(rows, 0, others.shape[1])] = -torch.inf
+    if excluded is not None:
+        own = own.masked_fill((targets[:, :, None] == excluded[:, None]).any(2), -torch.inf)
+    counts = [[(others > one).sum(1), (others >= one).sum(1)] for one in own.T[..., None]]
+    better = torch.stack([torch.stack(pair, 1) for pair in counts], 1)  # (B, P, 2)
+    return (better + 1).masked_fill(own.isneginf()[..., None], 0)
+
+
 @dataclass
 class _Chunk:
     """Queries that are scored at once, and images that their rankings leave out or are about; padded with -1."""

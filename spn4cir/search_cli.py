@@ -50,6 +50,7 @@ def _search() -> None:
     add("--min-score", type=_number, metavar="S", help="lowest score, from -1 to 1")
     add("--min-z", type=_number, metavar="Z", help="lowest z-score: standard deviations above the query's mean score")
     add("--fold", type=_number, metavar="S", help="fold hits that are at least this similar to a better one into it")
+    add("--describe", action="store_true", help="also say what the model sees in the pictures, such as their style")
     add_model_options(parser, "the model of the index")
     add("--save", type=Path, metavar="FILE", help="draw query and hits as one picture (.png, .jpg, .webp)")
     add("--json", metavar="FILE", help="write query and hits as JSON; - for standard output")
@@ -116,7 +117,10 @@ def _run(args: argparse.Namespace, query: Query) -> None:
         some = f", the first {MOST} are shown" if len(hits) > MOST else ""
         heading = f"{len(hits)} hits among {len(index):,} images{some}"
         save_sheet(args.save, heading, _query_tiles(index, query), _hit_tiles(index, hits[:MOST]))
+    seen = index.describe(query["image"]) if args.describe and query["image"] else []
     print(f"index {address}: {len(index):,} images", file=shown)
+    for line in describe_lines(query["image"], seen):
+        print(line, file=shown)
     print(hit_table(hits, args.fold is not None) if hits else _explain_none(index, query, args), file=shown)
     for name, values in timing.items():
         figures = ", ".join(f"{key} {value:.1f} ms" for key, value in values.items())
@@ -126,8 +130,24 @@ def _run(args: argparse.Namespace, query: Query) -> None:
     settings = {"index": address, **query, "k": args.k, "where": args.where, **limits}
     write_json(
         args.json,
-        {"query": settings, "hits": [hit_json(hit) for hit in hits], **({"timing": timing} if timing else {})},
+        {
+            "query": settings,
+            "hits": [hit_json(hit) for hit in hits],
+            **({"seen": seen} if seen else {}),
+            **({"timing": timing} if timing else {}),
+        },
     )
+
+
+def describe_lines(pictures: Sequence[Any], seen: Sequence[Mapping[str, float]]) -> list[str]:
+    """What the model sees in each picture, the most likely first."""
+    names = [_printable(str(one[0] if isinstance(one, tuple) else one)) for one in pictures]
+    lines = []
+    for name, weights in zip(names, seen, strict=False):
+        parts = sorted(weights.items(), key=lambda part: -part[1])
+        told = ", ".join(f"{what} {weight:.2f}" for what, weight in parts)
+        lines.append(f"{name}: {told or 'this model describes no picture'}")
+    return lines
 
 
 def hit_json(hit: Hit) -> dict[str, Any]:

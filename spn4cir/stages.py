@@ -74,7 +74,7 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     prepare_compute(backbone, config.compute)
     objective = Objective(
         backbone, config.temperature, config.learn_temperature, None, config.negatives.types,
-        config.negatives.max_similarity,
+        config.negatives.max_similarity, config.negatives.margin,
     )  # fmt: skip
     if objective.needs_whole_triplets and (known.is_partial or known.positives > 1 or known.negatives):
         raise InputError(
@@ -89,6 +89,8 @@ def check_stage2(config: TrainConfig) -> None:
     """Raises ``InputError`` for settings of stage 1."""
     if config.negatives.types != ["target"]:
         raise InputError(f"negatives.types {config.negatives.types} is for stage 1: a bank holds targets alone")
+    if config.negatives.margin is not None:
+        raise InputError("negatives.margin is for stage 1: a bank's candidates all count")
 
 
 def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:

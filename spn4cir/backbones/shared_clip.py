@@ -67,7 +67,7 @@ def has_openai_text(clip: Any) -> bool:
 
 def has_openai_vision(clip: Any) -> bool:
     """Whether the image tower is a vision transformer in OpenAI's layout: pooled at the class token, and projected."""
-    visual = getattr(clip, "visual", None)
+    visual: Any = getattr(clip, "visual", None)
     is_vit = isinstance(visual, VisionTransformer) and isinstance(visual.proj, Tensor)
     return is_vit and (visual.pool_type, visual.attn_pool, visual.final_ln_after_pool) == ("tok", None, False)
 

@@ -199,6 +199,14 @@ class SearchableIndex(ABC):
         )
         return combine_vectors(vectors, [part.weight for part in parts])
 
+    def describe(self, image: Images) -> list[dict[str, float]]:
+        """What the model sees in a query's pictures, by name: for ``freestyle`` the weights of the styles.
+
+        Raises:
+            InputError: as ``search``.
+        """
+        return self.model.describe_images([self._open(one) for one, _ in _weighted(image, 1.0)])
+
     def search_vector(
         self,
         query: Tensor,
