@@ -37,7 +37,7 @@ def tiny_options(name: str, folder: Path) -> dict[str, Any]:
         config["qformer_config"] |= {**BERT, "encoder_hidden_size": TOWER["hidden_size"]}
         return {"model": None, "config": config, "tokenizer": str(EMBEDDED / "blip2")}
     if name == "freestyle":
-        return {"model": f"local-dir:{_clip(folder / 'clip')}", "trains": "all", "style_width": 8}
+        return {"model": f"local-dir:{_clip(folder / 'clip')}", "trains": "all", "style": {"width": 8}}
     raise KeyError(f"{name} is new: give it a tiny configuration")
 
 

@@ -18,7 +18,9 @@ from spn4cir.types import Composed, ImageFeatures, Tokens
 
 PHOTO = "photo"
 """The style of targets."""
-STYLES = (PHOTO, "sketch", "art", "mosaic")
+STYLE: dict[str, Any] = {
+    "names": [PHOTO, "sketch", "art", "mosaic"], "width": 64, "temperature": 0.1, "rank": 8, "filters": "random",
+}  # fmt: skip
 PLACES = {"none": (), "shallow": ("shallow",), "deep": ("deep",), "both": ("shallow", "deep")}
 TRAINED = ("prompts", "norms", "all")
 PROMPTS = ("style", "static")
@@ -65,11 +67,10 @@ class Freestyle(Backbone):
         tokens: T of each table.
         trains: ``prompts`` alone; ``norms`` also trains a copy of the LayerNorms for queries, and those of the text
             encoder; ``all`` also a copy of the whole transformer, and the text encoder.
-        styles: names of the styles in the data; targets are photographs.
-        style_width: dimensions of a style vector.
-        style_temperature: divisor of cosines between style vector and centres.
-        rank: components of the style vector that deep prompts read.
-        filters: as ``StyleFilters`` takes them.
+        style: settings of the style space, completed by ``STYLE``: ``names`` of the styles in the data, targets being
+            photographs; ``width``, dimensions of a style vector; ``temperature``, divisor of the cosines between style
+            vector and centres; ``rank``, components of the style vector that deep prompts read; ``filters``, as
+            ``StyleFilters`` takes them.
 
     Raises ``InputError`` if open_clip knows no such model, tag or file, or the options fit nothing.
 
@@ -88,17 +89,12 @@ class Freestyle(Backbone):
         place: str = "both",
         tokens: int = 4,
         trains: str = "norms",
-        styles: list[str] | None = None,
-        style_width: int = 64,
-        style_temperature: float = 0.1,
-        rank: int = 8,
-        filters: str = "random",
+        style: dict[str, Any] | None = None,
     ):
         super().__init__()
-        styles = list(styles or STYLES)
+        self.style = complete_style(style or {})
         self.options = {"model": model, "pretrained": pretrained, "prompts": prompts, "place": place, "tokens": tokens}
-        self.options |= {"trains": trains, "styles": styles, "style_width": style_width, "filters": filters}
-        self.options |= {"style_temperature": style_temperature, "rank": rank}
+        self.options |= {"trains": trains, "style": self.style}
         _check_options(self.options)
         found = load_clip(model, pretrained, pad_ratio=None, embedded="clip_transformer")
         self.clip, self._tokenizer, self.transform = found
@@ -108,10 +104,10 @@ class Freestyle(Backbone):
             raise InputError(f"freestyle needs a CLIP with a ViT in OpenAI's layout; {model!r} is another: {advice}")
         self._padding = int(self._tokenizer(["a"])[0, -1])
         self.clip.requires_grad_(False)
-        self.filters = StyleFilters(filters)
-        self.style_space = StyleSpace(len(styles), style_width, style_temperature)
+        self.filters = StyleFilters(self.style["filters"])
+        self.style_space = StyleSpace(len(self.style["names"]), self.style["width"], self.style["temperature"])
         width, is_static = self.clip.visual.proj.shape[0], prompts == "static"
-        rows = {"shallow": len(styles), "deep": 1 + rank}
+        rows = {"shallow": len(self.style["names"]), "deep": 1 + self.style["rank"]}
         self.tables = nn.ModuleDict({p: PromptTable(rows[p], tokens, width, is_static) for p in PLACES[place]})
         self._prepare_query_side(trains)
         self.eval()
@@ -156,7 +152,7 @@ class Freestyle(Backbone):
 
         found = encode_images(encode, pixels, False)
         width, embedding = visual.proj.shape
-        split = [found.shape[1] - self.options["style_width"] - embedding, self.options["style_width"], embedding]
+        split = [found.shape[1] - self.style["width"] - embedding, self.style["width"], embedding]
         x, style, target = torch.split(found, split, 1)
         rows = -(-style.shape[1] // width)
         padded = F.pad(style, (0, rows * width - style.shape[1]))
@@ -172,7 +168,7 @@ class Freestyle(Backbone):
 
     def _split(self, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Reference (B, L, D) → transformer's input (B, 1 + N, D) and style vectors (B, d)."""
-        width = self.options["style_width"]
+        width = self.style["width"]
         rows = -(-width // reference.shape[2])
         return reference[:, :-rows], reference[:, -rows:].flatten(1)[:, :width]
 
@@ -180,7 +176,7 @@ class Freestyle(Backbone):
         """Style vectors (B, d) → weights of the rows of a table (B, R)."""
         if place == "shallow":
             return self.style_space.weights(style)
-        first = style[:, : self.options["rank"]]
+        first = style[:, : self.style["rank"]]
         return torch.cat([torch.ones_like(first[:, :1]), first / first.shape[1] ** 0.5], 1)
 
     def embed_prompted(self, reference: Tensor) -> Tensor:
@@ -235,24 +231,26 @@ class Freestyle(Backbone):
     def describe_reference(self, reference: Tensor) -> Mapping[str, Tensor]:
         """How near each style's centre is, {name: (B,)}, summing to 1."""
         weights = self.style_space.weights(self._split(to_float32(reference))[1])  # (B, S)
-        return dict(zip(self.options["styles"], weights.T, strict=True))
+        return dict(zip(self.style["names"], weights.T, strict=True))
 
     def fit_statistics(self, references: Tensor, labels: Sequence[str | None], targets: Tensor) -> None:
         """Fit the style space to pictures (N, 3, H, W), styles named by label, and to targets, which are photographs.
 
         Without any label the centres are found by k-means, and are called ``cluster 1`` and so on.
-        Raises ``InputError`` if labels and ``styles`` name other styles.
+        Raises ``InputError`` if labels and ``names`` differ.
         """
-        styles = self.options["styles"]
+        styles = self.style["names"]
         grams = torch.cat([self._grams(part) for part in torch.split(torch.cat([references, targets]), 32)])
         if not any(labels):
             self.style_space.fit(grams, None)
-            self.options["styles"] = [f"cluster {n + 1}" for n in range(len(styles))]
+            self.style["names"] = [f"cluster {n + 1}" for n in range(len(styles))]
             return
         names = [*(label or PHOTO for label in labels), *[PHOTO] * len(targets)]
         if set(names) != set(styles):
             has = ", ".join(sorted(set(names)))
-            raise InputError(f"backbone_options.styles is {', '.join(styles)}, and the references' labels are {has}")
+            raise InputError(
+                f"backbone_options.style.names is {', '.join(styles)}, and the references' labels are {has}"
+            )
         self.style_space.fit(grams, [styles.index(name) for name in names])
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
@@ -265,17 +263,30 @@ class Freestyle(Backbone):
         return self
 
 
+def complete_style(style: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the style space, completed by ``STYLE``. Raises ``InputError`` for what makes no sense."""
+    if unknown := [name for name in style if name not in STYLE]:
+        raise InputError(f"freestyle: style has no {unknown[0]!r}; known: {', '.join(STYLE)}")
+    found = {**STYLE, **style}
+    names = found["names"] = list(found["names"])
+    for name, value in found.items():
+        if not isinstance(value, float | int if name == "temperature" else type(STYLE[name])):
+            raise InputError(f"freestyle: style.{name} cannot be {value!r}")
+    if len(set(names)) < len(names) or len(names) < 2 or not all(isinstance(name, str) for name in names):
+        raise InputError(f"freestyle: style.names must be at least two different names, got {names}")
+    if not 1 <= found["rank"] <= found["width"]:
+        raise InputError(f"freestyle: style.rank must be from 1 to style.width {found['width']}, got {found['rank']}")
+    if not found["temperature"] > 0:
+        raise InputError(f"freestyle: style.temperature must be above 0, got {found['temperature']}")
+    return found
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raises ``InputError`` for a value that does not exist, and where nothing would train."""
     for name, known in (("prompts", PROMPTS), ("place", tuple(PLACES)), ("trains", TRAINED)):
         if options[name] not in known:
             raise InputError(f"freestyle: {name} cannot be {options[name]!r}; known: {', '.join(known)}")
-    for name, least in (("tokens", 1), ("rank", 1), ("style_width", options["rank"])):
-        if options[name] < least:
-            raise InputError(f"freestyle: {name} must be at least {least}, got {options[name]}")
-    if not options["style_temperature"] > 0:
-        raise InputError(f"freestyle: style_temperature must be above 0, got {options['style_temperature']}")
-    if len(set(options["styles"])) < len(options["styles"]) or len(options["styles"]) < 2:
-        raise InputError(f"freestyle: styles must be at least two different names, got {options['styles']}")
+    if options["tokens"] < 1:
+        raise InputError(f"freestyle: tokens must be at least 1, got {options['tokens']}")
     if options["place"] == "none" and options["trains"] == "prompts":
         raise InputError("freestyle: without prompts, trains: prompts leaves nothing to train")

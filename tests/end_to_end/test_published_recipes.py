@@ -188,7 +188,7 @@ def test_every_row_has_a_file() -> None:
     """Of the published datasets these files and no others; of the embedded one both stages; of all backbones."""
     found = {path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")}
     assert {name for name in found if name.startswith(("fashioniq/", "cirr/"))} == set(ROWS)
-    assert set(ROW) == set(BACKBONES)
+    assert set(ROW) == set(BACKBONES) - {"freestyle"}
     assert {f"emoji/{backbone}_stage{stage}" for backbone in BACKBONES for stage in (1, 2)} <= found
 
 

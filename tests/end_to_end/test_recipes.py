@@ -88,7 +88,7 @@ def test_the_evaluation_prints_json(work: Path) -> None:
     trained = json.loads((two / "result.json").read_text())
     assert result["protocol"] == "emoji/val" and result["data"] == trained["data"]
     assert result["metrics"] == pytest.approx(trained["metrics"])
-    assert set(result["ablation"]) == {"image only", "text only", "composed"}
+    assert set(result["ablation"]) == {"image only", "text only", "late fusion", "composed"}
     assert result["ablation"]["text only"] != result["metrics"]
     assert all(0 <= value <= 100 for value in result["metrics"].values())
 

@@ -108,7 +108,14 @@ def test_a_text_that_is_in_no_name_is_said(stage: int, text: str, tmp_path: Path
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
-HAVE_DROPOUT = {"clip4cir": False, "clip4cir combiner": True, "tgcir": False, "blip4cir": True, "sprc": True}
+HAVE_DROPOUT = {
+    "clip4cir": False,
+    "clip4cir combiner": True,
+    "tgcir": False,
+    "blip4cir": True,
+    "sprc": True,
+    "freestyle": False,
+}
 
 
 @pytest.mark.parametrize("stage", [1, 2])

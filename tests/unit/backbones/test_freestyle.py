@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir.backbones import build_backbone
-from spn4cir.backbones.freestyle import STYLES, Freestyle
+from spn4cir.backbones.freestyle import STYLE, Freestyle
 from spn4cir.backbones.shared_style import StyleFilters, StyleSpace, kmeans, read_filters
 from spn4cir.checkpoints import load_model, save_model
 from spn4cir.errors import InputError
@@ -34,7 +34,7 @@ def fitted(**options: Any) -> Freestyle:
     model = build_backbone("freestyle", **options)
     assert isinstance(model, Freestyle) and model.statistics_sample == 1024
     pictures = patterns(12)
-    model.fit_statistics(pictures[12:], [STYLES[1 + n // 12] for n in range(36)], pictures[:12])
+    model.fit_statistics(pictures[12:], [STYLE["names"][1 + n // 12] for n in range(36)], pictures[:12])
     assert model.statistics_sample == 0
     return model
 
@@ -105,7 +105,7 @@ def written_out(model: Freestyle, pixels: Tensor) -> Tensor:
     space, options = model.style_space, model.options
     v = (model.filters(pixels * std + mean) - space.mean).double() @ space.components.double()
     cosines = torch.stack([F.cosine_similarity(v, centre.double()[None]) for centre in space.centres], 1)
-    w = (cosines / options["style_temperature"]).exp()
+    w = (cosines / options["style"]["temperature"]).exp()
     w = w / w.sum(1, keepdim=True)  # (B, S)
     x = F.conv2d(pixels.double(), weights["conv1.weight"], stride=16).flatten(2).transpose(1, 2)
     first = weights["class_embedding"].expand(len(x), 1, -1)
@@ -160,7 +160,7 @@ def test_mixtures(model: Freestyle) -> None:
     """Weights sum to one; a picture of a style is nearest to its centre; text and names in the order of the options."""
     with torch.no_grad():
         seen = model.describe_reference(model.encode_image(patterns(6, seed=9)).reference)
-    assert list(seen) == list(STYLES)
+    assert list(seen) == STYLE["names"]
     weights = torch.stack(list(seen.values()), 1)  # (24, 4)
     torch.testing.assert_close(weights.sum(1), torch.ones(24))
     assert (weights.argmax(1) == torch.arange(24) // 6).float().mean() > 0.9
@@ -280,7 +280,7 @@ def test_without_labels_styles_are_clusters() -> None:
     assert isinstance(model, Freestyle)
     pictures = patterns(12)
     model.fit_statistics(pictures[12:], [None] * 36, pictures[:12])
-    assert model.options["styles"] == [f"cluster {n}" for n in (1, 2, 3, 4)]
+    assert model.options["style"]["names"] == [f"cluster {n}" for n in (1, 2, 3, 4)]
     points = torch.randn(4, 1, 3, generator=torch.Generator().manual_seed(0)) * 20 + torch.randn(4, 30, 3) * 0.1
     centres = kmeans(points.flatten(0, 1), 4)
     assert torch.cdist(points.mean(1), centres).amin(1).max() < 0.1
@@ -289,7 +289,7 @@ def test_without_labels_styles_are_clusters() -> None:
 def test_labels_that_are_no_styles() -> None:
     model = build_backbone("freestyle")
     with pytest.raises(
-        InputError, match=r"styles is photo, sketch, art, mosaic, and the references' labels are oil, photo"
+        InputError, match=r"names is photo, sketch, art, mosaic, and the references' labels are oil, photo"
     ):
         model.fit_statistics(patterns(1), ["oil"] * 4, patterns(1))
 
@@ -336,9 +336,11 @@ def test_filters_that_are_none(tmp_path: Path) -> None:
     ({"place": "middle"}, "place cannot be 'middle'; known: none, shallow, deep, both"),
     ({"trains": "text"}, "trains cannot be 'text'"),
     ({"tokens": 0}, "tokens must be at least 1"),
-    ({"style_width": 4}, "style_width must be at least 8"),
-    ({"styles": ["a"]}, "at least two different names"),
-    ({"style_temperature": 0.0}, "must be above 0"),
+    ({"style": {"width": 4}}, "rank must be from 1 to style.width 4, got 8"),
+    ({"style": {"names": ["a"]}}, "at least two different names"),
+    ({"style": {"temperature": 0.0}}, "must be above 0"),
+    ({"style": {"temperature": "warm"}}, "style.temperature cannot be 'warm'"),
+    ({"style": {"colour": 1}}, "style has no 'colour'; known: names, width, temperature, rank, filters"),
     ({"place": "none", "trains": "prompts"}, "nothing to train"),
     ({"model": "RN50"}, "freestyle needs a CLIP with a ViT"),
 ])  # fmt: skip

@@ -34,7 +34,7 @@ def test_presets_are_chosen_by_dataset_and_backbone(capsys: pytest.CaptureFixtur
         return find_preset(argv).name
 
     assert found("--dataset", "fashioniq") == "fashioniq_clip4cir.yaml"
-    for dataset, backbone in itertools.product(("fashioniq", "cirr"), BACKBONES):
+    for dataset, backbone in itertools.product(("fashioniq", "cirr"), ("clip4cir", "tgcir", "blip4cir", "sprc")):
         assert found(f"--dataset={dataset}", "--backbone", backbone) == f"{dataset}_{backbone}.yaml"
     assert found("--dataset", "catalogue", "--backbone", "sprc") == "catalogue.yaml"
     capsys.readouterr()
