@@ -23,7 +23,7 @@ STYLE: dict[str, Any] = {
 }  # fmt: skip
 PLACES = {"none": (), "shallow": ("shallow",), "deep": ("deep",), "both": ("shallow", "deep")}
 TRAINED = ("prompts", "norms", "all")
-PROMPTS = ("style", "static")
+PROMPTS = ("style", "static", "shared")
 
 
 class PromptTable(nn.Module):
@@ -52,9 +52,9 @@ class PromptTable(nn.Module):
 class Freestyle(Backbone):
     """``q = normalise(v + t)``: v is the image through CLIP's transformer with prompts, t the text, of unit norm each.
 
-    The target is CLIP's own embedding, so the gallery holds photographs as CLIP sees them and never moves (K = 1). The
-    reference is the transformer's input, class token and patches (1 + N of D), and the style vector in as many further
-    rows as it needs. A query of an image alone is v, of a text alone t.
+    The target is CLIP's own embedding, so the gallery holds photographs as CLIP sees them and never moves (K = 1), but
+    for ``prompts: shared``. The reference is the transformer's input, class token and patches (1 + N of D), and the
+    style vector in as many further rows as it needs. A query of an image alone is v, of a text alone t.
 
     Prompts stand behind the class token from a block on. Shallow ones, before the first block, are a table with a row
     for each style, mixed by how near the style's centre is. Deep ones, before the last block, are a table with a row
@@ -62,7 +62,8 @@ class Freestyle(Backbone):
 
     Args:
         model, pretrained: as ``shared_clip.load_clip`` takes them; a model with a ViT and OpenAI's layout.
-        prompts: ``style``, or ``static`` for as many parameters that ignore the style (VPT).
+        prompts: ``style``; ``static`` for as many parameters that ignore the style (VPT); or ``shared`` for T static
+            tokens at each place, for photographs too, as the published code computes.
         place: where prompts are inserted: ``shallow``, ``deep``, ``both`` or ``none``.
         tokens: T of each table.
         trains: ``prompts`` alone; ``norms`` also trains a copy of the LayerNorms for queries, and those of the text
@@ -106,8 +107,9 @@ class Freestyle(Backbone):
         self.clip.requires_grad_(False)
         self.filters = StyleFilters(self.style["filters"])
         self.style_space = StyleSpace(len(self.style["names"]), self.style["width"], self.style["temperature"])
-        width, is_static = self.clip.visual.proj.shape[0], prompts == "static"
+        width, is_static = self.clip.visual.proj.shape[0], prompts != "style"
         rows = {"shallow": len(self.style["names"]), "deep": 1 + self.style["rank"]}
+        rows = dict.fromkeys(rows, 1) if prompts == "shared" else rows
         self.tables = nn.ModuleDict({p: PromptTable(rows[p], tokens, width, is_static) for p in PLACES[place]})
         self._prepare_query_side(trains)
         self.eval()
@@ -157,6 +159,8 @@ class Freestyle(Backbone):
         rows = -(-style.shape[1] // width)
         padded = F.pad(style, (0, rows * width - style.shape[1]))
         reference = torch.cat([x.view(len(x), -1, width), padded.view(len(x), rows, width)], 1)
+        if self.is_shared:
+            return ImageFeatures(reference, self.embed_prompted(reference)[:, None])
         return ImageFeatures(reference, l2_normalize(target)[:, None])
 
     def _grams(self, pixels: Tensor) -> Tensor:
@@ -254,8 +258,15 @@ class Freestyle(Backbone):
         self.style_space.fit(grams, [styles.index(name) for name in names])
 
     def image_side(self) -> list[nn.Module | nn.Parameter]:
-        """The visual tower, the filters and the style space."""
-        return [self.clip.visual, self.filters, self.style_space]
+        """The visual tower, the filters and the style space; and prompts and norms that photographs share."""
+        own = (self.query_blocks, self.query_norms, self.query_norm, self.query_head, self.tables)
+        shared = [part for part in own if part is not None] if self.is_shared else []
+        return [self.clip.visual, self.filters, self.style_space, *shared]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether photographs are embedded with the same prompts as queries."""
+        return bool(self.options["prompts"] == "shared")
 
     def train(self, mode: bool = True) -> "Freestyle":
         """Stays in eval mode: nothing in it has another mode."""

@@ -76,15 +76,26 @@ def read_filters(source: str) -> dict[str, Tensor]:
     except Exception as error:  # of the network, of the file system, of a file that is none
         said = " ".join(str(error).split())[:200]
         raise InputError(f"filters: no weights from {source} ({advice}): {said}") from None
+    try:
+        return convert_filters(state)
+    except InputError as error:
+        raise InputError(f"filters: {source} {error}; {advice}") from None
+
+
+def convert_filters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of torchvision's ``vgg19``, or of a normalised VGG, under the names of ``StyleFilters``.
+
+    What they do to colours first, ``x → A x + b``, joins the first convolution: exact, as padding only repeats pixels.
+    Raises ``InputError`` for another state dict.
+    """
     kinds = (TORCHVISION_KEYS, STYLE_TRANSFER_KEYS)
     keys = next((keys for keys in kinds if all(f"{key}.weight" in state for key in keys)), None)
     shapes = [state[f"{key}.weight"].shape for key in keys or ()]
     if shapes != [(o, i, 3, 3) for i, o in zip((3, *CHANNELS), CHANNELS, strict=False)]:
-        raise InputError(f"filters: {source} holds neither torchvision's vgg19 nor a normalised VGG; {advice}")
+        raise InputError("holds neither torchvision's vgg19 nor a normalised VGG")
     assert keys is not None
     places = [(f"layers.{n}.{part}", f"{key}.{part}") for n, key in enumerate(keys) for part in ("weight", "bias")]
     found = {own: state[theirs].float() for own, theirs in places}
-    # what is done to the colours first, x → A x + b, joins the first convolution: exact, as padding only repeats pixels
     if keys == TORCHVISION_KEYS:
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         matrix, offset = torch.diag(1 / std), -mean / std

@@ -23,13 +23,14 @@ from spn4cir.errors import InputError
 from spn4cir.files import hash_files
 from spn4cir.importers.blip_weights import convert_blip_weights
 from spn4cir.importers.clip_weights import convert_clip_weights
+from spn4cir.importers.freestyle_weights import convert_freestyle_weights
 from spn4cir.importers.published import Importer, Published
 from spn4cir.importers.sprc_weights import convert_sprc_weights
 from spn4cir.importers.tgcir_weights import convert_tgcir_weights
 
 IMPORTERS: dict[str, Importer] = {
     "clip4cir": convert_clip_weights, "tgcir": convert_tgcir_weights, "blip4cir": convert_blip_weights,
-    "sprc": convert_sprc_weights,
+    "sprc": convert_sprc_weights, "freestyle": convert_freestyle_weights,
 }  # fmt: skip
 SHOWN = 5
 
