@@ -31,8 +31,8 @@ def convert_freestyle_weights(content: Mapping[str, Any], options: Mapping[str, 
     Raises ``InputError`` if it is another file, or the model that is stated has other shapes.
     """
     if not {"style_prompt", "gram_prompt"} <= content.keys():
-        found = ", ".join(map(repr, list(content)[:5])) or "nothing"
-        raise InputError(f"style_prompt and gram_prompt, FreestyleRet's prompts, are not in it; found {found}")
+        first = ", ".join(map(repr, list(content)[:5])) or "nothing"
+        raise InputError(f"style_prompt and gram_prompt, FreestyleRet's prompts, are not in it; found {first}")
     clip = {f"clip.{name.removeprefix('openclip.')}": v for name, v in content.items() if name.startswith("openclip.")}
     ignored = {name: why for name in content for begin, why in UNUSED.items() if name.startswith(begin)}
     for name in [name for name in ignored if name.startswith(("visual.", "transformer."))]:
@@ -65,6 +65,6 @@ def convert_freestyle_weights(content: Mapping[str, Any], options: Mapping[str, 
         raise InputError(f"{unknown[0]!r} is unknown here")
     space = StyleSpace(len(STYLE["names"]), STYLE["width"], STYLE["temperature"])
     state |= {f"style_space.{name}": value for name, value in space.state_dict().items()}
-    found: dict[str, Any] = {"model": options.get("model") or PUBLISHED_MODEL, "pretrained": None, "prompts": "shared"}
-    found |= {"place": "both", "tokens": int(tokens), "trains": "norms"}
-    return Published(found, state, ignored, "DeepStyleRetrieval, its state dict")
+    stated: dict[str, Any] = {"model": options.get("model") or PUBLISHED_MODEL, "pretrained": None, "prompts": "shared"}
+    stated |= {"place": "both", "tokens": int(tokens), "trains": "norms"}
+    return Published(stated, state, ignored, "DeepStyleRetrieval, its state dict")
