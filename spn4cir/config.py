@@ -29,6 +29,8 @@ class BankConfig:
         limit: candidates drawn anew for each step, at random, beside the targets of its triplets; null for all.
         dtype: how features are stored.
         references: "stored" keeps features of references too, memory-mapped; "recompute" encodes them at each step.
+        in_stage1: also read features from the store in stage 1, which then encodes no image; for a backbone whose image
+            side does not train there.
     """
 
     images: Literal["all", "named"] = "all"
@@ -36,6 +38,7 @@ class BankConfig:
     limit: int | None = None
     dtype: Literal["float32", "float16"] = "float32"
     references: Literal["stored", "recompute"] = "stored"
+    in_stage1: bool = False
 
 
 @dataclasses.dataclass

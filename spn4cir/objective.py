@@ -94,6 +94,21 @@ class BankCandidates(Candidates):
         return shard, torch.searchsorted(rows, positives).masked_fill(positives < 0, -1), hidden
 
 
+class StoredTargets(Candidates):
+    """Targets of the batches of all processes, from a bank: stage 1 where the image side does not train."""
+
+    def __init__(self, bank: Bank):
+        super().__init__()
+        self.bank = bank
+
+    def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
+        """The targets (N, K, E) of all processes; ignored are the same pairs as in ``InBatch``."""
+        rows = batch.target.clamp(min=0).flatten().to(self.bank.target.device)
+        target = to_float32(self.bank.target[rows].to(batch.target.device))  # (B · T, K, E)
+        contrast = InBatch(batch.identity, 1.0, batch.others, positives=batch.positives)
+        return all_gather_rows(target), contrast.own, contrast.ignored
+
+
 class Objective(nn.Module):
     """Composed queries against candidates: the targets of the batch (stage 1), a bank (stage 2), or class centres.
 

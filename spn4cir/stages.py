@@ -3,7 +3,7 @@
 ``STAGES`` names them: a new one is a function here, or elsewhere, one line in the dictionary and one test.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from spn4cir.data import Say, TrainingData, hash_pixels
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource, takes_own_mode
-from spn4cir.objective import BankCandidates, Objective, initial_temperature
+from spn4cir.objective import BankCandidates, Objective, StoredTargets, initial_temperature
 from spn4cir.results import Result
 from spn4cir.run import Run, options_of
 
@@ -46,7 +46,7 @@ class Training:
     objective: Objective
     loader: TripletLoader
     evaluate: Callable[[], Result]
-    check: Callable[[], None] = lambda: None
+    more: dict[str, Any] = {}
     bank: str | None = None
     is_rounded: bool = False
 
@@ -67,13 +67,24 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     """Both sides train; candidates are the targets of the batch."""
     images, pixels = _open_images(config, run, data, backbone)
     fit_statistics(backbone, data, images, config.seed)
-    identity = banks.assign_rows({image_id: pixels[image_id] for image_id in data.candidate_images(config)})
+    ids = data.candidate_images(config)
+    bank: banks.Bank | None = None
+    gallery: banks.Bank | None = None
+    more: dict[str, Any] = {}
+    if config.bank.in_stage1:
+        if any(value.requires_grad for value in _parameters(backbone.image_side())):
+            raise InputError(f"bank.in_stage1: the image side of {backbone.name} trains in stage 1, with these options")
+        backbone.freeze_image_side()
+        bank, gallery = _open_banks(config, run, data, backbone, images, pixels)
+        still = banks.FrozenCheck(backbone, images(ids[0]))
+        more = {"check": partial(still.check, backbone), "bank": bank.fingerprint}
+    identity = bank.rows if bank else banks.assign_rows({image_id: pixels[image_id] for image_id in ids})
     known = KnownTargets(data.triplets, identity)
-    collate = TripletCollate(backbone.tokenize, identity, images, known=known)
+    collate = TripletCollate(backbone.tokenize, identity, images, bank, known)
     loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
     prepare_compute(backbone, config.compute)
     objective = Objective(
-        backbone, config.temperature, config.learn_temperature, None, config.negatives.types,
+        backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None, config.negatives.types,
         config.negatives.max_similarity, config.negatives.margin,
     )  # fmt: skip
     if objective.needs_whole_triplets and (known.is_partial or known.positives > 1 or known.negatives):
@@ -81,12 +92,42 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
             f"stage 1 of {backbone.name} with negatives.types {list(objective.types)} needs a reference, "
             "a text and one target in each triplet: some triplets have fewer, or more"
         )
-    select = partial(evaluate, backbone, data.selection, images, batch_size=config.eval_batch_size)
-    return Training(objective, loader, select)
+    if bank and (objective.needs_whole_triplets or objective.margin is not None):
+        raise InputError(
+            f"bank.in_stage1: stage 1 of {backbone.name} with these negatives needs more of targets than is stored"
+        )
+    select = partial(evaluate, backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
+    return Training(objective, loader, select, is_rounded=_is_rounded(config, gallery), **more)
+
+
+def _parameters(parts: Iterable[nn.Module | nn.Parameter]) -> Iterator[nn.Parameter]:
+    """Parameters of modules, and those that stand by themselves."""
+    for part in parts:
+        yield from [part] if isinstance(part, nn.Parameter) else part.parameters()
+
+
+def _open_banks(
+    config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone, images: ImageSource, pixels: dict[str, str]
+) -> tuple[banks.Bank, banks.Bank | None]:
+    """The bank of the candidates, and one of what evaluation ranks, so that it need not encode images again."""
+    ids = data.candidate_images(config)
+    with run.accelerator.main_process_first():
+        bank = frozen_features(config, backbone, images, {image_id: pixels[image_id] for image_id in ids})
+        if bank.reference is None or data.selection.texts:
+            return bank, None
+        shown = {image_id: pixels[image_id] for image_id in data.selection.image_ids}
+        is_held = bank.rows.keys() >= shown.keys()  # as with held-out triplets
+        return bank, bank if is_held else frozen_features(config, backbone, images, shown)
+
+
+def _is_rounded(config: TrainConfig, gallery: banks.Bank | None) -> bool:
+    return gallery is not None and config.bank.dtype != "float32"
 
 
 def check_stage2(config: TrainConfig) -> None:
     """Raises ``InputError`` for settings of stage 1."""
+    if config.bank.in_stage1:
+        raise InputError("bank.in_stage1 is for stage 1: stage 2 always has a bank")
     if config.negatives.types != ["target"]:
         raise InputError(f"negatives.types {config.negatives.types} is for stage 1: a bank holds targets alone")
     if config.negatives.margin is not None:
@@ -101,13 +142,7 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     backbone.freeze_image_side()
     prepare_compute(backbone, config.compute)
     parameter_groups(Objective(backbone, config.temperature, config.learn_temperature), config)  # raises before hours
-    with run.accelerator.main_process_first():
-        bank = frozen_features(config, backbone, images, {image_id: pixels[image_id] for image_id in ids})
-        gallery = None  # a bank of the images that are ranked, so that each evaluation need not encode them again
-        if bank.reference is not None and not data.selection.texts:
-            shown = {image_id: pixels[image_id] for image_id in data.selection.image_ids}
-            is_held = bank.rows.keys() >= shown.keys()  # as with held-out triplets
-            gallery = bank if is_held else frozen_features(config, backbone, images, shown)
+    bank, gallery = _open_banks(config, run, data, backbone, images, pixels)
     frozen = banks.FrozenCheck(backbone, images(ids[0]))
     collate = TripletCollate(backbone.tokenize, bank.rows, images, bank, KnownTargets(data.triplets, bank.rows))
     loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
@@ -119,8 +154,8 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
         max_similarity=config.negatives.max_similarity,
     )  # fmt: skip
     select = partial(evaluate, backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
-    is_rounded = gallery is not None and config.bank.dtype != "float32"
-    return Training(objective, loader, select, lambda: frozen.check(backbone), bank.fingerprint, is_rounded)
+    check = partial(frozen.check, backbone)
+    return Training(objective, loader, select, check, bank.fingerprint, _is_rounded(config, gallery))
 
 
 STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {

@@ -173,6 +173,36 @@ def test_the_loop_keeps_references_as_it_is_told(name: str, configure, init, run
     assert len(list((runs / "banks").iterdir())) == 3  # and of targets alone
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_stage_1_reads_stored_features(dtype: str, configure, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    """Where the image side does not train, losses and metrics are those of encoding each batch, but for rounding."""
+    found: dict[str, list[float]] = {}
+    rows: dict[str, Any] = {}
+    for way, options in {
+        "encoded": {}, "stored": {"bank": {"in_stage1": True, "dtype": dtype}}, "lr": {"lr": 1.1e-3},
+    }.items():  # fmt: skip
+        settings = {"backbone": "blip4cir", "max_steps": 4, "epochs": 9, "eval_every": 1, **options}
+        folder = train(configure(output=str(runs / way), **settings), 1)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found[way] = [line["loss"] for line in lines]
+        rows[way] = json.loads((folder / "result.json").read_text())["metrics"]
+    near = 2e-5 if dtype == "float32" else 2e-2
+    assert found["stored"] == pytest.approx(found["encoded"], rel=near)
+    assert rows["stored"] == pytest.approx(rows["encoded"], abs=1e-3 if dtype == "float32" else 10)
+    assert found["lr"] != pytest.approx(found["encoded"], rel=2e-5)  # negative control
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"backbone": "clip4cir"}, "the image side of clip4cir trains in stage 1"),
+    ({"backbone": "blip4cir", "backbone_options": {"train_vision": True}}, "the image side of blip4cir trains"),
+    ({"backbone": "blip4cir", "negatives": {"types": ["target", "query"]}}, "needs more of targets than is stored"),
+    ({"backbone": "sprc"}, "the image side of sprc trains"),
+])  # fmt: skip
+def test_stage_1_that_needs_more_than_is_stored(options: dict[str, Any], told: str, configure, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match=told):
+        train(configure(output=str(runs / "x"), bank={"in_stage1": True}, **options), 1)
+
+
 def test_images_put_aside_are_not_stored_twice(configure, init, runs: Path) -> None:  # type: ignore[no-untyped-def]
     """What selects is a part of the training images: their bank serves, and gives what encoding them gives."""
     options = {"init": str(init("tgcir")), "backbone": "tgcir", "holdout": 0.1, "max_steps": 2}
