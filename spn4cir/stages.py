@@ -46,7 +46,7 @@ class Training:
     objective: Objective
     loader: TripletLoader
     evaluate: Callable[[], Result]
-    more: dict[str, Any] = {}
+    check: Callable[[], None] = lambda: None
     bank: str | None = None
     is_rounded: bool = False
 
@@ -84,8 +84,8 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
     prepare_compute(backbone, config.compute)
     objective = Objective(
-        backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None, config.negatives.types,
-        config.negatives.max_similarity, config.negatives.margin,
+        backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None,
+        config.negatives.types, config.negatives.max_similarity, config.negatives.margin,
     )  # fmt: skip
     if objective.needs_whole_triplets and (known.is_partial or known.positives > 1 or known.negatives):
         raise InputError(
