@@ -106,7 +106,8 @@ class Freestyle(Backbone):
         self._padding = int(self._tokenizer(["a"])[0, -1])
         self.clip.requires_grad_(False)
         self.filters = StyleFilters(self.style["filters"])
-        self.style_space = StyleSpace(len(self.style["names"]), self.style["width"], self.style["temperature"])
+        styles, dimensions, temperature = (self.style[name] for name in ("names", "width", "temperature"))
+        self.style_space = StyleSpace(self.filters.outputs, len(styles), dimensions, temperature)
         width, is_static = self.clip.visual.proj.shape[0], prompts != "style"
         rows = {"shallow": len(self.style["names"]), "deep": 1 + self.style["rank"]}
         rows = dict.fromkeys(rows, 1) if prompts == "shared" else rows
@@ -164,7 +165,7 @@ class Freestyle(Backbone):
         return ImageFeatures(reference, l2_normalize(target)[:, None])
 
     def _grams(self, pixels: Tensor) -> Tensor:
-        """Pixels as the transform gives them (B, 3, H, W) → logarithms of Gram matrices (B, 8256), in float32."""
+        """Pixels as the transform gives them (B, 3, H, W) → logarithms of Gram matrices (B, G), in float32."""
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in self._colours)
         with torch.autocast(pixels.device.type, enabled=False):
             found: Tensor = self.filters(to_float32(pixels) * std + mean)

@@ -11,6 +11,8 @@ from spn4cir.errors import InputError
 
 CHANNELS = (64, 64, 128)
 """Output channels of VGG-19's first three convolutions; the third is its layer conv2_1."""
+RANDOM_CHANNELS = (16, 16, 32)
+"""Those of random filters, which take a tenth of the time."""
 TORCHVISION_KEYS = tuple(f"features.{n}" for n in (0, 2, 5))
 STYLE_TRANSFER_KEYS = ("2", "5", "9")  # after a 1 × 1 convolution of colours, "0"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -22,8 +24,9 @@ class StyleFilters(nn.Module):
     """VGG-19 up to relu2_1 with reflection padding, and the logarithm of the Gram matrix of its features.
 
     Args:
-        source: ``random`` (filters drawn with a fixed seed), ``torchvision`` (its ImageNet weights, from its cache or
-            from the network), or a file of weights: torchvision's ``vgg19``, or the normalised VGG of style transfer.
+        source: ``random`` (fewer filters, drawn with a fixed seed); ``torchvision`` (its ImageNet weights, from its
+            cache or from the network); or a file of weights, of torchvision's ``vgg19`` or of the normalised VGG that
+            style transfer uses.
 
     Raises ``InputError`` if there are no such weights.
 
@@ -33,7 +36,9 @@ class StyleFilters(nn.Module):
 
     def __init__(self, source: str = "random"):
         super().__init__()
-        pairs = zip((3, *CHANNELS), CHANNELS, strict=False)
+        channels = RANDOM_CHANNELS if source == "random" else CHANNELS
+        self.outputs = channels[-1] * (channels[-1] + 1) // 2
+        pairs = zip((3, *channels), channels, strict=False)
         layers = [nn.Conv2d(i, o, 3, padding=1, padding_mode="reflect") for i, o in pairs]
         chance = torch.Generator().manual_seed(0)
         for layer in layers:
@@ -46,14 +51,14 @@ class StyleFilters(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """RGB in [0, 1] (B, 3, H, W) → upper triangle of the logarithm of the Gram matrix, (B, 8256).
+        """RGB in [0, 1] (B, 3, H, W) → upper triangle of the logarithm of the Gram matrix, (B, G).
 
-        ``log(F Fᵀ / (H·W) + 1e-6)`` for features F (128, H·W).
+        ``log(F Fᵀ / (H·W) + 1e-6)`` for features F (C, H·W); G = C (C + 1) / 2 is 8256, or 528 of random filters.
         """
         first, second, third = self.layers
         x = F.max_pool2d(second(first(pixels).relu()).relu(), 2)
-        x = third(x).relu().flatten(2)  # (B, 128, H·W)
-        gram = x @ x.transpose(1, 2) / x.shape[2]  # (B, 128, 128)
+        x = third(x).relu().flatten(2)  # (B, C, H·W)
+        gram = x @ x.transpose(1, 2) / x.shape[2]  # (B, C, C)
         rows, columns = torch.triu_indices(gram.shape[1], gram.shape[1], device=gram.device)
         logs: Tensor = (gram[:, rows, columns] + LOG_FLOOR).log()
         return logs
@@ -111,6 +116,7 @@ class StyleSpace(nn.Module):
     """Whitened style vectors, and a centre for each style: ``w = softmax(cos(v, μ) / temperature)``.
 
     Args:
+        inputs: G, entries of a Gram matrix.
         styles: number of centres S.
         width: dimensions d of a style vector: the first principal components of the logarithms of Gram matrices.
         temperature: divisor of the cosines.
@@ -123,16 +129,16 @@ class StyleSpace(nn.Module):
     centres: Tensor
     is_fitted: Tensor
 
-    def __init__(self, styles: int, width: int, temperature: float):
+    def __init__(self, inputs: int, styles: int, width: int, temperature: float):
         super().__init__()
-        self.temperature, inputs = temperature, CHANNELS[-1] * (CHANNELS[-1] + 1) // 2
+        self.temperature = temperature
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("components", torch.zeros(inputs, width))
         self.register_buffer("centres", torch.zeros(styles, width))
         self.register_buffer("is_fitted", torch.tensor(False))
 
     def forward(self, grams: Tensor) -> Tensor:
-        """Logarithms of Gram matrices (B, 8256) → style vectors (B, d) of unit variance."""
+        """Logarithms of Gram matrices (B, G) → style vectors (B, d) of unit variance."""
         return (grams - self.mean) @ self.components
 
     def weights(self, vectors: Tensor) -> Tensor:
@@ -142,18 +148,18 @@ class StyleSpace(nn.Module):
 
     @torch.no_grad()
     def fit(self, grams: Tensor, labels: Sequence[int] | None, seed: int = 0) -> None:
-        """Set mean, components and centres by the logarithms of Gram matrices (N, 8256).
+        """Set mean, components and centres by the logarithms of Gram matrices (N, G).
 
         Args:
             labels: style of each; None finds the centres by k-means.
         """
         rows = grams.double()
         mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-6)
-        rows = (rows - mean) / deviation  # (N, 8256)
+        rows = (rows - mean) / deviation  # (N, G)
         values, vectors = torch.linalg.eigh(rows @ rows.T)  # ascending; right singular vectors are rowsᵀ u / √value
         count = min(self.components.shape[1], len(rows) - 1)
         values, vectors = values[-count:].flip(0), vectors[:, -count:].flip(1)
-        whitening = rows.T @ vectors / values.clamp(min=1e-9) * (len(rows) - 1) ** 0.5  # (8256, count)
+        whitening = rows.T @ vectors / values.clamp(min=1e-9) * (len(rows) - 1) ** 0.5  # (G, count)
         self.mean.copy_(mean)
         self.components.zero_()
         self.components[:, :count] = (whitening / deviation[:, None]).to(self.components)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from spn4cir.backbones.freestyle import STYLE
-from spn4cir.backbones.shared_style import StyleSpace, convert_filters
+from spn4cir.backbones.shared_style import CHANNELS, StyleSpace, convert_filters
 from spn4cir.errors import InputError
 from spn4cir.importers.published import Published, recognising
 
@@ -63,8 +63,10 @@ def convert_freestyle_weights(content: Mapping[str, Any], options: Mapping[str, 
     known = {"style_prompt", "gram_prompt"} | used | ignored.keys()
     if unknown := [name for name in content if name not in known and not name.startswith("openclip.")]:
         raise InputError(f"{unknown[0]!r} is unknown here")
-    space = StyleSpace(len(STYLE["names"]), STYLE["width"], STYLE["temperature"])
+    space = StyleSpace(
+        CHANNELS[-1] * (CHANNELS[-1] + 1) // 2, len(STYLE["names"]), STYLE["width"], STYLE["temperature"]
+    )
     state |= {f"style_space.{name}": value for name, value in space.state_dict().items()}
     stated: dict[str, Any] = {"model": options.get("model") or PUBLISHED_MODEL, "pretrained": None, "prompts": "shared"}
-    stated |= {"place": "both", "tokens": int(tokens), "trains": "norms"}
+    stated |= {"place": "both", "tokens": int(tokens), "trains": "norms", "style": {"filters": "vgg"}}
     return Published(stated, state, ignored, "DeepStyleRetrieval, its state dict")

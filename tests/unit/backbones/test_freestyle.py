@@ -64,7 +64,7 @@ def test_gram_matrices_by_their_definition(model: Freestyle) -> None:
     expected = []
     for picture in x:
         rows = picture.flatten(1)
-        entries = [(rows[i] * rows[j]).sum() / (32 * 32) for i in range(128) for j in range(i, 128)]
+        entries = [(rows[i] * rows[j]).sum() / (32 * 32) for i in range(32) for j in range(i, 32)]
         expected.append((torch.stack(entries) + 1e-6).log())
     torch.testing.assert_close(model._grams(pixels).double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
 
@@ -74,7 +74,7 @@ def test_style_vectors_are_whitened_principal_components() -> None:
     chance = torch.Generator().manual_seed(0)
     grams = torch.randn(200, 8256, generator=chance) * torch.rand(8256, generator=chance) + 3
     grams[:, :50] += 3 * torch.randn(200, 1, generator=chance)  # one strong component
-    space = StyleSpace(2, 6, 0.1)
+    space = StyleSpace(8256, 2, 6, 0.1)
     space.fit(grams, [n % 2 for n in range(200)])
     found = space(grams).double()
     torch.testing.assert_close(found.T @ found / 199, torch.eye(6).double(), atol=1e-3, rtol=0)
@@ -89,7 +89,7 @@ def test_style_vectors_are_whitened_principal_components() -> None:
 
 
 def test_few_pictures_leave_components_at_zero() -> None:
-    space = StyleSpace(2, 8, 0.1)
+    space = StyleSpace(8256, 2, 8, 0.1)
     space.fit(torch.randn(4, 8256, generator=torch.Generator().manual_seed(0)), [0, 1, 0, 1])
     assert space.components[:, :3].any() and not space.components[:, 3:].any() and bool(space.is_fitted)
 
@@ -352,7 +352,7 @@ def test_options_that_fit_nothing(options: dict[str, Any], told: str) -> None:
 def test_uniform_weights_at_temperature_one() -> None:
     """Why the temperature is low: at 1, as published, the most likely of four styles has hardly more than a quarter."""
     vectors = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
-    mild, sharp = StyleSpace(4, 64, 1.0), StyleSpace(4, 64, 0.1)
+    mild, sharp = StyleSpace(528, 4, 64, 1.0), StyleSpace(528, 4, 64, 0.1)
     for space in (mild, sharp):
         space.centres.copy_(torch.randn(4, 64, generator=torch.Generator().manual_seed(1)))
     assert mild.weights(vectors).amax(1).mean() < 0.31 < 0.5 < sharp.weights(vectors).amax(1).mean()
