@@ -5,11 +5,13 @@ from collections.abc import Callable
 from spn4cir.dataset import Dataset
 from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.cirr import CIRR
+from spn4cir.datasets.dsr import DSR
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import with_images
 from spn4cir.datasets.pairs import Pairs
 from spn4cir.datasets.skip import read_skip_list
+from spn4cir.datasets.styles import Styles
 from spn4cir.errors import InputError
 
 DATASETS: dict[str, Callable[[str | None], Dataset]] = {
@@ -18,6 +20,8 @@ DATASETS: dict[str, Callable[[str | None], Dataset]] = {
     "cirr": CIRR,
     "catalogue": Catalogue,
     "pairs": Pairs,
+    "styles": Styles,
+    "dsr": DSR,
 }
 
 

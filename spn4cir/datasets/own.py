@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spn4cir.dataset import Check, Dataset
-from spn4cir.datasets.contents import Contents, one_line, read_contents, wrong
+from spn4cir.datasets.contents import Contents, read_contents, wrong
 from spn4cir.datasets.pictures import SUFFIXES
+from spn4cir.datasets.reading import read_first_line
 from spn4cir.datasets.rows import HUB
 from spn4cir.datasets.tables import SUFFIXES as TABLES
 from spn4cir.datasets.tables import find_table, read_table
@@ -85,15 +86,7 @@ class OwnImages(Dataset):
         if given or not self._contents.texts:
             return given
         path = (self._contents.root / image_id).with_suffix(".txt")  # only of a plain folder
-        if path.is_symlink():  # might lead anywhere
-            return ""
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                return one_line(file.readline(4096))
-        except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"caption {path} cannot be read: {error}") from None
+        return "" if path.is_symlink() else read_first_line(path)  # a link might lead anywhere
 
     def triplet_entry(self, triplet: Triplet, place: Callable[[str], str] = str) -> dict[str, object]:
         """The shape of out-of-domain images, which says where their pictures are."""

@@ -127,6 +127,17 @@ def inner_path(path: Path, key: str, value: object) -> PurePosixPath:
     return inner
 
 
+def read_first_line(path: Path) -> str:
+    """The words of a text file's first line; nothing if it is missing. Raises ``InputError`` if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return " ".join(file.readline(4096).split())
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"caption {path} cannot be read: {error}") from None
+
+
 def list_pictures(*folders: Path) -> dict[str, Path]:
     """Pictures by name without suffix; of several with one name, the one with the earlier suffix, then folder."""
     found = [folder / item.name for folder in folders if folder.is_dir() for item in os.scandir(folder)]
