@@ -1,0 +1,337 @@
+"""Photographs by queries of any style: what prompts made of the style buy, on photographs that ``stylize`` has drawn.
+
+Rows train on the same frozen CLIP, for as many steps, at settings that were chosen on val; each keeps its best state on
+val, and the test split is read once. ``static`` prompts ignore the style and have as many parameters as those that do
+not (VPT). Stage 2 goes on from ``both, norms``.
+
+examples:
+  python data_gen/stylize.py && python -m benchmarks.styles        # the embedded emoji, three seeds; an hour
+  python -m benchmarks.styles --crops PHOTOS --output photos.json  # crops of the photographs in a folder
+  python -m benchmarks.styles --seeds 0 --epochs 1 --runs runs/try --output try.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.claims import ROOT, spread
+from benchmarks.intervals import paired_bootstrap
+from spn4cir.backbones.freestyle import Freestyle
+from spn4cir.config import TrainConfig, parse
+from spn4cir.dataset import Dataset
+from spn4cir.errors import InputError, run_command
+from spn4cir.files import write_text
+
+RESULTS = Path(__file__).parent / "results"
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "frozen": ("CLIP, frozen", {"place": "none", "trains": "norms"}),
+    "static": ("static prompts (VPT)", {"prompts": "static", "trains": "prompts"}),
+    "shallow": ("style prompts, shallow", {"place": "shallow", "trains": "prompts"}),
+    "deep": ("style prompts, deep", {"place": "deep", "trains": "prompts"}),
+    "both": ("style prompts, both", {"trains": "prompts"}),
+    "norms": ("LayerNorms alone", {"place": "none", "trains": "norms"}),
+    "static+norms": ("static prompts and LayerNorms", {"prompts": "static", "trains": "norms"}),
+    "both+norms": ("style prompts, both, and LayerNorms", {"trains": "norms"}),
+    "stage2": ("… and then stage 2", {"trains": "norms"}),
+}
+PAIRS = (("both", "static"), ("both+norms", "static+norms"), ("both+norms", "norms"), ("both+norms", "frozen"),
+         ("stage2", "both+norms"))  # fmt: skip
+"""Rows that are compared, with intervals."""
+CROPS, SIDE = 24, 64  # of each photograph, and their side in pixels
+Hits = dict[str, Any]
+
+
+def train_row(row: str, seed: int, args: argparse.Namespace) -> Path | None:
+    """Train a row, unless it is complete; None for the frozen model."""
+    from spn4cir.run import pending
+    from spn4cir.train import train
+
+    if row == "frozen":
+        return None
+    stage = 2 if row == "stage2" else 1
+    init = train_row("both+norms", seed, args) if stage == 2 else None
+    recipe = parse(TrainConfig, ROOT / "recipes" / "styles" / f"freestyle_stage{stage}.yaml", [])
+    config = replace(
+        recipe, data_root=args.data_root, backbone_options=ROWS[row][1], seed=seed, epochs=args.epochs,
+        output=str(args.runs / f"seed{seed}" / row), init=init and str(init),
+    )  # fmt: skip
+    if left := pending(config):
+        train(left, stage)
+    return Path(str(config.output))
+
+
+def load_row(run: Path | None) -> Freestyle:
+    """The model of a run; the frozen one for None."""
+    from spn4cir.backbones import build_backbone
+    from spn4cir.checkpoints import load_model
+
+    model = load_model(run) if run else build_backbone("freestyle", **ROWS["frozen"][1])
+    assert isinstance(model, Freestyle)
+    return model
+
+
+def measure(run: Path | None, dataset: Dataset, split: str = "test") -> Hits:
+    """Hits of each query at 1 and at 5 in percent, composed and by late fusion of its parts, and the queries' tags."""
+    from spn4cir.evaluate import COMPOSED, IMAGE_ONLY, TEXT_ONLY, encode_benchmark, rank_fused, rank_queries
+    from spn4cir.images import ImageSource
+    from spn4cir.measures import recall
+
+    kept = run and run / "measured.json"
+    if kept and kept.is_file():
+        saved: Hits = json.loads(kept.read_text())
+        return saved
+    model, benchmark = load_row(run), dataset.benchmark(split)
+    images = ImageSource(dataset.image, model.transform)
+    encoded = encode_benchmark(model, benchmark, images, modes=(COMPOSED, IMAGE_ONLY, TEXT_ONLY))
+    fused = rank_fused(benchmark, encoded.queries[IMAGE_ONLY], encoded.queries[TEXT_ONLY], encoded.target)
+    ranks = {"composed": rank_queries(benchmark, encoded.queries[COMPOSED], encoded.target), "late fusion": fused}
+    found: Hits = {
+        way: {f"R@{k}": (100 * recall(one["gallery"], k)).tolist() for k in (1, 5)} for way, one in ranks.items()
+    }
+    found["tags"] = [query.tags[0] for query in benchmark.queries]
+    if kept:
+        write_text(kept, json.dumps(found))
+    return found
+
+
+def table(found: Mapping[str, Sequence[Hits]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """``{row: {tag: {metric: {mean, sd, seeds}}}}``; joint queries also by late fusion, and the mean over images."""
+    rows: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for row, seeds in found.items():
+        tags = np.array(seeds[0]["tags"])
+        kinds = {tag: ("composed", tags == tag) for tag in dict.fromkeys(seeds[0]["tags"])}
+        kinds |= {f"{tag}, late fusion": ("late fusion", at) for tag, (_, at) in kinds.items() if "+" in tag}
+        kinds["images, mean"] = ("composed", np.isin(tags, [t for t in kinds if "+" not in t and t != "text"]))
+        rows[row] = {
+            tag: {m: spread([round(float(np.mean(np.array(s[way][m])[at])), 4) for s in seeds]) for m in ("R@1", "R@5")}
+            for tag, (way, at) in kinds.items()
+        }
+    return rows
+
+
+def differences(found: Mapping[str, Sequence[Hits]]) -> dict[str, dict[str, list[float]]]:
+    """``{"row - other": {tag: [points of R@1, low, high]}}``, 95 %, paired by seed and query."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for row, other in PAIRS:
+        if row in found and other in found:
+            tags = np.array(found[row][0]["tags"])
+            is_image = np.array(["+" not in tag and tag != "text" for tag in tags])
+            parts = {tag: tags == tag for tag in dict.fromkeys(tags.tolist())} | {"images, mean": is_image}
+            hits = [np.array([seed["composed"]["R@1"] for seed in found[name]]) for name in (row, other)]
+            rows[f"{row} - {other}"] = {
+                tag: [round(x, 2) for x in paired_bootstrap(hits[0][:, at], hits[1][:, at])]
+                for tag, at in parts.items()
+            }
+    return rows
+
+
+@torch.no_grad()
+def style_accuracy(model: Freestyle, dataset: Dataset) -> dict[str, float]:
+    """Share of test pictures whose nearest centre is that of their style, in percent, by how style vectors are made.
+
+    Centres are means of training pictures; the trained model's style space is the first row.
+    """
+    from spn4cir.images import ImageSource
+
+    images = ImageSource(dataset.image, model.transform)
+    names = model.style["names"]
+
+    def grams(pairs: Sequence[tuple[str, int]]) -> tuple[Tensor, Tensor]:
+        parts = [model._grams(images.stack([i for i, _ in pairs[n : n + 64]])) for n in range(0, len(pairs), 64)]
+        return torch.cat(parts), torch.tensor([label for _, label in pairs])
+
+    triplets = [t for t in dataset.triplets() if t.reference is not None and not t.texts][:900]
+    train = [(str(t.reference), names.index(t.label)) for t in triplets]
+    train += [(photo, 0) for photo in dict.fromkeys(t.targets[0] for t in triplets)]
+    queries = [q for q in dataset.benchmark("test").queries if q.reference is not None and q.text is None]
+    test = [(str(q.reference), names.index(q.tags[0])) for q in queries]
+    test += [(i, 0) for i in dataset.benchmark("test").gallery]
+    (fit, labels), (seen, truth) = grams(train), grams(test)
+
+    def accuracy(fit: Tensor, seen: Tensor) -> float:
+        centres = torch.stack([fit[labels == n].mean(0) for n in range(len(names))])
+        cosines = torch.nn.functional.cosine_similarity(seen[:, None], centres, dim=2)
+        return round(100 * (cosines.argmax(1) == truth).float().mean().item(), 2)
+
+    space = model.style_space
+    own = space.weights(space(seen)).argmax(1) == truth
+    return {
+        "style space of the model": round(100 * own.float().mean().item(), 2),
+        "whitened logarithms": accuracy(space(fit), space(seen)),
+        "logarithms, not whitened": accuracy(fit - fit.mean(0), seen - fit.mean(0)),
+        "logarithms, neither centred nor whitened": accuracy(fit, seen),
+        "Gram matrices themselves": accuracy(fit.exp(), seen.exp()),
+    }
+
+
+@torch.no_grad()
+def cost(model: Freestyle, repeats: int = 20) -> dict[str, float]:
+    """Median milliseconds for a query image, beside the frozen tower on the same pictures, and parameters."""
+    pixels = torch.rand(16, 3, *[model.transform.size] * 2)  # type: ignore[attr-defined]
+    found: dict[str, float] = {}
+    steps = {
+        "frozen tower": lambda: model.clip.encode_image(pixels),
+        "style vector": lambda: model.style_space(model._grams(pixels)),
+        "whole query": lambda: model.compose_image(model.encode_image(pixels)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):  # in turn, so that all meet the same noise
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            times[name].append(1000 * (time.perf_counter() - started) / len(pixels))
+    found |= {f"{name}, ms an image": round(float(np.median(values)), 3) for name, values in times.items()}
+    found["parameters of CLIP"] = sum(p.numel() for p in model.clip.parameters())
+    found["parameters that train"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found["numbers of filters and style space"] = sum(
+        value.numel() for part in (model.filters, model.style_space) for value in part.state_dict().values()
+    )
+    return found
+
+
+def make_crops(photos: Path, folder: Path) -> None:
+    """Crops of a folder's photographs, ``CROPS`` of each, half its shorter side wide, at places drawn by a seed."""
+    chance = np.random.default_rng(0)
+    files = sorted(p for p in photos.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".tif"))
+    if not files:
+        raise InputError(f"--crops {photos} holds no picture")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+        side = min(picture.size) // 2
+        for number in range(CROPS):
+            left, top = (int(chance.integers(0, size - side + 1)) for size in picture.size)
+            crop = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            crop.save(folder / f"{path.stem}-{number:02d}.png")
+
+
+def draw_embeddings(models: Mapping[str, Freestyle], dataset: Dataset, picture: Path, photos: int = 40) -> None:
+    """Photographs and their queries by t-SNE, coloured by style and by content, one row for each model."""
+    try:
+        import matplotlib
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise InputError("the picture needs matplotlib and scikit-learn: pip install 'spn4cir[dev]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from spn4cir.images import ImageSource
+
+    names = next(iter(models.values())).style["names"]
+    queries = [q for q in dataset.benchmark("test").queries if q.reference is not None and q.text is None]
+    chosen = list(dict.fromkeys(q.targets[0] for q in queries))[:photos]
+    items = [(i, 0, n) for n, i in enumerate(chosen)]
+    items += [
+        (str(q.reference), names.index(q.tags[0]), chosen.index(q.targets[0]))
+        for q in queries
+        if q.targets[0] in chosen
+    ]
+    styles, contents = np.array([s for _, s, _ in items]), np.array([c for _, _, c in items])
+    figure, axes = pyplot.subplots(len(models), 2, figsize=(9, 4.2 * len(models)), layout="constrained", squeeze=False)
+    for (title, model), (left, right) in zip(models.items(), axes, strict=True):
+        with torch.no_grad():
+            features = model.encode_image(ImageSource(dataset.image, model.transform).stack([i for i, _, _ in items]))
+            queried = model.compose_image(features)
+        vectors = torch.where(torch.from_numpy(styles)[:, None] == 0, features.target[:, 0], queried).numpy()
+        places = TSNE(2, metric="cosine", init="random", perplexity=15, random_state=0).fit_transform(vectors)
+        for n, (name, color) in enumerate(zip(names, ("#000000", "#0072b2", "#d55e00", "#009e73"), strict=False)):
+            left.scatter(*places[styles == n].T, s=14, color=color, label=name)
+        right.scatter(*places.T, s=14, c=contents, cmap="hsv")
+        left.set_title(f"{title}: by style", fontsize=11)
+        right.set_title(f"{title}: by photograph", fontsize=11)
+        for one in (left, right):
+            one.set_xticks([])
+            one.set_yticks([])
+    axes[0][0].legend(fontsize=9)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=100)
+    pyplot.close(figure)
+
+
+def markdown(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
+    """R@1 / R@5 by row and kind of query, then differences of R@1."""
+    kinds = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for row, cells in rows.items():
+        shown = [f"{cells[kind]['R@1']['mean']:.1f} / {cells[kind]['R@5']['mean']:.1f}" for kind in kinds]
+        lines.append(f"| {ROWS[row][0]} | " + " | ".join(shown) + " |")
+    for name, cells in compared.items():
+        shown = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*cells[kind]) if kind in cells else "" for kind in kinds]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train, evaluate, summarise, draw, write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.styles",
+        description=(__doc__ or "").partition("examples:")[0],
+        epilog="examples:" + (__doc__ or "").partition("examples:")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="default: all")
+    parser.add_argument("--data-root", help="folder that data_gen/stylize.py has filled (default: data/styles)")
+    parser.add_argument("--crops", type=Path, help="folder of photographs whose crops are drawn and used instead")
+    parser.add_argument("--epochs", type=int, default=4, help="of each row (default: 4)")
+    parser.add_argument("--train-only", action="store_true", help="train, and leave the test split unread")
+    parser.add_argument("--runs", type=Path, default=Path("runs/styles"), help="where runs lie; complete ones stay")
+    parser.add_argument("--output", type=Path, default=RESULTS / "styles.json", help="JSON file")
+    parser.add_argument("--picture", type=Path, help="also draw embeddings before and after training")
+    args = parser.parse_args()
+
+    from spn4cir.data_gen.stylize import StylizeConfig, stylize
+
+    from spn4cir.datasets import load_dataset
+    from spn4cir.results import git_commit
+
+    if args.crops:
+        args.data_root = str(args.runs / "styles")
+        make_crops(args.crops, args.runs / "crops")
+        stylize(StylizeConfig(folder=str(args.runs / "crops"), output=args.data_root))
+    dataset = load_dataset("styles", args.data_root)
+    runs = {row: [train_row(row, seed, args) for seed in args.seeds] for row in args.rows}
+    if args.train_only:
+        return
+    found = {row: [measure(run, dataset) for run in folders] for row, folders in runs.items()}
+    rows, compared = table(found), differences(found)
+    last = [run for folders in runs.values() for run in folders if run][-1:]
+    report = {
+        "what": "test photographs of the dataset styles, in percent, mean and standard deviation over seeds; "
+        "differences of R@1 in points with 95 % intervals, paired by seed and query; best state of each run on val",
+        "command": shlex.join(["python", "-m", "benchmarks.styles", *sys.argv[1:]]),
+        "photographs": {split: len(dataset.benchmark(split).gallery) for split in ("val", "test")},
+        "rows": {row: ROWS[row][0] for row in found},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "git": git_commit(),
+        "written": time.strftime("%Y-%m-%d"),
+        "results": rows,
+        "differences": compared,
+    }
+    if last:
+        model = load_row(last[0])
+        report |= {"style accuracy": style_accuracy(model, dataset), "cost": cost(model)}
+        if args.picture:
+            draw_embeddings({"frozen": load_row(None), "trained": model}, dataset, args.picture)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.output, json.dumps(report, indent=1) + "\n")
+    print(markdown(rows, compared))
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)
