@@ -16,6 +16,7 @@ from spn4cir.backbones import BACKBONES
 from spn4cir.config import TrainConfig, parse
 from spn4cir.data_gen.sample_images import SampleConfig
 from spn4cir.data_gen.steps import GenerateConfig
+from spn4cir.data_gen.stylize import StylizeConfig
 from spn4cir.datasets import DATASETS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -100,7 +101,9 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_every_recipe_loads(path: Path) -> None:
     """Each key is known and each value of its type; what the file says is what the settings hold."""
-    kinds: dict[str, type] = {"triplets": GenerateConfig, "sample_images": SampleConfig}
+    kinds: dict[str, type] = {
+        "triplets": GenerateConfig, "sample_images": SampleConfig, "stylize": StylizeConfig
+    }  # fmt: skip
     kind = kinds.get(path.parent.name, kinds.get(path.stem, TrainConfig))
     config = dataclasses.asdict(parse(kind, path, ["--folder", "x"] if kind is SampleConfig else []))
     said = yaml.safe_load(path.read_text())
@@ -112,7 +115,7 @@ def test_there_are_recipes() -> None:
     assert {"emoji/clip4cir_stage1", "emoji/clip4cir_stage2"} <= {name_of(path) for path in TRAINING}
     assert all("_stage" in path.stem or path.stem.endswith("_combiner") for path in TRAINING)
     beside = {name_of(path) for path in {*RECIPES} - {*TRAINING}}
-    assert beside and all(name.startswith(("triplets", "sample_images")) for name in beside)
+    assert beside and all(name.startswith(("triplets", "sample_images", "stylize")) for name in beside)
     assert "triplets/emoji" in beside
     assert {path.stem for path in PROMPTS} == {"rewrite", "rewrite_fashioniq", "rewrite_cirr"}
 
@@ -134,7 +137,7 @@ except SystemExit as stopped:
 heavy = [name for name in ("torch", "open_clip", "accelerate", "transformers") if name in sys.modules]
 assert not heavy, heavy
 """
-PROGRAMS = ["recipes/stage1.py", "recipes/stage2.py", "data_gen/make_triplets.py", *COMMANDS]
+PROGRAMS = ["recipes/stage1.py", "recipes/stage2.py", "data_gen/make_triplets.py", "data_gen/stylize.py", *COMMANDS]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
