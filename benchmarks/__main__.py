@@ -46,6 +46,7 @@ SLOW = {
     "dynamics": "seconds, after claims",
     "zeroshot": "an hour, after claims",
     "negatives": "two hours, after claims",
+    "styles": "an hour, after data_gen/stylize.py",
     "triplet_table": "minutes, and 3 GB of disk",
     "unchanged": "minutes",
     "log_cost": "a minute",

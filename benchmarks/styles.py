@@ -66,7 +66,7 @@ def train_row(row: str, seed: int, args: argparse.Namespace) -> Path | None:
     recipe = parse(TrainConfig, ROOT / "recipes" / "styles" / f"freestyle_stage{stage}.yaml", [])
     config = replace(
         recipe, data_root=args.data_root, backbone_options=ROWS[row][1], seed=seed, epochs=args.epochs,
-        output=str(args.runs / f"seed{seed}" / row), init=init and str(init),
+        output=str(args.runs / f"seed{seed}" / row), init=None if init is None else str(init),
     )  # fmt: skip
     if left := pending(config):
         train(left, stage)
@@ -191,7 +191,7 @@ def cost(model: Freestyle, repeats: int = 20) -> dict[str, float]:
     for _ in range(repeats):  # in turn, so that all meet the same noise
         for name, step in steps.items():
             started = time.perf_counter()
-            step()
+            step()  # type: ignore[no-untyped-call]
             times[name].append(1000 * (time.perf_counter() - started) / len(pixels))
     found |= {f"{name}, ms an image": round(float(np.median(values)), 3) for name, values in times.items()}
     found["parameters of CLIP"] = sum(p.numel() for p in model.clip.parameters())
@@ -223,7 +223,7 @@ def draw_embeddings(models: Mapping[str, Freestyle], dataset: Dataset, picture: 
     """Photographs and their queries by t-SNE, coloured by style and by content, one row for each model."""
     try:
         import matplotlib
-        from sklearn.manifold import TSNE
+        from sklearn.manifold import TSNE  # type: ignore[import-untyped]
     except ImportError:
         raise InputError("the picture needs matplotlib and scikit-learn: pip install 'spn4cir[dev]'") from None
     matplotlib.use("Agg")
@@ -310,7 +310,7 @@ def main() -> None:
     found = {row: [measure(run, dataset) for run in folders] for row, folders in runs.items()}
     rows, compared = table(found), differences(found)
     last = [run for folders in runs.values() for run in folders if run][-1:]
-    report = {
+    report: dict[str, Any] = {
         "what": "test photographs of the dataset styles, in percent, mean and standard deviation over seeds; "
         "differences of R@1 in points with 95 % intervals, paired by seed and query; best state of each run on val",
         "command": shlex.join(["python", "-m", "benchmarks.styles", *sys.argv[1:]]),
