@@ -295,7 +295,6 @@ def main() -> None:
     args = parser.parse_args()
 
     from spn4cir.data_gen.stylize import StylizeConfig, stylize
-
     from spn4cir.datasets import load_dataset
     from spn4cir.results import git_commit
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from PIL import Image
 
+from spn4cir.backbones import build_backbone
 from spn4cir.checkpoints import save_model
 from spn4cir.index import vector_engines
 from spn4cir.index.local import Index
@@ -120,6 +122,35 @@ def test_every_part_of_a_query(call: Call, built: tuple[Path, Path]) -> None:
     assert result["query"]["unlike"] == ["i03.png"] and result["query"]["without"] == [["dots", 0.25]]
     plain = json.loads(call("search", "--index", path, "--image", "i01.png", "-k", 6, "--json", "-").out)
     assert plain["hits"] != result["hits"]
+
+
+def test_what_the_model_sees(call: Call, shop: Path, tmp_path: Path) -> None:
+    """Sketches, texts and pairs search the same index; on request, the styles that the model sees, in both ways."""
+    torch.manual_seed(0)
+    backbone = build_backbone("freestyle")
+    pixels = torch.randn(24, 3, 64, 64)
+    backbone.fit_statistics(pixels[:18], ["sketch", "art", "mosaic"] * 6, pixels[18:])
+    save_model(tmp_path / "model", backbone, {})
+    assert call("index", "build", shop, "--model", tmp_path / "model", "--index", tmp_path / "i").code == 0
+    drawn = shop.parent / "b.png"
+    ask = ["--index", tmp_path / "i", "--image", drawn, "--text", "in red", "--image", "a.png", "0.5", "--describe"]
+    told = call("search", *ask, "--json", tmp_path / "found.json")
+    assert told.code == 0 and f"{drawn}: " in told.out and "a.png: " in told.out
+    seen = Index.open(tmp_path / "i").describe([drawn, ("a.png", 0.5)])
+    written = json.loads((tmp_path / "found.json").read_text())["seen"]
+    assert len(written) == 2 and all(one == pytest.approx(other) for one, other in zip(written, seen, strict=True))
+    assert [set(one) for one in seen] == [{"photo", "sketch", "art", "mosaic"}] * 2
+    assert all(sum(one.values()) == pytest.approx(1) for one in seen)
+    likely = max(seen[0], key=lambda name: seen[0][name])
+    assert f"{drawn}: {likely} {seen[0][likely]:.2f}, " in told.out
+    other = call("search", "--index", tmp_path / "i", "--text", "red", "--describe")
+    assert other.code == 0 and "sketch" not in other.out  # a text has no picture to describe
+
+
+def test_a_model_that_describes_nothing_says_so(call: Call, built: tuple[Path, Path]) -> None:
+    folder, index = built
+    told = call("search", "--index", index, "--image", next(folder.rglob("*.png")), "--describe")
+    assert told.code == 0 and "this model describes no picture" in told.out
 
 
 def test_filters_and_groups(call: Call, shop: Path, tmp_path: Path) -> None:
