@@ -162,6 +162,26 @@ def test_stopped_at_any_point(photos: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert stops > 7 * 4
 
 
+def test_stopped_between_two_settings(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is half of one setting and half of another is not read, until it is all of one."""
+    stylize(config(photos))
+    before, real = content(photos.parent / "out"), module.draw_styles
+
+    def draw(given: StylizeConfig, photo: Any) -> Any:
+        if photo.name == "a/6":
+            raise Killed
+        return real(given, photo)
+
+    monkeypatch.setattr(module, "draw_styles", draw)
+    with pytest.raises(Killed):
+        stylize(config(photos, divisor=2))
+    with pytest.raises(InputError, match=r"train\.json is missing"):
+        Styles(str(photos.parent / "out"))
+    monkeypatch.undo()
+    stylize(config(photos))
+    assert content(photos.parent / "out") == before
+
+
 def test_killed_while_it_draws(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
