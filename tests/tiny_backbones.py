@@ -60,4 +60,6 @@ def tiny_backbone(name: str, folder: Path, **options: Any) -> Backbone:
     with torch.no_grad():
         for value in backbone.parameters():  # what libraries begin with is too small to tell anything
             value.add_(0.1 * torch.randn(value.shape))
+    if backbone.statistics_sample:  # or a run of a few steps would begin by fitting them
+        backbone.fit_statistics(torch.randn(12, 3, SIDE, SIDE), [None] * 12, torch.randn(4, 3, SIDE, SIDE))
     return backbone

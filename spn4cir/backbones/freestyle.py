@@ -153,7 +153,8 @@ class Freestyle(Backbone):
             style = self.style_space(self._grams(part))  # (b, d)
             return torch.cat([to_float32(one).flatten(1) for one in (x, style, target)], 1)
 
-        found = encode_images(encode, pixels, False)
+        with torch.no_grad():  # none of it trains
+            found = encode_images(encode, pixels, False)
         width, embedding = visual.proj.shape
         split = [found.shape[1] - self.style["width"] - embedding, self.style["width"], embedding]
         x, style, target = torch.split(found, split, 1)

@@ -135,7 +135,7 @@ class StyleSpace(nn.Module):
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("components", torch.zeros(inputs, width))
         self.register_buffer("centres", torch.zeros(styles, width))
-        self.register_buffer("is_fitted", torch.tensor(False))
+        self.register_buffer("is_fitted", torch.tensor(0))
 
     def forward(self, grams: Tensor) -> Tensor:
         """Logarithms of Gram matrices (B, G) → style vectors (B, d) of unit variance."""
@@ -169,7 +169,7 @@ class StyleSpace(nn.Module):
         else:
             at = torch.tensor(labels, device=points.device)
             self.centres.copy_(torch.stack([points[at == n].mean(0) for n in range(len(self.centres))]))
-        self.is_fitted.fill_(True)
+        self.is_fitted.fill_(1)
 
 
 def kmeans(points: Tensor, count: int, seed: int = 0, rounds: int = 100) -> Tensor:

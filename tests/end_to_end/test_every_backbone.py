@@ -140,7 +140,7 @@ def test_what_a_stage_says_comes_next_runs(call: Call, runs: Path, backbone: str
     assert settings(two)["init"] == str(one) and following == [EVAL, "--run", str(two), "--ablate"]
     out = call(*following, "--json", "-")
     check_figures(out, two, second)
-    assert json.loads(out)["ablation"].keys() == {"image only", "text only", "composed"}
+    assert json.loads(out)["ablation"].keys() == {"image only", "text only", "late fusion", "composed"}
     assert first["metrics"] != second["metrics"]  # negative control: these are figures of their own run
 
 

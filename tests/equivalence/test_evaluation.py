@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny_backbones import tiny_backbone
 
+from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
 from spn4cir.bank import Bank, load_or_build
 from spn4cir.datasets import load_dataset
@@ -343,9 +344,13 @@ def one_by_one(backbone: Any, benchmark: Benchmark, images: ImageSource) -> dict
             tokens = backbone.tokenize([query.text])
             made["composed"] = backbone.compose(reference, tokens).query[0]
             made["text only"] = backbone.compose(reference * 0, tokens).query[0]
+            if type(backbone).compose_text is not Backbone.compose_text:
+                made["text only"] = backbone.compose_text(tokens).query[0]
         if query.reference is not None:
             mean = sum(target[0, k] for k in range(target.shape[1])) / target.shape[1]
             made["image only"] = mean / mean.norm()
+            if type(backbone).compose_image is not Backbone.compose_image:  # its own way
+                made["image only"] = backbone.compose_image(ImageFeatures(reference, target))[0]
         if len(made) < 3:  # the query is its one part; without it, nothing
             made["composed"] = made["image only" if query.text is None else "text only"]
         for mode in MODES:
