@@ -70,13 +70,15 @@ class Case:
         return Objective(backbone, T, True, candidates, max_similarity=self.bound).double().eval(), batch
 
     def middle(self) -> float:
-        """A similarity of two images near the median, between two that occur: of an equal one the last bit decides."""
+        """Near the median similarity of two images, where no pair is: of an equal one the last bit decides."""
         backbone, pixels, _ = self.open()
         with torch.no_grad():
             means = torch.stack([mean_of(backbone.encode_image(pixels(i))) for i in TRAIN])
         first, second = torch.triu_indices(len(TRAIN), len(TRAIN), 1)
         ordered = (means @ means.T)[first, second].sort().values
-        return float(ordered[len(ordered) // 2 :][:2].mean())
+        near = ordered[int(0.4 * len(ordered)) : int(0.6 * len(ordered))]
+        widest = int(near.diff().argmax())
+        return float(near[widest : widest + 2].mean())
 
     def fast(self, chunk: int | None = None, checkpoints: bool = False) -> Found:
         objective, batch = self.batch()
