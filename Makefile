@@ -1,6 +1,7 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each makes a virtual environment of its own first.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -23,7 +24,7 @@ check: $(VENV)/.installed  ## style and types
 	$(BIN)/mypy
 
 test: check  ## all checks and tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 wheel:  ## dist/spn4cir-*.whl, which needs no checkout
 	rm -rf build dist

@@ -290,7 +290,7 @@ def test_every_protocol_can_be_asked_for(call: Call, fashioniq: Path, tmp_path: 
     assert metrics[0] <= metrics[1] <= metrics[2] and metrics[0] < metrics[2]  # each ranks fewer images than the last
     default = evaluated(call, *data, "--ablate")
     assert default["protocol"] == "fashioniq/original" and default["metrics"] == results[FASHIONIQ[0]]["metrics"]
-    assert set(default["ablation"]) == {"image only", "text only", "composed"}
+    assert set(default["ablation"]) == {"image only", "text only", "late fusion", "composed"}
     for name in ("a", "b", "c"):
         result = results[FASHIONIQ[name == "c"]]
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
