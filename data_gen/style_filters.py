@@ -13,7 +13,6 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 
 FILTERS = f"1/pillow {PIL.__version__}/numpy {np.__version__}"  # raise the number when a picture is drawn otherwise
 DIVISOR = 16  # of the published data
-MIN_SIDE = 8  # pixels of a mosaic's shorter side
 COLOURS = 24  # of a painting's palette
 LAYERS = ((1 / 20, 0), (1 / 40, 20), (1 / 80, 30))
 """Of a painting: the width of strokes, and the error from 0 to 255 from which on they are painted."""
@@ -69,15 +68,12 @@ def _paint_strokes(canvas: Image.Image, colours: Any, angles: Any, wanted: Any, 
         draw.line(place, tuple(ink), round(width * SCALE / 2))
 
 
-def draw_mosaic(photo: Image.Image, divisor: int = DIVISOR, min_side: int = MIN_SIDE) -> Image.Image:
+def draw_mosaic(photo: Image.Image, divisor: int = DIVISOR) -> Image.Image:
     """Lower the resolution: the mean of each block, shown as a block.
 
-    Each side is divided by ``divisor``, which is 16 in the published data; by less where the shorter side would have
-    less than ``min_side`` blocks. The emoji need that: of 72 pixels, 16 would leave 4 × 4 blocks, which show too little
-    to tell most of them apart; with 8 × 8, the embedded CLIP finds 43 instead of 13 % of them without training.
+    Each side is divided by ``divisor``, which is 16 in the published data. Of an emoji 4 × 4 blocks are left.
     """
-    divided = max(1.0, min(divisor, min(photo.size) / min_side))
-    blocks = max(1, int(photo.width / divided)), max(1, int(photo.height / divided))
+    blocks = max(1, photo.width // divisor), max(1, photo.height // divisor)
     return photo.resize(blocks, Image.Resampling.BOX).resize(photo.size, Image.Resampling.NEAREST)
 
 

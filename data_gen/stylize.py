@@ -52,7 +52,6 @@ class StylizeConfig:
         output: folder to fill, which the dataset styles opens.
         max_side: larger photographs are shrunk to this longer side.
         divisor: of each side, for a mosaic.
-        min_side: blocks of a mosaic's shorter side; the divisor is smaller where fewer would be left.
         rows: photographs on the sheet.
         workers: processes that draw.
     """
@@ -63,12 +62,11 @@ class StylizeConfig:
     output: str = "data/styles"
     max_side: int = 512
     divisor: int = 16
-    min_side: int = 8
     rows: int = 12
     workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_side", "divisor", "min_side", "rows", "workers"):
+        for name in ("max_side", "divisor", "rows", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.folder and self.data_root:
@@ -180,7 +178,7 @@ def _is_drawn(out: Path, photo: Photo, row: Row | None, config: StylizeConfig) -
 
 def _made_by(config: StylizeConfig, photo: Photo) -> str:
     """A short name for everything that decides what is drawn."""
-    settings = [photo.pixels, config.max_side, config.divisor, config.min_side, FILTERS]
+    settings = [photo.pixels, config.max_side, config.divisor, FILTERS]
     return sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
@@ -235,7 +233,7 @@ def draw_styles(config: StylizeConfig, photo: Photo) -> Row:
         PHOTOS: picture,
         "sketch": draw_sketch(picture),
         "art": draw_art(picture),
-        "mosaic": draw_mosaic(picture, config.divisor, config.min_side),
+        "mosaic": draw_mosaic(picture, config.divisor),
     }
     files: dict[str, str] = {}
     for folder, one in drawn.items():

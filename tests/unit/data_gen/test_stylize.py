@@ -354,19 +354,19 @@ def test_what_a_style_looks_like() -> None:
     assert sketch[60, 46:50].min() < 120 < 200 < sketch[60, 70:90].min()  # a wall, and the inside of the wall
     saturation = [np.ptp(picture, axis=-1).mean() for picture in (np.asarray(photo, float), art, sketch)]
     assert saturation[1] > saturation[0] > 20 and saturation[2] == 0
-    mosaic = np.asarray(filters.draw_mosaic(photo, 20, 1), float)
+    mosaic = np.asarray(filters.draw_mosaic(photo, 20), float)
     means = np.asarray(photo, float).reshape(6, 20, 8, 20, 3).mean((1, 3))
     assert np.abs(mosaic[::20, ::20] - means).max() < 1 and (mosaic[:20, :20] == mosaic[0, 0]).all()
 
 
-@pytest.mark.parametrize(("size", "divisor", "min_side", "blocks"), [
-    ((160, 160), 16, 1, (10, 10)), ((160, 320), 16, 8, (10, 20)), ((72, 72), 16, 8, (8, 8)), ((72, 72), 16, 1, (4, 4)),
-    ((100, 40), 16, 8, (20, 8)), ((5, 5), 16, 8, (5, 5)), ((5, 5), 16, 1, (1, 1)), ((40, 40), 1, 1, (40, 40)),
+@pytest.mark.parametrize(("size", "divisor", "blocks"), [
+    ((160, 160), 16, (10, 10)), ((160, 320), 16, (10, 20)), ((72, 72), 16, (4, 4)), ((72, 72), 9, (8, 8)),
+    ((100, 40), 16, (6, 2)), ((5, 5), 16, (1, 1)), ((40, 40), 1, (40, 40)),
 ])  # fmt: skip
-def test_blocks_of_a_mosaic(size: tuple[int, int], divisor: int, min_side: int, blocks: tuple[int, int]) -> None:
-    """Each side by the divisor, at least one; by less where the shorter side would have too few."""
+def test_blocks_of_a_mosaic(size: tuple[int, int], divisor: int, blocks: tuple[int, int]) -> None:
+    """Each side by the divisor, at least one."""
     noise = Image.effect_noise(size, 90).convert("RGB")
-    mosaic = np.asarray(filters.draw_mosaic(noise, divisor, min_side)).astype(int)
+    mosaic = np.asarray(filters.draw_mosaic(noise, divisor)).astype(int)
     changes = [1 + int(np.abs(np.diff(mosaic, axis=axis)).any((1 - axis, 2)).sum()) for axis in (1, 0)]
     assert tuple(changes) == blocks
 
@@ -457,7 +457,7 @@ def test_folders_that_would_mix(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"divisor": 0}, "divisor must be at least 1"), ({"max_side": 0}, "max_side must"), ({"min_side": 0}, "min_side"),
+    ({"divisor": 0}, "divisor must be at least 1"), ({"max_side": 0}, "max_side must"),
     ({"rows": 0}, "rows must"), ({"workers": 0}, "workers must"), ({"data_root": "x"}, "give either --folder"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_meant(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
