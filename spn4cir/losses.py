@@ -1,14 +1,14 @@
 """The one loss: InfoNCE of composed queries against a set of candidates, of any size, here or on many processes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir.distributed import all_gather_rows, all_reduce, process_rank, world_size
-from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
+from spn4cir.streaming import CandidateMask, Softmax, Transform, candidate_gradient, finite, pooled, streaming_softmax
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,18 @@ class Shard:
     first: int = 0
 
 
+class Margin(Protocol):
+    """What a margin makes of cosines."""
+
+    def positive(self, cosine: Tensor, query: Tensor) -> Tensor:
+        """Of the positives (T,), of these of the B queries; differentiable."""
+        ...
+
+    def others(self, positive: Tensor) -> Transform | None:
+        """Of all other candidates, given the positives' cosines (B,) as they are; None if they stay as they are."""
+        ...
+
+
 def info_nce(
     query: Tensor,
     candidates: Tensor | Shard,
@@ -29,6 +41,7 @@ def info_nce(
     temperature: Tensor | float,
     ignore: Tensor | None = None,
     threshold: float | None = None,
+    margin: Margin | None = None,
 ) -> Tensor:
     """Cross-entropy of each query's positive among all candidates, a scalar.
 
@@ -51,6 +64,7 @@ def info_nce(
             accepted targets), or None. A pair that is the positive itself stays.
         threshold: leave out candidates whose cosine similarity to one of the query's positives exceeds this; of images
             with K vectors that of their means. None for no such bound.
+        margin: changes scores before they are divided by the temperature, which then does not learn; None for none.
 
     Raises ``ValueError`` if no query has a positive, or one that no candidate has, or the temperature is not above 0.
 
@@ -63,10 +77,12 @@ def info_nce(
         if not temperature > 0:
             raise ValueError(f"a temperature is above 0, got {temperature}")
         temperature = torch.tensor(temperature, dtype=torch.float64, device=query.device)
+    if margin is not None and (temperature.requires_grad or (positives.dim() > 1 and positives.shape[1] > 1)):
+        raise ValueError("a margin takes a temperature that does not learn, and one positive for each query")
     vectors, batch = _batch(candidates, positives.view(len(query), -1), ignore, threshold)
     assert not (batch.spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
     with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
-        loss: Tensor = _InfoNCE.apply(query, vectors, temperature, batch)
+        loss: Tensor = _InfoNCE.apply(query, vectors, temperature, batch, margin)
     return loss
 
 
@@ -130,7 +146,9 @@ class _InfoNCE(torch.autograd.Function):
     """``info_nce``: the gradients of query and temperature are ready when the loss is."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch, margin: Margin | None
+    ) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
         t = temperature.to(wide)
         local = query.to(wide).contiguous() / t
@@ -139,9 +157,11 @@ class _InfoNCE(torch.autograd.Function):
         scores, which = _own_scores(scaled, found).max(2)  # (B, P)
         nearest = found.gather(2, which[..., None, None].expand(-1, -1, 1, found.shape[3]))[:, :, 0]  # (B, P, E)
         learned = ctx.needs_input_grad[1]
-        cheap = learned or vectors.shape[1] > 1  # to leave candidates out, as fused attention does not serve here
+        # to leave candidates out, as fused attention does not serve here, or the positive has a score of its own
+        cheap = learned or vectors.shape[1] > 1 or margin is not None
         hidden = _hidden(batch, len(vectors), found, cheap)
-        sums = streaming_softmax(scaled, vectors, hidden)
+        transform = None if margin is None else _scaled(margin.others(scores[:, 0] * t), t)
+        sums = streaming_softmax(scaled, vectors, hidden, transform)
         if own.spread:
             sums = _join_processes(sums)
 
@@ -153,18 +173,26 @@ class _InfoNCE(torch.autograd.Function):
             raise ValueError("no query has a positive: the mean over no terms is undefined")
         each = (world_size() if own.spread else 1) / count  # weight of a term
         score, nearest = scores[rows][owner, slot], nearest[rows][owner, slot]  # (T,), (T, E)
+        slope = torch.ones_like(score)
+        if margin is not None:
+            with torch.enable_grad():
+                cosine = (score * t).detach().requires_grad_()
+                changed = margin.positive(cosine, owner)
+                (slope,) = torch.autograd.grad(changed.sum(), cosine)
+            score = changed.detach() / t
         mine = Softmax(*(part[rows][owner] for part in sums))
         behind = (mine.top - score) + mine.total.log()  # (T,)
         added = apart[owner, 0]
         share = torch.where(added, behind.sigmoid(), 1.0)  # of a term's sum, what the pass went through
         terms = torch.where(added, F.softplus(behind), behind.clamp(min=0))
-        pulled = share[:, None] * (mine.mean - nearest)  # (T, E)
+        pulled = share[:, None] * (mine.mean - slope[:, None] * nearest)  # (T, E)
         gradient = torch.zeros_like(local).index_add_(0, owner, pulled) * (each / t)
         ctx.save_for_backward(query, gradient, temperature)
         ctx.learned = learned
         if learned:
             weight = torch.zeros_like(sums.top).index_add_(0, owner, share) * each  # (B,)
-            ctx.hidden, ctx.terms = hidden, (owner, own.positives[owner, slot], slot, share * each)
+            ctx.hidden, ctx.terms = hidden, (owner, own.positives[owner, slot], slot, share * slope * each)
+            ctx.transform = transform
             ctx.state = (scaled, vectors.detach(), sums, weight, which)
         return (terms.sum() * each).to(wide)
 
@@ -181,10 +209,22 @@ class _InfoNCE(torch.autograd.Function):
             scaled, vectors, sums, weight, which = ctx.state
             owner, row, slot, share = ctx.terms
             with torch.autocast(query.device.type, enabled=False):
-                of_vectors = candidate_gradient(scaled, vectors, ctx.hidden, sums, weight)
+                of_vectors = candidate_gradient(scaled, vectors, ctx.hidden, sums, weight, ctx.transform)
             of_vectors.index_put_((row, which[owner, slot]), -share[:, None] * scaled[owner], accumulate=True)
             of_vectors = (given * of_vectors).to(vectors.dtype)
-        return of_query, of_vectors, of_temperature, None
+        return of_query, of_vectors, of_temperature, None, None
+
+
+def _scaled(transform: Transform | None, temperature: Tensor) -> Transform | None:
+    """A transform of cosines as one of scores, which are divided by a temperature."""
+    if transform is None:
+        return None
+
+    def scaled(scores: Tensor) -> tuple[Tensor, Tensor]:
+        values, slopes = transform(scores * temperature)
+        return values / temperature, slopes
+
+    return scaled
 
 
 def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device: torch.device) -> Tensor:
