@@ -25,7 +25,8 @@ CURVES = {"loss": "loss", "recall": "R@1 and R@5, mean,\nheld-out triplets (%)",
           "temperature": "temperature", "grad_norm": "norm of the gradient"}  # fmt: skip
 COLORS = {
     "stage1": "#0072b2", "stage1+p": "#d55e00",
-    "steps": "#0072b2", "time": "#56b4e9", "positives": "#d55e00", "negatives": "#000000", "both": "#009e73", "both+p": "#cc79a7",
+    "steps": "#0072b2", "time": "#56b4e9", "positives": "#d55e00", "negatives": "#000000", "both": "#009e73",
+    "both+p": "#cc79a7",
 }  # fmt: skip
 Curve = list[tuple[int, float]]
 
