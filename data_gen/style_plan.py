@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from spn4cir.dataset import Dataset
-from spn4cir.datasets.style_folders import TEST_EVERY, VAL_EVERY
 from spn4cir.errors import InputError
 from spn4cir.types import ImageRef
 
@@ -58,6 +57,8 @@ def plan_photos(dataset: Dataset, cache: Path) -> list[Photo]:
 
 def split_pictures(hashes: Mapping[str, str]) -> dict[str, list[str]]:
     """Image ids by split: about a fifth are test and a twentieth of the rest val, as the hash of their pixels draws."""
+    from spn4cir.datasets.style_folders import TEST_EVERY, VAL_EVERY
+
     draws = {i: int(sha256(f"split/{pixels}".encode()).hexdigest()[:13], 16) / 16**13 for i, pixels in hashes.items()}
     ordered = sorted(draws, key=lambda i: draws[i])
     test = [i for i in ordered if draws[i] < 1 / TEST_EVERY] or ordered[:1]
