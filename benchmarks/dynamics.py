@@ -25,7 +25,8 @@ CURVES = {"loss": "loss", "recall": "R@1 and R@5, mean,\nheld-out triplets (%)",
           "temperature": "temperature", "grad_norm": "norm of the gradient"}  # fmt: skip
 COLORS = {
     "stage1": "#0072b2", "stage1+p": "#d55e00",
-    "steps": "#0072b2", "positives": "#d55e00", "negatives": "#000000", "both": "#009e73", "both+p": "#cc79a7",
+    "steps": "#0072b2", "time": "#56b4e9", "positives": "#d55e00", "negatives": "#000000", "both": "#009e73",
+    "both+p": "#cc79a7",
 }  # fmt: skip
 Curve = list[tuple[int, float]]
 
@@ -84,6 +85,7 @@ def draw(folder: Path, budgets: Sequence[int], seeds: Sequence[int], picture: Pa
         raise InputError("the picture needs matplotlib: pip install 'spn4cir[demo]', and run this again") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     size = (5.2 * len(budgets) + 1, 9.6)
     figure, axes = pyplot.subplots(4, 2 * len(budgets), figsize=size, layout="constrained", squeeze=False)
@@ -101,14 +103,14 @@ def draw(folder: Path, budgets: Sequence[int], seeds: Sequence[int], picture: Pa
                 one.spines[["top", "right"]].set_visible(False)
                 if name in ("loss", "grad_norm"):
                     one.set_yscale("log")
+                    one.yaxis.set_minor_formatter(NullFormatter())
         axes[0][2 * place].set_title(f"{annotated:,} annotated:\nstage 1, until patience ends", fontsize=10)
         axes[0][2 * place + 1].set_title(f"{annotated:,} annotated:\nwhat goes on from it", fontsize=10)
         for one in axes[-1][2 * place : 2 * place + 2]:
             one.set_xlabel("step")
-    for column in (0, 1):
-        handles, labels = axes[0][column].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower " + ("left" if not column else "right"), frameon=False,
-                      fontsize=9, ncols=1 + column)  # fmt: skip
+    parts = [axes[0][column].get_legend_handles_labels() for column in (0, 1)]
+    handles, labels = (first + second for first, second in zip(*parts, strict=True))
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=len(budgets))
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=100)
     pyplot.close(figure)

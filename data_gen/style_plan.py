@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -28,14 +28,14 @@ def plan_photos(dataset: Dataset, cache: Path) -> list[Photo]:
     """Return the different pictures of a dataset, sorted by id; those that do not decode are left out, with a line.
 
     A dataset with val and test queries keeps its splits: their targets are val and test, and a picture that is also in
-    train is train. Of other datasets the training images are taken, and split by position.
+    train is train. Of other datasets the training images are taken, and split by their pixels, so that a picture stays
+    where it was when others are added.
 
     Args:
         cache: file of pixel hashes, so that unchanged files are decoded once.
 
     Raises ``InputError`` if fewer than three different pictures are left, one for each split.
     """
-    from spn4cir.datasets.style_folders import split_items
     from spn4cir.identity import canonical_ids, inspect_images
 
     splits = _benchmark_splits(dataset)
@@ -49,10 +49,22 @@ def plan_photos(dataset: Dataset, cache: Path) -> list[Photo]:
     if len(unique) < 3:
         left_out = f", {len(broken)} being broken, such as {broken[0]}" if broken else ""
         raise InputError(f"{dataset.name}: 3 splits take 3 different pictures, and there are {len(unique)}{left_out}")
-    splits = splits or split_items(unique)
+    splits = splits or split_pictures({image_id: hashes[image_id] for image_id in unique})
     split_of = {image_id: split for split in reversed(splits) for image_id in splits[split]}
     names = name_pictures(unique, dataset.name)
     return [Photo(names[i], images[i], hashes[i], split_of[i], _caption(dataset, i)) for i in unique]
+
+
+def split_pictures(hashes: Mapping[str, str]) -> dict[str, list[str]]:
+    """Image ids by split: about a fifth are test and a twentieth of the rest val, as the hash of their pixels draws."""
+    from spn4cir.datasets.style_folders import TEST_EVERY, VAL_EVERY
+
+    draws = {i: int(sha256(f"split/{pixels}".encode()).hexdigest()[:13], 16) / 16**13 for i, pixels in hashes.items()}
+    ordered = sorted(draws, key=lambda i: draws[i])
+    test = [i for i in ordered if draws[i] < 1 / TEST_EVERY] or ordered[:1]
+    rest = ordered[len(test) :]
+    val = [i for i in rest if draws[i] < 1 / TEST_EVERY + (1 - 1 / TEST_EVERY) / VAL_EVERY] or rest[:1]
+    return {"train": sorted(rest[len(val) :]), "val": sorted(val), "test": sorted(test)}
 
 
 def _benchmark_splits(dataset: Dataset) -> dict[str, list[str]]:

@@ -39,6 +39,8 @@ class Backbone(nn.Module, ABC):
     tokenize: Callable[[Sequence[str]], Tokens]
     temperature: float | None = None
     """The temperature that its weights were trained with, as far as their checkpoint says."""
+    fixed_options: ClassVar[frozenset[str]] = frozenset()
+    """Options, or settings of one such as ``style.names``, that a checkpoint of it decides."""
     chunk: int | None = None
     """Images, and texts, in one pass of a training step; None for all."""
 
@@ -88,8 +90,9 @@ class Backbone(nn.Module, ABC):
         """Fit what is computed from training images rather than trained; called where ``statistics_sample`` is not 0.
 
         Args:
-            references: (N, 3, H, W) reference images of training triplets, with the labels of their triplets.
-            targets: (M, 3, H, W) target images.
+            references: (N, 3, H, W) reference images of training triplets, on the CPU.
+            labels: of their triplets.
+            targets: (M, 3, H, W) target images, on the CPU.
         """
 
     def describe_reference(self, reference: Tensor) -> Mapping[str, Tensor]:

@@ -60,6 +60,10 @@ class Bank:
             return replace(self, device=device)
         return replace(self, target=self.target.to(device), device=device)
 
+    def first_rows(self, count: int) -> "Bank":
+        """The same bank with the targets of its first rows alone; references stay."""
+        return self if count == self.total else replace(self, target=self.target[:count], total=count)
+
     def shard(self, process: int, processes: int) -> "Bank":
         """The same bank with the targets that one of several processes keeps, still where they are.
 

@@ -87,13 +87,16 @@ def read_model(folder: Path) -> tuple[str, dict[str, Any]]:
 def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbone:
     """The backbone that ``save_model`` wrote into a folder, on the CPU, in eval mode.
 
-    ``changes`` are options that shall differ from the saved ones. Parameters that only they bring stay as they are
+    ``changes`` are options that shall differ from the saved ones; of an option that is a group of settings, those that
+    it names. Parameters that only they bring stay as they are
     initialised, and that is said; a changed tokenizer is read from where it says, not from the folder.
     Raises ``InputError`` if the folder holds no complete model, or its weights do not fit.
     """
     (name, saved), changes = read_model(folder), changes or {}
     if saved.get("separated") != changes.get("separated", saved.get("separated")):
         raise InputError("separated is no option to give: stage 2 separates a model itself")
+    groups = {key: {**saved[key], **value} for key, value in changes.items() if _are_groups(saved.get(key), value)}
+    changes = {**changes, **groups}
     own = {"tokenizer": str(folder / "tokenizer")} if (folder / "tokenizer").is_dir() else {}
     backbone = build_backbone(name, **{**saved, **own, **changes}, load_weights=False)
     if own:
@@ -109,6 +112,11 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
         state |= {key: value for key, value in backbone.state_dict().items() if key in fresh}
     load_strictly(backbone, state, folder / "model.safetensors")
     return backbone.eval()
+
+
+def _are_groups(*options: Any) -> bool:
+    """Whether options hold several settings each, of which a change may name some."""
+    return all(isinstance(option, dict) for option in options)
 
 
 def runs_root() -> Path:

@@ -24,7 +24,8 @@ class BankConfig:
     """What stage 2 scores each query against.
 
     Args:
-        images: "all" training images, or only those "named" by a triplet.
+        images: "all" training images; those "named" by a triplet; or those that are "targets" of one, where references
+            are never ranked, such as drawings.
         extra: a folder or table of further pictures that no triplet names: more negatives.
         limit: candidates drawn anew for each step, at random, beside the targets of its triplets; null for all.
         dtype: how features are stored.
@@ -33,7 +34,7 @@ class BankConfig:
             side does not train there.
     """
 
-    images: Literal["all", "named"] = "all"
+    images: Literal["all", "named", "targets"] = "all"
     extra: str | None = None
     limit: int | None = None
     dtype: Literal["float32", "float16"] = "float32"
@@ -61,6 +62,8 @@ class NegativesConfig:
     def __post_init__(self) -> None:
         if self.margin is not None and self.types != ["target"]:
             raise InputError(f"negatives.margin draws targets as negatives, and negatives.types is {self.types}")
+        if self.margin is not None and self.max_similarity is not None:
+            raise InputError("negatives.margin draws one negative of a batch, whatever negatives.max_similarity says")
         if not self.types or len(set(self.types)) < len(self.types):
             raise InputError(f"negatives.types names at least one type, and each once, got {self.types}")
 

@@ -43,9 +43,20 @@ class TrainingData:
     extra: Sequence[str] = ()
 
     def candidate_images(self, config: TrainConfig) -> list[str]:
-        """Images of the bank, in a fixed order: those that triplets name, the rest of training, and extra ones."""
+        """Images of the bank, in a fixed order: those that triplets name, the rest of training, and extra ones.
+
+        Where targets alone are ranked, they and the extra ones come first, and the references after them.
+        """
+        if config.bank.images == "targets":
+            return list(dict.fromkeys([*self.ranked_images(config), *named_images(self.triplets)]))
         rest = self.dataset.training_images() if config.bank.images == "all" else []
         return list(dict.fromkeys([*named_images(self.triplets), *rest, *self.extra]))
+
+    def ranked_images(self, config: TrainConfig) -> list[str]:
+        """Those of ``candidate_images`` that queries are ranked against."""
+        if config.bank.images != "targets":
+            return self.candidate_images(config)
+        return list(dict.fromkeys([*(i for t in self.triplets for i in (*t.targets, *t.negatives)), *self.extra]))
 
     def sample_references(self, count: int, seed: int) -> tuple[list[Triplet], list[str]]:
         """Triplets with different references, ``count`` at most, and a third as many target images."""

@@ -227,17 +227,19 @@ def rank_fused(benchmark: Benchmark, image: Tensor, text: Tensor, target: Tensor
     for part in _rankings(benchmark, target):
         for start in range(0, len(part.numbers), FUSED):
             numbers, here = part.numbers[start : start + FUSED], slice(start, start + FUSED)
-            vectors, targets = part.vectors.float(), part.targets[here].to(image.device)
-            excluded = None if part.excluded is None else part.excluded[here].to(image.device)
-            scores = fuse_scores(image[numbers], text[numbers], vectors)  # (b, g)
+            targets = part.targets[here].to(image.device)
+            hidden = torch.zeros(len(numbers), len(part.vectors), dtype=torch.bool, device=image.device)
+            if part.excluded is not None:
+                hidden[inside(part.excluded[here].to(image.device), 0, hidden.shape[1])] = True
             for over in part.over:
                 if over == "subset":
                     assert part.subset is not None
-                    kept = torch.zeros_like(scores, dtype=torch.bool)
-                    kept[inside(part.subset[here].to(image.device), 0, scores.shape[1])] = True
-                    scores = scores.masked_fill(~kept, -torch.inf)
+                    outside = torch.ones_like(hidden)
+                    outside[inside(part.subset[here].to(image.device), 0, hidden.shape[1])] = False
+                    hidden = hidden | outside
                 if over in found:
-                    found[over][numbers, : targets.shape[1]] = rank_scores(scores, targets, excluded)
+                    scores = fuse_scores(image[numbers], text[numbers], part.vectors, hidden)  # (b, g)
+                    found[over][numbers, : targets.shape[1]] = rank_scores(scores, targets)
     return {over: all_reduce(ranks).cpu().numpy() for over, ranks in found.items()}
 
 

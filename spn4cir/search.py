@@ -60,16 +60,23 @@ def _block_size(gallery: Tensor) -> int:
     return max(1, BLOCK // gallery.shape[1])
 
 
-def fuse_scores(first: Tensor, second: Tensor, gallery: Tensor, temperature: float = 0.01) -> Tensor:
+def fuse_scores(
+    first: Tensor, second: Tensor, gallery: Tensor, hidden: Tensor | None = None, temperature: float = 0.01
+) -> Tensor:
     """Late fusion: the maximum of the log-softmax over a gallery (G, K, E) of two queries' scores → (B, G).
+
+    The scores of these queries and the whole gallery are in memory at once.
 
     Args:
         first, second: both queries of each pair, (B, E); zeros for one that is missing, whose score never counts.
+        hidden: (B, G) images that are not ranked, and so in no softmax; their score is minus infinity. None for none.
         temperature: divisor of the scores.
     """
     fused = []
     for query in (first, second):
-        logs = (scores_of(query, gallery) / temperature).log_softmax(1)  # (B, G)
+        scores = torch.cat([scores_of(query, block) for _, block in blocks(gallery, query)], 1)  # (B, G)
+        scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+        logs = (scores / temperature).log_softmax(1)
         fused.append(logs.masked_fill(~query.any(1, keepdim=True), -torch.inf))
     return torch.maximum(*fused)
 

@@ -118,6 +118,8 @@ def _run(args: argparse.Namespace, query: Query) -> None:
         heading = f"{len(hits)} hits among {len(index):,} images{some}"
         save_sheet(args.save, heading, _query_tiles(index, query), _hit_tiles(index, hits[:MOST]))
     seen = index.describe(query["image"]) if args.describe and query["image"] else []
+    if args.describe and not seen:
+        print("--describe is about pictures, and the query has none", file=shown)
     print(f"index {address}: {len(index):,} images", file=shown)
     for line in describe_lines(query["image"], seen):
         print(line, file=shown)

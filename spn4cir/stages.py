@@ -15,7 +15,7 @@ from torch import nn
 from spn4cir import bank as banks
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
-from spn4cir.backbones import INSIDE, build_backbone, check_backbone
+from spn4cir.backbones import BACKBONES, INSIDE, build_backbone, check_backbone
 from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader, TripletSampler
 from spn4cir.compute import checkpoint_blocks, compile_blocks
 from spn4cir.config import ComputeConfig, TrainConfig, training_command
@@ -73,7 +73,8 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     more: dict[str, Any] = {}
     if config.bank.in_stage1:
         if any(value.requires_grad for value in _parameters(backbone.image_side())):
-            raise InputError(f"bank.in_stage1: the image side of {backbone.name} trains in stage 1, with these options")
+            what = f"the image side of {backbone.name} trains in stage 1, with these options"
+            raise InputError(f"bank.in_stage1: {what}: set bank.in_stage1 to false")
         backbone.freeze_image_side()
         bank, gallery = _open_banks(config, run, data, backbone, images, pixels)
         still = banks.FrozenCheck(backbone, images(ids[0]))
@@ -94,7 +95,8 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
         )
     if bank and (objective.needs_whole_triplets or objective.margin is not None):
         raise InputError(
-            f"bank.in_stage1: stage 1 of {backbone.name} with these negatives needs more of targets than is stored"
+            f"bank.in_stage1: stage 1 of {backbone.name} with these negatives needs more of targets than is stored: "
+            "set bank.in_stage1 to false"
         )
     select = partial(evaluate, backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
     return Training(objective, loader, select, is_rounded=_is_rounded(config, gallery), **more)
@@ -146,7 +148,8 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     frozen = banks.FrozenCheck(backbone, images(ids[0]))
     collate = TripletCollate(backbone.tokenize, bank.rows, images, bank, KnownTargets(data.triplets, bank.rows))
     loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
-    local = bank.shard(run.accelerator.process_index, run.accelerator.num_processes).to(run.accelerator.device)
+    ranked = bank.first_rows(1 + max(bank.rows[i] for i in data.ranked_images(config)))
+    local = ranked.shard(run.accelerator.process_index, run.accelerator.num_processes).to(run.accelerator.device)
     if not local.resident:
         run.say("the bank does not fit on the device: it is read ahead from disk, at each step")
     objective = Objective(
@@ -197,10 +200,8 @@ def fit_statistics(backbone: Backbone, data: TrainingData, images: ImageSource, 
     triplets, targets = data.sample_references(count, seed)
     if not triplets:
         raise InputError(f"{backbone.name} fits statistics to reference images, and no training triplet has one")
-    device = next(backbone.parameters()).device
     references = images.stack([str(triplet.reference) for triplet in triplets])
-    labels = [triplet.label for triplet in triplets]
-    backbone.fit_statistics(references.to(device), labels, images.stack(targets).to(device))
+    backbone.fit_statistics(references, [triplet.label for triplet in triplets], images.stack(targets))
 
 
 def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -273,4 +274,11 @@ def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone
     changes = {key: value for key, value in config.backbone_options.items() if options.get(key) != value}
     for key in sorted(SOURCES & changes.keys()):
         say(f"{config.init} is the start: its own {key} holds, and {changes.pop(key)!r} of backbone_options does not")
+    for fixed in sorted(BACKBONES[name].fixed_options):
+        group, _, setting = fixed.partition(".")
+        then, now = options.get(group), changes.get(group)
+        if isinstance(then, dict) and isinstance(now, dict) and setting in now and now[setting] != then[setting]:
+            raise InputError(
+                f"{config.init} was made with {fixed} {then[setting]!r}: it cannot become {now[setting]!r}"
+            )
     return checkpoints.load_model(Path(config.init), changes)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
@@ -49,6 +48,21 @@ class PromptTable(nn.Module):
         return torch.einsum("br,rtd->btd", mixture.to(self.weight), self.weight)
 
 
+class QueryBlock(nn.Module):
+    """A block of the transformer with LayerNorms of its own; all else is shared with the block, which stays frozen."""
+
+    def __init__(self, block: Any):
+        super().__init__()
+        self.ln_1, self.ln_2 = (copy.deepcopy(norm).requires_grad_(True) for norm in (block.ln_1, block.ln_2))
+        self._shared: tuple[Any, ...] = (block,)  # a tuple, so that it is no part of this module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        block = self._shared[0]
+        x = x + block.ls_1(block.attention(q_x=self.ln_1(x)))
+        return x + block.ls_2(block.mlp(self.ln_2(x)))  # type: ignore[no-any-return]
+
+
 class Freestyle(Backbone):
     """``q = normalise(v + t)``: v is the image through CLIP's transformer with prompts, t the text, of unit norm each.
 
@@ -80,6 +94,7 @@ class Freestyle(Backbone):
     """
 
     name = "freestyle"
+    fixed_options = frozenset({"style.names", "style.width", "style.filters"})
     clip: Any  # a model of open_clip, which has no types
 
     def __init__(
@@ -125,8 +140,7 @@ class Freestyle(Backbone):
             self.query_blocks = copy.deepcopy(visual.transformer.resblocks).requires_grad_(True)
             self.query_head = nn.Parameter(visual.proj.detach().clone())
         if trains == "norms":
-            norms = ({"ln_1": block.ln_1, "ln_2": block.ln_2} for block in visual.transformer.resblocks)
-            self.query_norms = nn.ModuleList(copy.deepcopy(nn.ModuleDict(pair)).requires_grad_(True) for pair in norms)
+            self.query_norms = nn.ModuleList(QueryBlock(block) for block in visual.transformer.resblocks)
         self.query_norm: nn.Module | None = None
         if trains != "prompts":
             self.query_norm = copy.deepcopy(visual.ln_post).requires_grad_(True)
@@ -188,17 +202,15 @@ class Freestyle(Backbone):
     def embed_prompted(self, reference: Tensor) -> Tensor:
         """Reference (B, L, D) → embeddings (B, E) of the images alone, unit norm."""
         x, style = self._split(to_float32(reference))
-        own, visual = self.query_blocks, self.clip.visual
-        blocks = visual.transformer.resblocks if own is None else own
+        visual = self.clip.visual
+        own = [blocks for blocks in (self.query_blocks, self.query_norms) if blocks is not None]
+        blocks = own[0] if own else visual.transformer.resblocks
         for number, block in enumerate(blocks):
             is_first, is_last = number == 0, number == len(blocks) - 1
             for place, here in (("shallow", is_first), ("deep", is_last)):
                 if here and place in self.tables:
                     x = torch.cat([x[:, :1], self.tables[place](self._mixture(place, style)), x[:, 1:]], 1)
-            if self.query_norms is None:
-                x = block(x)
-            else:
-                x = functional_call(block, dict(self.query_norms[number].named_parameters()), (x,))
+            x = block(x)
         head = visual.proj if self.query_head is None else self.query_head
         norm = visual.ln_post if self.query_norm is None else self.query_norm
         return l2_normalize(norm(x[:, 0]) @ head)
@@ -235,7 +247,9 @@ class Freestyle(Backbone):
         return 0 if bool(self.style_space.is_fitted) else 1024
 
     def describe_reference(self, reference: Tensor) -> Mapping[str, Tensor]:
-        """How near each style's centre is, {name: (B,)}, summing to 1."""
+        """How near each style's centre is, {name: (B,)}, summing to 1; nothing before the style space is fitted."""
+        if not bool(self.style_space.is_fitted):
+            return {}
         weights = self.style_space.weights(self._split(to_float32(reference))[1])  # (B, S)
         return dict(zip(self.style["names"], weights.T, strict=True))
 
@@ -246,14 +260,16 @@ class Freestyle(Backbone):
         Raises ``InputError`` if labels and ``names`` differ.
         """
         styles = self.style["names"]
-        grams = torch.cat([self._grams(part) for part in torch.split(torch.cat([references, targets]), 32)])
+        device = self.style_space.mean.device
+        parts = [*torch.split(references, 32), *torch.split(targets, 32)]
+        grams = torch.cat([self._grams(part.to(device)) for part in parts if len(part)])
         if not any(labels):
             self.style_space.fit(grams, None)
             self.style["names"] = [f"cluster {n + 1}" for n in range(len(styles))]
             return
         names = [*(label or PHOTO for label in labels), *[PHOTO] * len(targets)]
         if set(names) != set(styles):
-            has = ", ".join(sorted(set(names)))
+            has = f"{', '.join(sorted(set(names)))}: name these, or take more triplets, so that each style occurs"
             raise InputError(
                 f"backbone_options.style.names is {', '.join(styles)}, and the references' labels are {has}"
             )

@@ -48,8 +48,11 @@ def test_ranks_by_definition(k: int) -> None:
     for n, query in enumerate(queries):
         parts = [part[n].double() for part in (image, text) if part[n].any()]
         scores = [(target.double() @ part).amax(1) * 100 for part in parts]
-        fused = torch.stack([(s - s.max()).exp() / (s - s.max()).exp().sum() for s in scores]).amax(0)
         for over, pool in (("gallery", GALLERY), ("subset", query.candidates)):
+            ranked = torch.tensor([i in pool and i != query.reference for i in GALLERY])  # in the softmax too
+            fused = torch.stack(
+                [(s - s.max()).exp() * ranked / ((s - s.max()).exp() * ranked).sum() for s in scores]
+            ).amax(0)
             rivals = [i for i in pool if i not in (query.reference, *query.targets)]
             for place, wanted in enumerate(query.targets):
                 if wanted == query.reference:
@@ -57,6 +60,16 @@ def test_ranks_by_definition(k: int) -> None:
                 own = fused[GALLERY.index(wanted)]
                 rank = 1 + sum(bool(fused[GALLERY.index(i)] > own) for i in rivals)
                 assert found[over][n, place].tolist() == [rank, rank]
+
+
+def test_a_reference_is_in_no_softmax() -> None:
+    """Of an image that is its own reference nearly all of the softmax would be the reference's."""
+    target = unit(9, 1, 8, seed=0)
+    image, text = target[:4, 0].clone(), unit(4, 8, seed=1)
+    hidden = torch.eye(4, 9, dtype=torch.bool)
+    shown, whole = fuse_scores(image, text, target, hidden), fuse_scores(image, text, target)
+    assert (whole[hidden] > -0.01).all() and (shown[hidden] == -torch.inf).all()
+    torch.testing.assert_close(shown.exp().masked_fill(hidden, 0).sum(1) >= 1 - 1e-5, torch.ones(4, dtype=torch.bool))
 
 
 def test_negative_control() -> None:

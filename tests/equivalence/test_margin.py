@@ -69,5 +69,7 @@ def test_the_setting() -> None:
         TrainConfig(negatives=NegativesConfig(margin=0.0))
     with pytest.raises(InputError, match="draws targets as negatives"):
         NegativesConfig(["target", "query"], margin=1.0)
+    with pytest.raises(InputError, match="whatever negatives"):
+        NegativesConfig(margin=1.0, max_similarity=0.9)
     with pytest.raises(InputError, match=r"negatives\.margin is for stage 1"):
         check_stage2(TrainConfig(negatives=NegativesConfig(margin=1.0)))

@@ -15,6 +15,7 @@ from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.batches import TripletCollate
 from spn4cir.checkpoints import load_model, save_model
+from spn4cir.data import load_data
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource, open_image, pixel_hash
 from spn4cir.objective import BankCandidates, Objective
@@ -172,6 +173,37 @@ def test_the_loop_keeps_references_as_it_is_told(name: str, configure, init, run
     assert found["lr"] != pytest.approx(found["stored"], rel=2e-5)  # negative control
     assert len(found["lr"]) == 3 and math.isfinite(sum(found["lr"]))
     assert len(list((runs / "banks").iterdir())) == 3  # and of targets alone
+
+
+def test_references_that_are_never_ranked_are_no_candidates(configure, init, runs: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """With ``bank.images: targets`` queries are scored against the targets alone, and still have their references."""
+    seen: dict[str, int] = {}
+    forward = BankCandidates.forward
+
+    def count(self: BankCandidates, batch: Any) -> Any:
+        vectors, positives, ignore = forward(self, batch)
+        seen[way] = len(vectors)  # type: ignore[arg-type]
+        assert int(positives.max()) < len(vectors)
+        return vectors, positives, ignore
+
+    monkeypatch.setattr(BankCandidates, "forward", count)
+    for way in ("targets", "named"):
+        train(
+            configure(
+                init=str(init("clip4cir")),
+                max_annotated=9,
+                batch_size=4,
+                max_steps=2,
+                output=str(runs / way),
+                bank={"images": way},
+            ),
+            2,
+        )
+    triplets = configure(max_annotated=9)
+    data = load_data(triplets, lambda _: None)
+    hashes = {i: pixel_hash(open_image(data.dataset.image(i))) for i in data.candidate_images(triplets)}
+    targets = {hashes[i] for t in data.triplets for i in t.targets}
+    assert seen["targets"] == len(targets) < seen["named"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

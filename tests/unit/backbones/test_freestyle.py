@@ -13,8 +13,11 @@ from spn4cir.backbones import build_backbone
 from spn4cir.backbones.freestyle import STYLE, Freestyle
 from spn4cir.backbones.shared_style import StyleFilters, StyleSpace, kmeans, read_filters
 from spn4cir.checkpoints import load_model, save_model
+from spn4cir.compute import checkpoint_blocks
+from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
 from spn4cir.losses import info_nce
+from spn4cir.stages import load_backbone
 
 TEXTS = ["a red heart", "with a hat", "", "blue", "less of it"]
 
@@ -235,6 +238,25 @@ def test_gradients_reach_what_trains_and_nothing_else(trains: str, place: str) -
     assert all(name.startswith("tables.") or any(kind in name for kind in kinds) for name in trained)
 
 
+@pytest.mark.parametrize("trains", ["prompts", "norms", "all"])
+def test_activation_checkpoints_are_exact(trains: str) -> None:
+    """Also once the norms of queries differ from those of photographs."""
+    model, pixels = fitted(trains=trains), patterns(2)[:5]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    gradients = []
+    for again in (False, True):
+        if again:
+            assert checkpoint_blocks(model) >= 6
+        model.zero_grad()
+        loss_of(model, pixels).backward()  # type: ignore[no-untyped-call]
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # --- queries ---------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +291,26 @@ def test_a_checkpoint_holds_the_style_space(model: Freestyle, tmp_path: Path) ->
     with torch.no_grad():
         one, two = (m.compose_image(m.encode_image(patterns(1))) for m in (model, loaded))
     assert torch.equal(one, two)
+
+
+def test_a_change_of_one_setting_of_the_style_keeps_the_others(tmp_path: Path) -> None:
+    """Names, width and filters are those of the checkpoint, and a change of them is refused."""
+    save_model(tmp_path, fitted(style={"temperature": 0.2}), {})
+    changed = load_backbone(
+        TrainConfig(backbone="freestyle", init=str(tmp_path), backbone_options={"style": {"rank": 8}}), 2
+    )
+    assert changed.options["style"]["temperature"] == 0.2
+    for name, value in {"names": ["photo", "art", "sketch", "mosaic"], "width": 32, "filters": "torchvision"}.items():
+        with pytest.raises(InputError, match=f"was made with style.{name} .*: it cannot become"):
+            load_backbone(
+                TrainConfig(backbone="freestyle", init=str(tmp_path), backbone_options={"style": {name: value}}), 2
+            )
+
+
+@torch.no_grad()
+def test_no_style_is_described_before_any_is_known() -> None:
+    model = build_backbone("freestyle")
+    assert model.describe_reference(model.encode_image(patterns(1)).reference) == {}
 
 
 # --- styles ----------------------------------------------------------------------------------------------------------
