@@ -1,7 +1,7 @@
 """Images with a class each: read from folders, tables and hub names, limited by class, and split by class."""
 
 import csv
-import random
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -251,4 +251,4 @@ def _draw_class(label: str) -> float:
 
 def _draw(word: str) -> float:
     """A number in [0, 1) that depends on a text alone."""
-    return random.Random(word).random()
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big") / 2**64

@@ -33,9 +33,9 @@ FEWEST_EMOJI = 3  # images of a concept
 class Labelled(Dataset):
     """Images with a class each, from folders by class, tables with a column ``label``, or several of them.
 
-    A class is called ``SOURCE/LABEL``, so equal labels of two sources stay apart. The root is a folder, a table, ``hf:``
-    and a hub name, or a file ``labelled.yaml``, which names several sources and says how many images a class has; that
-    file is also read where it lies in the folder, or beside the table. docs/datasets.md lists all forms.
+    A class is called ``SOURCE/LABEL``, so equal labels of two sources stay apart. The root is a folder, a table,
+    ``hf:`` and a hub name, or a file ``labelled.yaml``, which names several sources and limits the images of a class;
+    that file is also read where it lies in the folder, or beside the table. docs/datasets.md lists all forms.
 
     Without a root, the classes are the concepts of the embedded emoji: their names without skin tone, gender, age,
     hair, direction and colour; those with at least three images. No image of a concept of val or test is trained on
