@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 from conftest import draw_picture
-from labelled_files import EACH, PATHS, classes_of, draw_classes, rows_of, write_rows
+from labelled_files import CLASSES, EACH, PATHS, classes_of, draw_classes, rows_of, write_rows
 
 from spn4cir.datasets.class_labels import LabelledImage, LabelSettings, limit_classes, split_classes
 from spn4cir.datasets.labelled import Labelled
@@ -130,3 +130,28 @@ def test_no_class_is_in_two_splits(count: int) -> None:
         assert 160 < sizes["test"] < 240 and 30 < sizes["val"] < 75
         more = split_classes([*labels, *(f"d{n}" for n in range(500))])
         assert {label: more[label] for label in labels} == found
+
+
+def test_limits_beside_a_table(root: Path) -> None:
+    """Given a table, ``labelled.yaml`` beside it limits its classes; the sources that it names are not read."""
+    place = write_rows(root / "mine.csv", rows_of())
+    (root / "labelled.yaml").write_text("{max_images: 2, sources: {gone: gone.csv}}")
+    dataset = Labelled(place)
+    assert len(classes_of(dataset)) == 2 * CLASSES and len(dataset.benchmark("test").queries) % 2 == 0
+    assert "labelled: 8 classes with more than 2 images keep 2, drawn by a hash of the id" in dataset.notes()
+    (root / "labelled.yaml").unlink()
+    assert len(classes_of(Labelled(place))) == len(PATHS)
+
+
+def test_a_name_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository, here in the current folder; its name is the source, or the name that ``labelled.yaml`` gives it."""
+    images = [{"bytes": (root / path).read_bytes(), "path": path} for path, _ in PATHS]
+    columns = {"image": images, "label": [label for _, label in PATHS]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    (tmp_path / "some" / "one").mkdir(parents=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "some/one/train.parquet"))
+    monkeypatch.chdir(tmp_path)
+    assert set(classes_of(Labelled("hf:some/one")).values()) == {f"some/one/{label}" for _, label in PATHS}
+    (root / "labelled.yaml").write_text("sources: {hub: 'hf:some/one', here: images/}")
+    found = Labelled(str(root / "labelled.yaml"))
+    assert {c.partition("/")[0] for c in classes_of(found).values()} == {"hub", "here"} and found.root == root

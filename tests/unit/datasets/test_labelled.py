@@ -88,8 +88,8 @@ def test_folders_by_split_and_class(root: Path) -> None:
 def test_tables_of_images(root: Path, form: str) -> None:
     """A column of images and one of classes, by their names; a class of -1 is none; splits of the table count."""
     names = [f"kind {n}" for n in range(CLASSES)]
-    columns = {"image": [str(root / path) for path, _ in PATHS], "label": [n // EACH for n in range(len(PATHS))]}
-    columns["label"][-1] = -1
+    images = [{"bytes": (root / path).read_bytes(), "path": path} for path, _ in PATHS]
+    columns = {"image": images, "label": [*(n // EACH for n in range(len(PATHS) - 1)), -1]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     made = datasets.Dataset.from_dict(columns, features=features)
     place = root / ("shop" if form == "saved" else "shop.parquet")
