@@ -102,7 +102,7 @@ def read_labelled(place: str, name: str = "") -> LabelledSource:
     if not ids:
         raise InputError(f"{place} holds no image{''.join(f': {note}' for note in contents.notes[:1])}")
     columns, where = _read_columns(contents, ids)
-    default = name or (place.removeprefix(HUB) if place.startswith(HUB) else _stem(path))
+    default = name or _name_place(path)
     images = [
         _labelled_image(image_id, {role: values[row] for role, values in columns.items()}, (name, default), row, where)
         for row, image_id in enumerate(ids)
@@ -110,7 +110,10 @@ def read_labelled(place: str, name: str = "") -> LabelledSource:
     return LabelledSource(images, contents.image, contents.titles, contents.captions, contents.notes)
 
 
-def _stem(path: Path) -> str:
+def _name_place(path: Path) -> str:
+    """The name of a folder, of a table without its suffix, or of a hub name without its owner."""
+    if str(path).startswith(HUB):
+        return path.name.removeprefix(HUB)
     return path.resolve().name if path.is_dir() else path.stem
 
 
@@ -127,7 +130,9 @@ def _labelled_image(
     if "split" in cells and split not in SPLIT_NAMES:
         raise wrong(where(row), "split", f"{short(cells['split'])} is none of {', '.join(SPLIT_NAMES)}")
     split = SPLIT_NAMES[split] if split else ""
-    source = "/".join(part for part in (prefix, source) if part) or default
+    if "/" in source:  # so that the first slash of a class ends its source
+        raise wrong(where(row), "source", f"{short(source)} holds a slash")
+    source = ":".join(part for part in (prefix, source) if part) or default
     return LabelledImage(image_id, "" if split == DISTRACTOR else label, source, split)
 
 

@@ -118,7 +118,7 @@ def test_several_sources(root: Path, tmp_path: Path) -> None:
     (root / "labelled.yaml").write_text(json.dumps({"sources": listed, "min_images": 2}))
     for place in (root, root / "labelled.yaml"):
         dataset = Labelled(str(place))
-        assert dataset.category("products/images/0/0.png") == "products/right/c0"
+        assert dataset.category("products/images/0/0.png") == "products:right/c0"
         assert dataset.category("cars/0/0.png") == "cars/0" and dataset.category("far/0/0.png") == "far/0"
         assert dataset.image("cars/0/1.png").path == root / "images/0/1.png"
         assert len(classes_of(dataset)) == 3 * len(PATHS)
@@ -127,7 +127,7 @@ def test_several_sources(root: Path, tmp_path: Path) -> None:
         for split in found.values():  # the same label, so the same split
             assert {c.replace("cars", "far") for c in split if c[:4] == "cars"} == {c for c in split if c[:3] == "far"}
         tags = {tag for split in ("val", "test") for q in dataset.benchmark(split).queries for tag in q.tags}
-        assert tags == {"products/left", "products/right", "cars", "far"}
+        assert tags == {"products:left", "products:right", "cars", "far"}
         for query in dataset.benchmark("test").queries:
             assert {dataset.category(i) for i in query.targets} == {dataset.category(query.reference or "")}
 
