@@ -69,7 +69,7 @@ class TrainingData:
             if triplet.reference is not None:
                 found.setdefault(triplet.reference, triplet)
             if len(targets) < count // 3:
-                targets[triplet.targets[0]] = None
+                targets[(triplet.targets or triplet.image_ids)[0]] = None  # a class's example has no target
             if len(found) == count:
                 break
         return list(found.values()), list(targets)
@@ -146,6 +146,8 @@ def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Seq
     both trained on and evaluated. They are ranked over the images of all triplets that are split, or of the first ones
     that name ``HOLDOUT_GALLERY`` images. A table of triplets is split by other numbers than a list is.
     """
+    if not triplets[0].targets:
+        raise InputError("selection: holdout needs triplets with targets, and these have labels alone: leave it out")
     made = triplets[0].generated
     drawn = triplets.draws(made) if isinstance(triplets, TripletTable) else _draws(triplets, made)
     is_held = np.isfinite(drawn) & ((drawn < config.holdout) | (drawn == drawn.min()))
