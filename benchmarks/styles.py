@@ -8,6 +8,7 @@ examples:
   python data_gen/stylize.py && python -m benchmarks.styles        # the embedded emoji, three seeds; an hour
   python -m benchmarks.styles --crops PHOTOS --output photos.json  # crops of the photographs in a folder
   python -m benchmarks.styles --seeds 0 --epochs 1 --runs runs/try --output try.json
+  python -m benchmarks.styles --tune                               # scores on val by learning rate
 """
 
 import argparse
@@ -50,12 +51,16 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 PAIRS = (("both", "static"), ("both+norms", "static+norms"), ("both+norms", "norms"), ("both+norms", "frozen"),
          ("stage2", "both+norms"))  # fmt: skip
 """Rows that are compared, with intervals."""
+RATES = {"prompts": 3e-3, "norms": 3e-3}
+"""Learning rate of stage 1 by what trains, chosen by ``--tune`` for prompts of both kinds."""
+CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2), "norms": (1e-3, 3e-3, 1e-2)}
 CROPS, SIDE = 24, 64  # of each photograph, and their side in pixels
 Hits = dict[str, Any]
 
 
-def train_row(row: str, seed: int, args: argparse.Namespace) -> Path | None:
-    """Train a row, unless it is complete; None for the frozen model."""
+def train_row(row: str, seed: int, args: argparse.Namespace, rate: float | None = None) -> Path | None:
+    """Train a row, at another learning rate than its own if one is given, unless it is complete; None for the frozen
+    model."""
     from spn4cir.run import pending
     from spn4cir.train import train
 
@@ -64,13 +69,26 @@ def train_row(row: str, seed: int, args: argparse.Namespace) -> Path | None:
     stage = 2 if row == "stage2" else 1
     init = train_row("both+norms", seed, args) if stage == 2 else None
     recipe = parse(TrainConfig, ROOT / "recipes" / "styles" / f"freestyle_stage{stage}.yaml", [])
+    options, name = ROWS[row][1], row if rate is None else f"{row}-{rate:g}"
     config = replace(
-        recipe, data_root=args.data_root, backbone_options=ROWS[row][1], seed=seed, epochs=args.epochs,
-        output=str(args.runs / f"seed{seed}" / row), init=None if init is None else str(init),
+        recipe, data_root=args.data_root, backbone_options=options, seed=seed, epochs=args.epochs,
+        lr=recipe.lr if stage == 2 else rate or RATES[options["trains"]],
+        output=str(args.runs / f"seed{seed}" / name), init=None if init is None else str(init),
     )  # fmt: skip
     if left := pending(config):
         train(left, stage)
     return Path(str(config.output))
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Print the mean of R@1 and R@5 on val by row and learning rate."""
+    for row in ("both", "static", "both+norms", "static+norms"):
+        for rate in CANDIDATES[ROWS[row][1]["trains"]]:
+            run = train_row(row, args.seeds[0], args, rate)
+            assert run is not None
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            best = max(((one["R@1"] + one["R@5"]) / 2, one["step"]) for one in lines if "R@1" in one)
+            print(f"{row} at {rate:g}: {best[0]:.2f} after {best[1]} steps", flush=True)
 
 
 def load_row(run: Path | None) -> Freestyle:
@@ -288,6 +306,7 @@ def main() -> None:
     parser.add_argument("--data-root", help="folder that data_gen/stylize.py has filled (default: data/styles)")
     parser.add_argument("--crops", type=Path, help="folder of photographs whose crops are drawn and used instead")
     parser.add_argument("--epochs", type=int, default=4, help="of each row (default: 4)")
+    parser.add_argument("--tune", action="store_true", help="scores on val by learning rate, first seed, no test split")
     parser.add_argument("--train-only", action="store_true", help="train, and leave the test split unread")
     parser.add_argument("--runs", type=Path, default=Path("runs/styles"), help="where runs lie; complete ones stay")
     parser.add_argument("--output", type=Path, default=RESULTS / "styles.json", help="JSON file")
@@ -302,6 +321,9 @@ def main() -> None:
         args.data_root = str(args.runs / "styles")
         make_crops(args.crops, args.runs / "crops")
         stylize(StylizeConfig(folder=str(args.runs / "crops"), output=args.data_root))
+    if args.tune:
+        tune(args)
+        return
     dataset = load_dataset("styles", args.data_root)
     runs = {row: [train_row(row, seed, args) for seed in args.seeds] for row in args.rows}
     if args.train_only:

@@ -88,8 +88,8 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
     """The backbone that ``save_model`` wrote into a folder, on the CPU, in eval mode.
 
     ``changes`` are options that shall differ from the saved ones; of an option that is a group of settings, those that
-    it names. Parameters that only they bring stay as they are
-    initialised, and that is said; a changed tokenizer is read from where it says, not from the folder.
+    it names. Parameters that only they bring stay as they are initialised, and that is said; a changed tokenizer is
+    read from where it says, not from the folder.
     Raises ``InputError`` if the folder holds no complete model, or its weights do not fit.
     """
     (name, saved), changes = read_model(folder), changes or {}

@@ -233,7 +233,7 @@ class Freestyle(Backbone):
         return Composed(self._embed_text(tokens))
 
     def encode_text_target(self, tokens: Tokens) -> Tensor:
-        """The text's own embedding (B, 1, E), where the text encoder does not train."""
+        """The text's own embedding (B, 1, E); it moves where ``trains`` is not ``prompts``."""
         return self._embed_text(tokens)[:, None]
 
     @property
