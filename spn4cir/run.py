@@ -203,7 +203,7 @@ class Run(AbstractContextManager["Run"]):
 
     def _next(self) -> str:
         """What a person is likely to do next, with the data of this run."""
-        if self.stage == 2:
+        if self.stage != 1:
             return f"spn4cir-eval --run {shlex.quote(str(self.folder))} --ablate"
         aside = f" --holdout {self.config.holdout:g}" if self.config.holdout else ""
         data = options_of(self.config, "max_annotated", "generated", "generated_share")

@@ -4,51 +4,37 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from spn4cir import bank as banks
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES, INSIDE, build_backbone, check_backbone
-from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader, TripletSampler
-from spn4cir.compute import checkpoint_blocks, compile_blocks
-from spn4cir.config import ComputeConfig, TrainConfig, training_command
-from spn4cir.data import Say, TrainingData, hash_pixels
+from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader
+from spn4cir.class_stage import check_classes, prepare_classes
+from spn4cir.config import TrainConfig, training_command
+from spn4cir.data import Say, TrainingData
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
-from spn4cir.images import ImageSource, takes_own_mode
+from spn4cir.images import ImageSource
 from spn4cir.objective import BankCandidates, Objective, StoredTargets, initial_temperature
-from spn4cir.results import Result
+from spn4cir.preparation import (
+    Training,
+    fit_statistics,
+    frozen_features,
+    make_sampler,
+    open_images,
+    parameter_groups,
+    prepare_compute,
+)
 from spn4cir.run import Run, options_of
 
 SOURCES = {"model", "pretrained", "config", "tokenizer"}
 """Options of a backbone that say where weights and vocabulary come from."""
-
-
-@dataclass
-class Training:
-    """A training that is ready to run.
-
-    Args:
-        objective, loader: the module whose ``forward(batch)`` is the loss, and its batches.
-        evaluate: evaluates the model on the selecting benchmark; all processes call it.
-        check: raises ``InputError`` if something that must not move has moved; called after each epoch.
-        bank: fingerprint of the bank in use, or None without a bank.
-        is_rounded: whether ``evaluate`` reads features of lower precision than the model's.
-    """
-
-    objective: Objective
-    loader: TripletLoader
-    evaluate: Callable[[], Result]
-    check: Callable[[], None] = lambda: None
-    bank: str | None = None
-    is_rounded: bool = False
 
 
 def check_stage1(config: TrainConfig) -> None:
@@ -65,7 +51,7 @@ def check_stage1(config: TrainConfig) -> None:
 
 def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """Both sides train; candidates are the targets of the batch."""
-    images, pixels = _open_images(config, run, data, backbone)
+    images, pixels = open_images(config, run, data, backbone)
     fit_statistics(backbone, data, images, config.seed)
     ids = data.candidate_images(config)
     bank: banks.Bank | None = None
@@ -82,7 +68,7 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     identity = bank.rows if bank else banks.assign_rows({image_id: pixels[image_id] for image_id in ids})
     known = KnownTargets(data.triplets, identity)
     collate = TripletCollate(backbone.tokenize, identity, images, bank, known)
-    loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
+    loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)
     prepare_compute(backbone, config.compute)
     objective = Objective(
         backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None,
@@ -138,7 +124,7 @@ def check_stage2(config: TrainConfig) -> None:
 
 def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
-    images, pixels = _open_images(config, run, data, backbone)
+    images, pixels = open_images(config, run, data, backbone)
     fit_statistics(backbone, data, images, config.seed)
     ids = data.candidate_images(config)
     backbone.freeze_image_side()
@@ -147,7 +133,7 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     bank, gallery = _open_banks(config, run, data, backbone, images, pixels)
     frozen = banks.FrozenCheck(backbone, images(ids[0]))
     collate = TripletCollate(backbone.tokenize, bank.rows, images, bank, KnownTargets(data.triplets, bank.rows))
-    loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
+    loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)
     ranked = bank.first_rows(1 + max(bank.rows[i] for i in data.ranked_images(config)))
     local = ranked.shard(run.accelerator.process_index, run.accelerator.num_processes).to(run.accelerator.device)
     if not local.resident:
@@ -164,80 +150,10 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
 STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
     1: prepare_stage1,
     2: prepare_stage2,
+    "classes": prepare_classes,
 }
-CHECKS: dict[Any, Callable[[TrainConfig], None]] = {1: check_stage1, 2: check_stage2}
+CHECKS: dict[Any, Callable[[TrainConfig], None]] = {1: check_stage1, 2: check_stage2, "classes": check_classes}
 """Raises ``InputError`` for settings that a stage would ignore, before anything is read; not all stages have one."""
-
-
-def _open_images(
-    config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone
-) -> tuple[ImageSource, dict[str, str]]:
-    """Pixels by image id, and the hash of each image's pixels, benchmarks included."""
-    images = ImageSource(data.dataset.image, backbone.transform, config.keep_pixels)
-    ids = [*data.candidate_images(config), *data.selection.image_ids, *data.reported.image_ids]
-    with run.accelerator.main_process_first():  # the others find in the cache what the first has decoded
-        own_mode = takes_own_mode(backbone.transform)
-        return images, hash_pixels(data.dataset, ids, run.say, show=run.main, own_mode=own_mode)
-
-
-def _sampler(config: TrainConfig, run: Run, data: TrainingData) -> TripletSampler:
-    process = (run.accelerator.process_index, run.accelerator.num_processes)
-    annotated, generated = data.split_rows()
-    return TripletSampler(
-        annotated, generated, config.batch_size, config.generated_share, config.seed, process,
-        config.compute.accumulate,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def fit_statistics(backbone: Backbone, data: TrainingData, images: ImageSource, seed: int) -> None:
-    """Give a backbone the training images that its statistics are to be fitted to, if it wants any.
-
-    Raises ``InputError`` if no triplet has a reference.
-    """
-    if not (count := backbone.statistics_sample):
-        return
-    triplets, targets = data.sample_references(count, seed)
-    if not triplets:
-        raise InputError(f"{backbone.name} fits statistics to reference images, and no training triplet has one")
-    references = images.stack([str(triplet.reference) for triplet in triplets])
-    backbone.fit_statistics(references, [triplet.label for triplet in triplets], images.stack(targets))
-
-
-def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by decay, which only matrices have, and by the factor of their learning rate.
-
-    Raises ``InputError`` if a text in ``lr_scale`` is in no trainable parameter's name.
-    """
-    trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    for text in config.lr_scale:
-        if not any(text in name for name in trainable):
-            raise InputError(f"lr_scale: no parameter that trains has {text!r} in its name, as {next(iter(trainable))}")
-    scale = {n: next((f for text, f in config.lr_scale.items() if text in n), 1.0) for n in trainable}
-    return [
-        {
-            "params": [p for n, p in trainable.items() if (p.ndim > 1) == matrices and scale[n] == factor],
-            "weight_decay": config.weight_decay if matrices else 0.0,
-            "scale": factor,
-        }
-        for factor in dict.fromkeys(scale.values())
-        for matrices in (True, False)
-    ]
-
-
-def prepare_compute(backbone: Backbone, compute: ComputeConfig) -> None:
-    """Let the backbone compute as the settings say. Raises ``InputError`` if it has no blocks for that."""
-    backbone.chunk = compute.chunk
-    for name, prepare in (("checkpoint", checkpoint_blocks), ("compile", compile_blocks)):
-        if getattr(compute, name) and not prepare(backbone):
-            raise InputError(f"compute.{name}: {backbone.name} has no blocks that follow each other")
-
-
-def frozen_features(config: TrainConfig, backbone: Backbone, images: ImageSource, hashes: dict[str, str]) -> banks.Bank:
-    """The bank of these images with the parts and the type that the settings name."""
-    parts = banks.stored_parts(config.bank.dtype, config.bank.references == "stored")
-    root = checkpoints.runs_root() / "banks"
-    return banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, parts)
 
 
 def resolve_temperature(config: TrainConfig, backbone: Backbone, say: Say = print) -> None:

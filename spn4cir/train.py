@@ -24,10 +24,11 @@ from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource
 from spn4cir.objective import Objective
+from spn4cir.preparation import Training, parameter_groups
 from spn4cir.results import primary_names, selection_score
 from spn4cir.run import Run
 from spn4cir.schedules import SCHEDULES
-from spn4cir.stages import CHECKS, STAGES, Training, load_backbone, parameter_groups, resolve_temperature
+from spn4cir.stages import CHECKS, STAGES, load_backbone, resolve_temperature
 
 
 def train(config: TrainConfig, stage: Any) -> Path:

@@ -20,7 +20,8 @@ from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.bank import Bank
 from spn4cir.batches import TripletBatch
-from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import BankConfig, NegativesConfig
 from spn4cir.datasets import open_extra_images
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch

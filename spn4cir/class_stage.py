@@ -1,0 +1,94 @@
+"""Stage ``classes``: images against learned centres of their classes (UniFEx)."""
+
+import dataclasses
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from spn4cir import bank as banks
+from spn4cir.backbone import Backbone
+from spn4cir.backbones.embedding import Embedding, TowerFeatures
+from spn4cir.batches import TripletCollate, TripletLoader
+from spn4cir.class_objective import ClassObjective, build_margin
+from spn4cir.config import TrainConfig
+from spn4cir.data import TrainingData
+from spn4cir.errors import InputError
+from spn4cir.evaluate import evaluate
+from spn4cir.images import ImageSource
+from spn4cir.preparation import Training, frozen_features, make_sampler, open_images, parameter_groups, prepare_compute
+from spn4cir.results import Result
+from spn4cir.run import Run
+
+EMBEDDED_AT_ONCE = 4096
+
+
+def check_classes(config: TrainConfig) -> None:
+    """Raises ``InputError`` for settings of other stages."""
+    own, usual = dataclasses.asdict(config), dataclasses.asdict(TrainConfig())
+    for name in ("negatives", "generated", "learn_temperature", "holdout", "terms"):
+        if own[name] != usual[name]:
+            raise InputError(f"{name} is for other stages: in stage classes, images are scored against classes")
+    for name, value in own["bank"].items():
+        if name != "dtype" and value != usual["bank"][name]:
+            raise InputError(f"bank.{name} is for other stages: stage classes has no bank of candidates")
+
+
+def prepare_classes(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
+    """Centres, and the neck, train; and blocks of the tower where ``blocks`` says so. A frozen tower encodes once."""
+    if lacking := next((t for t in data.triplets if t.label is None or t.reference is None), None):
+        what = (
+            f"{lacking.reference or 'an example'} has no label" if lacking.label is None else "an example has no image"
+        )
+        raise InputError(f"stage classes needs images with labels, as dataset labelled has: {what}")
+    if not isinstance(backbone, Embedding) or (backbone.neck is None and not backbone.options["blocks"]):
+        raise InputError(f"stage classes trains backbone embedding with a neck or blocks; {backbone.name} has neither")
+    counts = Counter(str(triplet.label) for triplet in data.triplets)
+    names = sorted(counts)
+    margin = build_margin(
+        config.classes.margin, config.classes.options, float(config.temperature or 0), [counts[name] for name in names]
+    )
+    images, pixels = open_images(config, run, data, backbone)
+    identity = banks.assign_rows(pixels)
+    bank: banks.Bank | None = None
+    gallery: banks.Bank | None = None
+    tower = TowerFeatures(backbone)
+    if not backbone.options["blocks"]:
+        tower.freeze_image_side()
+        with run.accelerator.main_process_first():
+            trained = {i: pixels[i] for i in data.candidate_images(config)}
+            bank = frozen_features(config, tower, images, trained)
+            identity = bank.rows
+            gallery = frozen_features(config, tower, images, {i: pixels[i] for i in data.selection.image_ids})
+    classes = {name: number for number, name in enumerate(names)}
+    collate = TripletCollate(backbone.tokenize, identity, images, bank, classes=classes)
+    loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)
+    prepare_compute(backbone, config.compute)
+    width = backbone.options["width"] if backbone.neck else backbone.features
+    objective = ClassObjective(backbone, margin, len(names), config.classes.centres, width)
+    parameter_groups(objective, config)  # raises before hours
+    still = banks.FrozenCheck(tower, images(data.candidate_images(config)[0]))
+    select = partial(evaluate_neck, backbone, data, images, gallery, config.eval_batch_size)
+    if bank is None:
+        return Training(objective, loader, select)
+    is_rounded = config.bank.dtype != "float32"
+    return Training(objective, loader, select, partial(still.check, tower), bank.fingerprint, is_rounded)
+
+
+@torch.no_grad()
+def evaluate_neck(
+    backbone: Embedding, data: TrainingData, images: ImageSource, features: banks.Bank | None, batch_size: int
+) -> Result:
+    """Evaluate on the selecting benchmark, whose images' features may be given; the neck embeds them anew."""
+    if features is None:
+        return evaluate(backbone, data.selection, images, batch_size=batch_size)
+    assert features.reference is not None
+    was_training, device = backbone.training, next(backbone.parameters()).device
+    backbone.eval()
+    rows = range(len(features.reference))
+    parts = [rows[n : n + EMBEDDED_AT_ONCE] for n in range(0, len(rows), EMBEDDED_AT_ONCE)]
+    vectors = [backbone.embed(features.reference[part].to(device)).cpu() for part in parts]
+    backbone.train(was_training)
+    embedded = replace(features, target=torch.cat(vectors)[:, None])
+    return evaluate(backbone, data.selection, images, embedded, batch_size=batch_size)
