@@ -53,6 +53,7 @@ PAIRS = (("both", "static"), ("both+norms", "static+norms"), ("both+norms", "nor
 """Rows that are compared, with intervals."""
 RATES = {"prompts": 3e-3, "norms": 3e-3}
 """Learning rate of stage 1 by what trains, chosen by ``--tune`` for prompts of both kinds."""
+TUNED = ("both", "static", "both+norms", "static+norms")
 CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2), "norms": (1e-3, 3e-3, 1e-2)}
 CROPS, SIDE = 24, 64  # of each photograph, and their side in pixels
 Hits = dict[str, Any]
@@ -82,7 +83,7 @@ def train_row(row: str, seed: int, args: argparse.Namespace, rate: float | None 
 
 def tune(args: argparse.Namespace) -> None:
     """Print the mean of R@1 and R@5 on val by row and learning rate."""
-    for row in ("both", "static", "both+norms", "static+norms"):
+    for row in [row for row in TUNED if row in args.rows]:
         for rate in CANDIDATES[ROWS[row][1]["trains"]]:
             run = train_row(row, args.seeds[0], args, rate)
             assert run is not None
