@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
+from spn4cir.backbones.shared_towers import TOWERS, Tower
+from spn4cir.backbones.shared_weights import READS_WEIGHTS
 from spn4cir.distributed import gather_shares, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.files import replaced, write_text
@@ -113,6 +115,20 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
         state |= {key: value for key, value in backbone.state_dict().items() if key in fresh}
     load_strictly(backbone, state, folder / "model.safetensors")
     return backbone.eval()
+
+
+def tower_of_run(folder: str, known: Mapping[str, Any]) -> Tower:
+    """The model in a run or checkpoint folder as the tower of another; without weights as it was noted."""
+    inner: Any
+    if READS_WEIGHTS.get():
+        inner = load_model(Path(folder))
+        known = {"backbone": inner.name, "options": inner.options}
+    else:
+        inner = build_backbone(known["backbone"], load_weights=False, **known["options"])
+    return Tower(inner, inner.transform, lambda pixels: inner.encode_target(pixels).mean(1), "the target vector", known)
+
+
+TOWERS["run"] = tower_of_run
 
 
 def _are_groups(*options: Any) -> bool:
