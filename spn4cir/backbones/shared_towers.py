@@ -190,7 +190,7 @@ def _pooled(output: Any) -> Tensor:
     return pooled
 
 
-TOWERS: dict[str, Callable[[str, str | None], Tower]] = {
+TOWERS: dict[str, Callable[[str, Mapping[str, Any]], Tower]] = {
     "open_clip": _open_clip,
     "timm": _timm,
     "transformers": _transformers,

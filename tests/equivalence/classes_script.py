@@ -18,7 +18,8 @@ def settings(output: Path, margin: str, steps: int = 6) -> TrainConfig:
     """A short training on the embedded data."""
     return TrainConfig(
         dataset="labelled", backbone="embedding", backbone_options={"width": 16, "dropout": 0.0}, batch_size=64,
-        max_steps=steps, lr=0.01, temperature=1 / 30, weight_decay=0.0, log_every=1, adamw=AdamWConfig(eps=1e-2), eval_every=0, save_every=3,
+        max_steps=steps, lr=0.01, temperature=1 / 30, weight_decay=0.0, log_every=1, eval_every=0, save_every=3,
+        adamw=AdamWConfig(eps=1e-2),
         classes=ClassesConfig(margin, {}, MARGINS[margin]), seed=0, output=str(output / margin),
     )  # fmt: skip
 

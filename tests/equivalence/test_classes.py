@@ -1,4 +1,4 @@
-"""Stage ``classes``: two processes, with half of the classes each, equal one; resumed runs; nothing is encoded twice."""
+"""Stage ``classes``: two processes, with half of the classes each, equal one; resuming; nothing is encoded twice."""
 
 import importlib.util
 import json
@@ -60,7 +60,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("margin", script.MARGINS)
 def test_two_processes_equal_one(runs: Path, margin: str) -> None:
-    """Losses, gradient norms, the margin's state, all centres, the neck, and the optimiser's states, after six steps."""
+    """Losses, the margin's state, all centres, the neck, and the optimiser's states, after six steps."""
     one, two = (runs / kind / margin for kind in ("one", "two"))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert losses(one)[-1] < losses(one)[0]

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
     {"errors"}, {"distributed", "files", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "measures", "store", "streaming", "triplets"},
-    {"config", "losses", "results", "search", "selection"}, {"images", "in_batch", "margins", "faiss_search"}, {"identity"},
-    {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
+    {"config", "losses", "results", "search", "selection"}, {"images", "in_batch", "margins", "faiss_search"},
+    {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"}, {"class_objective", "run"}, {"data"},
     {"preparation"}, {"class_stage"}, {"stages"}, {"train"},
     {"cli", "train_cli", "index_cli", "search_cli"}, {"__main__"},

@@ -47,7 +47,7 @@ def test_batches_hold_as_many_of_each_source() -> None:
 
 def test_processes_share_a_balanced_batch() -> None:
     """Two processes have half of each batch, and together the whole of it."""
-    whole = [items for items in BalancedSampler(GROUPS, 10, 1)]
+    whole = list(BalancedSampler(GROUPS, 10, 1))
     halves = [list(BalancedSampler(GROUPS, 10, 1, (rank, 2))) for rank in (0, 1)]
     assert [one + two for one, two in zip(*halves, strict=True)] == whole
 

@@ -104,7 +104,7 @@ def test_necks() -> None:
     means = torch.stack([features[:, 0, first:last].mean(1) for first, last in bounds], 1)
     torch.testing.assert_close(model.embed(features), F.normalize(means, dim=-1))
     torch.testing.assert_close(bare.embed(features), F.normalize(features[:, 0], dim=-1))
-    assert not list(model.parameters())[0].requires_grad and model.neck is None
+    assert not next(iter(model.parameters())).requires_grad and model.neck is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
