@@ -21,7 +21,7 @@ from spn4cir.config import STAGE_NAMES, TrainConfig, find_config, parse, recipes
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json
 
-DEFAULTS = {"classes": ("labelled", "embedding"), "pairs": ("pairs", "masln")}
+DEFAULTS = {"classes": ("labelled", "embedding"), "pairs": ("labelled_pairs", "masln")}
 """Dataset and backbone of stages that are not the default's."""
 
 
