@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import load_clip
 from spn4cir.backbones.shared_towers import Tower, load_tower
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.backbones.shared_weights import READS_WEIGHTS
@@ -164,8 +163,7 @@ def _refuse_texts() -> NoReturn:
 def _load(model: str, known: dict[str, Any]) -> tuple[Tower, dict[str, Any]]:
     """The tower, and what rebuilds it beside its name."""
     if model == "embedded":
-        clip, _, transform = load_clip("embedded", None, pad_ratio=None)
-        return Tower(clip.visual, transform, clip.visual, "the image embedding"), {}
+        return load_tower(model), {}
     if not model.startswith("run:"):
         tower = load_tower(model, known.get("vector"))
         return tower, {"vector": tower.says}

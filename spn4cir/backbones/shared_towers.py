@@ -38,13 +38,16 @@ class Tower(NamedTuple):
 
 
 def load_tower(name: str, vector: str | None = None) -> Tower:
-    """The tower of ``KIND:MODEL``, kinds being those of ``TOWERS``; ``vector`` is what a saved one ``says``.
+    """The tower of ``embedded`` or ``KIND:MODEL``, kinds those of ``TOWERS``; ``vector`` is what a saved one ``says``.
 
     Raises ``InputError`` if it cannot be had.
     """
+    if name == "embedded":
+        clip, _, transform = load_clip("embedded", None, pad_ratio=None)
+        return Tower(clip.visual, transform, clip.visual, "the image embedding")
     kind, _, model = name.partition(":")
     if kind not in TOWERS or not model:
-        known = "open_clip:MODEL:TAG, timm:MODEL and transformers:NAME"
+        known = "embedded, open_clip:MODEL:TAG, timm:MODEL and transformers:NAME"
         raise InputError(f"image tower {name!r} is unknown; known: {known}")
     return TOWERS[kind](model, vector)
 
@@ -59,11 +62,16 @@ def _download(kind: str, hub: str, then: str = "") -> str:
     return f" (where there is no network: get https://huggingface.co/{hub} and {then})" if hub else ""
 
 
+def split_tag(model: str) -> tuple[str, str | None]:
+    """``MODEL:TAG``, ``local-dir:FOLDER`` or ``hf-hub:NAME`` of open_clip → model and tag. Raises ``InputError``."""
+    return (model, None) if model.partition(":")[0] in ("local-dir", "hf-hub") else _tagged(model)
+
+
 def _open_clip(model: str, vector: str | None) -> Tower:
     import open_clip
 
     schema, _, hub = model.partition(":")
-    name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)
+    name, tag = split_tag(model)
     advice = _download("open_clip", hub if schema == "hf-hub" else "", "give its folder, as open_clip:local-dir:FOLDER")
     if tag and READS_WEIGHTS.get():
         known = open_clip.get_pretrained_cfg(name, tag)
