@@ -202,9 +202,7 @@ def takes_own_mode(transform: Callable[[Image.Image], Tensor]) -> bool:
 class ImageSource:
     """Image ids to pixels, for one transform; ``keep`` holds decoded pixels in memory (for small datasets)."""
 
-    def __init__(
-        self, image: Callable[[str], ImageRef | Path], transform: Callable[..., Tensor], keep: bool = False
-    ):
+    def __init__(self, image: Callable[[str], ImageRef | Path], transform: Callable[..., Tensor], keep: bool = False):
         self.image, self.transform = image, transform
         self._kept: dict[str, Tensor] | None = {} if keep else None
 

@@ -45,7 +45,9 @@ def check_pairs(config: TrainConfig) -> None:
             raise InputError(f"bank.{name} is for other stages: stage pairs has no bank of candidates")
     check_terms(config.terms)
     if not any(config.terms.values()):
-        raise InputError(f"terms: stage pairs needs a weight above 0, such as {{correlation: 1}}: of {', '.join(TERMS)}")
+        raise InputError(
+            f"terms: stage pairs needs one with a weight above 0, such as {{correlation: 1}}; known: {', '.join(TERMS)}"
+        )
 
 
 def prepare_pairs(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:

@@ -176,13 +176,13 @@ class _Reversal(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return -ctx.factor * gradient, None
 
 
 def reverse_gradient(x: Tensor, factor: float) -> Tensor:
     """x itself; its gradient is multiplied by ``-factor``."""
-    found: Tensor = _Reversal.apply(x, factor)  # type: ignore[no-untyped-call]
+    found: Tensor = _Reversal.apply(x, factor)
     return found
 
 

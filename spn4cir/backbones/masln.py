@@ -1,6 +1,7 @@
 """MASLN: images and texts in one space of codes, by two small encoders over frozen features."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -197,7 +198,7 @@ def build_mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential
     """Linear layers (B, inputs) → (B, outputs), with ReLU between them."""
     sizes = [inputs, *hidden, outputs]
     layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (before, after) in enumerate(pairwise(sizes)):
         layers += [*([nn.ReLU()] if number else []), nn.Linear(before, after)]
     return nn.Sequential(*layers)
 

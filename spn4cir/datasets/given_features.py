@@ -33,7 +33,7 @@ class GivenFeatures:
         counts = {GIVEN[0]: len(self.images), GIVEN[1]: len(self.texts), "splits.txt": len(self.splits)}
         for name, count in counts.items():
             if count != len(self.labels):
-                raise InputError(f"{root / name} has {count} rows, and {GIVEN[2]} {len(self.labels)}: one for each pair")
+                raise InputError(f"{root / name} has {count} rows, {GIVEN[2]} {len(self.labels)}: one for each pair")
         if empty := [row for row, label in enumerate(self.labels, 1) if not label]:
             raise InputError(f"{root / GIVEN[2]}, line {empty[0]}: the class is empty")
         stat = (root / GIVEN[0]).stat()

@@ -119,9 +119,10 @@ class LabelledPairs(Dataset):
         of_class = {label: (tuple(ids), tuple(map(text_id, ids))) for label, ids in members.items()}
         queries = [Query(p.image_id, None, of_class[p.label][1], (TO_TEXT,), texts) for p in asked]
         queries += [Query(None, p.text, of_class[p.label][0], (TO_IMAGE,), images) for p in asked]
-        measures = (Measure("map", len(ranked), "candidates", primary=True), *recall_measures(1, 5, 10, over="candidates"))
+        average_precision = Measure("map", len(ranked), "candidates", primary=True)
         return Benchmark(
-            chosen, (*images, *texts), tuple(queries), exclude_reference=False, measures=measures,
+            chosen, (*images, *texts), tuple(queries), exclude_reference=False,
+            measures=(average_precision, *recall_measures(1, 5, 10, over="candidates")),
             texts={text_id(pair.image_id): pair.text for pair in ranked}, macro=(TO_TEXT, TO_IMAGE),
         )  # fmt: skip
 
@@ -156,8 +157,8 @@ class LabelledPairs(Dataset):
 
     def image_roles(self) -> list[ImageRole]:
         """Images of each split."""
-        names = ("train", *EVALUATED)
-        return [ImageRole(f"of {split}", [p.image_id for p in self._of_split(split)], split != "test") for split in names]
+        ids = {split: [pair.image_id for pair in self._of_split(split)] for split in ("train", *EVALUATED)}
+        return [ImageRole(f"of {split}", images, split != "test") for split, images in ids.items()]
 
 
 def text_id(image_id: str) -> str:

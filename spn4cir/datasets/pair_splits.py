@@ -71,7 +71,9 @@ def _split_by_hash(pairs: Sequence[Pair], place: str) -> tuple[list[Pair], list[
     if len(kind) < FEWEST:
         raise InputError(f"{place}: {len(kind)} classes cannot be split, {FEWEST} can; or name the splits")
     held = _held_pairs([pair for pair in pairs if kind[pair.label] == "seen"], {"val": VAL_SHARE, "test": TEST_SHARE})
-    found = [p._replace(split=held.get(p.image_id, "train") if kind[p.label] == "seen" else kind[p.label]) for p in pairs]
+    kinds = [kind[pair.label] for pair in pairs]
+    splits = [held.get(p.image_id, "train") if one == "seen" else one for p, one in zip(pairs, kinds, strict=True)]
+    found = [pair._replace(split=split) for pair, split in zip(pairs, splits, strict=True)]
     counts = ", ".join(f"{list(kind.values()).count(name)} {name}" for name in ("seen", "val", "test"))
     return found, [f"classes are split by a hash of their names: {counts}; val and test are unseen in training"]
 
