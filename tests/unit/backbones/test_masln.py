@@ -122,7 +122,9 @@ def test_no_label_is_read_where_codes_are_made(digits: Path) -> None:
     scores.append(evaluate(model, dataset.benchmark("test"), ImageSource(dataset.image, model.transform)).metrics)
     name = next(iter(scores[0]))
     assert scores[0][name] != pytest.approx(scores[1][name], abs=0.5)
-    assert all(torch.allclose(now, then, atol=1e-6) for now, then in zip(encode_test(model, digits), before, strict=True))
+    assert all(
+        torch.allclose(now, then, atol=1e-6) for now, then in zip(encode_test(model, digits), before, strict=True)
+    )
     images = np.load(digits / "images.npy", allow_pickle=False)
     np.save(digits / "images.npy", images[::-1].copy(), allow_pickle=False)
     assert not torch.allclose(encode_test(model, digits)[0], before[0], atol=1e-3)
