@@ -80,7 +80,7 @@ def make_digits(folder: Path) -> Path:
 
 def configure(row: str, seed: int, args: argparse.Namespace) -> TrainConfig:
     """The settings of a run."""
-    recipe = parse(TrainConfig, ROOT / "recipes" / "labelled_pairs" / "masln_pairs.yaml", [])
+    recipe = parse(TrainConfig, ROOT / "recipes" / "labelled_pairs" / "masln_crossmodal.yaml", [])
     own = SETTINGS[args.data]
     towers = {"image": "given:32", "text": "given:32"} if args.data == "digits" else {}
     return replace(
@@ -103,7 +103,7 @@ def measure_row(row: str, seed: int, args: argparse.Namespace, dataset: Dataset)
     config = configure(row, seed, args)
     if ROWS[row]:
         if left := pending(config):
-            train(left, "pairs")
+            train(left, "crossmodal")
         model = load_model(Path(str(config.output)))
     else:
         torch.manual_seed(seed)

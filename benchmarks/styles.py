@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.claims import ROOT, spread
 from benchmarks.intervals import paired_bootstrap
+from benchmarks.styles_plot import draw_embeddings
 from spn4cir.backbones.freestyle import Freestyle
 from spn4cir.config import TrainConfig, parse
 from spn4cir.dataset import Dataset
@@ -53,6 +54,7 @@ PAIRS = (("both", "static"), ("both+norms", "static+norms"), ("both+norms", "nor
 """Rows that are compared, with intervals."""
 RATES = {"prompts": 3e-3, "norms": 3e-3}
 """Learning rate of stage 1 by what trains, chosen by ``--tune`` for prompts of both kinds."""
+TUNED = ("both", "static", "both+norms", "static+norms")
 CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2), "norms": (1e-3, 3e-3, 1e-2)}
 CROPS, SIDE = 24, 64  # of each photograph, and their side in pixels
 Hits = dict[str, Any]
@@ -82,7 +84,7 @@ def train_row(row: str, seed: int, args: argparse.Namespace, rate: float | None 
 
 def tune(args: argparse.Namespace) -> None:
     """Print the mean of R@1 and R@5 on val by row and learning rate."""
-    for row in ("both", "static", "both+norms", "static+norms"):
+    for row in [row for row in TUNED if row in args.rows]:
         for rate in CANDIDATES[ROWS[row][1]["trains"]]:
             run = train_row(row, args.seeds[0], args, rate)
             assert run is not None
@@ -235,49 +237,6 @@ def make_crops(photos: Path, folder: Path) -> None:
             left, top = (int(chance.integers(0, size - side + 1)) for size in picture.size)
             crop = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             crop.save(folder / f"{path.stem}-{number:02d}.png")
-
-
-def draw_embeddings(models: Mapping[str, Freestyle], dataset: Dataset, picture: Path, photos: int = 40) -> None:
-    """Photographs and their queries by t-SNE, coloured by style and by content, one row for each model."""
-    try:
-        import matplotlib
-        from sklearn.manifold import TSNE  # type: ignore[import-untyped]
-    except ImportError:
-        raise InputError("the picture needs matplotlib and scikit-learn: pip install 'spn4cir[dev]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from spn4cir.images import ImageSource
-
-    names = next(iter(models.values())).style["names"]
-    queries = [q for q in dataset.benchmark("test").queries if q.reference is not None and q.text is None]
-    chosen = list(dict.fromkeys(q.targets[0] for q in queries))[:photos]
-    items = [(i, 0, n) for n, i in enumerate(chosen)]
-    items += [
-        (str(q.reference), names.index(q.tags[0]), chosen.index(q.targets[0]))
-        for q in queries
-        if q.targets[0] in chosen
-    ]
-    styles, contents = np.array([s for _, s, _ in items]), np.array([c for _, _, c in items])
-    figure, axes = pyplot.subplots(len(models), 2, figsize=(9, 4.2 * len(models)), layout="constrained", squeeze=False)
-    for (title, model), (left, right) in zip(models.items(), axes, strict=True):
-        with torch.no_grad():
-            features = model.encode_image(ImageSource(dataset.image, model.transform).stack([i for i, _, _ in items]))
-            queried = model.compose_image(features)
-        vectors = torch.where(torch.from_numpy(styles)[:, None] == 0, features.target[:, 0], queried).numpy()
-        places = TSNE(2, metric="cosine", init="random", perplexity=15, random_state=0).fit_transform(vectors)
-        for n, (name, color) in enumerate(zip(names, ("#000000", "#0072b2", "#d55e00", "#009e73"), strict=False)):
-            left.scatter(*places[styles == n].T, s=14, color=color, label=name)
-        right.scatter(*places.T, s=14, c=contents, cmap="hsv")
-        left.set_title(f"{title}: by style", fontsize=11)
-        right.set_title(f"{title}: by photograph", fontsize=11)
-        for one in (left, right):
-            one.set_xticks([])
-            one.set_yticks([])
-    axes[0][0].legend(fontsize=9)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=100)
-    pyplot.close(figure)
 
 
 def markdown(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:

@@ -149,5 +149,5 @@ LOADERS: dict[str, Callable[[str], Parts]] = {
     "embedded": lambda _: _of_backbone(build_backbone(TrainConfig.backbone, model="embedded")),
     "unicom": _unicom,
     "run": lambda model: _of_backbone(load_model(Path(model))),
-    **{kind: partial(_of_tower, kind) for kind in TOWERS},
+    **{kind: partial(_of_tower, kind) for kind in TOWERS if kind != "run"},
 }

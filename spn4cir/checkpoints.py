@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
+from spn4cir.backbones.shared_towers import TOWERS, Tower
+from spn4cir.backbones.shared_weights import READS_WEIGHTS
+from spn4cir.distributed import gather_shares, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.files import replaced, write_text
 
@@ -114,6 +117,20 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
     return backbone.eval()
 
 
+def tower_of_run(folder: str, known: Mapping[str, Any]) -> Tower:
+    """The model in a run or checkpoint folder as the tower of another; without weights as it was noted."""
+    inner: Any
+    if READS_WEIGHTS.get():
+        inner = load_model(Path(folder))
+        known = {"backbone": inner.name, "options": inner.options}
+    else:
+        inner = build_backbone(known["backbone"], load_weights=False, **known["options"])
+    return Tower(inner, inner.transform, lambda pixels: inner.encode_target(pixels).mean(1), "the target vector", known)
+
+
+TOWERS["run"] = tower_of_run
+
+
 def _are_groups(*options: Any) -> bool:
     """Whether options hold several settings each, of which a change may name some."""
     return all(isinstance(option, dict) for option in options)
@@ -132,17 +149,29 @@ def newest_run(dataset: str, backbone: str | None, stage: int | None = None) -> 
 
 
 def save_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Everything that the next step depends on. Random numbers are keyed by step, so none are stored."""
+    """Everything that the next step depends on; all processes call it, and the first one writes.
+
+    Random numbers are keyed by step, so none are stored. Parameters of which each process holds a share are written
+    whole, with their optimiser states.
+    """
+    state, shared = optimizer.state_dict(), _shared(module, optimizer)
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-    state = optimizer.state_dict()
     for index, values in state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-    write_tensors(path, tensors, {"progress": progress, "groups": state["param_groups"]})
+    for name in sorted(tensors):
+        if _owner(name) in shared and tensors[name].ndim:
+            tensors[name] = gather_shares(tensors[name])
+    if process_rank() == 0:
+        write_tensors(path, tensors, {"progress": progress, "groups": state["param_groups"]})
 
 
 def load_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put back what ``save_progress`` wrote and return the progress."""
+    """Put back what ``save_progress`` wrote, of shared parameters this process's share, and return the progress."""
     tensors, about = read_tensors(path)
+    shared = _shared(module, optimizer)
+    for name, value in tensors.items():
+        if (share := shared.get(_owner(name))) and value.ndim:
+            tensors[name] = value[share].clone()
     weights = {name.removeprefix("module."): v for name, v in tensors.items() if name.startswith("module.")}
     load_strictly(module, weights, path)
     state: dict[int, dict[str, Tensor]] = {}
@@ -152,3 +181,21 @@ def load_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimize
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
     return cast(dict[str, Any], about["progress"])
+
+
+def _owner(name: str) -> str:
+    """``module.NAME`` of a weight, ``optimizer.NUMBER`` of a state of one."""
+    return name if name.startswith("module.") else ".".join(name.split(".")[:2])
+
+
+def _shared(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, slice]:
+    """Rows that this process holds of parameters of which each process has a share, by weight and by state."""
+    if world_size() == 1:
+        return {}
+    order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    found: dict[str, slice] = {}
+    for name, value in module.named_parameters():
+        if (first := getattr(value, "first_row", None)) is not None:
+            rows = slice(first, first + len(value))
+            found |= {f"module.{name}": rows, f"optimizer.{order.index(id(value))}": rows}
+    return found

@@ -43,16 +43,16 @@ class ClassObjective(Objective):
 
     Args:
         margin: its scale is the inverse of the temperature, which follows it.
-        classes: C.
-        vectors: K.
-        width: E.
+        centres: of all classes, or this process's share.
 
     Source: Deng et al., "ArcFace", CVPR 2019; "UniFEx", GCPR 2024.
     """
 
-    def __init__(self, backbone: Embedding, margin: ArcFace, classes: int, vectors: int, width: int):
-        super().__init__(backbone, 1 / margin.scale.item(), candidates=ClassCentres(classes, vectors, width))
+    def __init__(self, backbone: Embedding, margin: ArcFace, centres: ClassCentres):
+        super().__init__(backbone, 1 / margin.scale.item(), candidates=centres)
         self.head = margin
+        if centres.is_shared:  # torch's DistributedDataParallel would make copies of them
+            self._ddp_params_and_buffers_to_ignore = ["candidates.centres"]
 
     def forward(self, batch: TripletBatch) -> Tensor:
         """The loss of one batch, a scalar: the mean over its images."""
@@ -62,7 +62,6 @@ class ClassObjective(Objective):
         embedding = self.backbone.project(features.reference[batch.reference])  # (B, E)
         query = l2_normalize(embedding)
         centres, positives, _ = self.candidates(batch)
-        assert isinstance(centres, Tensor)
         self.head.observe(query, embedding.norm(dim=1), centres, batch.label)
         with torch.no_grad():
             self.temperature.copy_(1 / self.head.scale)

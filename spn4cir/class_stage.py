@@ -7,11 +7,12 @@ from functools import partial
 from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones.embedding import Embedding, TowerFeatures
-from spn4cir.batches import TripletCollate, TripletLoader
+from spn4cir.batches import BalancedSampler, TripletCollate, TripletLoader, TripletSampler
 from spn4cir.class_objective import ClassObjective, build_margin
 from spn4cir.config import TrainConfig
 from spn4cir.data import TrainingData
 from spn4cir.errors import InputError
+from spn4cir.objective import ClassCentres
 from spn4cir.preparation import (
     Training,
     evaluate_cached,
@@ -33,6 +34,8 @@ def check_classes(config: TrainConfig) -> None:
     for name, value in own["bank"].items():
         if name != "dtype" and value != usual["bank"][name]:
             raise InputError(f"bank.{name} is for other stages: stage classes has no bank of candidates")
+    if config.mixed_precision == "fp16":
+        raise InputError("mixed_precision fp16 is not for stage classes, which takes bf16: set mixed_precision bf16")
 
 
 def prepare_classes(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
@@ -63,10 +66,12 @@ def prepare_classes(config: TrainConfig, run: Run, data: TrainingData, backbone:
             gallery = frozen_features(config, tower, images, {i: pixels[i] for i in data.selection.image_ids})
     classes = {name: number for number, name in enumerate(names)}
     collate = TripletCollate(backbone.tokenize, identity, images, bank, classes=classes)
-    loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)
+    loader = TripletLoader(data.triplets, collate, choose_sampler(config, run, data), config.workers)
     prepare_compute(backbone, config.compute)
     width = backbone.options["width"] if backbone.neck else backbone.features
-    objective = ClassObjective(backbone, margin, len(names), config.classes.centres, width)
+    process = (run.accelerator.process_index, run.accelerator.num_processes)
+    centres = ClassCentres(len(names), config.classes.centres, width, process)
+    objective = ClassObjective(backbone, margin, centres)
     parameter_groups(objective, config)  # raises before hours
     still = banks.FrozenCheck(tower, images(data.candidate_images(config)[0]))
     select = partial(evaluate_cached, backbone, data, images, gallery, config.eval_batch_size)
@@ -74,3 +79,12 @@ def prepare_classes(config: TrainConfig, run: Run, data: TrainingData, backbone:
         return Training(objective, loader, select)
     is_rounded = config.bank.dtype != "float32"
     return Training(objective, loader, select, partial(still.check, tower), bank.fingerprint, is_rounded)
+
+
+def choose_sampler(config: TrainConfig, run: Run, data: TrainingData) -> TripletSampler:
+    """Each image once in an epoch, or as many of each source in each batch."""
+    if config.classes.balance is None:
+        return make_sampler(config, run, data)
+    sources = [str(triplet.label).partition("/")[0] for triplet in data.triplets]  # a class is SOURCE/LABEL
+    process = (run.accelerator.process_index, run.accelerator.num_processes)
+    return BalancedSampler(sources, config.batch_size, config.seed, process, config.compute.accumulate)

@@ -29,7 +29,7 @@ GROUPS = {
     "bank": BankConfig, "negatives": NegativesConfig, "classes": ClassesConfig, "compute": ComputeConfig,
     "adamw": AdamWConfig,
 }  # fmt: skip
-STAGE_NAMES = (1, 2, "classes", "pairs")
+STAGE_NAMES = (1, 2, "classes", "crossmodal")
 """Those of ``spn4cir.stages.STAGES``, for commands that do not import torch."""
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("above 0", lambda x: 0 < x < math.inf, "batch_size epochs lr temperature eval_batch_size log_every adamw.eps"),

@@ -15,11 +15,16 @@ from spn4cir.streaming import CandidateMask, Softmax, Transform, candidate_gradi
 class Shard:
     """The candidates that this process holds, (n, K, E): row ``first`` of all and the following.
 
-    Where there are several processes, each holds some; together they hold all, once.
+    Where there are several processes, each holds some; together they hold all, once. If they learn, each process gets
+    the whole gradient of its own, of the mean over processes of their losses.
     """
 
     vectors: Tensor
     first: int = 0
+
+    def detach(self) -> "Shard":
+        """The same without a gradient."""
+        return Shard(self.vectors.detach(), self.first)
 
 
 class Margin(Protocol):
@@ -56,8 +61,8 @@ def info_nce(
 
     Args:
         query: (B, E), unit norm; of several processes that hold a ``Shard`` each, as many on each.
-        candidates: (N, K, E), unit norm; or this process's ``Shard`` of them, frozen: the loss is then this process's
-            share, such that the mean over processes is that of all queries.
+        candidates: (N, K, E), unit norm; or this process's ``Shard`` of them: the loss is then this process's share,
+            such that the mean over processes is that of all queries.
         positives: (B,) candidate rows, or (B, P) padded with -1.
         temperature: positive scalar.
         ignore: (2, M) pairs of query row and candidate row that are not negatives of each other (duplicates, other
@@ -80,7 +85,6 @@ def info_nce(
     if margin is not None and (temperature.requires_grad or (positives.dim() > 1 and positives.shape[1] > 1)):
         raise ValueError("a margin takes a temperature that does not learn, and one positive for each query")
     vectors, batch = _batch(candidates, positives.view(len(query), -1), ignore, threshold)
-    assert not (batch.spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
     with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
         loss: Tensor = _InfoNCE.apply(query, vectors, temperature, batch, margin)
     return loss
@@ -109,6 +113,25 @@ def masked_share(
         masked += int(hidden.sum())
     counts = all_reduce(torch.tensor([masked, others], device=positives.device))
     return int(counts[0]) / max(int(counts[1]), 1)
+
+
+@torch.no_grad()
+def class_cosines(query: Tensor, candidates: Tensor | Shard, positives: Tensor) -> Tensor:
+    """Cosines of the queries (B, E) of all processes with their positives (B,), in rank order."""
+    vectors, own = _batch(candidates, positives[:, None], None, None)
+    batch, everyone = own.of_all(), all_gather_rows(query) if own.spread else query
+    found = _own_scores(everyone, _positive_vectors(vectors, batch, query.dtype, query.device)).amax(2)[:, 0]
+    return found if own.spread else all_gather_rows(found)
+
+
+@torch.no_grad()
+def sums_of_others(query: Tensor, candidates: Tensor | Shard, positives: Tensor) -> Tensor:
+    """Logarithms of ``Σ_j exp(q_i · c_j)`` over all but the positives (B,), for queries (B, E) of all processes."""
+    vectors, own = _batch(candidates, positives[:, None], None, None)
+    batch, everyone = own.of_all(), all_gather_rows(query) if own.spread else query
+    found = _positive_vectors(vectors, batch, query.dtype, query.device)
+    sums = streaming_softmax(everyone, vectors, _hidden(batch, len(vectors), found, True))
+    return _join_processes(sums).logarithm if own.spread else all_gather_rows(sums.logarithm)
 
 
 @dataclass(frozen=True)
@@ -190,9 +213,11 @@ class _InfoNCE(torch.autograd.Function):
         ctx.save_for_backward(query, gradient, temperature)
         ctx.learned = learned
         if learned:
-            weight = torch.zeros_like(sums.top).index_add_(0, owner, share) * each  # (B,)
-            ctx.hidden, ctx.terms = hidden, (owner, own.positives[owner, slot], slot, share * slope * each)
-            ctx.transform = transform
+            weight = local.new_zeros(len(local)).index_add_(0, owner, share) * each  # (B,)
+            pull = local.new_zeros(own.positives.shape).index_put_((owner, slot), share * slope * each)  # (B, P)
+            if own.spread:  # the mean over processes
+                weight, pull = (all_gather_rows(part) / world_size() for part in (weight, pull))
+            ctx.hidden, ctx.terms, ctx.transform = hidden, (batch, pull), transform
             ctx.state = (scaled, vectors.detach(), sums, weight, which)
         return (terms.sum() * each).to(wide)
 
@@ -207,9 +232,14 @@ class _InfoNCE(torch.autograd.Function):
         of_vectors = None
         if ctx.learned:
             scaled, vectors, sums, weight, which = ctx.state
-            owner, row, slot, share = ctx.terms
+            batch, pull = ctx.terms
+            owner, slot = ((batch.positives >= batch.first) & (batch.positives < batch.first + len(vectors))).nonzero(
+                as_tuple=True
+            )
+            row = batch.positives[owner, slot] - batch.first
             with torch.autocast(query.device.type, enabled=False):
                 of_vectors = candidate_gradient(scaled, vectors, ctx.hidden, sums, weight, ctx.transform)
+            share = pull[owner, slot]
             of_vectors.index_put_((row, which[owner, slot]), -share[:, None] * scaled[owner], accumulate=True)
             of_vectors = (given * of_vectors).to(vectors.dtype)
         return of_query, of_vectors, of_temperature, None, None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spn4cir.distributed import all_gather_rows
 from spn4cir.errors import InputError
-from spn4cir.streaming import CandidateMask, Transform, streaming_softmax
+from spn4cir.losses import Shard, class_cosines, sums_of_others
+from spn4cir.streaming import Transform
 
 EDGE = 1e-7
 """Cosines are kept this far from -1 and 1, where the angle has no derivative."""
@@ -49,13 +50,13 @@ class ArcFace(nn.Module):
         self.margin = margin
         self.register_buffer("scale", torch.tensor(float(scale)))
 
-    def observe(self, query: Tensor, norm: Tensor, centres: Tensor, label: Tensor) -> None:
+    def observe(self, query: Tensor, norm: Tensor, centres: Tensor | Shard, label: Tensor) -> None:
         """Take note of a batch before its loss.
 
         Args:
             query: (B, E), unit norm.
             norm: (B,) norms of the embeddings before that.
-            centres: (C, K, E), unit norm.
+            centres: (C, K, E), unit norm, or this process's share of them.
             label: (B,) rows of the centres.
         """
         self._label, self._norm = label, norm.detach()
@@ -142,14 +143,12 @@ class AdaCos(ArcFace):
         super().__init__(math.sqrt(2) * math.log(classes - 1), 0.0)
 
     @torch.no_grad()
-    def observe(self, query: Tensor, norm: Tensor, centres: Tensor, label: Tensor) -> None:
+    def observe(self, query: Tensor, norm: Tensor, centres: Tensor | Shard, label: Tensor) -> None:
         """Set the scale by the batches of all processes."""
         super().observe(query, norm, centres, label)
-        own = torch.stack([torch.arange(len(query), device=query.device), label])
-        hidden = CandidateMask(own[:, own[1].argsort()], own[:, :0])
-        sums = streaming_softmax(query.detach() * self.scale, centres.detach(), hidden).logarithm  # (B,)
-        angles = _inside(torch.einsum("be,bke->bk", query, centres[label]).amax(1)).acos()  # (B,)
-        sums, angles = (all_gather_rows(part) for part in (sums, angles))
+        query, centres = query.detach(), centres.detach()
+        sums = sums_of_others(query * self.scale, centres, label)
+        angles = _inside(class_cosines(query, centres, label)).acos()
         mean = sums.logsumexp(0) - math.log(len(sums))  # log B
         self.scale.copy_(mean / angles.median().clamp(max=math.pi / 4).cos())
 
@@ -173,11 +172,11 @@ class CurricularFace(ArcFace):
         self.register_buffer("hardness", torch.tensor(0.0))
 
     @torch.no_grad()
-    def observe(self, query: Tensor, norm: Tensor, centres: Tensor, label: Tensor) -> None:
+    def observe(self, query: Tensor, norm: Tensor, centres: Tensor | Shard, label: Tensor) -> None:
         """Let t follow the batches of all processes."""
         super().observe(query, norm, centres, label)
-        own = torch.einsum("be,bke->bk", query, centres[label]).amax(1)
-        self.hardness.copy_(0.99 * self.hardness + 0.01 * all_gather_rows(own).mean())
+        own = class_cosines(query.detach(), centres.detach(), label)
+        self.hardness.copy_(0.99 * self.hardness + 0.01 * own.mean())
 
     def others(self, positive: Tensor) -> Transform | None:
         """Harder ones by t."""
@@ -209,7 +208,7 @@ class AdaFace(ArcFace):
         self.register_buffer("deviation", torch.tensor(100.0))
 
     @torch.no_grad()
-    def observe(self, query: Tensor, norm: Tensor, centres: Tensor, label: Tensor) -> None:
+    def observe(self, query: Tensor, norm: Tensor, centres: Tensor | Shard, label: Tensor) -> None:
         """Set mean and deviation by the batches of all processes."""
         super().observe(query, norm.clamp(1e-3, 100), centres, label)
         norms = all_gather_rows(self._norm)

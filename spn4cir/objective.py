@@ -39,16 +39,29 @@ class Candidates(nn.Module, ABC):
 
 
 class ClassCentres(Candidates):
-    """Learned centres (C, K, E) of classes, unit norm, the nearest of K counting; the query's class is its positive."""
+    """Learned centres (C, K, E) of classes, unit norm, the nearest of K counting; the query's class is its positive.
 
-    def __init__(self, classes: int, vectors: int, width: int):
+    Args:
+        classes, vectors, width: C, K, E.
+        process: rank of this process, and how many there are that hold a share of the classes each. Where there are
+            several, the parameter is no copy of those of others.
+    """
+
+    def __init__(self, classes: int, vectors: int, width: int, process: tuple[int, int] = (0, 1)):
         super().__init__()
-        self.centres = nn.Parameter(torch.randn(classes, vectors, width) / width**0.5)
+        rank, count = process
+        share = -(-classes // count)
+        self.first, self.is_shared = min(rank * share, classes), count > 1
+        drawn = torch.randn(classes, vectors, width)[self.first : self.first + share]
+        self.centres = nn.Parameter(drawn.clone() / width**0.5)
+        if self.is_shared:
+            self.centres.first_row = self.first  # type: ignore[attr-defined]  # for checkpoints, and for gradient norms
 
     def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
-        """All centres, and each query's class."""
+        """All centres, or this process's share, and each query's class."""
         assert batch.label is not None, "class centres need labels"
-        return l2_normalize(self.centres), batch.label[:, None], None
+        held = l2_normalize(self.centres)
+        return Shard(held, self.first) if self.is_shared else held, batch.label[:, None], None
 
 
 class BankCandidates(Candidates):

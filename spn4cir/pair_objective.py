@@ -1,4 +1,4 @@
-"""Weighted terms over the codes of images and of their texts: the objective of stage ``pairs``."""
+"""Weighted terms over the codes of images and of their texts: the objective of stage ``crossmodal``."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Stage ``pairs``: images and their texts into one space of codes, by terms over both (MASLN)."""
+"""Stage ``crossmodal``: images and their texts into one space of codes, by terms over both (MASLN)."""
 
 import dataclasses
 import sys
@@ -39,25 +39,29 @@ def check_pairs(config: TrainConfig) -> None:
     usual["compute"]["accumulate"] = own["compute"]["accumulate"]
     for name in IGNORED:
         if own[name] != usual[name]:
-            raise InputError(f"{name} is for other stages: in stage pairs, terms over images and texts are the loss")
+            raise InputError(
+                f"{name} is for other stages: in stage crossmodal, terms over images and texts are the loss"
+            )
     for name, value in own["bank"].items():
         if name != "dtype" and value != usual["bank"][name]:
-            raise InputError(f"bank.{name} is for other stages: stage pairs has no bank of candidates")
+            raise InputError(f"bank.{name} is for other stages: stage crossmodal has no bank of candidates")
     check_terms(config.terms)
     if not any(config.terms.values()):
         raise InputError(
-            f"terms: stage pairs needs one with a weight above 0, such as {{correlation: 1}}; known: {', '.join(TERMS)}"
+            f"terms: stage crossmodal needs one with a weight above 0, such as {{correlation: 1}}; known: {', '.join(TERMS)}"
         )
 
 
 def prepare_pairs(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """The encoders, and what the terms bring, train; frozen features of images and texts are computed once."""
     if not isinstance(backbone, MASLN):
-        raise InputError(f"stage pairs trains codes of images and texts: give --backbone masln, not {backbone.name}")
+        raise InputError(
+            f"stage crossmodal trains codes of images and texts: give --backbone masln, not {backbone.name}"
+        )
     if lacking := next((t for t in data.triplets if t.reference is None or not t.texts or t.label is None), None):
         what = "image" if lacking.reference is None else "label" if lacking.texts else "text"
         where = lacking.reference or "an example"
-        raise InputError(f"stage pairs needs an image, a text and a label each: {where} has no {what}")
+        raise InputError(f"stage crossmodal needs an image, a text and a label each: {where} has no {what}")
     images, pixels = open_images(config, run, data, backbone)
     tower = FrozenImages(backbone)
     tower.freeze_image_side()

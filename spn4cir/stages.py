@@ -184,10 +184,10 @@ STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]
     1: prepare_stage1,
     2: prepare_stage2,
     "classes": prepare_classes,
-    "pairs": prepare_pairs,
+    "crossmodal": prepare_pairs,
 }
 CHECKS: dict[Any, Callable[[TrainConfig], None]] = {
-    1: check_stage1, 2: check_stage2, "classes": check_classes, "pairs": check_pairs,
+    1: check_stage1, 2: check_stage2, "classes": check_classes, "crossmodal": check_pairs,
 }  # fmt: skip
 """Raises ``InputError`` for settings that a stage would ignore, before anything is read; not all stages have one."""
 

@@ -1,5 +1,5 @@
 """Train --stage 1, where candidates are the targets of the batch; --stage 2, against a bank of all candidates; --stage
-classes, images against centres of their classes; or --stage pairs, images and texts into one space.
+classes, images against centres of their classes; or --stage crossmodal, images and texts into one space.
 
 examples:
   spn4cir-train --stage 1
@@ -20,9 +20,6 @@ from pathlib import Path
 from spn4cir.config import STAGE_NAMES, TrainConfig, find_config, parse, recipes_folder, short_name, take_option
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json
-
-DEFAULTS = {"classes": ("labelled", "embedding"), "pairs": ("labelled_pairs", "masln")}
-"""Dataset and backbone of stages that are not the default's."""
 
 
 def train_command(stage: int | None = None, text: str | None = __doc__) -> None:
@@ -68,7 +65,10 @@ def _choose_config(stage: int | str, arguments: list[str]) -> Path:
         held = read_json(note)
         named = held.get("backbone") if isinstance(held, dict) else None
         backbone = named if isinstance(named, str) else None
-    usual = DEFAULTS.get(str(stage), (TrainConfig.dataset, TrainConfig.backbone))
+    usual = TrainConfig.dataset, TrainConfig.backbone
+    if isinstance(stage, str):  # of its only recipe, or the first
+        first = min(recipes_folder().glob(f"*/*_{stage}.yaml"))
+        usual = first.parent.name, first.stem.removesuffix(f"_{stage}")
     return find_recipe(dataset or usual[0], backbone or usual[1], stage)
 
 

@@ -1,7 +1,6 @@
 """UniFEx: an image as few numbers, by a frozen tower and one linear layer that is trained on classes of images."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_towers import Tower, load_tower
+from spn4cir.backbones.shared_towers import load_tower
 from spn4cir.backbones.shared_vision import encode_images
-from spn4cir.backbones.shared_weights import READS_WEIGHTS
 from spn4cir.compute import blocks_of
 from spn4cir.errors import InputError
 from spn4cir.types import Composed, ImageFeatures, Tokens
@@ -55,10 +53,10 @@ class Embedding(Backbone):
         if neck not in NECKS or width < 1 or not 0 <= dropout < 1 or blocks < 0:
             what = f"neck {neck!r}, width {width}, dropout {dropout}, blocks {blocks}"
             raise InputError(f"embedding: {what}: a neck is one of {', '.join(NECKS)}, and dropout is in [0, 1)")
-        tower, known = _load(model, known or {})
+        tower = load_tower(model, known or {})
         self.tower, self.transform, self._read = tower.module, tower.transform, tower.read
         self.options = {"model": model, "neck": neck, "width": width, "dropout": dropout, "blocks": blocks}
-        self.options["known"] = known
+        self.options["known"] = dict(tower.known)
         self.tower.requires_grad_(False)
         self.eval()
         with torch.no_grad():
@@ -158,26 +156,3 @@ class TowerFeatures(Backbone):
 
 def _refuse_texts() -> NoReturn:
     raise InputError("backbone embedding reads images alone: a query of it has no text")
-
-
-def _load(model: str, known: dict[str, Any]) -> tuple[Tower, dict[str, Any]]:
-    """The tower, and what rebuilds it beside its name."""
-    if model == "embedded":
-        return load_tower(model), {}
-    if not model.startswith("run:"):
-        tower = load_tower(model, known.get("vector"))
-        return tower, {"vector": tower.says}
-    from spn4cir.backbones import build_backbone  # here, as that names this file
-    from spn4cir.checkpoints import load_model, read_model
-
-    folder = Path(model.removeprefix("run:"))
-    if READS_WEIGHTS.get() or not known:
-        name, options = read_model(folder)
-        known = {"backbone": name, "options": options}
-    inner: Any
-    if READS_WEIGHTS.get():
-        inner = load_model(folder)
-    else:
-        inner = build_backbone(known["backbone"], load_weights=False, **known["options"])
-    tower = Tower(inner, inner.transform, lambda pixels: inner.encode_target(pixels).mean(1), "the target vector")
-    return tower, known

@@ -1,6 +1,6 @@
 """MASLN: images and texts in one space of codes, by two small encoders over frozen features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -61,8 +61,8 @@ class MASLN(Backbone):
     reference is v alone, so it is cached. A class label is used in training only, by the terms of the objective.
 
     Args:
-        image: ``embedded``; ``open_clip:MODEL:TAG``, ``timm:MODEL`` or ``transformers:NAME``; or ``given:D`` for
-            vectors of D numbers.
+        image: ``embedded``; ``open_clip:MODEL:TAG``, ``timm:MODEL``, ``transformers:NAME`` or ``run:FOLDER``; or
+            ``given:D`` for vectors of D numbers.
         text: ``embedded``; ``open_clip:MODEL:TAG``; or ``given:D`` for texts that are D numbers with spaces between.
         width: k, the length of a code.
         hidden: widths of the encoders' hidden layers; empty for linear encoders.
@@ -87,12 +87,12 @@ class MASLN(Backbone):
         hidden = [256] if hidden is None else list(hidden)
         if any(not isinstance(size, int) or size < 1 for size in (width, *hidden)):
             raise InputError(f"masln: width {width} and hidden {hidden} must be whole numbers of at least 1")
-        tower, self.image_width = _load_image_tower(image, (known or {}).get("vector"))
+        tower, self.image_width = _load_image_tower(image, known or {})
         self.image_tower, self.transform, self._read = tower.module, tower.transform, tower.read
         self.text_tower = _load_text_tower(text)
         self.text_width = self.text_tower.width
         self.options = {"image": image, "text": text, "width": width, "hidden": hidden}
-        self.options["known"] = {"vector": tower.says}
+        self.options["known"] = dict(tower.known)
         self.image_tower.requires_grad_(False)
         self.text_tower.requires_grad_(False)
         self.image_encoder = build_mlp(self.image_width, hidden, width)
@@ -226,7 +226,7 @@ def _given_width(name: str) -> int | None:
     return int(width)
 
 
-def _load_image_tower(name: str, vector: str | None) -> tuple[Tower, int]:
+def _load_image_tower(name: str, known: Mapping[str, Any]) -> tuple[Tower, int]:
     """The tower, and D_v."""
     if width := _given_width(name):
         module = GivenVectors(width)
@@ -234,7 +234,7 @@ def _load_image_tower(name: str, vector: str | None) -> tuple[Tower, int]:
         return Tower(module, transform, module, "given features"), width
     from PIL import Image
 
-    tower = load_tower(name, vector)
+    tower = load_tower(name, known)
     tower.module.eval()
     with torch.no_grad():
         return tower, tower.read(tower.transform(Image.new("RGB", (64, 64)))[None]).shape[1]

@@ -4,8 +4,9 @@ Where ``READS_WEIGHTS`` is false they have random weights, for a checkpoint to f
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,16 +30,18 @@ class Tower(NamedTuple):
         transform: RGB image → (3, H, W).
         read: (B, 3, H, W) on the module's device → (B, D), as the module gives it.
         says: which vector that is.
+        known: what a checkpoint notes, to build the same tower without its weights.
     """
 
     module: nn.Module
     transform: Preprocess
     read: Read
     says: str
+    known: Mapping[str, Any] = MappingProxyType({})
 
 
-def load_tower(name: str, vector: str | None = None) -> Tower:
-    """The tower of ``embedded`` or ``KIND:MODEL``, kinds those of ``TOWERS``; ``vector`` is what a saved one ``says``.
+def load_tower(name: str, known: Mapping[str, Any] = MappingProxyType({})) -> Tower:
+    """The tower of ``embedded`` or ``KIND:MODEL``, kinds those of ``TOWERS``; ``known`` is what was noted of it.
 
     Raises ``InputError`` if it cannot be had.
     """
@@ -47,9 +50,9 @@ def load_tower(name: str, vector: str | None = None) -> Tower:
         return Tower(clip.visual, transform, clip.visual, "the image embedding")
     kind, _, model = name.partition(":")
     if kind not in TOWERS or not model:
-        known = "embedded, open_clip:MODEL:TAG, timm:MODEL and transformers:NAME"
-        raise InputError(f"image tower {name!r} is unknown; known: {known}")
-    return TOWERS[kind](model, vector)
+        forms = "embedded, open_clip:MODEL:TAG, timm:MODEL, transformers:NAME and run:FOLDER"
+        raise InputError(f"image tower {name!r} is unknown; known: {forms}")
+    return TOWERS[kind](model, known)
 
 
 def _failed(kind: str, model: str, error: Exception, advice: str) -> InputError:
@@ -67,15 +70,15 @@ def split_tag(model: str) -> tuple[str, str | None]:
     return (model, None) if model.partition(":")[0] in ("local-dir", "hf-hub") else _tagged(model)
 
 
-def _open_clip(model: str, vector: str | None) -> Tower:
+def _open_clip(model: str, known: Mapping[str, Any]) -> Tower:
     import open_clip
 
     schema, _, hub = model.partition(":")
     name, tag = split_tag(model)
     advice = _download("open_clip", hub if schema == "hf-hub" else "", "give its folder, as open_clip:local-dir:FOLDER")
     if tag and READS_WEIGHTS.get():
-        known = open_clip.get_pretrained_cfg(name, tag)
-        advice = _download("open_clip", known.get("hf_hub", "").strip("/"), f"give its file, as open_clip:{name}:FILE")
+        about = open_clip.get_pretrained_cfg(name, tag)
+        advice = _download("open_clip", about.get("hf_hub", "").strip("/"), f"give its file, as open_clip:{name}:FILE")
     try:
         clip, _, _ = load_clip(name, tag, pad_ratio=None)
     except InputError as error:  # its advice is for the command line of training
@@ -110,7 +113,7 @@ def _close(name: str, known: list[str]) -> str:
     return f"the closest of {len(known)} are {', '.join(close)}"
 
 
-def _timm(model: str, vector: str | None) -> Tower:
+def _timm(model: str, known: Mapping[str, Any]) -> Tower:
     import timm
 
     name = f"local-dir:{model}" if Path(model).is_dir() else model
@@ -127,7 +130,7 @@ def _timm(model: str, vector: str | None) -> Tower:
     return Tower(network, transform, network, "the pooled features")
 
 
-def _transformers(model: str, vector: str | None) -> Tower:
+def _transformers(model: str, known: Mapping[str, Any]) -> Tower:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     missing: list[str] = []
@@ -149,11 +152,11 @@ def _transformers(model: str, vector: str | None) -> Tower:
         pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
         return pixels
 
-    has_pooler = not missing if vector is None else vector == POOLED
+    has_pooler = known["vector"] == POOLED if known else not missing
     read, says = _choose_vector(network, transform, has_pooler)
     if read is None:
         raise InputError(f"transformers:{model} gives no vector for an image: {says}")
-    return Tower(network, transform, read, says)
+    return Tower(network, transform, read, says, {"vector": says})
 
 
 def _choose_vector(
@@ -195,7 +198,7 @@ def _pooled(output: Any) -> Tensor:
     return pooled
 
 
-TOWERS: dict[str, Callable[[str, str | None], Tower]] = {
+TOWERS: dict[str, Callable[[str, Mapping[str, Any]], Tower]] = {
     "open_clip": _open_clip,
     "timm": _timm,
     "transformers": _transformers,

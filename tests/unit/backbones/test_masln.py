@@ -132,7 +132,7 @@ def test_no_label_is_read_where_codes_are_made(digits: Path) -> None:
 
 def test_training_on_halves_of_digits(digits: Path) -> None:
     """Correlation and reconstruction find more of both than untrained encoders; the log has each term's value."""
-    folder = train(digits_config(digits), "pairs")
+    folder = train(digits_config(digits), "crossmodal")
     model, untrained = load_model(folder), build(**GIVEN)
     dataset = LabelledPairs(str(digits))
     images = ImageSource(dataset.image, untrained.transform)
@@ -150,7 +150,7 @@ def test_a_resumed_run_ends_where_a_whole_one_does(digits: Path, tmp_path: Path)
     """All four terms: weights of the encoders are equal to the bit, so the ramp and the heads went on as well."""
     terms = dict.fromkeys(("correlation", "reconstruction", "adversary", "classification"), 1.0)
     config = digits_config(digits, terms=terms, epochs=4)
-    whole = train(replace(config, output=str(tmp_path / "whole")), "pairs")
+    whole = train(replace(config, output=str(tmp_path / "whole")), "crossmodal")
     from spn4cir import train as trainer  # a stop after two epochs
 
     stops = iter([False])
@@ -163,26 +163,26 @@ def test_a_resumed_run_ends_where_a_whole_one_does(digits: Path, tmp_path: Path)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainer.Run, "save", stop)
-        train(replace(config, output=str(tmp_path / "cut")), "pairs")
-    resumed = train(replace(config, output=str(tmp_path / "cut"), resume=str(tmp_path / "cut")), "pairs")
+        train(replace(config, output=str(tmp_path / "cut")), "crossmodal")
+    resumed = train(replace(config, output=str(tmp_path / "cut"), resume=str(tmp_path / "cut")), "crossmodal")
     states = [load_model(folder).state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.parametrize(("stage", "changes", "message"), [
-    ("pairs", {"terms": {}}, "needs one with a weight above 0"),
-    ("pairs", {"terms": {"correlation": 0.0}}, "needs one with a weight above 0"),
-    ("pairs", {"terms": {"corelation": 1.0}}, "no 'corelation'; known: correlation, reconstruction"),
-    ("pairs", {"terms": {"correlation": -1.0}}, "0 or more"),
-    ("pairs", {"terms": {"correlation": 1.0}, "holdout": 0.1}, "holdout is for other stages"),
+    ("crossmodal", {"terms": {}}, "needs one with a weight above 0"),
+    ("crossmodal", {"terms": {"correlation": 0.0}}, "needs one with a weight above 0"),
+    ("crossmodal", {"terms": {"corelation": 1.0}}, "no 'corelation'; known: correlation, reconstruction"),
+    ("crossmodal", {"terms": {"correlation": -1.0}}, "0 or more"),
+    ("crossmodal", {"terms": {"correlation": 1.0}, "holdout": 0.1}, "holdout is for other stages"),
     (1, {"terms": {"reconstruction": 1.0}}, "not for stage 1"),
     (1, {"terms": {"correlation": 1.0}, "bank": {"in_stage1": True}}, "in_stage1"),
     (2, {"terms": {"correlation": 1.0}}, "not for stage 2"),
 ])  # fmt: skip
 def test_settings_that_are_refused(stage: Any, changes: dict[str, Any], message: str) -> None:
     """Before anything is read."""
-    check = {"pairs": check_pairs, 1: check_stage1, 2: check_stage2}[stage]
-    check(TrainConfig(terms={"correlation": 1.0}) if stage == "pairs" else TrainConfig())
+    check = {"crossmodal": check_pairs, 1: check_stage1, 2: check_stage2}[stage]
+    check(TrainConfig(terms={"correlation": 1.0}) if stage == "crossmodal" else TrainConfig())
     with pytest.raises(InputError, match=message):
         check(TrainConfig(**changes))
 
@@ -195,15 +195,15 @@ def test_settings_that_are_refused(stage: Any, changes: dict[str, Any], message:
 def test_what_does_not_fit_the_stage(digits: Path, changes: dict[str, Any], message: str) -> None:
     """A backbone or dataset of another stage, or another length, is named in one line."""
     with pytest.raises(InputError, match=message):
-        train(digits_config(digits, **changes), "pairs")
+        train(digits_config(digits, **changes), "crossmodal")
 
 
 def test_vectors_of_classes_that_lack_one(digits: Path) -> None:
     """Given class embeddings must have a row for each seen class; then they are used."""
     np.save(digits / "class_vectors.npy", np.eye(10)[:5], allow_pickle=False)
     (digits / "classes.txt").write_text("\n".join(map(str, range(5))))
-    assert train(digits_config(digits, epochs=1), "pairs").is_dir()
+    assert train(digits_config(digits, epochs=1), "crossmodal").is_dir()
     np.save(digits / "class_vectors.npy", np.eye(10)[:4], allow_pickle=False)
     (digits / "classes.txt").write_text("\n".join(map(str, range(4))))
     with pytest.raises(InputError, match="no row for class '4'"):
-        train(digits_config(digits, epochs=1), "pairs")
+        train(digits_config(digits, epochs=1), "crossmodal")

@@ -152,8 +152,8 @@ def test_vectors_are_read_without_pickle(tmp_path: Path) -> None:
     np.save(tmp_path / "d.npy", np.array([{}], dtype=object), allow_pickle=True)
     draw_picture(tmp_path / "e.png", 1)
     for name, message in (
-        ("a.npy", "vector"), ("b.npy", "finite"), ("c.npy", "vector"), ("d.npy", "cannot be read"), ("e.png", "no .npy"),
-        ("f.npy", "missing"),
+        ("a.npy", "vector"), ("b.npy", "finite"), ("c.npy", "vector"), ("d.npy", "cannot be read"),
+        ("e.png", "no .npy"), ("f.npy", "missing"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message) as caught:
             read_vector(ImageRef(tmp_path / name))
