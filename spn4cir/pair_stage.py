@@ -39,17 +39,13 @@ def check_pairs(config: TrainConfig) -> None:
     usual["compute"]["accumulate"] = own["compute"]["accumulate"]
     for name in IGNORED:
         if own[name] != usual[name]:
-            raise InputError(
-                f"{name} is for other stages: in stage crossmodal, terms over images and texts are the loss"
-            )
+            raise InputError(f"{name} is for other stages: in stage crossmodal, terms are the loss")
     for name, value in own["bank"].items():
         if name != "dtype" and value != usual["bank"][name]:
-            raise InputError(f"bank.{name} is for other stages: stage crossmodal has no bank of candidates")
+            raise InputError(f"bank.{name} is for other stages: stage crossmodal has no candidates")
     check_terms(config.terms)
     if not any(config.terms.values()):
-        raise InputError(
-            f"terms: stage crossmodal needs one with a weight above 0, such as {{correlation: 1}}; known: {', '.join(TERMS)}"
-        )
+        raise InputError(f"terms: stage crossmodal needs one with a weight above 0; known: {', '.join(TERMS)}")
 
 
 def prepare_pairs(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:

@@ -96,9 +96,7 @@ class Reconstruction(Term):
     def __init__(self, sizes: TermSizes):
         super().__init__(sizes)
         if sizes.inputs is None or sizes.class_vectors is None:
-            raise InputError(
-                "terms.reconstruction needs inputs and an embedding of each class: stage crossmodal has both"
-            )
+            raise InputError("terms.reconstruction needs inputs and embeddings of classes: stage crossmodal has both")
         self.register_buffer("class_vectors", sizes.class_vectors.detach().clone())
         width = sizes.code + sizes.class_vectors.shape[1]
         self.decoders = nn.ModuleList(
