@@ -199,6 +199,13 @@ def takes_own_mode(transform: Callable[[Image.Image], Tensor]) -> bool:
     return isinstance(transform, Transform) and transform.own_mode
 
 
+def load_pixels(image: ImageRef | Path, transform: Callable[..., Tensor]) -> Tensor:
+    """(3, H, W), or (D,) of given features. Raises ``InputError`` naming the file if it is missing or broken."""
+    if takes_vectors(transform):
+        return transform(read_vector(image))
+    return transform(open_image(image, takes_own_mode(transform)))
+
+
 class ImageSource:
     """Image ids to pixels, for one transform; ``keep`` holds decoded pixels in memory (for small datasets)."""
 
@@ -210,11 +217,7 @@ class ImageSource:
         """(3, H, W), or (D,) of given features. Raises ``InputError`` naming the file if it is missing or broken."""
         if self._kept is not None and image_id in self._kept:
             return self._kept[image_id]
-        image = self.image(image_id)
-        if takes_vectors(self.transform):
-            pixels = self.transform(read_vector(image))
-        else:
-            pixels = self.transform(open_image(image, takes_own_mode(self.transform)))
+        pixels = load_pixels(self.image(image_id), self.transform)
         if self._kept is not None:
             self._kept[image_id] = pixels
         return pixels
