@@ -19,10 +19,10 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,26 +91,66 @@ def configure(row: str, seed: int, args: argparse.Namespace) -> TrainConfig:
     )  # fmt: skip
 
 
-def measure_row(row: str, seed: int, args: argparse.Namespace, dataset: Dataset) -> dict[str, Figures]:
-    """Train a row unless that is done, and measure its last state: ``{protocol: {direction: mAP}}``, in percent."""
+class Frozen(NamedTuple):
+    """Frozen features: (D_v,) by image id, and (D_t,) by text."""
+
+    image: dict[str, Tensor]
+    text: dict[str, Tensor]
+
+
+def stack(vectors: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """The vectors of these names, (N, D)."""
+    return torch.stack([vectors[name] for name in names])
+
+
+@torch.no_grad()
+def read_frozen(dataset: Dataset, args: argparse.Namespace) -> Frozen:
+    """Frozen features of all pairs of train and test."""
     from spn4cir.backbones import build_backbone
-    from spn4cir.checkpoints import load_model
-    from spn4cir.evaluate import evaluate
+    from spn4cir.backbones.masln import MASLN
     from spn4cir.images import ImageSource
+    from spn4cir.pair_stage import read_texts
+
+    model = build_backbone("masln", **configure("corr", 0, args).backbone_options)
+    assert isinstance(model, MASLN)
+    source, tests = ImageSource(dataset.image, model.transform), dataset.protocols["test"]
+    ids = dict.fromkeys(
+        [*dataset.training_images(), *(i for t in tests for i in dataset.benchmark("test", t).image_ids)]
+    )
+    parts = [list(ids)[n : n + 64] for n in range(0, len(ids), 64)]
+    image = torch.cat([model.encode_image(source.stack(part)).reference[:, 0] for part in parts])
+    texts = list(dict.fromkeys(dataset.caption(i) for i in ids))
+    return Frozen(dict(zip(ids, image, strict=True)), dict(zip(texts, read_texts(model, texts), strict=True)))
+
+
+@torch.no_grad()
+def measure_row(row: str, seed: int, args: argparse.Namespace, dataset: Dataset, given: Frozen) -> dict[str, Figures]:
+    """Train a row unless that is done, and measure its last state: ``{protocol: {direction: mAP}}``, in percent.
+
+    Codes are made of frozen features that are read once, as the towers are the same in all rows.
+    """
+    from spn4cir.backbones import build_backbone
+    from spn4cir.backbones.masln import MASLN
+    from spn4cir.checkpoints import load_model
     from spn4cir.run import pending
     from spn4cir.train import train
 
     config = configure(row, seed, args)
     if ROWS[row]:
         if left := pending(config):
-            train(left, "crossmodal")
+            with torch.enable_grad():
+                train(left, "crossmodal")
         model = load_model(Path(str(config.output)))
     else:
         torch.manual_seed(seed)
         model = build_backbone("masln", **config.backbone_options)
-    images = ImageSource(dataset.image, model.transform)
-    results = {name: evaluate(model, dataset.benchmark("test", name), images) for name in dataset.protocols["test"]}
-    return {kind_of(name): average_precision_of(result.metrics, result.tags) for name, result in results.items()}
+    assert isinstance(model, MASLN)
+    image, text = (
+        model.image_encoder(stack(given.image, given.image)),
+        model.text_encoder(stack(given.text, given.text)),
+    )
+    codes = dict(zip(given.image, image, strict=True)), dict(zip(given.text, text, strict=True))
+    return measure_vectors(dataset, *codes)
 
 
 def kind_of(protocol: str) -> str:
@@ -140,45 +180,23 @@ def measure_vectors(dataset: Dataset, image: Mapping[str, Tensor], text: Mapping
     return found
 
 
-@torch.no_grad()
-def baselines(dataset: Dataset, args: argparse.Namespace) -> dict[str, dict[str, Figures]]:
-    """Linear CCA of the frozen features, and, where both have one length by nature, those features themselves."""
+def baselines(dataset: Dataset, args: argparse.Namespace, given: Frozen) -> dict[str, dict[str, Figures]]:
+    """Linear CCA of the frozen features, and of a CLIP those features themselves."""
     from sklearn.cross_decomposition import CCA  # type: ignore[import-untyped]
 
-    from spn4cir.backbones import build_backbone
-    from spn4cir.backbones.masln import MASLN
-    from spn4cir.images import ImageSource
-    from spn4cir.pair_stage import read_texts
-
-    config = configure("corr", 0, args)
-    model = build_backbone("masln", **config.backbone_options)
-    assert isinstance(model, MASLN)
-    source = ImageSource(dataset.image, model.transform)
-    training = dataset.triplets()
-    ids = list(dict.fromkeys([str(t.reference) for t in training]))
-    tested = {
-        i: dataset.caption(i) for name in dataset.protocols["test"] for i in dataset.benchmark("test", name).image_ids
-    }
-    texts = {i: dataset.caption(i) for i in ids} | tested
-    parts = [list(texts)[n : n + 64] for n in range(0, len(texts), 64)]
-    image = dict(
-        zip(texts, torch.cat([model.encode_image(source.stack(p)).reference[:, 0] for p in parts]), strict=True)
-    )
-    text = dict(zip(texts, read_texts(model, list(texts.values())), strict=True))
-    components = config.backbone_options["width"]
+    components, ids = SETTINGS[args.data]["width"], dataset.training_images()
     cca = CCA(n_components=components, max_iter=2000)
-    cca.fit(torch.stack([image[i] for i in ids]).numpy(), torch.stack([text[i] for i in ids]).numpy())
-    both = cca.transform(
-        torch.stack([image[i] for i in tested]).numpy(), torch.stack([text[i] for i in tested]).numpy()
+    cca.fit(stack(given.image, ids).numpy(), stack(given.text, map(dataset.caption, ids)).numpy())
+    first, second = stack(given.image, given.image), stack(given.text, map(dataset.caption, given.image))
+    image, text = (
+        torch.from_numpy(np.ascontiguousarray(v)).float() for v in cca.transform(first.numpy(), second.numpy())
     )
-    first, second = (dict(zip(tested, torch.from_numpy(np.ascontiguousarray(v)).float(), strict=True)) for v in both)
-    found = {
-        f"CCA, {components} components": measure_vectors(dataset, first, {tested[i]: v for i, v in second.items()})
-    }
-    if args.data == "emoji":
-        by_text = {texts[i]: vector for i, vector in text.items()}
-        found = {"CLIP, frozen": measure_vectors(dataset, image, by_text), **found}
-    return found
+    vectors = (
+        dict(zip(given.image, image, strict=True)),
+        dict(zip(map(dataset.caption, given.image), text, strict=True)),
+    )
+    found = {f"CCA, {components} components": measure_vectors(dataset, *vectors)}
+    return {"CLIP, frozen": measure_vectors(dataset, *given), **found} if args.data == "emoji" else found
 
 
 def measure_composed(row: str, seed: int, args: argparse.Namespace) -> Figures:
@@ -265,8 +283,9 @@ def main() -> None:
     else:
         args.data_root = str(make_digits(args.runs / "digits_data")) if args.data == "digits" else None
         dataset = load_dataset("labelled_pairs", args.data_root)
-        results = {row: summarise([one]) for row, one in baselines(dataset, args).items()}
-        results |= {row: summarise([measure_row(row, s, args, dataset) for s in args.seeds]) for row in ROWS}
+        given = read_frozen(dataset, args)
+        results = {row: summarise([one]) for row, one in baselines(dataset, args, given).items()}
+        results |= {row: summarise([measure_row(row, s, args, dataset, given) for s in args.seeds]) for row in ROWS}
         report |= {"settings": SETTINGS[args.data], "terms": {row: list(terms) for row, terms in ROWS.items()}}
         if args.data == "digits":
             report["claim"] = check_claim(results)
