@@ -2,10 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from dataclasses import replace
 from functools import partial
-
-import torch
 
 from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
@@ -15,14 +12,17 @@ from spn4cir.class_objective import ClassObjective, build_margin
 from spn4cir.config import TrainConfig
 from spn4cir.data import TrainingData
 from spn4cir.errors import InputError
-from spn4cir.evaluate import evaluate
-from spn4cir.images import ImageSource
 from spn4cir.objective import ClassCentres
-from spn4cir.preparation import Training, frozen_features, make_sampler, open_images, parameter_groups, prepare_compute
-from spn4cir.results import Result
+from spn4cir.preparation import (
+    Training,
+    evaluate_cached,
+    frozen_features,
+    make_sampler,
+    open_images,
+    parameter_groups,
+    prepare_compute,
+)
 from spn4cir.run import Run
-
-EMBEDDED_AT_ONCE = 4096
 
 
 def check_classes(config: TrainConfig) -> None:
@@ -74,7 +74,7 @@ def prepare_classes(config: TrainConfig, run: Run, data: TrainingData, backbone:
     objective = ClassObjective(backbone, margin, centres)
     parameter_groups(objective, config)  # raises before hours
     still = banks.FrozenCheck(tower, images(data.candidate_images(config)[0]))
-    select = partial(evaluate_neck, backbone, data, images, gallery, config.eval_batch_size)
+    select = partial(evaluate_cached, backbone, data, images, gallery, config.eval_batch_size)
     if bank is None:
         return Training(objective, loader, select)
     is_rounded = config.bank.dtype != "float32"
@@ -88,21 +88,3 @@ def choose_sampler(config: TrainConfig, run: Run, data: TrainingData) -> Triplet
     sources = [str(triplet.label).partition("/")[0] for triplet in data.triplets]  # a class is SOURCE/LABEL
     process = (run.accelerator.process_index, run.accelerator.num_processes)
     return BalancedSampler(sources, config.batch_size, config.seed, process, config.compute.accumulate)
-
-
-@torch.no_grad()
-def evaluate_neck(
-    backbone: Embedding, data: TrainingData, images: ImageSource, features: banks.Bank | None, batch_size: int
-) -> Result:
-    """Evaluate on the selecting benchmark, whose images' features may be given; the neck embeds them anew."""
-    if features is None:
-        return evaluate(backbone, data.selection, images, batch_size=batch_size)
-    assert features.reference is not None
-    was_training, device = backbone.training, next(backbone.parameters()).device
-    backbone.eval()
-    rows = range(len(features.reference))
-    parts = [rows[n : n + EMBEDDED_AT_ONCE] for n in range(0, len(rows), EMBEDDED_AT_ONCE)]
-    vectors = [backbone.embed(features.reference[part].to(device)).cpu() for part in parts]
-    backbone.train(was_training)
-    embedded = replace(features, target=torch.cat(vectors)[:, None])
-    return evaluate(backbone, data.selection, images, embedded, batch_size=batch_size)

@@ -120,6 +120,10 @@ class Dataset(ABC):
         """The caption that came with an image; else empty."""
         return ""
 
+    def class_vectors(self) -> Mapping[str, Sequence[float]]:
+        """A vector of numbers for each class, as side information, where the files have one; else nothing."""
+        return {}
+
     def other_columns(self) -> Sequence[pyarrow.Table]:
         """Tables that say more of the listed training images, one row each and in that order, below each other."""
         return ()

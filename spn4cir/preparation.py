@@ -1,7 +1,7 @@
 """What all stages are prepared with: images by their pixels, batches, groups of parameters, cached features."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,16 +10,21 @@ from torch import nn
 from spn4cir import bank as banks
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
+from spn4cir.backbones.embedding import Embedding
+from spn4cir.backbones.masln import MASLN
 from spn4cir.batches import TripletLoader, TripletSampler
 from spn4cir.compute import checkpoint_blocks, compile_blocks
 from spn4cir.config import TrainConfig
 from spn4cir.config_groups import ComputeConfig
 from spn4cir.data import TrainingData, hash_pixels
 from spn4cir.errors import InputError
+from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource, takes_own_mode
 from spn4cir.objective import Objective
 from spn4cir.results import Result
 from spn4cir.run import Run
+
+EMBEDDED_AT_ONCE = 4096
 
 
 @dataclass
@@ -112,3 +117,21 @@ def frozen_features(config: TrainConfig, backbone: Backbone, images: ImageSource
     parts = banks.stored_parts(config.bank.dtype, config.bank.references == "stored")
     root = checkpoints.runs_root() / "banks"
     return banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, parts)
+
+
+@torch.no_grad()
+def evaluate_cached(
+    backbone: Embedding | MASLN, data: TrainingData, images: ImageSource, features: banks.Bank | None, batch_size: int
+) -> Result:
+    """Evaluate on the selecting benchmark; cached reference features of its images are embedded anew, if given."""
+    if features is None:
+        return evaluate(backbone, data.selection, images, batch_size=batch_size)
+    assert features.reference is not None
+    was_training, device = backbone.training, next(backbone.parameters()).device
+    backbone.eval()
+    rows = range(len(features.reference))
+    parts = [rows[n : n + EMBEDDED_AT_ONCE] for n in range(0, len(rows), EMBEDDED_AT_ONCE)]
+    vectors = [backbone.embed(features.reference[part].to(device)).cpu() for part in parts]
+    backbone.train(was_training)
+    embedded = replace(features, target=torch.cat(vectors)[:, None])
+    return evaluate(backbone, data.selection, images, embedded, batch_size=batch_size)

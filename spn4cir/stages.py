@@ -3,11 +3,13 @@
 ``STAGES`` names them: a new one is a function here, or elsewhere, one line in the dictionary and one test.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from spn4cir import bank as banks
@@ -22,6 +24,7 @@ from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource
 from spn4cir.objective import BankCandidates, Objective, StoredTargets, initial_temperature
+from spn4cir.pair_stage import check_pairs, prepare_pairs
 from spn4cir.preparation import (
     Training,
     fit_statistics,
@@ -32,9 +35,12 @@ from spn4cir.preparation import (
     prepare_compute,
 )
 from spn4cir.run import Run, options_of
+from spn4cir.terms import TermSizes, WeightedTerms, check_terms
 
 SOURCES = {"model", "pretrained", "config", "tokenizer"}
 """Options of a backbone that say where weights and vocabulary come from."""
+STAGE1_TERMS = ("correlation", "adversary", "classification")
+"""Terms that need no more than queries, their targets, and the targets' classes."""
 
 
 def check_stage1(config: TrainConfig) -> None:
@@ -47,6 +53,9 @@ def check_stage1(config: TrainConfig) -> None:
             f"batch_size {config.batch_size} in {config.compute.accumulate} parts leaves one triplet, without any "
             "negative: raise batch_size, or lower compute.accumulate"
         )
+    check_terms(config.terms, STAGE1_TERMS, "1")
+    if any(config.terms.values()) and (config.bank.in_stage1 or config.negatives.margin is not None):
+        raise InputError("terms in stage 1 need targets that are encoded and InfoNCE: unset bank.in_stage1 and margin")
 
 
 def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
@@ -84,8 +93,31 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
             f"bank.in_stage1: stage 1 of {backbone.name} with these negatives needs more of targets than is stored: "
             "set bank.in_stage1 to false"
         )
+    if any(config.terms.values()):
+        _add_terms(objective, config, data, images, identity, loader)
     select = partial(evaluate, backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
     return Training(objective, loader, select, is_rounded=_is_rounded(config, gallery), **more)
+
+
+def _add_terms(
+    objective: Objective, config: TrainConfig, data: TrainingData, images: ImageSource,
+    identity: Mapping[str, int], loader: TripletLoader,
+) -> None:  # fmt: skip
+    """Add ``terms`` between composed queries and their targets, whose class is their category in the dataset."""
+    backbone = objective.backbone
+    device = next(backbone.parameters()).device
+    with torch.no_grad():
+        width = backbone.eval().encode_target(images.stack([next(iter(identity))]).to(device)).shape[2]
+    categories = {image_id: data.dataset.category(image_id) for image_id in identity}
+    classes = {name: number for number, name in enumerate(sorted({*categories.values()} - {""}))}
+    if config.terms.get("classification") and not classes:
+        raise InputError(f"terms.classification needs a category of each image, and {data.dataset.name} has none")
+    class_of = torch.full((max(identity.values()) + 1,), -1)
+    for image_id, number in identity.items():
+        class_of[number] = classes.get(categories[image_id], -1)
+    steps = min(len(loader) * config.epochs, config.max_steps or sys.maxsize)
+    terms = WeightedTerms(config.terms, TermSizes(width, classes=len(classes))).to(device)
+    objective.add_terms(terms, steps, class_of.to(device))
 
 
 def _parameters(parts: Iterable[nn.Module | nn.Parameter]) -> Iterator[nn.Parameter]:
@@ -114,6 +146,7 @@ def _is_rounded(config: TrainConfig, gallery: banks.Bank | None) -> bool:
 
 def check_stage2(config: TrainConfig) -> None:
     """Raises ``InputError`` for settings of stage 1."""
+    check_terms(config.terms, (), "2")
     if config.bank.in_stage1:
         raise InputError("bank.in_stage1 is for stage 1: stage 2 always has a bank")
     if config.negatives.types != ["target"]:
@@ -151,8 +184,11 @@ STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]
     1: prepare_stage1,
     2: prepare_stage2,
     "classes": prepare_classes,
+    "crossmodal": prepare_pairs,
 }
-CHECKS: dict[Any, Callable[[TrainConfig], None]] = {1: check_stage1, 2: check_stage2, "classes": check_classes}
+CHECKS: dict[Any, Callable[[TrainConfig], None]] = {
+    1: check_stage1, 2: check_stage2, "classes": check_classes, "crossmodal": check_pairs,
+}  # fmt: skip
 """Raises ``InputError`` for settings that a stage would ignore, before anything is read; not all stages have one."""
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import load_clip
-from spn4cir.backbones.shared_towers import Tower, load_tower
+from spn4cir.backbones.shared_towers import load_tower
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.compute import blocks_of
 from spn4cir.errors import InputError
@@ -54,11 +53,7 @@ class Embedding(Backbone):
         if neck not in NECKS or width < 1 or not 0 <= dropout < 1 or blocks < 0:
             what = f"neck {neck!r}, width {width}, dropout {dropout}, blocks {blocks}"
             raise InputError(f"embedding: {what}: a neck is one of {', '.join(NECKS)}, and dropout is in [0, 1)")
-        if model == "embedded":
-            clip, _, transform = load_clip("embedded", None, pad_ratio=None)
-            tower = Tower(clip.visual, transform, clip.visual, "the image embedding")
-        else:
-            tower = load_tower(model, known or {})
+        tower = load_tower(model, known or {})
         self.tower, self.transform, self._read = tower.module, tower.transform, tower.read
         self.options = {"model": model, "neck": neck, "width": width, "dropout": dropout, "blocks": blocks}
         self.options["known"] = dict(tower.known)

@@ -41,13 +41,16 @@ class Tower(NamedTuple):
 
 
 def load_tower(name: str, known: Mapping[str, Any] = MappingProxyType({})) -> Tower:
-    """The tower of ``KIND:MODEL``, kinds being those of ``TOWERS``; ``known`` is what a checkpoint noted of it.
+    """The tower of ``embedded`` or ``KIND:MODEL``, kinds those of ``TOWERS``; ``known`` is what was noted of it.
 
     Raises ``InputError`` if it cannot be had.
     """
+    if name == "embedded":
+        clip, _, transform = load_clip("embedded", None, pad_ratio=None)
+        return Tower(clip.visual, transform, clip.visual, "the image embedding")
     kind, _, model = name.partition(":")
     if kind not in TOWERS or not model:
-        forms = "open_clip:MODEL:TAG, timm:MODEL, transformers:NAME and run:FOLDER"
+        forms = "embedded, open_clip:MODEL:TAG, timm:MODEL, transformers:NAME and run:FOLDER"
         raise InputError(f"image tower {name!r} is unknown; known: {forms}")
     return TOWERS[kind](model, known)
 
@@ -62,11 +65,16 @@ def _download(kind: str, hub: str, then: str = "") -> str:
     return f" (where there is no network: get https://huggingface.co/{hub} and {then})" if hub else ""
 
 
+def split_tag(model: str) -> tuple[str, str | None]:
+    """``MODEL:TAG``, ``local-dir:FOLDER`` or ``hf-hub:NAME`` of open_clip → model and tag. Raises ``InputError``."""
+    return (model, None) if model.partition(":")[0] in ("local-dir", "hf-hub") else _tagged(model)
+
+
 def _open_clip(model: str, known: Mapping[str, Any]) -> Tower:
     import open_clip
 
     schema, _, hub = model.partition(":")
-    name, tag = (model, None) if schema in ("local-dir", "hf-hub") else _tagged(model)
+    name, tag = split_tag(model)
     advice = _download("open_clip", hub if schema == "hf-hub" else "", "give its folder, as open_clip:local-dir:FOLDER")
     if tag and READS_WEIGHTS.get():
         about = open_clip.get_pretrained_cfg(name, tag)

@@ -10,6 +10,7 @@ from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import with_images
 from spn4cir.datasets.labelled import Labelled
+from spn4cir.datasets.labelled_pairs import LabelledPairs
 from spn4cir.datasets.pairs import Pairs
 from spn4cir.datasets.skip import read_skip_list
 from spn4cir.datasets.styles import Styles
@@ -24,6 +25,7 @@ DATASETS: dict[str, Callable[[str | None], Dataset]] = {
     "styles": Styles,
     "dsr": DSR,
     "labelled": Labelled,
+    "labelled_pairs": LabelledPairs,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spn4cir.dataset import Dataset
-from spn4cir.datasets.emoji_names import find_emoji, load_names
+from spn4cir.datasets.emoji_names import find_emoji, load_names, parse_attributes
 from spn4cir.errors import InputError
 from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
@@ -50,6 +50,11 @@ class Emoji(Dataset):
         ]
         measures = recall_measures(1, 5, 10, 50, primary=(1,)) + recall_measures(1, 2, 3, over="subset")
         return Benchmark(chosen, tuple(sorted(self._known)), tuple(queries), exclude_reference=True, measures=measures)
+
+    def category(self, image_id: str) -> str:
+        """The concept: the name without skin tone, gender, age, hair, direction and colour; empty if unknown."""
+        names = load_names()
+        return parse_attributes(names[image_id], set(names.values()))["concept"] if image_id in names else ""
 
     def label(self, image_id: str) -> str:
         """The Unicode name."""
