@@ -56,7 +56,7 @@ RATES = {"static": 3e-2, "shallow": 1e-2, "deep": 1e-2, "both": 1e-2, "norms": 3
          "both+norms": 3e-3}  # fmt: skip
 """Learning rate of stage 1, chosen by ``--tune``; ``shallow`` and ``deep`` have that of ``both``."""
 TUNED = ("both", "static", "both+norms", "static+norms")
-CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2, 1e-1), "norms": (1e-3, 3e-3, 1e-2)}
+CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2, 1e-1), "norms": (3e-3, 1e-2, 3e-2)}
 CROPS, SIDE = 80, 64  # of each photograph, so that test holds about 120 of fifteen; and their side in pixels
 Hits = dict[str, Any]
 
