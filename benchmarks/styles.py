@@ -52,11 +52,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 PAIRS = (("both", "static"), ("both+norms", "static+norms"), ("both+norms", "norms"), ("both+norms", "frozen"),
          ("stage2", "both+norms"))  # fmt: skip
 """Rows that are compared, with intervals."""
-RATES = {"static": 3e-2, "shallow": 1e-2, "deep": 1e-2, "both": 1e-2, "norms": 3e-3, "static+norms": 3e-3,
-         "both+norms": 3e-3}  # fmt: skip
+RATES = {"static": 0.3, "shallow": 1e-2, "deep": 1e-2, "both": 1e-2, "norms": 3e-2, "static+norms": 3e-2,
+         "both+norms": 3e-2}  # fmt: skip
 """Learning rate of stage 1, chosen by ``--tune``; ``shallow`` and ``deep`` have that of ``both``."""
 TUNED = ("both", "static", "both+norms", "static+norms")
-CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2, 1e-1), "norms": (3e-3, 1e-2, 3e-2)}
+CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2, 0.1, 0.3), "norms": (3e-3, 1e-2, 3e-2)}
 CROPS, SIDE = 80, 64  # of each photograph, so that test holds about 120 of fifteen; and their side in pixels
 Hits = dict[str, Any]
 
