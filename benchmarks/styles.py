@@ -52,11 +52,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 PAIRS = (("both", "static"), ("both+norms", "static+norms"), ("both+norms", "norms"), ("both+norms", "frozen"),
          ("stage2", "both+norms"))  # fmt: skip
 """Rows that are compared, with intervals."""
-RATES = {"prompts": 3e-3, "norms": 3e-3}
-"""Learning rate of stage 1 by what trains, chosen by ``--tune`` for prompts of both kinds."""
+RATES = {"static": 0.3, "shallow": 1e-2, "deep": 1e-2, "both": 1e-2, "norms": 3e-2, "static+norms": 3e-2,
+         "both+norms": 3e-2}  # fmt: skip
+"""Learning rate of stage 1, chosen by ``--tune``; ``shallow`` and ``deep`` have that of ``both``."""
 TUNED = ("both", "static", "both+norms", "static+norms")
-CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2), "norms": (1e-3, 3e-3, 1e-2)}
-CROPS, SIDE = 24, 64  # of each photograph, and their side in pixels
+CANDIDATES = {"prompts": (3e-3, 1e-2, 3e-2, 0.1, 0.3), "norms": (3e-3, 1e-2, 3e-2)}
+CROPS, SIDE = 80, 64  # of each photograph, so that test holds about 120 of fifteen; and their side in pixels
 Hits = dict[str, Any]
 
 
@@ -74,7 +75,7 @@ def train_row(row: str, seed: int, args: argparse.Namespace, rate: float | None 
     options, name = ROWS[row][1], row if rate is None else f"{row}-{rate:g}"
     config = replace(
         recipe, data_root=args.data_root, backbone_options=options, seed=seed, epochs=args.epochs,
-        lr=recipe.lr if stage == 2 else rate or RATES[options["trains"]],
+        lr=recipe.lr if stage == 2 else rate or RATES[row],
         output=str(args.runs / f"seed{seed}" / name), init=None if init is None else str(init),
     )  # fmt: skip
     if left := pending(config):

@@ -256,18 +256,22 @@ class Freestyle(Backbone):
     def fit_statistics(self, references: Tensor, labels: Sequence[str | None], targets: Tensor) -> None:
         """Fit the style space to pictures (N, 3, H, W), styles named by label, and to targets, which are photographs.
 
-        Without any label the centres are found by k-means, and are called ``cluster 1`` and so on.
+        Pictures without a label among labelled ones are left out. Without any label the centres are found by k-means,
+        and are called ``cluster 1`` and so on.
         Raises ``InputError`` if labels and ``names`` differ.
         """
         styles = self.style["names"]
         device = self.style_space.mean.device
+        if any(labels):
+            references = references[[number for number, label in enumerate(labels) if label]]
+            labels = [label for label in labels if label]
         parts = [*torch.split(references, 32), *torch.split(targets, 32)]
         grams = torch.cat([self._grams(part.to(device)) for part in parts if len(part)])
         if not any(labels):
             self.style_space.fit(grams, None)
             self.style["names"] = [f"cluster {n + 1}" for n in range(len(styles))]
             return
-        names = [*(label or PHOTO for label in labels), *[PHOTO] * len(targets)]
+        names = [*map(str, labels), *[PHOTO] * len(targets)]
         if set(names) != set(styles):
             has = f"{', '.join(sorted(set(names)))}: name these, or take more triplets, so that each style occurs"
             raise InputError(

@@ -47,6 +47,18 @@ def model() -> Freestyle:
     return fitted()
 
 
+def test_pictures_without_a_label_are_left_out() -> None:
+    """Among labelled ones; noise without a label moves no centre."""
+    pictures, labels = patterns(12), [STYLE["names"][1 + n // 12] for n in range(36)]
+    one, two = (build_backbone("freestyle") for _ in range(2))
+    assert isinstance(one, Freestyle) and isinstance(two, Freestyle)
+    one.fit_statistics(pictures[12:], labels, pictures[:12])
+    noise = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(9))
+    two.fit_statistics(torch.cat([pictures[12:], noise]), [*labels, *[None] * 5], pictures[:12])
+    torch.testing.assert_close(two.style_space.centres, one.style_space.centres)
+    assert two.style["names"] == one.style["names"]
+
+
 # --- formulas --------------------------------------------------------------------------------------------------------
 
 
