@@ -15,6 +15,7 @@ from spn4cir.data_gen.steps import GenerateConfig, first_process, is_done, mark_
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_jsonl, write_jsonl
+from spn4cir.provenance import folder_of, read_provenance
 from spn4cir.types import ImageRef, Triplet
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     source, ids = _source(config, dataset), _candidates(config, dataset)
     images = {image_id: dataset.image(image_id) for image_id in ids}
     _check_output(config, dataset, source, images.values())
+    _note_images(config, dataset)
     out, failed_file, made_by = config.file("images.jsonl"), config.file("images.failed.jsonl"), _made_by(images)
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
@@ -95,6 +97,12 @@ def _check_output(config: GenerateConfig, dataset: Dataset, source: Row, images:
         below = out.is_relative_to(root) and f"{dataset.root / out.relative_to(root)}/"
         if out == root or (below and any(str(image).startswith(below) for image in images)):
             raise InputError(f"output {folder} holds files of {dataset.name} itself: name another --output")
+    own, made_from = dataset.provenance(), read_provenance(folder)
+    if own and made_from:
+        if not own.is_same(made_from):
+            told = f"holds the triplets of {made_from}, and this is {own}"
+            raise InputError(f"output {folder} {told}: give another with --output, or delete it")
+        return
     try:
         before = json.loads((out / "images.done.json").read_text(encoding="utf-8"))["source"]
         told = " of ".join([before["dataset"], *([before["root"]] if "root" in before else [])])
@@ -102,6 +110,14 @@ def _check_output(config: GenerateConfig, dataset: Dataset, source: Row, images:
         return  # no note, or one that does not tell
     if before != source:
         raise InputError(f"output {folder} holds the triplets of {told}: give another with --output, or delete it")
+
+
+def _note_images(config: GenerateConfig, dataset: Dataset) -> None:
+    """Note whose images the files of the output folder are made from; of one of ours also in the catalogue's folder."""
+    if own := dataset.provenance():
+        own.write(config.folder)
+        if config.folder.parent == folder_of(Path(f"data/{config.dataset}"), own):
+            own.write(config.folder.parent)
 
 
 def _made_by(images: dict[str, ImageRef]) -> str:

@@ -12,10 +12,11 @@ from spn4cir import checkpoints
 from spn4cir.config import TrainConfig
 from spn4cir.dataset import Dataset
 from spn4cir.datasets import load_dataset, open_extra_images
-from spn4cir.datasets.generated import open_generated
+from spn4cir.datasets.generated import MAKE, open_generated
 from spn4cir.datasets.skip import skip_notes
 from spn4cir.errors import InputError
 from spn4cir.identity import PUBLISHED_CLASSES, inspect_images, read_optimized
+from spn4cir.provenance import describe_others, folder_of, read_provenance
 from spn4cir.results import metric_names, primary_names
 from spn4cir.triplets import Numbers, TripletTable, join_triplets, named_images
 from spn4cir.types import Benchmark, Query, Triplet, recall_measures
@@ -114,10 +115,10 @@ def load_triplets(
     triplets: Sequence[Triplet] = dataset.triplets()[: config.max_annotated]
     generated: Sequence[Triplet] = []
     if config.generated:
-        folders = [Path("data") / dataset.name / name for name in (f"generated_{config.backbone}", "generated")]
-        default = next((folder for folder in folders if folder.is_dir()), folders[-1]) / "triplets.json"
-        path = default if config.generated == "auto" else dataset.file(config.generated)
-        dataset, generated, notes = open_generated(path, dataset, benchmark.gallery if benchmark else ())
+        is_auto = config.generated == "auto"
+        path = find_generated(dataset, config.backbone) if is_auto else dataset.file(config.generated)
+        ranked = benchmark.gallery if benchmark else ()
+        dataset, generated, notes = open_generated(path, dataset, ranked, may_have_others=not is_auto)
         for note in notes:
             say(note)
     if not triplets and not generated:
@@ -136,6 +137,26 @@ def load_triplets(
         names = ", ".join(config.select_by or primary_names(selection))
         say(f"{selection.name} has no {', '.join(lacking)}: selected by {names}")
     return dataset, join_triplets(triplets, generated), selection
+
+
+def find_generated(dataset: Dataset, backbone: str) -> Path:
+    """The file that spn4cir-triplets writes by default for a dataset's images.
+
+    Raises ``InputError`` if there are only triplets of another catalogue, or of one that they do not name.
+    """
+    base, own = Path("data") / dataset.name, dataset.provenance()
+    names = (f"generated_{backbone}", "generated")
+    folders = [folder_of(base, own) / name for name in names]
+    found = next((folder for folder in folders if folder.is_dir()), folders[-1]) / "triplets.json"
+    made_from = read_provenance(found.parent)
+    if own is None or (found.is_file() and made_from and own.is_same(made_from)):
+        return found
+    others = describe_others(base, own) if made_from is None or own.is_same(made_from) else str(made_from)
+    told = f"{base} holds none of {own}" + (f", only of {others}" if others else "")
+    if old := next((path for name in names if (path := base / name / "triplets.json").is_file()), None):
+        told += f", and {old} does not say of which images it is: if of these, give --generated {old}"
+    make = f"make them with {MAKE} --dataset {dataset.name}{dataset.place_option()}"
+    raise InputError(f"generated triplets are missing: {told}; {make}")
 
 
 def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Sequence[Triplet], Benchmark]:

@@ -20,10 +20,13 @@ from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader, Triplet
 from spn4cir.compute import checkpoint_blocks, compile_blocks
 from spn4cir.config import ComputeConfig, TrainConfig, training_command
 from spn4cir.data import Say, TrainingData, hash_pixels
+from spn4cir.dataset import Dataset
+from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource, takes_own_mode
 from spn4cir.objective import BankCandidates, Objective, StoredTargets, initial_temperature
+from spn4cir.provenance import folder_of
 from spn4cir.results import Result
 from spn4cir.run import Run, options_of
 
@@ -248,8 +251,8 @@ def resolve_temperature(config: TrainConfig, backbone: Backbone, say: Say = prin
         say(f"temperature {config.temperature:.6g}, {source}")
 
 
-def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone:
-    """The model to start from: ``init``, else for stage 2 the newest stage 1, else a new one from its options.
+def load_backbone(config: TrainConfig, stage: Any, say: Say = print, dataset: Dataset | None = None) -> Backbone:
+    """The model to start from: ``init``, else for stage 2 the newest stage 1 on these images, else a new one.
 
     Options that differ from those of ``init`` hold, and what only they bring is initialised anew; but options that say
     where weights come from do not, and that is printed.
@@ -259,9 +262,10 @@ def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone
     if stage != 2 and not config.init:
         return build_backbone(config.backbone, **config.backbone_options)
     if not config.init:
-        run = checkpoints.newest_run(config.dataset, config.backbone, stage=1)
+        dataset = dataset or load_dataset(config.dataset, config.data_root)
+        run = checkpoints.find_newest_run(dataset, config.backbone, stage=1)
         if run is None:
-            where = checkpoints.runs_root() / config.dataset / config.backbone
+            where = folder_of(checkpoints.runs_root() / config.dataset, dataset.provenance()) / config.backbone
             raise InputError(
                 f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
                 f"run {training_command(1)}{options_of(config)} first, or give --init FOLDER"
