@@ -7,10 +7,11 @@ examples:
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spn4cir.data_gen.given import known_captions
 from spn4cir.data_gen.steps import GenerateConfig, first_process, is_done, mark_done, run_step
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
@@ -35,7 +36,8 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     images = {image_id: dataset.image(image_id) for image_id in ids}
     _check_output(config, dataset, source, images.values())
     _note_images(config, dataset)
-    out, failed_file, made_by = config.file("images.jsonl"), config.file("images.failed.jsonl"), _made_by(images)
+    described = known_captions(config, dataset, ids).keys() if config.without_caption == "skip" else None
+    out, failed_file, made_by = config.file("images.jsonl"), config.file("images.failed.jsonl"), _made_by(images, described)
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
@@ -45,6 +47,9 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     if failed:
         write_jsonl(failed_file, failed)
     canonical = canonical_ids({i: one.pixels for i, one in inspected.items() if not one.problem})
+    canonical, bare = _with_captions(canonical, described)
+    if bare and not canonical:
+        raise InputError(f"{dataset.name}: none of {bare} images has a caption: leave --without-caption skip out")
     unique, listed = len(set(canonical.values())), f": see {failed_file}" if failed else ""
     if not canonical:
         such = f"{images[failed[0]['image_id']]}, which {failed[0]['reason']}"
@@ -56,6 +61,7 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     write_jsonl(out, rows)
     mark_done(out, made_by, source=source, images=len(canonical), unique=unique, failed=len(failed))
     left_out = f", {len(failed)} left out{listed}" if failed else ""
+    left_out += f", {bare} without a caption left out" if bare else ""
     print(f"deduplicate: {len(canonical)} images, {unique} unique{left_out} → {out}")
 
 
@@ -120,7 +126,16 @@ def _note_images(config: GenerateConfig, dataset: Dataset) -> None:
             own.write(config.folder.parent)
 
 
-def _made_by(images: dict[str, ImageRef]) -> str:
+def _with_captions(canonical: Mapping[str, str], described: Collection[str] | None) -> tuple[Mapping[str, str], int]:
+    """Images of which one with equal pixels has a caption, and how many others there are; all of them for None."""
+    if described is None:
+        return canonical, 0
+    known = {first for image_id, first in canonical.items() if image_id in described}
+    kept = {image_id: first for image_id, first in canonical.items() if first in known}
+    return kept, len(canonical) - len(kept)
+
+
+def _made_by(images: dict[str, ImageRef], described: Collection[str] | None) -> str:
     """A short name for ids and their files' sizes and times, by which a change is noticed."""
     total = hashlib.sha256(b"deduplicate")
     for image_id, image in images.items():
@@ -131,6 +146,8 @@ def _made_by(images: dict[str, ImageRef]) -> str:
         except OSError:
             stamp = "missing"
         total.update(f"{json.dumps(image_id)} {stamp}\n".encode())
+    if described is not None:
+        total.update(json.dumps(sorted(images.keys() & described)).encode())
     return total.hexdigest()[:16]
 
 

@@ -54,6 +54,7 @@ class GenerateConfig:
         pairs: keep so many pairs of all, drawn by seed; null keeps all.
         captions: file of existing captions, instead of a captioner: JSON or JSONL of image_id and caption.
         caption_images: "paired" captions what occurs in a pair, "all" every candidate.
+        without_caption: "ask" the captioner about images that came without one, or "skip" them.
         captioner: "embedded", or a multimodal LLM of transformers by name or folder, or the model's name on endpoint.
         endpoint: address of an OpenAI-compatible server, such as http://host:8000/v1, that runs the captioner.
         prompt: what the captioner is asked; {words} stands for the number of words, {category} for the category.
@@ -95,6 +96,7 @@ class GenerateConfig:
     pairs: int | None = None
     captions: str | None = None
     caption_images: Literal["paired", "all"] = "paired"
+    without_caption: Literal["ask", "skip"] = "ask"
     captioner: str = "embedded"
     endpoint: str | None = None
     prompt: str = "please briefly describe the image in {words} words"

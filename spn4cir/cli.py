@@ -280,7 +280,7 @@ def _deduplicate(args: argparse.Namespace) -> None:
     found = inspect_images(paths, _pixel_cache(dataset.name), args.workers)
     if broken := [image_id for image_id, image in found.items() if image.problem]:
         what = f"{len(broken)} images are missing or broken, such as {paths[broken[0]]}"
-        raise InputError(f"{what}: see spn4cir-data check --dataset {dataset.name}")
+        raise InputError(f"{what}: see {dataset.check_command(broken[0])}")
     canonical = canonical_ids({image_id: image.pixels for image_id, image in found.items()})
     write_optimized(out, canonical, paths)
     print(f"{len(canonical)} images, {len(set(canonical.values()))} unique → {out}")

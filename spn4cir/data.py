@@ -22,6 +22,7 @@ from spn4cir.triplets import Numbers, TripletTable, join_triplets, named_images
 from spn4cir.types import Benchmark, Query, Triplet, recall_measures
 
 Say = Callable[[str], None]
+NAMED = 20  # broken images that a message names
 HOLDOUT_GALLERY = 10_000
 """Held-out triplets are ranked over so many images, or over all images of the triplets if there are fewer."""
 
@@ -199,17 +200,19 @@ def hash_pixels(
 
     Each image is decoded, unless it was before and has not changed since: a broken one is found before training.
     ``own_mode`` is that of ``inspect_images``.
-    Raises ``InputError`` that names the first one that is missing or broken, and how to leave such images out.
+    Raises ``InputError`` that names those that are missing or broken, ``NAMED`` at most, and the command that lists all.
     """
     images = {image_id: dataset.image(image_id) for image_id in image_ids}
     cache = checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl"
     found = inspect_images(images, cache, show=show, own_mode=own_mode)
     broken = [image_id for image_id, image in found.items() if image.problem]
     if broken:
-        first = found[broken[0]]
-        more = f" (and {len(broken) - 1} more: see {dataset.check_command(broken[0])})" if broken[1:] else ""
-        what = "is missing" if first.problem == "missing" else f"does not decode: {first.detail}"
-        raise InputError(f"image {images[broken[0]]} {what}{more}")
+        told = []
+        for image_id in broken[:NAMED]:
+            detail = f"does not decode: {found[image_id].detail}"
+            told.append(f"{images[image_id]} {'is missing' if found[image_id].problem == 'missing' else detail}")
+        more = f"; and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
+        raise InputError(f"image {'; image '.join(told)}{more}; see {dataset.check_command(broken[0])}")
     published = dataset.root and dataset.root / PUBLISHED_CLASSES
     if not published or not published.is_file():
         return {image_id: image.pixels for image_id, image in found.items()}

@@ -30,6 +30,8 @@ from spn4cir.provenance import folder_of
 from spn4cir.results import Result
 from spn4cir.run import Run, options_of
 
+KEEPABLE = 1 << 30
+"""Bytes of decoded images that memory may be expected to hold beside a training."""
 SOURCES = {"model", "pretrained", "config", "tokenizer"}
 """Options of a backbone that say where weights and vocabulary come from."""
 
@@ -86,6 +88,10 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     known = KnownTargets(data.triplets, identity)
     collate = TripletCollate(backbone.tokenize, identity, images, bank, known)
     loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
+    size = len(ids) * images(ids[0]).nbytes
+    if not (bank or config.keep_pixels or config.workers) and config.epochs > 1 and size <= KEEPABLE:
+        what = f"{len(ids):,} images are decoded in each of {config.epochs} epochs"
+        run.say(f"{what}: --keep-pixels true decodes them once, and takes {size / 1e6:,.0f} MB")
     prepare_compute(backbone, config.compute)
     objective = Objective(
         backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None,

@@ -27,7 +27,11 @@ def dataset(folder: Path, ids: list[str]) -> Dataset:
     return cast(
         Dataset,
         SimpleNamespace(
-            name="x", root=None, image=lambda i: ImageRef(folder / f"{i}.png"), training_images=lambda: list(ids)
+            name="x",
+            root=None,
+            image=lambda i: ImageRef(folder / f"{i}.png"),
+            training_images=lambda: list(ids),
+            provenance=lambda: None,
         ),
     )
 
@@ -152,17 +156,26 @@ def test_an_output_that_is_the_root_of_pictures_elsewhere(folder: Path) -> None:
 
 
 def test_an_output_of_another_source(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Another catalogue, dataset or table is refused; the same one by another path, or an older note, is not."""
+    """Other pictures by the same names, a dataset or table are refused; the same ones elsewhere are not."""
     out, other = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("other")
     for name in ("a", "b"):
-        shutil.copy(folder / f"{name}.png", other)
+        Image.new("RGB", (7, 7), COLORS[name]).save(other / f"{name}.png")
     (other / "t.csv").write_text("image\na.png\nb.png\n")
     config = of_catalogue(folder, out)
     note = config.file("images.done.json")
     assert json.loads(note.read_text())["source"] == {"dataset": "catalogue", "root": str(folder.resolve())}
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     of_catalogue(folder / "." / ".." / folder.name, out)
-    told = rf"holds the triplets of catalogue of {folder}: give another with --output, or delete it"
+    moved = tmp_path_factory.mktemp("moved") / "shop"
+    shutil.copytree(folder, moved)
+    of_catalogue(moved, out)
+    assert json.loads((out / "made_from.json").read_text())["name"] == "shop"
+    told = rf"holds the triplets of shop \(6 images in {moved}\).*: give another with --output, or delete it"
+    of_catalogue(folder, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    told = (
+        rf"holds the triplets of {folder.name} \(6 images in {folder}\), .*: give another with --output, or delete it"
+    )
     for root in (other, other / "t.csv"):
         with pytest.raises(InputError, match=told):
             of_catalogue(root, out)
