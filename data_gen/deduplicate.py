@@ -7,7 +7,7 @@ examples:
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,7 +126,7 @@ def _note_images(config: GenerateConfig, dataset: Dataset) -> None:
             own.write(config.folder.parent)
 
 
-def _with_captions(canonical: Mapping[str, str], described: Collection[str] | None) -> tuple[Mapping[str, str], int]:
+def _with_captions(canonical: dict[str, str], described: Collection[str] | None) -> tuple[dict[str, str], int]:
     """Images of which one with equal pixels has a caption, and how many others there are; all of them for None."""
     if described is None:
         return canonical, 0

@@ -200,7 +200,7 @@ def hash_pixels(
 
     Each image is decoded, unless it was before and has not changed since: a broken one is found before training.
     ``own_mode`` is that of ``inspect_images``.
-    Raises ``InputError`` that names those that are missing or broken, ``NAMED`` at most, and the command that lists all.
+    Raises ``InputError`` that names up to ``NAMED`` missing or broken ones, and the command that lists all.
     """
     images = {image_id: dataset.image(image_id) for image_id in image_ids}
     cache = checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl"

@@ -170,12 +170,9 @@ def test_an_output_of_another_source(folder: Path, tmp_path_factory: pytest.Temp
     shutil.copytree(folder, moved)
     of_catalogue(moved, out)
     assert json.loads((out / "made_from.json").read_text())["name"] == "shop"
-    told = rf"holds the triplets of shop \(6 images in {moved}\).*: give another with --output, or delete it"
     of_catalogue(folder, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    told = (
-        rf"holds the triplets of {folder.name} \(6 images in {folder}\), .*: give another with --output, or delete it"
-    )
+    told = rf"holds the triplets of {folder.name} \(6 images in {folder}\), .*: give another with --output"
     for root in (other, other / "t.csv"):
         with pytest.raises(InputError, match=told):
             of_catalogue(root, out)

@@ -170,7 +170,7 @@ def test_what_fails_for_one_image_is_listed(
 def test_a_refusal_of_a_picture_is_listed(
     tmp_path: Path, server: FaultyServer, dataset: Dataset, code: int, refused: list[int]
 ) -> None:
-    """At once, without a retry; a run of them is no broken server; a second run asks about these alone, and ends well."""
+    """Without a retry; many in a row are no broken server; a second run asks about these alone, and ends well."""
     server.faults = {f"{n}-0-0": [f"status:{code}"] * 99 for n in refused}
     config = config_of(tmp_path, server, requests=1)
     probes = len(refused) > 1
