@@ -22,18 +22,18 @@ class Report:
     """What was found.
 
     Args:
-        has_triplets: whether triplets come with the dataset; else training needs generated ones.
         broken: images and what is wrong with them.
         duplicates: classes of equal images.
+        has_triplets: whether triplets come with the dataset; else training needs generated ones.
     """
 
     dataset: str
     root: str
-    has_triplets: bool = True
     checks: list[Check] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     duplicates: list[list[str]] = field(default_factory=list)
     found: dict[str, Inspected] = field(default_factory=dict, repr=False)
+    has_triplets: bool = True
 
     @property
     def can_train(self) -> bool:
@@ -43,7 +43,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Everything but the look at single images, for machines."""
         values = asdict(replace(self, found={}))
-        return {"can_train": self.can_train, **{name: values[name] for name in values if name != "found"}}
+        inner = {"found", "has_triplets"}
+        return {"can_train": self.can_train, **{name: values[name] for name in values if name not in inner}}
 
 
 def examine(
@@ -53,7 +54,8 @@ def examine(
 
     ``cache`` and ``workers`` are those of ``inspect_images``; a report ``before`` on the same images saves a look.
     """
-    report = Report(dataset.name, str(dataset.root or "embedded"), dataset.has_triplets, dataset.checks())
+    report = Report(dataset.name, str(dataset.root or "embedded"), dataset.checks())
+    report.has_triplets = dataset.has_triplets
     roles = dataset.image_roles()
     ids = list(dict.fromkeys(i for role in roles for i in role.image_ids))
     if dataset.skip_reasons:

@@ -164,7 +164,6 @@ def test_an_output_of_another_source(folder: Path, tmp_path_factory: pytest.Temp
     config = of_catalogue(folder, out)
     note = config.file("images.done.json")
     assert json.loads(note.read_text())["source"] == {"dataset": "catalogue", "root": str(folder.resolve())}
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
     of_catalogue(folder / "." / ".." / folder.name, out)
     moved = tmp_path_factory.mktemp("moved") / "shop"
     shutil.copytree(folder, moved)
@@ -176,13 +175,15 @@ def test_an_output_of_another_source(folder: Path, tmp_path_factory: pytest.Temp
     for root in (other, other / "t.csv"):
         with pytest.raises(InputError, match=told):
             of_catalogue(root, out)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=f"holds the triplets of catalogue of {folder}: give another with --output"):
         deduplicate(config, dataset(folder, ["a", "b"]))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "source"}))
+    (out / "made_from.json").unlink()
     assert canonical_images(of_catalogue(other, out)) == ["a.png", "b.png"]
-    with pytest.raises(InputError, match=f"triplets of catalogue of {other}: "):
-        of_catalogue(other / "t.csv", out)
+    assert canonical_images(of_catalogue(other / "t.csv", out)) == ["a.png", "b.png"]  # the same pictures
+    with pytest.raises(InputError, match=f"triplets of {other.name}-t "):
+        of_catalogue(folder, out)
 
 
 def test_a_dataset_without_a_folder(folder: Path) -> None:
