@@ -111,7 +111,9 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     top = 50 if args.submission else (args.k or 100) if args.top_k else 0
     try:
         result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
-    except InputError:
+    except InputError as error:
+        if not str(error).startswith("image "):
+            raise
         hash_pixels(dataset, benchmark.image_ids, lambda line: None, show=False)  # raises with all broken images
         raise
     if not processes.first:
