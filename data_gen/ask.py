@@ -97,13 +97,20 @@ Finish = Callable[[list[Reply]], None]
 
 
 def ask(
-    out: Path, questions: Sequence[Question], engine: Engine, check: Check, config: GenerateConfig, finish: Finish
+    out: Path,
+    questions: Sequence[Question],
+    engine: Engine,
+    check: Check,
+    config: GenerateConfig,
+    finish: Finish,
+    has_answered: bool = False,
 ) -> None:
     """Ask all questions, some perhaps again, and hand over what came of them.
 
     A block is a function of the whole list of questions, never of what a killed run has left to do, and is committed
     whole: neither a kill nor the number of processes changes an answer. All processes call this; in the first,
     ``finish`` takes all replies in the order of the questions, and writes ``out``, beside which the journal lies.
+    ``has_answered`` says that the engine has answered other questions before, so that few failures are about these.
 
     Raises ``InputError`` if the engine cannot work, or the journal cannot be written; what was committed stays.
     """
@@ -114,7 +121,7 @@ def ask(
     made_by = _made_by(questions, engine, config)
     journal = Journal(out, made_by, processes)
     mine = [n for n in range(processes.index, len(blocks), processes.count) if n not in journal]
-    work = _Work(journal, engine, questions[:1], fresh=not any(n in journal for n in range(len(blocks))))
+    work = _Work(journal, engine, questions[:1], not has_answered and not any(n in journal for n in range(len(blocks))))
     try:
         work.run({n: [questions[i] for i in blocks[n]] for n in mine}, partial(settle, engine, check, config))
     finally:

@@ -53,13 +53,14 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
     asked, plan = job.plan(out, made_by, processes)
     if given:
         source = config.captions or "the dataset"
-        rest = f"{len(ids) - len(given)} images have none" + ", and are left out" * is_skipping
+        rest = f"{len(ids) - len(given)} images are left" + " out" * is_skipping
         processes.say(f"caption: {len(given)} captions are from {source}, {rest}")
     if len(asked) < len(job.ids):
         processes.say(f"caption: {len(job.ids) - len(asked)} captions are kept, {len(asked)} images are left")
     finish = partial(job.finish, out=out, made_by=made_by, given=given)
     try:
-        ask(out, [job.question(i) for i in asked], engine, partial(check_caption, config.words), config, finish)
+        questions, check = [job.question(i) for i in asked], partial(check_caption, config.words)
+        ask(out, questions, engine, check, config, finish, has_answered=was_done)
     except InputError as error:
         if not was_done or processes.count > 1:  # of several, the others wait inside
             raise
