@@ -88,10 +88,8 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     known = KnownTargets(data.triplets, identity)
     collate = TripletCollate(backbone.tokenize, identity, images, bank, known)
     loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
-    size = len(ids) * images(ids[0]).nbytes
-    if not (bank or config.keep_pixels or config.workers) and config.epochs > 1 and size <= KEEPABLE:
-        what = f"{len(ids):,} images are decoded in each of {config.epochs} epochs"
-        run.say(f"{what}: --keep-pixels true decodes them once, and takes {size / 1e6:,.0f} MB")
+    if not (bank or config.keep_pixels or config.workers) and config.epochs > 1:
+        suggest_keeping(len(ids), images(ids[0]).nbytes, config.epochs, run.say)
     prepare_compute(backbone, config.compute)
     objective = Objective(
         backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None,
@@ -109,6 +107,13 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
         )
     select = partial(evaluate, backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
     return Training(objective, loader, select, is_rounded=_is_rounded(config, gallery), **more)
+
+
+def suggest_keeping(images: int, size: int, epochs: int, say: Say) -> None:
+    """Say that images of ``size`` bytes each, decoded in each epoch, would fit into memory, if they do."""
+    if images * size <= KEEPABLE:
+        memory = f"{images * size / 1e6:,.0f} MB"
+        say(f"{images:,} images are decoded in each of {epochs} epochs: --keep-pixels true keeps them in {memory}")
 
 
 def _parameters(parts: Iterable[nn.Module | nn.Parameter]) -> Iterator[nn.Parameter]:

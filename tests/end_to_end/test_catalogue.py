@@ -97,7 +97,7 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
         found = result_of(runs, stage, "catalogue")
         assert found["steps"] == 3 and found["protocol"] == found["selected_on"] == "catalogue/holdout-generated-0.1"
         assert "held-out triplets, no annotated queries" in out
-        assert ("--keep-pixels true decodes them once" in out) == (stage == 1)
+        assert ("--keep-pixels true keeps them in" in out) == (stage == 1)
     assert "queries of your own, where this says; spn4cir-eval" in out
     with pytest.raises(SystemExit):
         call("spn4cir-eval", "--run", found["run"])
