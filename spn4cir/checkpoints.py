@@ -1,8 +1,8 @@
 """Runs on disk: one native format, written to the side and renamed; nothing is pickled.
 
 A run folder holds ``config.yaml``, ``model.json`` (backbone and options), ``model.safetensors`` (best weights),
-``last.safetensors`` (weights, optimiser and progress, to resume from), ``metrics.jsonl``, and ``result.json`` once it
-is complete.
+``last.safetensors`` (weights, optimiser and progress, to resume from), ``metrics.jsonl``, ``made_from.json`` (the
+catalogue, for a dataset of one's own), and ``result.json`` once it is complete.
 """
 
 import json
@@ -20,9 +20,11 @@ from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.backbones.shared_towers import TOWERS, Tower
 from spn4cir.backbones.shared_weights import READS_WEIGHTS
+from spn4cir.dataset import Dataset
 from spn4cir.distributed import gather_shares, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.files import replaced, write_text
+from spn4cir.provenance import describe_others, folder_of, read_provenance
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -141,11 +143,43 @@ def runs_root() -> Path:
     return Path(os.environ.get("SPN4CIR_RUNS", "runs"))
 
 
-def newest_run(dataset: str, backbone: str | None, stage: int | None = None) -> Path | None:
-    """The newest completed run of a dataset and backbone (of any backbone for None), or None."""
-    done = (runs_root() / dataset).glob(f"{backbone or '*'}/stage{stage or '*'}-*/result.json")
+def newest_run(*folders: Path, backbone: str | None = None, stage: int | None = None) -> Path | None:
+    """The newest completed run of a backbone (of any for None) in some folders of a dataset or catalogue, or None."""
+    done = [path for one in folders for path in one.glob(f"{backbone or '*'}/stage{stage or '*'}-*/result.json")]
     newest = max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name), default=None)
     return newest and newest.parent
+
+
+def find_newest_run(dataset: Dataset, backbone: str | None, stage: int | None = None) -> Path | None:
+    """The newest completed run on these images, or None. Raises ``InputError`` if there are runs on others alone."""
+    base, own = runs_root() / dataset.name, dataset.provenance()
+    run = newest_run(folder_of(base, own), backbone=backbone, stage=stage)
+    if run or own is None:
+        return run
+    others = describe_others(base, own)
+    if old := newest_run(base, backbone=backbone, stage=stage):
+        others = "; ".join(filter(None, [others, f"images that {old} does not name"]))
+    if others:
+        option = "--init FOLDER" if stage else "--run FOLDER, or --run embedded for the untrained weights"
+        raise InputError(f"{base} holds no run on {own}, only runs on {others}: train one, or give {option}")
+    return None
+
+
+def check_origin(run: Path, dataset: Dataset, names_run: bool, names_images: bool) -> str:
+    """What a person should know of where a run was trained; empty if it was on these images, or on a published dataset.
+
+    Raises ``InputError`` if it was trained on another catalogue, unless a person named both the run and the images; and
+    if it does not say on which images, unless a person named the run.
+    """
+    own, trained = dataset.provenance(), read_provenance(run)
+    if own is None or (trained and own.is_same(trained)):
+        return ""
+    told = (
+        f"run {run} was trained on {trained}" if trained else f"run {run} does not say which images it was trained on"
+    )
+    if not names_run or (trained and not names_images):
+        raise InputError(f"{told}; this is {own}: give --run and --data-root to evaluate one on the other")
+    return f"{told}; this is {own}"
 
 
 def save_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:

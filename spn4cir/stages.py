@@ -20,6 +20,8 @@ from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader
 from spn4cir.class_stage import check_classes, prepare_classes
 from spn4cir.config import TrainConfig, training_command
 from spn4cir.data import Say, TrainingData
+from spn4cir.dataset import Dataset
+from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource
@@ -34,9 +36,12 @@ from spn4cir.preparation import (
     parameter_groups,
     prepare_compute,
 )
+from spn4cir.provenance import folder_of
 from spn4cir.run import Run, options_of
 from spn4cir.terms import TermSizes, WeightedTerms, check_terms
 
+KEEPABLE = 1 << 30
+"""Bytes of decoded images that memory may be expected to hold beside a training."""
 SOURCES = {"model", "pretrained", "config", "tokenizer"}
 """Options of a backbone that say where weights and vocabulary come from."""
 STAGE1_TERMS = ("correlation", "adversary", "classification")
@@ -78,6 +83,8 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     known = KnownTargets(data.triplets, identity)
     collate = TripletCollate(backbone.tokenize, identity, images, bank, known)
     loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)
+    if not (bank or config.keep_pixels or config.workers) and config.epochs > 1:
+        suggest_keeping(len(ids), images(ids[0]).nbytes, config.epochs, run.say)
     prepare_compute(backbone, config.compute)
     objective = Objective(
         backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None,
@@ -118,6 +125,13 @@ def _add_terms(
     steps = min(len(loader) * config.epochs, config.max_steps or sys.maxsize)
     terms = WeightedTerms(config.terms, TermSizes(width, classes=len(classes))).to(device)
     objective.add_terms(terms, steps, class_of.to(device))
+
+
+def suggest_keeping(images: int, size: int, epochs: int, say: Say) -> None:
+    """Say that images of ``size`` bytes each, decoded in each epoch, would fit into memory, if they do."""
+    if images * size <= KEEPABLE:
+        memory = f"{images * size / 1e6:,.0f} MB"
+        say(f"{images:,} images are decoded in each of {epochs} epochs: --keep-pixels true keeps them in {memory}")
 
 
 def _parameters(parts: Iterable[nn.Module | nn.Parameter]) -> Iterator[nn.Parameter]:
@@ -200,8 +214,8 @@ def resolve_temperature(config: TrainConfig, backbone: Backbone, say: Say = prin
         say(f"temperature {config.temperature:.6g}, {source}")
 
 
-def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone:
-    """The model to start from: ``init``, else for stage 2 the newest stage 1, else a new one from its options.
+def load_backbone(config: TrainConfig, stage: Any, say: Say = print, dataset: Dataset | None = None) -> Backbone:
+    """The model to start from: ``init``, else for stage 2 the newest stage 1 on these images, else a new one.
 
     Options that differ from those of ``init`` hold, and what only they bring is initialised anew; but options that say
     where weights come from do not, and that is printed.
@@ -211,9 +225,10 @@ def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone
     if stage != 2 and not config.init:
         return build_backbone(config.backbone, **config.backbone_options)
     if not config.init:
-        run = checkpoints.newest_run(config.dataset, config.backbone, stage=1)
+        dataset = dataset or load_dataset(config.dataset, config.data_root)
+        run = checkpoints.find_newest_run(dataset, config.backbone, stage=1)
         if run is None:
-            where = checkpoints.runs_root() / config.dataset / config.backbone
+            where = folder_of(checkpoints.runs_root() / config.dataset, dataset.provenance()) / config.backbone
             raise InputError(
                 f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
                 f"run {training_command(1)}{options_of(config)} first, or give --init FOLDER"

@@ -52,7 +52,8 @@ def train(config: TrainConfig, stage: Any) -> Path:
         CHECKS[stage](config)
     run = Run.open(config, stage, start(config))
     data = load_data(config, run.say)
-    backbone = load_backbone(config, stage, run.say).to(run.accelerator.device)
+    run.locate(data.dataset)
+    backbone = load_backbone(config, stage, run.say, data.dataset).to(run.accelerator.device)
     resolve_temperature(config, backbone, run.say)
     training = STAGES[stage](config, run, data, backbone)
     with run:

@@ -34,6 +34,7 @@ def load_dataset(name: str, root: str | None = None) -> Dataset:
     if name not in DATASETS:
         raise InputError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
     dataset = DATASETS[name](root)
+    dataset.data_root = root
     dataset.skip_reasons = read_skip_list(dataset.root)
     return dataset
 
@@ -48,4 +49,4 @@ def open_extra_images(dataset: Dataset, place: str) -> tuple[Dataset, list[str]]
         images = {f"bank.extra:{image_id}": pictures.image(image_id) for image_id in pictures.training_images()}
     except InputError as error:
         raise InputError(f"bank.extra: {str(error).replace('--data-root', '--bank.extra')}") from None
-    return with_images(dataset, images, f"{pictures.check_command('')} --data-root {place}"), list(images)
+    return with_images(dataset, images, pictures.check_command("")), list(images)

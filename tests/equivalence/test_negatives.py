@@ -447,7 +447,7 @@ def test_several_broken_extra_pictures_can_be_listed(configure: Configure, start
     for name in "ab":
         (tmp_path / "more" / f"{name}.png").write_text("no picture")
     place = re.escape(str(tmp_path / "more"))
-    with pytest.raises(InputError, match=f"1 more: see spn4cir-data check --dataset catalogue --data-root {place}"):
+    with pytest.raises(InputError, match=f"; see spn4cir-data check --dataset catalogue --data-root {place}"):
         train(configure(init=str(start), bank={"extra": str(tmp_path / "more")}), 2)
 
 

@@ -14,7 +14,7 @@ from spn4cir.importers import IMPORTERS
 
 ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
-    {"errors"}, {"distributed", "files", "schedules", "text_tokenizer", "types"},
+    {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "measures", "store", "streaming", "triplets"},
     {"config", "losses", "results", "search", "selection", "terms"}, {"images", "in_batch", "margins", "faiss_search"},
     {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
