@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.claims import BUDGETS, PROTOCOL, Setting, differences, measure, summarise
-from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import BankConfig, NegativesConfig
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 

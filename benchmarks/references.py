@@ -35,7 +35,8 @@ from benchmarks.measure import anonymous
 from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES
-from spn4cir.config import BankConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import BankConfig
 from spn4cir.dataset import Dataset
 from spn4cir.datasets import DATASETS
 from spn4cir.errors import InputError, run_command

@@ -82,6 +82,10 @@ class Engine(Protocol):
     def answer(self, questions: Sequence[Question], turn: Try) -> list[Answer]:
         """Answer the questions of a block, or some of them; called from several threads."""
 
+    def probe(self, like: Question) -> bool:
+        """Whether a harmless question of the same kind gets an answer, so that refusals are about what is asked."""
+        return False
+
     def close(self) -> None:
         """Nothing more will be asked; an answer that is being waited for may be given up."""
         return None
@@ -93,13 +97,20 @@ Finish = Callable[[list[Reply]], None]
 
 
 def ask(
-    out: Path, questions: Sequence[Question], engine: Engine, check: Check, config: GenerateConfig, finish: Finish
+    out: Path,
+    questions: Sequence[Question],
+    engine: Engine,
+    check: Check,
+    config: GenerateConfig,
+    finish: Finish,
+    has_answered: bool = False,
 ) -> None:
     """Ask all questions, some perhaps again, and hand over what came of them.
 
     A block is a function of the whole list of questions, never of what a killed run has left to do, and is committed
     whole: neither a kill nor the number of processes changes an answer. All processes call this; in the first,
     ``finish`` takes all replies in the order of the questions, and writes ``out``, beside which the journal lies.
+    ``has_answered`` says that the engine has answered other questions before, so that few failures are about these.
 
     Raises ``InputError`` if the engine cannot work, or the journal cannot be written; what was committed stays.
     """
@@ -110,7 +121,7 @@ def ask(
     made_by = _made_by(questions, engine, config)
     journal = Journal(out, made_by, processes)
     mine = [n for n in range(processes.index, len(blocks), processes.count) if n not in journal]
-    work = _Work(journal, engine, fresh=not any(n in journal for n in range(len(blocks))))
+    work = _Work(journal, engine, questions[:1], not has_answered and not any(n in journal for n in range(len(blocks))))
     try:
         work.run({n: [questions[i] for i in blocks[n]] for n in mine}, partial(settle, engine, check, config))
     finally:
@@ -133,10 +144,10 @@ Block = Sequence[Question]
 class _Work:
     """Blocks under way in threads, and committed as they get ready."""
 
-    def __init__(self, journal: Journal, engine: Engine, fresh: bool):
-        self.journal, self.engine, self.read_any, self.failed = journal, engine, not fresh, 0
-        # blocks of which nothing can be read, until one can be: if none ever comes, the engine is broken, and a million
-        # failures would say no more than eight
+    def __init__(self, journal: Journal, engine: Engine, like: Block, fresh: bool):
+        self.journal, self.engine, self.like, self.read_any, self.failed = journal, engine, like, not fresh, 0
+        # blocks of which nothing can be read, until one can be, or a probe: if neither comes, the engine is broken, and
+        # a million failures would say no more than eight
         self.held: list[tuple[int, list[Reply]]] = []
 
     def run(self, blocks: Mapping[int, Block], answer: Callable[[Block], list[Reply]]) -> None:
@@ -156,7 +167,7 @@ class _Work:
                         bar.set_postfix(failed=self.failed, refresh=False)
                         bar.update(len(replies))
                 if self.held and not self.read_any:
-                    self._give_up()
+                    self._probe()
                 self._commit()
             except BaseException:
                 self._rescue(waiting)
@@ -169,14 +180,19 @@ class _Work:
             self.read_any = True
             self._commit()
         elif sum(len(held) for _, held in self.held) >= (LATER if self.read_any else FIRST):
-            self._give_up()
+            self._probe()
 
     def _commit(self) -> None:
         for number, replies in self.held:
             self.journal.add(number, [reply._asdict() for reply in replies])
         self.held = []
 
-    def _give_up(self) -> None:
+    def _probe(self) -> None:
+        """Commit unreadable replies if the engine answers a probe: then the questions are the reason. Else give up."""
+        if self.engine.probe(self.like[0]):
+            self.read_any = True
+            self._commit()
+            return
         replies = [reply for _, held in self.held for reply in held]
         told = f"{replies[-1].problem}, for {short(replies[-1].key)}"
         raise InputError(f"{len(replies)} questions in a row got no readable answer; the last: {told}")

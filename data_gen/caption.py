@@ -9,16 +9,16 @@ examples:
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from spn4cir.data_gen.answers import fault, strip_answer
 from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
 from spn4cir.data_gen.deduplicate import canonical_images
 from spn4cir.data_gen.engines import engine_of
+from spn4cir.data_gen.given import known_captions, read_captions
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
@@ -26,14 +26,6 @@ from spn4cir.errors import InputError
 from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl, write_text
 
 GIVEN = "given"  # the model of a caption that nobody had to make
-REFUSAL = re.compile(
-    r"\W*((i.?m|i am|we.?re|we are) (so |very |really )?(sorry|unable|not able)\b|sorry\b"
-    r"|(my apologies|i apologi[sz]e)\b"
-    r"|as an? (ai|artificial|(large )?language)\b|i (can ?not|can.?t|could ?n.?t|do not|don.?t)\b"
-    r"|unfortunately,? (i|there)\b|there is no image\b)",
-    re.IGNORECASE,
-)
-QUOTES = ('""', "''", "“”", "‘’", "«»", "``")
 
 
 def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
@@ -48,33 +40,64 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
     ids = wanted_images(config)
     given = given_captions(config, dataset, ids)
     engine = engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens)
-    job = _Job(config, dataset, engine, [i for i in ids if i not in given])
+    is_skipping = config.without_caption == "skip"
+    job = _Job(config, dataset, engine, [i for i in ids if i not in given and not is_skipping])
     made_by = job.made_by(given)
-    if is_done(out, made_by) and not _unread(failed):
+    was_done, unread = is_done(out, made_by), _unread(failed)
+    if was_done and not unread:
         processes.say(f"caption: {out} is done")
         return
     if job.ids:
-        engine.look()
+        look_for(engine, len(job.ids), len(ids))
     asked, plan = job.plan(out, made_by, processes)
     if given:
         source = config.captions or "the dataset"
-        processes.say(f"caption: {len(given)} captions are from {source}, {len(job.ids)} images are left")
+        rest = f"{len(ids) - len(given)} images are left" + " out" * is_skipping
+        processes.say(f"caption: {len(given)} captions are from {source}, {rest}")
     if len(asked) < len(job.ids):
         processes.say(f"caption: {len(job.ids) - len(asked)} captions are kept, {len(asked)} images are left")
     finish = partial(job.finish, out=out, made_by=made_by, given=given)
-    ask(out, [job.question(i) for i in asked], engine, partial(check_caption, config.words), config, finish)
+    try:
+        questions, check = [job.question(i) for i in asked], partial(check_caption, config.words)
+        ask(out, questions, engine, check, config, finish, has_answered=was_done)
+    except InputError as error:
+        if not was_done or processes.count > 1:  # of several, the others wait inside
+            raise
+        processes.say(f"caption: {out} is done but for {unread} images, which got no answer again: {error}")
     if processes.first:
         plan.unlink(missing_ok=True)
 
 
 def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
-    """Raise ``InputError`` for a prompt, or for a model that is needed, that cannot work."""
+    """Raise ``InputError`` for a prompt, or for a model that is needed, that cannot work.
+
+    Before the first step only a dataset without any caption is known to need a model: images that lack one may be broken,
+    or have a twin that has one. After it, whether there is an image left without.
+    """
     read_captioner_prompt(config)
     if config.captions:
         read_captions(dataset.file(config.captions))
-    there = config.captions or config.file("captions.jsonl").is_file()
-    if not there and not all(tidy(dataset.caption(i)) for i in dataset.training_images()):
-        engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens).look()
+    if config.captions or config.without_caption == "skip" or config.file("captions.jsonl").is_file():
+        return
+    if config.file("images.jsonl").is_file():
+        ids = canonical_images(config)
+        lacking = len(ids) - len(given_captions(config, dataset, ids))
+    else:
+        ids = dataset.training_images()
+        known = known_captions(config, dataset, ids)
+        lacking = 0 if known else len(ids)
+    if lacking:
+        engine = engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens)
+        look_for(engine, lacking, len(ids))
+
+
+def look_for(engine: Engine, lacking: int, count: int) -> None:
+    """Look whether there is an engine for images that lack a caption. Raises ``InputError`` that says how many do."""
+    try:
+        engine.look()
+    except InputError as error:
+        advice = "give --captions FILE, or leave these images out by --without-caption skip"
+        raise InputError(f"{lacking:,} of {count:,} images have no caption, and {error}; or {advice}") from None
 
 
 def wanted_images(config: GenerateConfig) -> list[str]:
@@ -99,39 +122,15 @@ def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str])
     A caption of a duplicate is as good. Raises ``InputError`` if the file cannot be read, or lacks an image.
     """
     rows = read_jsonl(config.file("images.jsonl"))
-    path = dataset.file(config.captions) if config.captions else None
-    own = {r["image_id"]: tidy(dataset.caption(r["image_id"])) for r in rows} if path is None else read_captions(path)
-    known = {image_id: text for image_id, text in own.items() if text}
+    known = known_captions(config, dataset, [row["image_id"] for row in rows])
     named = {r["canonical"]: known[r["image_id"]] for r in reversed(rows) if r["image_id"] in known}
     found = {i: known.get(i, named[i]) for i in ids if i in named}
-    if path and (missing := [i for i in ids if i not in found]):
+    missing = [i for i in ids if i not in found]
+    if config.captions and missing and config.without_caption == "ask":
         such = f"{len(missing)} of {len(ids)} images, the first being {short(missing[0])}"
-        raise InputError(f"{path} lacks captions of {such}: add them, or leave --captions out")
+        path, advice = dataset.file(config.captions), "add them, leave --captions out, or give --without-caption skip"
+        raise InputError(f"{path} lacks captions of {such}: {advice}")
     return found
-
-
-def read_captions(path: Path) -> dict[str, str]:
-    """Captions by image id, the last of several, of JSON or JSON lines. Raises ``InputError`` for a damaged file."""
-    entries = read_json(path) if path.suffix != ".jsonl" else _lines(path)
-    found = {}
-    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
-        image_id, text = (entry.get("image_id"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(image_id, str) or not isinstance(text, str):
-            raise InputError(f"{path}, entry {number}: expected an image_id and a caption, got {short(entry)}")
-        if text := tidy(text):
-            found[image_id] = text
-    return found
-
-
-def _lines(path: Path) -> list[Any]:
-    """JSON lines that somebody else wrote: the last need not end."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON lines: {error}") from None
 
 
 class _Job:
@@ -217,8 +216,9 @@ def _earlier(out: Path) -> list[Row]:
     return [row for file in files for row in read_jsonl(file) if row.get("model") != GIVEN and "made_by" in row]
 
 
-def _unread(failed: Path) -> bool:
-    return any(not row.get("read", True) for row in read_jsonl(failed))
+def _unread(failed: Path) -> int:
+    """The number of images that got no readable answer in the run before."""
+    return sum(not row.get("read", True) for row in read_jsonl(failed)) if failed.is_file() else 0
 
 
 def read_captioner_prompt(config: GenerateConfig) -> str:
@@ -235,40 +235,13 @@ def read_captioner_prompt(config: GenerateConfig) -> str:
     return prompt
 
 
-def tidy(text: str) -> str:
-    """One line without control characters or halves of letters, and without quotes around it."""
-    line = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text).split())
-    while len(line) > 1 and line[0] + line[-1] in QUOTES and not {line[0], line[-1]} & set(line[1:-1]):
-        line = line[1:-1].strip()
-    return line
-
-
 def check_caption(words: int, question: Question, answer: Answer) -> tuple[str, str | None]:
     """A caption on one line, and what is wrong with it, if anything."""
-    text = tidy(answer.text)
+    text = strip_answer(answer.text)
+    if answer.cut and not text:
+        return text, "cut off while it thought: raise max_new_tokens, or switch thinking off"
     too_long = answer.cut or len(text.split()) > 2 * words + 10  # LLaVA runs to fifteen words where ten are asked for
     return text, fault(text) or ("too long" if too_long else None)
-
-
-def fault(text: str) -> str | None:
-    """What is wrong with the text of any answer, however long: empty, refusal or repetition."""
-    if not re.search(r"\w", text):
-        return "empty"
-    if REFUSAL.match(text):
-        return "refusal"
-    return "repetition" if repeats(text) else None
-
-
-def repeats(text: str) -> bool:
-    """Whether the same words come again and again: one four times in a row, several three times, or most of them."""
-    words = re.findall(r"\w+", text.lower())
-    for size in range(1, min(len(words) // 3, 16) + 1):
-        times = 4 if size == 1 else 3
-        for start in range(len(words) - times * size + 1):
-            if words[start : start + times * size] == words[start : start + size] * times:
-                return True
-    grams = list(zip(words, words[1:], words[2:], strict=False))
-    return len(grams) >= 12 and len(set(grams)) < len(grams) / 2
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ examples:
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spn4cir.data_gen.given import known_captions
 from spn4cir.data_gen.steps import GenerateConfig, first_process, is_done, mark_done, run_step
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
 from spn4cir.files import Row, read_jsonl, write_jsonl
+from spn4cir.provenance import folder_of, read_provenance
 from spn4cir.types import ImageRef, Triplet
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     source, ids = _source(config, dataset), _candidates(config, dataset)
     images = {image_id: dataset.image(image_id) for image_id in ids}
     _check_output(config, dataset, source, images.values())
-    out, failed_file, made_by = config.file("images.jsonl"), config.file("images.failed.jsonl"), _made_by(images)
+    _note_images(config, dataset)
+    described = known_captions(config, dataset, ids).keys() if config.without_caption == "skip" else None
+    out, failed_file, made_by = config.file("images.jsonl"), config.file("images.failed.jsonl"), _made_by(images, described)
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
@@ -43,6 +47,9 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     if failed:
         write_jsonl(failed_file, failed)
     canonical = canonical_ids({i: one.pixels for i, one in inspected.items() if not one.problem})
+    canonical, bare = _with_captions(canonical, described)
+    if bare and not canonical:
+        raise InputError(f"{dataset.name}: none of {bare} images has a caption: leave --without-caption skip out")
     unique, listed = len(set(canonical.values())), f": see {failed_file}" if failed else ""
     if not canonical:
         such = f"{images[failed[0]['image_id']]}, which {failed[0]['reason']}"
@@ -54,6 +61,7 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     write_jsonl(out, rows)
     mark_done(out, made_by, source=source, images=len(canonical), unique=unique, failed=len(failed))
     left_out = f", {len(failed)} left out{listed}" if failed else ""
+    left_out += f", {bare} without a caption left out" if bare else ""
     print(f"deduplicate: {len(canonical)} images, {unique} unique{left_out} → {out}")
 
 
@@ -95,6 +103,12 @@ def _check_output(config: GenerateConfig, dataset: Dataset, source: Row, images:
         below = out.is_relative_to(root) and f"{dataset.root / out.relative_to(root)}/"
         if out == root or (below and any(str(image).startswith(below) for image in images)):
             raise InputError(f"output {folder} holds files of {dataset.name} itself: name another --output")
+    own, made_from = dataset.provenance(), read_provenance(folder)
+    if own and made_from:
+        if not own.is_same(made_from):
+            told = f"holds the triplets of {made_from}, and this is {own}"
+            raise InputError(f"output {folder} {told}: give another with --output, or delete it")
+        return
     try:
         before = json.loads((out / "images.done.json").read_text(encoding="utf-8"))["source"]
         told = " of ".join([before["dataset"], *([before["root"]] if "root" in before else [])])
@@ -104,7 +118,24 @@ def _check_output(config: GenerateConfig, dataset: Dataset, source: Row, images:
         raise InputError(f"output {folder} holds the triplets of {told}: give another with --output, or delete it")
 
 
-def _made_by(images: dict[str, ImageRef]) -> str:
+def _note_images(config: GenerateConfig, dataset: Dataset) -> None:
+    """Note whose images the files of the output folder are made from; of one of ours also in the catalogue's folder."""
+    if own := dataset.provenance():
+        own.write(config.folder)
+        if config.folder.parent == folder_of(Path(f"data/{config.dataset}"), own):
+            own.write(config.folder.parent)
+
+
+def _with_captions(canonical: dict[str, str], described: Collection[str] | None) -> tuple[dict[str, str], int]:
+    """Images of which one with equal pixels has a caption, and how many others there are; all of them for None."""
+    if described is None:
+        return canonical, 0
+    known = {first for image_id, first in canonical.items() if image_id in described}
+    kept = {image_id: first for image_id, first in canonical.items() if first in known}
+    return kept, len(canonical) - len(kept)
+
+
+def _made_by(images: dict[str, ImageRef], described: Collection[str] | None) -> str:
     """A short name for ids and their files' sizes and times, by which a change is noticed."""
     total = hashlib.sha256(b"deduplicate")
     for image_id, image in images.items():
@@ -115,6 +146,8 @@ def _made_by(images: dict[str, ImageRef]) -> str:
         except OSError:
             stamp = "missing"
         total.update(f"{json.dumps(image_id)} {stamp}\n".encode())
+    if described is not None:
+        total.update(json.dumps(sorted(images.keys() & described)).encode())
     return total.hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -23,8 +24,10 @@ from spn4cir.data_gen.ask import Answer, Engine, Question, Try
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError
+from spn4cir.types import ImageRef
 
 KEY = "SPN4CIR_API_KEY"  # the environment variable that holds the secret; it is never written anywhere
+REFUSALS = (400, 413, 415, 422, 451)  # of one picture or text: too large, too thin, or against a content filter
 AGAIN = (408, 409, 425, 429)  # and 5xx: refusals that may pass
 HINTS = dict.fromkeys((401, 403), f"; the key is taken from {KEY}")
 HINTS[404] = "; is the address right, and the model's name?"
@@ -36,6 +39,7 @@ class Trouble(NamedTuple):
     """Why a request got no answer."""
 
     text: str
+    is_refusal: bool = False  # whether the same request would be refused again: what it asks about is the reason
     wait: float = 0.0  # seconds that the server asks for
     away: bool = False  # whether the server answers nobody now, rather than not this question
 
@@ -72,12 +76,27 @@ class Endpoint(Engine):
         """Send each question, again if need be. Raises ``InputError`` if the server is away, or refuses for good."""
         return [self._answer(question, turn) for question in questions]
 
+    def probe(self, like: Question) -> bool:
+        """Whether the server describes a plain picture, or a colour where no picture is asked about.
+
+        Two are tried, as a filter may refuse anything.
+        """
+        for colour in ("gray", "white"):
+            picture = ImageRef(partial(_plain_picture, colour)) if like.image else None
+            what = "image" if picture else f"colour {colour}"
+            asked = Question(f"probe {colour}", f"describe the {what} in 3 words", picture)
+            if self._answer(asked, Try(0, 0)).problem is None:
+                return True
+        return False
+
     def _answer(self, question: Question, turn: Try) -> Answer:
         body = json.dumps(self._request(question, turn)).encode()
         sent, answered = 0, -1
         while True:
             self._wait_for_turn()
             found = self._send(body)
+            if isinstance(found, Trouble) and found.is_refusal:
+                return Answer("", problem=found.text)
             if isinstance(found, Answer):
                 self._answered += 1
                 return found
@@ -130,9 +149,11 @@ class Endpoint(Engine):
             content = error.read(100_000)
         told = f"{self.address} answers {error.code}: {_message(content) or error.reason}"
         told = told.replace(self._key or "\0", "***")
+        if error.code in REFUSALS:
+            return Trouble(told, is_refusal=True)
         if error.code not in AGAIN and error.code < 500:
             raise self._stop(told + HINTS.get(error.code, ""))
-        return Trouble(told, _seconds(error.headers.get("Retry-After")), away=error.code in (429, 503))
+        return Trouble(told, wait=_seconds(error.headers.get("Retry-After")), away=error.code in (429, 503))
 
     def _wait_for_turn(self) -> None:
         """Wait until a request may be sent: neither above the rate, nor while the server wants none."""
@@ -174,6 +195,13 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _plain_picture(colour: str) -> bytes:
+    """A PNG of one colour, of a size that every model takes."""
+    content = io.BytesIO()
+    Image.new("RGB", (224, 224), colour).save(content, "png")
+    return content.getvalue()
+
+
 def chat_address(address: str) -> str:
     """The whole address of the chat, from one with or without ``/v1``. Raises ``InputError`` if it is none of http."""
     parts = urlsplit(address.strip())
@@ -202,6 +230,10 @@ def read_answer(content: bytes) -> Answer | Trouble:
         return Trouble(f"the server's answer is no JSON, or half of it: {_line(content.decode(errors='replace'))!r}")
     except (KeyError, IndexError, TypeError):
         return Trouble(f"the server's answer holds no choices: {_line(json.dumps(found))!r}")
+    if isinstance(text, list):  # of parts, as some servers send it
+        text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
+    if not text and (choice["message"].get("reasoning_content") or choice["message"].get("reasoning")):
+        return Trouble("the server's answer holds thoughts alone: raise max_new_tokens, or switch thinking off there")
     if not isinstance(text, str):
         return Trouble(f"the server's answer holds no text: {_line(json.dumps(choice))!r}")
     return Answer(text.strip(), cut=choice.get("finish_reason") == "length")

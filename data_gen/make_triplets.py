@@ -44,7 +44,9 @@ FEW = 256  # triplets that do not fill two of the usual batches
 def make_triplets(config: GenerateConfig, dataset: Dataset) -> None:
     """All four steps, pictures to look at, and a summary."""
     check_settings(config, dataset)
-    for step in (deduplicate, match_pairs, caption_images, write_triplets, draw.write_window, write_sheet):
+    deduplicate(config, dataset)
+    check_captioner(config, dataset)  # now it is known which images are broken, and which are equal
+    for step in (match_pairs, caption_images, write_triplets, draw.write_window, write_sheet):
         step(config, dataset)
     if Processes().first:
         print_summary(config, dataset)

@@ -17,6 +17,7 @@ from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import Row, hash_files, locked, write_text
+from spn4cir.provenance import folder_of
 
 EMBEDDED = Path(embedded.__file__).parent  # folder of the weights that are part of the package
 ROWS = 256  # references compared with all others at once: (ROWS, N) scores are all that is held
@@ -39,7 +40,8 @@ class GenerateConfig:
         backbone: whose triplets these are: the preset is recipes/triplets/<dataset>_<backbone>.yaml if there is one,
             else recipes/triplets/<dataset>.yaml.
         data_root: where the dataset's files lie; of catalogue, a folder of images or a table of them.
-        output: folder for all files; null makes data/<dataset>/generated.
+        output: folder for all files; null makes data/<dataset>/generated, or data/<dataset>/<catalogue>/generated for
+            images of one's own.
         candidates: images that may occur: "all" of training, or only those "named" by an annotated triplet.
         references: candidates that are paired: "all", or only those that are the reference of an annotated triplet.
         matcher: image encoder that ranks: "embedded"; "unicom:ViT-L/14" (or a file of its weights behind the colon);
@@ -52,6 +54,7 @@ class GenerateConfig:
         pairs: keep so many pairs of all, drawn by seed; null keeps all.
         captions: file of existing captions, instead of a captioner: JSON or JSONL of image_id and caption.
         caption_images: "paired" captions what occurs in a pair, "all" every candidate.
+        without_caption: "ask" the captioner about images that came without one, or "skip" them.
         captioner: "embedded", or a multimodal LLM of transformers by name or folder, or the model's name on endpoint.
         endpoint: address of an OpenAI-compatible server, such as http://host:8000/v1, that runs the captioner.
         prompt: what the captioner is asked; {words} stands for the number of words, {category} for the category.
@@ -93,6 +96,7 @@ class GenerateConfig:
     pairs: int | None = None
     captions: str | None = None
     caption_images: Literal["paired", "all"] = "paired"
+    without_caption: Literal["ask", "skip"] = "ask"
     captioner: str = "embedded"
     endpoint: str | None = None
     prompt: str = "please briefly describe the image in {words} words"
@@ -305,6 +309,7 @@ def run_step(step: Step, text: str | None) -> None:
         from spn4cir.datasets import load_dataset
 
         dataset, processes = load_dataset(config.dataset, config.data_root), Processes()
+        place_output(config, dataset)
         for note in dataset.notes():
             processes.say(note)
         busy = f"another run works in {config.folder}: wait for it, or give --output"
@@ -312,6 +317,13 @@ def run_step(step: Step, text: str | None) -> None:
             step(config, dataset)
 
     run_command(main)
+
+
+def place_output(config: GenerateConfig, dataset: Dataset) -> None:
+    """Put the files of a dataset of one's own into a folder of its catalogue, unless the settings name another."""
+    own = dataset.provenance()
+    if config.output is None and own is not None:
+        config.output = str(folder_of(Path(f"data/{config.dataset}"), own) / "generated")
 
 
 def find_preset(argv: Sequence[str]) -> Path:

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from spn4cir.config import recipes_folder
+from spn4cir.data_gen.answers import fault, strip_thoughts, tidy
 from spn4cir.data_gen.ask import Answer, Question, Reply, ask
-from spn4cir.data_gen.caption import fault, tidy
 from spn4cir.data_gen.engines import engine_of
 from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest, mark_done, skip_step
 from spn4cir.errors import InputError
@@ -261,7 +261,7 @@ def check_rewriting(
     prompt: Prompt, count: TokenCounter, limit: int, question: Question, answer: Answer
 ) -> tuple[str, str | None]:
     """A rewriting on one line, and what is wrong with it, if anything."""
-    text, source, problem = sentence(answer.text), question.key, None
+    text, source, problem = sentence(strip_thoughts(answer.text)), question.key, None
     shown = {said.lower() for pair in prompt.examples for said in pair}
     if text.lower() in shown and source.lower() not in shown:
         problem = "one of the examples"

@@ -276,6 +276,42 @@ class TripletSampler(Sampler[list[tuple[int, int]]]):
                 yield [(self.epoch, int(item)) for item in items[self.rank * share : (self.rank + 1) * share]]
 
 
+class BalancedSampler(TripletSampler):
+    """As many examples of each group in each batch, one more of some in turn; an epoch is as long as without groups.
+
+    Examples of a small group come several times in an epoch, those of a large one may wait for a later one.
+
+    Args:
+        groups: of each example, such as the source of its image.
+        batch_size, seed, process, parts: as of ``TripletSampler``.
+    """
+
+    def __init__(
+        self, groups: Sequence[str], batch_size: int, seed: int, process: tuple[int, int] = (0, 1), parts: int = 1
+    ):
+        super().__init__(range(len(groups)), [], batch_size, None, seed, process, parts)
+        members: dict[str, list[int]] = {}
+        for number, group in enumerate(groups):
+            members.setdefault(group, []).append(number)
+        self.groups = [members[name] for name in sorted(members)]
+        if len(self.groups) > batch_size:
+            raise InputError(f"classes.balance: a batch of {batch_size} has no room for {len(self.groups)} sources")
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """All batches of one epoch, over all processes."""
+        turns = [n % len(self.groups) for n in range(len(self) * self.batch_size)]  # which group comes at each place
+        drawn = []
+        for number, group in enumerate(self.groups):
+            first = epoch * turns.count(number)  # a group goes on where the last epoch has ended
+            places = range(first, first + turns.count(number))
+            orders: dict[int, Any] = {}
+            for turn in {place // len(group) for place in places}:
+                orders[turn] = shuffle(group, f"{self.seed}/{turn}/group/{number}")
+            drawn.append(iter([int(orders[place // len(group)][place % len(group)]) for place in places]))
+        items = [next(drawn[group]) for group in turns]
+        return [items[n : n + self.batch_size] for n in range(0, len(items), self.batch_size)]
+
+
 class TripletLoader:
     """The batches of a training, from any step on; ``workers`` processes load them, or a thread of this one if 0."""
 

@@ -1,8 +1,8 @@
 """Runs on disk: one native format, written to the side and renamed; nothing is pickled.
 
 A run folder holds ``config.yaml``, ``model.json`` (backbone and options), ``model.safetensors`` (best weights),
-``last.safetensors`` (weights, optimiser and progress, to resume from), ``metrics.jsonl``, and ``result.json`` once it
-is complete.
+``last.safetensors`` (weights, optimiser and progress, to resume from), ``metrics.jsonl``, ``made_from.json`` (the
+catalogue, for a dataset of one's own), and ``result.json`` once it is complete.
 """
 
 import json
@@ -18,8 +18,13 @@ from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
+from spn4cir.backbones.shared_towers import TOWERS, Tower
+from spn4cir.backbones.shared_weights import READS_WEIGHTS
+from spn4cir.dataset import Dataset
+from spn4cir.distributed import gather_shares, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.files import replaced, write_text
+from spn4cir.provenance import describe_others, folder_of, read_provenance
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -114,6 +119,20 @@ def load_model(folder: Path, changes: Mapping[str, Any] | None = None) -> Backbo
     return backbone.eval()
 
 
+def tower_of_run(folder: str, known: Mapping[str, Any]) -> Tower:
+    """The model in a run or checkpoint folder as the tower of another; without weights as it was noted."""
+    inner: Any
+    if READS_WEIGHTS.get():
+        inner = load_model(Path(folder))
+        known = {"backbone": inner.name, "options": inner.options}
+    else:
+        inner = build_backbone(known["backbone"], load_weights=False, **known["options"])
+    return Tower(inner, inner.transform, lambda pixels: inner.encode_target(pixels).mean(1), "the target vector", known)
+
+
+TOWERS["run"] = tower_of_run
+
+
 def _are_groups(*options: Any) -> bool:
     """Whether options hold several settings each, of which a change may name some."""
     return all(isinstance(option, dict) for option in options)
@@ -124,25 +143,69 @@ def runs_root() -> Path:
     return Path(os.environ.get("SPN4CIR_RUNS", "runs"))
 
 
-def newest_run(dataset: str, backbone: str | None, stage: int | None = None) -> Path | None:
-    """The newest completed run of a dataset and backbone (of any backbone for None), or None."""
-    done = (runs_root() / dataset).glob(f"{backbone or '*'}/stage{stage or '*'}-*/result.json")
+def newest_run(*folders: Path, backbone: str | None = None, stage: int | None = None) -> Path | None:
+    """The newest completed run of a backbone (of any for None) in some folders of a dataset or catalogue, or None."""
+    done = [path for one in folders for path in one.glob(f"{backbone or '*'}/stage{stage or '*'}-*/result.json")]
     newest = max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name), default=None)
     return newest and newest.parent
 
 
+def find_newest_run(dataset: Dataset, backbone: str | None, stage: int | None = None) -> Path | None:
+    """The newest completed run on these images, or None. Raises ``InputError`` if there are runs on others alone."""
+    base, own = runs_root() / dataset.name, dataset.provenance()
+    run = newest_run(folder_of(base, own), backbone=backbone, stage=stage)
+    if run or own is None:
+        return run
+    others = describe_others(base, own)
+    if old := newest_run(base, backbone=backbone, stage=stage):
+        others = "; ".join(filter(None, [others, f"images that {old} does not name"]))
+    if others:
+        option = "--init FOLDER" if stage else "--run FOLDER, or --run embedded for the untrained weights"
+        raise InputError(f"{base} holds no run on {own}, only runs on {others}: train one, or give {option}")
+    return None
+
+
+def check_origin(run: Path, dataset: Dataset, names_run: bool, names_images: bool) -> str:
+    """What a person should know of where a run was trained; empty if it was on these images, or on a published dataset.
+
+    Raises ``InputError`` if it was trained on another catalogue, unless a person named both the run and the images; and
+    if it does not say on which images, unless a person named the run.
+    """
+    own, trained = dataset.provenance(), read_provenance(run)
+    if own is None or (trained and own.is_same(trained)):
+        return ""
+    told = (
+        f"run {run} was trained on {trained}" if trained else f"run {run} does not say which images it was trained on"
+    )
+    if not names_run or (trained and not names_images):
+        raise InputError(f"{told}; this is {own}: give --run and --data-root to evaluate one on the other")
+    return f"{told}; this is {own}"
+
+
 def save_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Everything that the next step depends on. Random numbers are keyed by step, so none are stored."""
+    """Everything that the next step depends on; all processes call it, and the first one writes.
+
+    Random numbers are keyed by step, so none are stored. Parameters of which each process holds a share are written
+    whole, with their optimiser states.
+    """
+    state, shared = optimizer.state_dict(), _shared(module, optimizer)
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-    state = optimizer.state_dict()
     for index, values in state["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-    write_tensors(path, tensors, {"progress": progress, "groups": state["param_groups"]})
+    for name in sorted(tensors):
+        if _owner(name) in shared and tensors[name].ndim:
+            tensors[name] = gather_shares(tensors[name])
+    if process_rank() == 0:
+        write_tensors(path, tensors, {"progress": progress, "groups": state["param_groups"]})
 
 
 def load_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put back what ``save_progress`` wrote and return the progress."""
+    """Put back what ``save_progress`` wrote, of shared parameters this process's share, and return the progress."""
     tensors, about = read_tensors(path)
+    shared = _shared(module, optimizer)
+    for name, value in tensors.items():
+        if (share := shared.get(_owner(name))) and value.ndim:
+            tensors[name] = value[share].clone()
     weights = {name.removeprefix("module."): v for name, v in tensors.items() if name.startswith("module.")}
     load_strictly(module, weights, path)
     state: dict[int, dict[str, Tensor]] = {}
@@ -152,3 +215,21 @@ def load_progress(path: Path, module: nn.Module, optimizer: torch.optim.Optimize
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
     return cast(dict[str, Any], about["progress"])
+
+
+def _owner(name: str) -> str:
+    """``module.NAME`` of a weight, ``optimizer.NUMBER`` of a state of one."""
+    return name if name.startswith("module.") else ".".join(name.split(".")[:2])
+
+
+def _shared(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, slice]:
+    """Rows that this process holds of parameters of which each process has a share, by weight and by state."""
+    if world_size() == 1:
+        return {}
+    order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    found: dict[str, slice] = {}
+    for name, value in module.named_parameters():
+        if (first := getattr(value, "first_row", None)) is not None:
+            rows = slice(first, first + len(value))
+            found |= {f"module.{name}": rows, f"optimizer.{order.index(id(value))}": rows}
+    return found

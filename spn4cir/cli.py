@@ -40,7 +40,7 @@ def _evaluate() -> None:
     add("--dataset", help=f"default: that of --run, else {TrainConfig.dataset}")
     add("--data-root", help="where its files lie")
     add("--backbone", help="whose newest run is meant, or whose embedded weights (default: any run's)")
-    add("--run", type=Path, help="run or checkpoint folder (default: the newest completed run)")
+    add("--run", type=Path, help="run or checkpoint folder, or embedded (default: the newest run on these images)")
     add("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
     add("--json", metavar="FILE", help="write the result as JSON; - for standard output")
     add("--ranks", metavar="FILE", type=Path, help="write the ranks of each query's targets (.parquet, .jsonl)")
@@ -86,20 +86,14 @@ def check_output(option: str, output: str | Path | None) -> None:
 def _evaluate_run(args: argparse.Namespace) -> None:
     from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone
-    from spn4cir.datasets import load_dataset
+    from spn4cir.data import hash_pixels
     from spn4cir.datasets.skip import skip_notes
     from spn4cir.distributed import Processes, own_device
     from spn4cir.evaluate import evaluate
     from spn4cir.images import ImageSource
     from spn4cir.results import git_commit, metrics_table
 
-    run = args.run or checkpoints.newest_run(args.dataset or TrainConfig.dataset, args.backbone)
-    held = checkpoints.read_model(run)[0] if run else None
-    if args.run and args.backbone not in (None, held):
-        raise InputError(f"--run {run} holds a {held}, not a {args.backbone}")
-    of_run = read_settings(run / "config.yaml", TrainConfig) if run and (run / "config.yaml").is_file() else {}
-    name = args.dataset or of_run.get("dataset") or TrainConfig.dataset
-    dataset = load_dataset(name, args.data_root or (of_run.get("data_root") if name == of_run.get("dataset") else None))
+    run, of_run, dataset, note = _choose_run(args)
     if args.protocol is None and of_run.get("protocol") in dataset.protocols.get(args.split, ()):
         args.protocol = of_run["protocol"]
     args.batch_size = args.batch_size or of_run.get("eval_batch_size") or TrainConfig.eval_batch_size
@@ -115,7 +109,13 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     images = ImageSource(dataset.image, backbone.transform)
     model = f"model {run or 'embedded weights, not trained on any triplet'}"
     top = 50 if args.submission else (args.k or 100) if args.top_k else 0
-    result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
+    try:
+        result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
+    except InputError as error:
+        if not str(error).startswith("image "):
+            raise
+        hash_pixels(dataset, benchmark.image_ids, lambda line: None, show=False)  # raises with all broken images
+        raise
     if not processes.first:
         return
     if args.submission:
@@ -125,13 +125,43 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         for path in dataset.write_submission(args.submission, *lists):
             print(dataset.check_submission(path))
         return
-    print(model, *dataset.notes(), *skip_notes(dataset), metrics_table(result), sep="\n", file=report_stream(args.json))
+    notes = filter(None, [note, *dataset.notes(), *skip_notes(dataset)])
+    print(model, *notes, metrics_table(result), sep="\n", file=report_stream(args.json))
     for path, column in ((args.ranks, "ranks"), (args.top_k, "top")):
         if path:
             result.write_rows(path, column)
     values = result.as_json()
     about = {"protocol": values.pop("protocol"), "run": str(run) if run else None, **values, "git": git_commit()}
     write_json(args.json, about)
+
+
+def _choose_run(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any], Any, str]:
+    """The run to evaluate, None for the embedded weights; its settings; the dataset; a note on where it was trained.
+
+    Without ``--run`` it is the newest one on these images, or without ``--data-root`` the newest one of the dataset.
+    Raises ``InputError`` if there is none on these images, but some on others.
+    """
+    from spn4cir import checkpoints
+    from spn4cir.datasets import load_dataset
+
+    name, run = args.dataset or TrainConfig.dataset, args.run
+    is_embedded = str(run) == "embedded" and not run.exists()
+    if is_embedded:
+        run = None
+    elif run is None and args.data_root is None:
+        base = checkpoints.runs_root() / name
+        run = checkpoints.newest_run(base, *sorted(base.glob("*")), backbone=args.backbone)
+    elif run is None:
+        run = checkpoints.find_newest_run(load_dataset(name, args.data_root), args.backbone)
+    held = checkpoints.read_model(run)[0] if run else None
+    if args.run and run and args.backbone not in (None, held):
+        raise InputError(f"--run {run} holds a {held}, not a {args.backbone}")
+    of_run = read_settings(run / "config.yaml", TrainConfig) if run and (run / "config.yaml").is_file() else {}
+    name = args.dataset or of_run.get("dataset") or TrainConfig.dataset
+    dataset = load_dataset(name, args.data_root or (of_run.get("data_root") if name == of_run.get("dataset") else None))
+    is_known = run and name == of_run.get("dataset")
+    note = checkpoints.check_origin(run, dataset, bool(args.run), bool(args.data_root)) if is_known else ""
+    return run, of_run, dataset, note
 
 
 def _combine(paths: list[Path], output: str | None) -> None:
@@ -252,7 +282,7 @@ def _deduplicate(args: argparse.Namespace) -> None:
     found = inspect_images(paths, _pixel_cache(dataset.name), args.workers)
     if broken := [image_id for image_id, image in found.items() if image.problem]:
         what = f"{len(broken)} images are missing or broken, such as {paths[broken[0]]}"
-        raise InputError(f"{what}: see spn4cir-data check --dataset {dataset.name}")
+        raise InputError(f"{what}: see {dataset.check_command(broken[0])}")
     canonical = canonical_ids({image_id: image.pixels for image_id, image in found.items()})
     write_optimized(out, canonical, paths)
     print(f"{len(canonical)} images, {len(set(canonical.values()))} unique → {out}")

@@ -12,94 +12,12 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
+from spn4cir.config_groups import AdamWConfig, BankConfig, ClassesConfig, ComputeConfig, NegativesConfig
 from spn4cir.errors import InputError
 from spn4cir.files import write_text
 from spn4cir.schedules import check_options
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass
-class BankConfig:
-    """What stage 2 scores each query against.
-
-    Args:
-        images: "all" training images; those "named" by a triplet; or those that are "targets" of one, where references
-            are never ranked, such as drawings.
-        extra: a folder or table of further pictures that no triplet names: more negatives.
-        limit: candidates drawn anew for each step, at random, beside the targets of its triplets; null for all.
-        dtype: how features are stored.
-        references: "stored" keeps features of references too, memory-mapped; "recompute" encodes them at each step.
-        in_stage1: also read features from the store in stage 1, which then encodes no image; for a backbone whose image
-            side does not train there.
-    """
-
-    images: Literal["all", "named", "targets"] = "all"
-    extra: str | None = None
-    limit: int | None = None
-    dtype: Literal["float32", "float16"] = "float32"
-    references: Literal["stored", "recompute"] = "stored"
-    in_stage1: bool = False
-
-
-@dataclasses.dataclass
-class NegativesConfig:
-    """What counts as a negative.
-
-    Args:
-        types: which element of the triplet is replaced to form negatives, in stage 1: [target], or several of target,
-            query, text, reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
-        max_similarity: candidates more similar to the positive than this (cosine of targets) are treated as false
-            negatives and masked; null masks none.
-        margin: of a triplet loss against one negative drawn from the batch, in the place of InfoNCE, in stage 1; null
-            for InfoNCE.
-    """
-
-    types: list[Literal["target", "query", "text", "reference"]] = dataclasses.field(default_factory=lambda: ["target"])
-    max_similarity: float | None = None
-    margin: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.margin is not None and self.types != ["target"]:
-            raise InputError(f"negatives.margin draws targets as negatives, and negatives.types is {self.types}")
-        if self.margin is not None and self.max_similarity is not None:
-            raise InputError("negatives.margin draws one negative of a batch, whatever negatives.max_similarity says")
-        if not self.types or len(set(self.types)) < len(self.types):
-            raise InputError(f"negatives.types names at least one type, and each once, got {self.types}")
-
-
-@dataclasses.dataclass
-class ComputeConfig:
-    """How a step is computed; but for accumulate, and for what dropout draws, the result is the same.
-
-    Args:
-        chunk: micro-batch size of gradient caching in stage 1: the gradient is exact, at the price of a second forward
-            pass, and memory is that of one chunk; null disables it.
-        accumulate: parts of a batch, one after the other; in stage 1 each part has its own candidates only.
-        checkpoint: keep no activations inside the blocks of the towers, but compute them again.
-        compile: let torch.compile make kernels for the blocks of the towers that train; the first steps are slow.
-    """
-
-    chunk: int | None = None
-    accumulate: int = 1
-    checkpoint: bool = False
-    compile: bool = False
-
-
-@dataclasses.dataclass
-class AdamWConfig:
-    """Settings of AdamW beside learning rate and weight decay.
-
-    Args:
-        beta2: decay of the second moment.
-        eps: added to the denominator.
-        max_grad_norm: scale the gradient down to this norm where it is larger; null never does.
-    """
-
-    beta2: float = 0.999
-    eps: float = 1e-7
-    max_grad_norm: float | None = None
-
 
 RENAMED = {
     "annotated": "max_annotated", "negatives.above": "negatives.max_similarity", "beta2": "adamw.beta2",
@@ -107,12 +25,17 @@ RENAMED = {
     "selection: val": "holdout: null", "selection": "holdout",
 }  # fmt: skip
 """Old settings and values, and what they are called now."""
-GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
+GROUPS = {
+    "bank": BankConfig, "negatives": NegativesConfig, "classes": ClassesConfig, "compute": ComputeConfig,
+    "adamw": AdamWConfig,
+}  # fmt: skip
+STAGE_NAMES = (1, 2, "classes", "crossmodal")
+"""Those of ``spn4cir.stages.STAGES``, for commands that do not import torch."""
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("above 0", lambda x: 0 < x < math.inf, "batch_size epochs lr temperature eval_batch_size log_every adamw.eps"),
     ("above 0", lambda x: 0 < x < math.inf, "adamw.max_grad_norm negatives.margin"),
     ("0 or more", lambda x: 0 <= x < math.inf, "warmup_steps eval_every save_every workers weight_decay max_annotated"),
-    ("at least 1", lambda x: x >= 1, "patience max_steps bank.limit compute.chunk compute.accumulate"),
+    ("at least 1", lambda x: x >= 1, "patience max_steps bank.limit compute.chunk compute.accumulate classes.centres"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "generated_share adamw.beta2"),
     ("between 0 and 1", lambda x: 0 < x < 1, "holdout negatives.max_similarity"),
 ]
@@ -139,6 +62,8 @@ class TrainConfig:
         generated_share: share of each batch that is generated; null concatenates both lists.
         bank: stage 2's candidates.
         negatives: what counts as a negative.
+        classes: centres of stage "classes".
+        terms: weights of further losses by name, such as {correlation: 0.1}; spn4cir/terms.py lists them.
         batch_size: triplets in one optimiser step, over all processes.
         epochs: passes over the annotated triplets (over all where generated_share is null).
         max_steps: stop after so many optimiser steps; null for no bound.
@@ -181,6 +106,8 @@ class TrainConfig:
     generated_share: float | None = None
     bank: BankConfig = dataclasses.field(default_factory=BankConfig)
     negatives: NegativesConfig = dataclasses.field(default_factory=NegativesConfig)
+    classes: ClassesConfig = dataclasses.field(default_factory=ClassesConfig)
+    terms: dict[str, float] = dataclasses.field(default_factory=dict)
     batch_size: int = 128
     epochs: int = 10
     max_steps: int | None = None
@@ -233,7 +160,7 @@ def recipes_folder() -> Path:
     return Path(__file__).parent / "recipes"
 
 
-def training_command(stage: int) -> str:
+def training_command(stage: int | str) -> str:
     """The command that trains a stage: the script of a checkout in the working folder, or the package's own."""
     script = f"recipes/stage{stage}.py"
     return f"accelerate launch {script}" if Path(script).is_file() else f"spn4cir-train --stage {stage}"

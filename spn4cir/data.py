@@ -12,15 +12,17 @@ from spn4cir import checkpoints
 from spn4cir.config import TrainConfig
 from spn4cir.dataset import Dataset
 from spn4cir.datasets import load_dataset, open_extra_images
-from spn4cir.datasets.generated import open_generated
+from spn4cir.datasets.generated import MAKE, open_generated
 from spn4cir.datasets.skip import skip_notes
 from spn4cir.errors import InputError
 from spn4cir.identity import PUBLISHED_CLASSES, inspect_images, read_optimized
+from spn4cir.provenance import describe_others, folder_of, read_provenance
 from spn4cir.results import metric_names, primary_names
 from spn4cir.triplets import Numbers, TripletTable, join_triplets, named_images
 from spn4cir.types import Benchmark, Query, Triplet, recall_measures
 
 Say = Callable[[str], None]
+NAMED = 20  # broken images that a message names
 HOLDOUT_GALLERY = 10_000
 """Held-out triplets are ranked over so many images, or over all images of the triplets if there are fewer."""
 
@@ -69,7 +71,7 @@ class TrainingData:
             if triplet.reference is not None:
                 found.setdefault(triplet.reference, triplet)
             if len(targets) < count // 3:
-                targets[triplet.targets[0]] = None
+                targets[(triplet.targets or triplet.image_ids)[0]] = None  # a class's example has no target
             if len(found) == count:
                 break
         return list(found.values()), list(targets)
@@ -114,10 +116,10 @@ def load_triplets(
     triplets: Sequence[Triplet] = dataset.triplets()[: config.max_annotated]
     generated: Sequence[Triplet] = []
     if config.generated:
-        folders = [Path("data") / dataset.name / name for name in (f"generated_{config.backbone}", "generated")]
-        default = next((folder for folder in folders if folder.is_dir()), folders[-1]) / "triplets.json"
-        path = default if config.generated == "auto" else dataset.file(config.generated)
-        dataset, generated, notes = open_generated(path, dataset, benchmark.gallery if benchmark else ())
+        is_auto = config.generated == "auto"
+        path = find_generated(dataset, config.backbone) if is_auto else dataset.file(config.generated)
+        ranked = benchmark.gallery if benchmark else ()
+        dataset, generated, notes = open_generated(path, dataset, ranked, may_have_others=not is_auto)
         for note in notes:
             say(note)
     if not triplets and not generated:
@@ -138,6 +140,26 @@ def load_triplets(
     return dataset, join_triplets(triplets, generated), selection
 
 
+def find_generated(dataset: Dataset, backbone: str) -> Path:
+    """The file that spn4cir-triplets writes by default for a dataset's images.
+
+    Raises ``InputError`` if there are only triplets of another catalogue, or of one that they do not name.
+    """
+    base, own = Path("data") / dataset.name, dataset.provenance()
+    names = (f"generated_{backbone}", "generated")
+    folders = [folder_of(base, own) / name for name in names]
+    found = next((folder for folder in folders if folder.is_dir()), folders[-1]) / "triplets.json"
+    made_from = read_provenance(found.parent)
+    if own is None or (found.is_file() and made_from and own.is_same(made_from)):
+        return found
+    others = describe_others(base, own) if made_from is None or own.is_same(made_from) else str(made_from)
+    told = f"{base} holds none of {own}" + (f", only of {others}" if others else "")
+    if old := next((path for name in names if (path := base / name / "triplets.json").is_file()), None):
+        told += f", and {old} does not say of which images it is: if of these, give --generated {old}"
+    make = f"make them with {MAKE} --dataset {dataset.name}{dataset.place_option()}"
+    raise InputError(f"generated triplets are missing: {told}; {make}")
+
+
 def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Sequence[Triplet], Benchmark]:
     """Split off a fraction of the triplets as a benchmark; returns the rest and the benchmark.
 
@@ -146,6 +168,8 @@ def split_holdout(config: TrainConfig, triplets: Sequence[Triplet]) -> tuple[Seq
     both trained on and evaluated. They are ranked over the images of all triplets that are split, or of the first ones
     that name ``HOLDOUT_GALLERY`` images. A table of triplets is split by other numbers than a list is.
     """
+    if not triplets[0].targets:
+        raise InputError("selection: holdout needs triplets with targets, and these have labels alone: leave it out")
     made = triplets[0].generated
     drawn = triplets.draws(made) if isinstance(triplets, TripletTable) else _draws(triplets, made)
     is_held = np.isfinite(drawn) & ((drawn < config.holdout) | (drawn == drawn.min()))
@@ -178,17 +202,19 @@ def hash_pixels(
 
     Each image is decoded, unless it was before and has not changed since: a broken one is found before training.
     ``own_mode`` is that of ``inspect_images``.
-    Raises ``InputError`` that names the first one that is missing or broken, and how to leave such images out.
+    Raises ``InputError`` that names up to ``NAMED`` missing or broken ones, and the command that lists all.
     """
     images = {image_id: dataset.image(image_id) for image_id in image_ids}
     cache = checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl"
     found = inspect_images(images, cache, show=show, own_mode=own_mode)
     broken = [image_id for image_id, image in found.items() if image.problem]
     if broken:
-        first = found[broken[0]]
-        more = f" (and {len(broken) - 1} more: see {dataset.check_command(broken[0])})" if broken[1:] else ""
-        what = "is missing" if first.problem == "missing" else f"does not decode: {first.detail}"
-        raise InputError(f"image {images[broken[0]]} {what}{more}")
+        told = []
+        for image_id in broken[:NAMED]:
+            detail = f"does not decode: {found[image_id].detail}"
+            told.append(f"{images[image_id]} {'is missing' if found[image_id].problem == 'missing' else detail}")
+        more = f"; and {len(broken) - NAMED:,} more" if len(broken) > NAMED else ""
+        raise InputError(f"image {'; image '.join(told)}{more}; see {dataset.check_command(broken[0])}")
     published = dataset.root and dataset.root / PUBLISHED_CLASSES
     if not published or not published.is_file():
         return {image_id: image.pixels for image_id, image in found.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
 from spn4cir.errors import InputError
+from spn4cir.provenance import Provenance
 from spn4cir.triplets import TripletTable
 from spn4cir.types import Benchmark, ImageRef, Triplet
 
@@ -59,6 +61,7 @@ class Dataset(ABC):
     Attributes:
         protocols: ids of each split, the default first.
         root: folder of the files, if they have one.
+        data_root: where a person said that the files lie, if anybody did.
         has_triplets: whether training triplets come with the files.
         skip_reasons: image ids that the skip list leaves out, each with the reason.
         extra_images: further images that training may use, by id; ``extra_check`` is the command that checks them.
@@ -67,6 +70,7 @@ class Dataset(ABC):
     name: ClassVar[str]
     protocols: ClassVar[Mapping[str, tuple[str, ...]]]
     root: Path | None = None
+    data_root: str | None = None
     has_triplets: bool = True
     skip_reasons: Mapping[str, str] = {}
     extra_images: Mapping[str, ImageRef] = {}
@@ -120,13 +124,27 @@ class Dataset(ABC):
         """The caption that came with an image; else empty."""
         return ""
 
+    def class_vectors(self) -> Mapping[str, Sequence[float]]:
+        """A vector of numbers for each class, as side information, where the files have one; else nothing."""
+        return {}
+
     def other_columns(self) -> Sequence[pyarrow.Table]:
         """Tables that say more of the listed training images, one row each and in that order, below each other."""
         return ()
 
     def check_command(self, image_id: str) -> str:
         """The command that lists all broken images like this one."""
-        return self.extra_check if image_id in self.extra_images else f"spn4cir-data check --dataset {self.name}"
+        if image_id in self.extra_images:
+            return self.extra_check
+        return f"spn4cir-data check --dataset {self.name}{self.place_option()}"
+
+    def place_option(self) -> str:
+        """The option of all commands that says where the files lie, with a space before it; empty for the default."""
+        return f" --data-root {shlex.quote(self.data_root)}" if self.data_root else ""
+
+    def provenance(self) -> Provenance | None:
+        """The images as a catalogue with folders of its own; None for a published dataset, whose name says it all."""
+        return None
 
     def file(self, name: str) -> Path:
         """A file that a person names: as it stands, or below the dataset's folder."""

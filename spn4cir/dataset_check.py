@@ -19,7 +19,13 @@ SHOWN = 3  # examples of a check in the terminal
 
 @dataclass
 class Report:
-    """What was found. ``broken`` are images and what is wrong with them, ``duplicates`` classes of equal images."""
+    """What was found.
+
+    Args:
+        broken: images and what is wrong with them.
+        duplicates: classes of equal images.
+        has_triplets: whether triplets come with the dataset; else training needs generated ones.
+    """
 
     dataset: str
     root: str
@@ -27,6 +33,7 @@ class Report:
     broken: dict[str, str] = field(default_factory=dict)
     duplicates: list[list[str]] = field(default_factory=list)
     found: dict[str, Inspected] = field(default_factory=dict, repr=False)
+    has_triplets: bool = True
 
     @property
     def can_train(self) -> bool:
@@ -36,7 +43,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Everything but the look at single images, for machines."""
         values = asdict(replace(self, found={}))
-        return {"can_train": self.can_train, **{name: values[name] for name in values if name != "found"}}
+        inner = {"found", "has_triplets"}
+        return {"can_train": self.can_train, **{name: values[name] for name in values if name not in inner}}
 
 
 def examine(
@@ -47,6 +55,7 @@ def examine(
     ``cache`` and ``workers`` are those of ``inspect_images``; a report ``before`` on the same images saves a look.
     """
     report = Report(dataset.name, str(dataset.root or "embedded"), dataset.checks())
+    report.has_triplets = dataset.has_triplets
     roles = dataset.image_roles()
     ids = list(dict.fromkeys(i for role in roles for i in role.image_ids))
     if dataset.skip_reasons:
@@ -64,6 +73,9 @@ def examine(
         report.checks += _usable(dataset)
     if mended := [i for i in sorted(dataset.skip_reasons) if i in found and not found[i].problem]:
         report.checks.append(Check.listed("images on the skip list that decode", mended))
+    distinct = {one.pixels for i, one in found.items() if not one.problem and i not in dataset.skip_reasons}
+    if not dataset.has_triplets and len(distinct) < 2:
+        report.checks.append(Check("different images to make triplets of", len(distinct), 2, "problem"))
     report.duplicates, checks = _equal(dataset, roles, found)
     report.checks += checks
     return report
@@ -154,6 +166,8 @@ def table(report: Report) -> str:
                 lines.append(f"    … {len(check.examples) - SHOWN:,} more")
     levels = Counter(check.level for check in report.checks)
     verdict = "training can run" if report.can_train else "training cannot run"
+    if report.can_train and not report.has_triplets:
+        verdict += " once spn4cir-triplets has made triplets" + ", which leaves broken images out" * bool(report.broken)
     if any(problem in check.what for check in report.checks if check.level == "problem" for problem in PROBLEMS):
         verdict += "; --write-skip-list leaves missing and broken images out"
     return "\n".join([*lines, "", f"problems: {levels['problem']}, notes: {levels['note']}; {verdict}"])

@@ -89,6 +89,19 @@ def all_gather_rows(local: "Tensor") -> "Tensor":
     return torch.cat(parts)
 
 
+def gather_shares(local: "Tensor") -> "Tensor":
+    """(n, …) of each process, n its own → (all n, …) in rank order, without a gradient."""
+    import torch
+
+    if world_size() == 1:
+        return local
+    sizes = all_gather_rows(torch.tensor([len(local)], device=local.device)).tolist()
+    padded = local.new_zeros(max(sizes), *local.shape[1:])
+    padded[: len(local)] = local.detach()
+    parts = all_gather_rows(padded[None])  # (processes, most, …)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
 def gather_with_gradient(local: "Tensor") -> "Tensor":
     """As ``all_gather_rows``; each process gets back the gradient of its own rows, summed over all processes."""
     import torch

@@ -151,6 +151,8 @@ def _compose(
             return torch.zeros_like(backbone.compose_text(tokens).query)
         return backbone.compose_image(features)
     if mode == TEXT_ONLY:
+        if features is not None and not bool(has_text.any()):  # a model may have no texts at all
+            return torch.zeros(len(numbers), features.target.shape[2], device=device)
         return backbone.compose_text(tokens).query * has_text[:, None]
     return backbone.compose_partial(features, tokens, None, has_text).query
 

@@ -4,6 +4,7 @@ Time is linear in the number of images: each is decoded once and reduced to the 
 one class. Only as many decoded images as there are workers are in memory at any time.
 """
 
+import hashlib
 import json
 import os
 import stat
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import PIL
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.files import read_json, write_text
-from spn4cir.images import StoredBytes, decode, pixel_hash
+from spn4cir.images import StoredBytes, decode, is_vector, pixel_hash, read_vector
 from spn4cir.types import ImageRef
 
 Problem: TypeAlias = Literal["", "missing", "truncated", "unreadable"]
@@ -51,7 +52,7 @@ def inspect_images(
     show: bool = True,
     own_mode: bool = False,
 ) -> dict[str, Inspected]:
-    """Decode every image once and hash its pixels; no broken image stops it.
+    """Decode every image once and hash its pixels, of given features its numbers; no broken image stops it.
 
     A file is *truncated* if it begins as PNG, JPEG, GIF or WebP and the end mark is missing (of a WebP: it is shorter
     than it says), or the decoder ran out of data, as it also does where a damaged length promises too much. Everything
@@ -195,11 +196,21 @@ def _inspect(image: ImageRef, read: Read) -> Inspected:
     try:
         if image.path and not image.path.is_file() and image.path.exists():  # a pipe would wait for ever
             return Inspected("", "unreadable", "not a regular file")
-        return Inspected(pixel_hash(read(image)))
+        return Inspected(_hash(image, read))
     except (FileNotFoundError, NotADirectoryError) as error:
         return Inspected("", "missing", _line(error))
     except Exception as error:  # foreign data in a dozen decoders: whatever one of them raises is said of this file
         return Inspected("", "truncated" if _ends_early(image, _line(error)) else "unreadable", _line(error))
+
+
+def _hash(image: ImageRef, read: Read) -> str:
+    """The hash of an image's pixels, or of its numbers where it is given as features."""
+    try:
+        return pixel_hash(read(image))
+    except UnidentifiedImageError:
+        if not is_vector(image):
+            raise
+        return hashlib.sha256(read_vector(image).numpy().tobytes()).hexdigest()
 
 
 def _line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -19,6 +20,7 @@ from spn4cir.types import ImageRef
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OWN_MODES = ("1", "P", "RGBA", "LA", "CMYK")
 """Modes that ``RgbLastTransform`` resizes as they are. In others, such as grey, converting first changes no pixel."""
+NPY = b"\x93NUMPY"  # what an .npy file begins with
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,40 @@ def open_image(image: ImageRef | Path, own_mode: bool = False) -> Image.Image:
         return decode(image, own_mode)
     except FileNotFoundError:
         raise InputError(f"image {image} is missing") from None
+    except UnidentifiedImageError as error:
+        what = "is a vector of given features, and the model reads pictures" if is_vector(image) else ""
+        raise InputError(f"image {image} {what or f'does not decode: {error}'}") from None
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise InputError(f"image {image} does not decode: {error}") from None
+
+
+def is_vector(image: ImageRef | Path) -> bool:
+    """Whether the bytes of an image begin as those of an ``.npy`` file. Raises ``OSError`` if it cannot be read."""
+    source = image.source if isinstance(image, ImageRef) else image
+    if not isinstance(source, Path):
+        return source()[: len(NPY)] == NPY
+    with source.open("rb") as file:
+        return file.read(len(NPY)) == NPY
+
+
+def read_vector(image: ImageRef | Path) -> Tensor:
+    """Read an image that is given as features: an ``.npy`` file of D finite numbers → (D,) in float32.
+
+    Raises ``InputError`` if it is missing, is not such a file, or holds anything else.
+    """
+    source = image.source if isinstance(image, ImageRef) else image
+    try:
+        data = source.read_bytes() if isinstance(source, Path) else source()
+        if not data.startswith(NPY):
+            raise ValueError("it is no .npy file")
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"features {image} are missing") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"features {image} cannot be read: {' '.join(str(error).split())}") from None
+    if found.ndim != 1 or found.dtype.kind not in "fiu" or not np.isfinite(found).all():
+        raise InputError(f"features {image}: expected a vector of finite numbers, got {found.dtype} {found.shape}")
+    return torch.from_numpy(found.astype(np.float32))
 
 
 def pixel_hash(picture: Image.Image) -> str:
@@ -142,29 +176,52 @@ class RgbLastTransform(Transform):
     own_mode = True
 
 
+@dataclass(frozen=True)
+class VectorTransform:
+    """For models that read given features instead of pictures: checks that a vector has ``size`` numbers."""
+
+    size: int
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """(D,) → (D,). Raises ``InputError`` if D is not ``size``."""
+        if vector.shape != (self.size,):
+            raise InputError(f"features of {len(vector)} numbers, and the model reads {self.size}: set image: given:D")
+        return vector
+
+
+def takes_vectors(transform: Callable[..., Tensor]) -> bool:
+    """Whether a transform takes vectors, as ``read_vector`` gives them, instead of pictures."""
+    return isinstance(transform, VectorTransform)
+
+
 def takes_own_mode(transform: Callable[[Image.Image], Tensor]) -> bool:
     """Whether a transform takes pictures as ``keep_mode`` gives them; any other takes RGB."""
     return isinstance(transform, Transform) and transform.own_mode
 
 
+def load_pixels(image: ImageRef | Path, transform: Callable[..., Tensor]) -> Tensor:
+    """(3, H, W), or (D,) of given features. Raises ``InputError`` naming the file if it is missing or broken."""
+    if takes_vectors(transform):
+        return transform(read_vector(image))
+    return transform(open_image(image, takes_own_mode(transform)))
+
+
 class ImageSource:
     """Image ids to pixels, for one transform; ``keep`` holds decoded pixels in memory (for small datasets)."""
 
-    def __init__(
-        self, image: Callable[[str], ImageRef | Path], transform: Callable[[Image.Image], Tensor], keep: bool = False
-    ):
+    def __init__(self, image: Callable[[str], ImageRef | Path], transform: Callable[..., Tensor], keep: bool = False):
         self.image, self.transform = image, transform
         self._kept: dict[str, Tensor] | None = {} if keep else None
 
     def __call__(self, image_id: str) -> Tensor:
-        """(3, H, W). Raises ``InputError`` naming the file if it is missing or does not decode."""
+        """(3, H, W), or (D,) of given features. Raises ``InputError`` naming the file if it is missing or broken."""
         if self._kept is not None and image_id in self._kept:
             return self._kept[image_id]
-        pixels = self.transform(open_image(self.image(image_id), takes_own_mode(self.transform)))
+        pixels = load_pixels(self.image(image_id), self.transform)
         if self._kept is not None:
             self._kept[image_id] = pixels
         return pixels
 
     def stack(self, image_ids: Sequence[str]) -> Tensor:
-        """(B, 3, H, W)."""
+        """(B, 3, H, W), or (B, D) of given features."""
         return torch.stack([self(i) for i in image_ids])

@@ -1,25 +1,42 @@
 """The one loss: InfoNCE of composed queries against a set of candidates, of any size, here or on many processes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spn4cir.distributed import all_gather_rows, all_reduce, process_rank, world_size
-from spn4cir.streaming import CandidateMask, Softmax, candidate_gradient, finite, pooled, streaming_softmax
+from spn4cir.streaming import CandidateMask, Softmax, Transform, candidate_gradient, finite, pooled, streaming_softmax
 
 
 @dataclass(frozen=True)
 class Shard:
     """The candidates that this process holds, (n, K, E): row ``first`` of all and the following.
 
-    Where there are several processes, each holds some; together they hold all, once.
+    Where there are several processes, each holds some; together they hold all, once. If they learn, each process gets
+    the whole gradient of its own, of the mean over processes of their losses.
     """
 
     vectors: Tensor
     first: int = 0
+
+    def detach(self) -> "Shard":
+        """The same without a gradient."""
+        return Shard(self.vectors.detach(), self.first)
+
+
+class Margin(Protocol):
+    """What a margin makes of cosines."""
+
+    def positive(self, cosine: Tensor, query: Tensor) -> Tensor:
+        """Of the positives (T,), of these of the B queries; differentiable."""
+        ...
+
+    def others(self, positive: Tensor) -> Transform | None:
+        """Of all other candidates, given the positives' cosines (B,) as they are; None if they stay as they are."""
+        ...
 
 
 def info_nce(
@@ -29,6 +46,7 @@ def info_nce(
     temperature: Tensor | float,
     ignore: Tensor | None = None,
     threshold: float | None = None,
+    margin: Margin | None = None,
 ) -> Tensor:
     """Cross-entropy of each query's positive among all candidates, a scalar.
 
@@ -43,14 +61,15 @@ def info_nce(
 
     Args:
         query: (B, E), unit norm; of several processes that hold a ``Shard`` each, as many on each.
-        candidates: (N, K, E), unit norm; or this process's ``Shard`` of them, frozen: the loss is then this process's
-            share, such that the mean over processes is that of all queries.
+        candidates: (N, K, E), unit norm; or this process's ``Shard`` of them: the loss is then this process's share,
+            such that the mean over processes is that of all queries.
         positives: (B,) candidate rows, or (B, P) padded with -1.
         temperature: positive scalar.
         ignore: (2, M) pairs of query row and candidate row that are not negatives of each other (duplicates, other
             accepted targets), or None. A pair that is the positive itself stays.
         threshold: leave out candidates whose cosine similarity to one of the query's positives exceeds this; of images
             with K vectors that of their means. None for no such bound.
+        margin: changes scores before they are divided by the temperature, which then does not learn; None for none.
 
     Raises ``ValueError`` if no query has a positive, or one that no candidate has, or the temperature is not above 0.
 
@@ -63,10 +82,11 @@ def info_nce(
         if not temperature > 0:
             raise ValueError(f"a temperature is above 0, got {temperature}")
         temperature = torch.tensor(temperature, dtype=torch.float64, device=query.device)
+    if margin is not None and (temperature.requires_grad or (positives.dim() > 1 and positives.shape[1] > 1)):
+        raise ValueError("a margin takes a temperature that does not learn, and one positive for each query")
     vectors, batch = _batch(candidates, positives.view(len(query), -1), ignore, threshold)
-    assert not (batch.spread and vectors.requires_grad), "candidates that learn are gathered, not sharded"
     with torch.autocast(query.device.type, enabled=False):  # mixed precision ends where scores begin
-        loss: Tensor = _InfoNCE.apply(query, vectors, temperature, batch)
+        loss: Tensor = _InfoNCE.apply(query, vectors, temperature, batch, margin)
     return loss
 
 
@@ -93,6 +113,25 @@ def masked_share(
         masked += int(hidden.sum())
     counts = all_reduce(torch.tensor([masked, others], device=positives.device))
     return int(counts[0]) / max(int(counts[1]), 1)
+
+
+@torch.no_grad()
+def class_cosines(query: Tensor, candidates: Tensor | Shard, positives: Tensor) -> Tensor:
+    """Cosines of the queries (B, E) of all processes with their positives (B,), in rank order."""
+    vectors, own = _batch(candidates, positives[:, None], None, None)
+    batch, everyone = own.of_all(), all_gather_rows(query) if own.spread else query
+    found = _own_scores(everyone, _positive_vectors(vectors, batch, query.dtype, query.device)).amax(2)[:, 0]
+    return found if own.spread else all_gather_rows(found)
+
+
+@torch.no_grad()
+def sums_of_others(query: Tensor, candidates: Tensor | Shard, positives: Tensor) -> Tensor:
+    """Logarithms of ``Σ_j exp(q_i · c_j)`` over all but the positives (B,), for queries (B, E) of all processes."""
+    vectors, own = _batch(candidates, positives[:, None], None, None)
+    batch, everyone = own.of_all(), all_gather_rows(query) if own.spread else query
+    found = _positive_vectors(vectors, batch, query.dtype, query.device)
+    sums = streaming_softmax(everyone, vectors, _hidden(batch, len(vectors), found, True))
+    return _join_processes(sums).logarithm if own.spread else all_gather_rows(sums.logarithm)
 
 
 @dataclass(frozen=True)
@@ -130,7 +169,9 @@ class _InfoNCE(torch.autograd.Function):
     """``info_nce``: the gradients of query and temperature are ready when the loss is."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, vectors: Tensor, temperature: Tensor, own: _Batch, margin: Margin | None
+    ) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
         t = temperature.to(wide)
         local = query.to(wide).contiguous() / t
@@ -139,9 +180,11 @@ class _InfoNCE(torch.autograd.Function):
         scores, which = _own_scores(scaled, found).max(2)  # (B, P)
         nearest = found.gather(2, which[..., None, None].expand(-1, -1, 1, found.shape[3]))[:, :, 0]  # (B, P, E)
         learned = ctx.needs_input_grad[1]
-        cheap = learned or vectors.shape[1] > 1  # to leave candidates out, as fused attention does not serve here
+        # to leave candidates out, as fused attention does not serve here, or the positive has a score of its own
+        cheap = learned or vectors.shape[1] > 1 or margin is not None
         hidden = _hidden(batch, len(vectors), found, cheap)
-        sums = streaming_softmax(scaled, vectors, hidden)
+        transform = None if margin is None else _scaled(margin.others(scores[:, 0] * t), t)
+        sums = streaming_softmax(scaled, vectors, hidden, transform)
         if own.spread:
             sums = _join_processes(sums)
 
@@ -153,18 +196,28 @@ class _InfoNCE(torch.autograd.Function):
             raise ValueError("no query has a positive: the mean over no terms is undefined")
         each = (world_size() if own.spread else 1) / count  # weight of a term
         score, nearest = scores[rows][owner, slot], nearest[rows][owner, slot]  # (T,), (T, E)
+        slope = torch.ones_like(score)
+        if margin is not None:
+            with torch.enable_grad():
+                cosine = (score * t).detach().requires_grad_()
+                changed = margin.positive(cosine, owner)
+                (slope,) = torch.autograd.grad(changed.sum(), cosine)
+            score = changed.detach() / t
         mine = Softmax(*(part[rows][owner] for part in sums))
         behind = (mine.top - score) + mine.total.log()  # (T,)
         added = apart[owner, 0]
         share = torch.where(added, behind.sigmoid(), 1.0)  # of a term's sum, what the pass went through
         terms = torch.where(added, F.softplus(behind), behind.clamp(min=0))
-        pulled = share[:, None] * (mine.mean - nearest)  # (T, E)
+        pulled = share[:, None] * (mine.mean - slope[:, None] * nearest)  # (T, E)
         gradient = torch.zeros_like(local).index_add_(0, owner, pulled) * (each / t)
         ctx.save_for_backward(query, gradient, temperature)
         ctx.learned = learned
         if learned:
-            weight = torch.zeros_like(sums.top).index_add_(0, owner, share) * each  # (B,)
-            ctx.hidden, ctx.terms = hidden, (owner, own.positives[owner, slot], slot, share * each)
+            weight = local.new_zeros(len(local)).index_add_(0, owner, share) * each  # (B,)
+            pull = local.new_zeros(own.positives.shape).index_put_((owner, slot), share * slope * each)  # (B, P)
+            if own.spread:  # the mean over processes
+                weight, pull = (all_gather_rows(part) / world_size() for part in (weight, pull))
+            ctx.hidden, ctx.terms, ctx.transform = hidden, (batch, pull), transform
             ctx.state = (scaled, vectors.detach(), sums, weight, which)
         return (terms.sum() * each).to(wide)
 
@@ -179,12 +232,29 @@ class _InfoNCE(torch.autograd.Function):
         of_vectors = None
         if ctx.learned:
             scaled, vectors, sums, weight, which = ctx.state
-            owner, row, slot, share = ctx.terms
+            batch, pull = ctx.terms
+            owner, slot = ((batch.positives >= batch.first) & (batch.positives < batch.first + len(vectors))).nonzero(
+                as_tuple=True
+            )
+            row = batch.positives[owner, slot] - batch.first
             with torch.autocast(query.device.type, enabled=False):
-                of_vectors = candidate_gradient(scaled, vectors, ctx.hidden, sums, weight)
+                of_vectors = candidate_gradient(scaled, vectors, ctx.hidden, sums, weight, ctx.transform)
+            share = pull[owner, slot]
             of_vectors.index_put_((row, which[owner, slot]), -share[:, None] * scaled[owner], accumulate=True)
             of_vectors = (given * of_vectors).to(vectors.dtype)
-        return of_query, of_vectors, of_temperature, None
+        return of_query, of_vectors, of_temperature, None, None
+
+
+def _scaled(transform: Transform | None, temperature: Tensor) -> Transform | None:
+    """A transform of cosines as one of scores, which are divided by a temperature."""
+    if transform is None:
+        return None
+
+    def scaled(scores: Tensor) -> tuple[Tensor, Tensor]:
+        values, slopes = transform(scores * temperature)
+        return values / temperature, slopes
+
+    return scaled
 
 
 def _positive_vectors(vectors: Tensor, batch: _Batch, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from spn4cir.distributed import all_gather_rows
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
 from spn4cir.losses import Shard, info_nce, masked_share, row_pairs
+from spn4cir.terms import TermInput, WeightedTerms
 from spn4cir.types import Composed, ImageFeatures
 
 TEMPERATURE_BOUNDS = (0.005, 0.5)
@@ -38,16 +39,29 @@ class Candidates(nn.Module, ABC):
 
 
 class ClassCentres(Candidates):
-    """Learned centres (C, K, E) of classes, unit norm, the nearest of K counting; the query's class is its positive."""
+    """Learned centres (C, K, E) of classes, unit norm, the nearest of K counting; the query's class is its positive.
 
-    def __init__(self, classes: int, vectors: int, width: int):
+    Args:
+        classes, vectors, width: C, K, E.
+        process: rank of this process, and how many there are that hold a share of the classes each. Where there are
+            several, the parameter is no copy of those of others.
+    """
+
+    def __init__(self, classes: int, vectors: int, width: int, process: tuple[int, int] = (0, 1)):
         super().__init__()
-        self.centres = nn.Parameter(torch.randn(classes, vectors, width) / width**0.5)
+        rank, count = process
+        share = -(-classes // count)
+        self.first, self.is_shared = min(rank * share, classes), count > 1
+        drawn = torch.randn(classes, vectors, width)[self.first : self.first + share]
+        self.centres = nn.Parameter(drawn.clone() / width**0.5)
+        if self.is_shared:
+            self.centres.first_row = self.first  # type: ignore[attr-defined]  # for checkpoints, and for gradient norms
 
     def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
-        """All centres, and each query's class."""
+        """All centres, or this process's share, and each query's class."""
         assert batch.label is not None, "class centres need labels"
-        return l2_normalize(self.centres), batch.label[:, None], None
+        held = l2_normalize(self.centres)
+        return Shard(held, self.first) if self.is_shared else held, batch.label[:, None], None
 
 
 class BankCandidates(Candidates):
@@ -148,7 +162,23 @@ class Objective(nn.Module):
         self.backbone, self.candidates, self.types = backbone, candidates, tuple(types)
         self.max_similarity, self.margin = max_similarity, margin
         self.temperature = nn.Parameter(torch.tensor(float(temperature)), requires_grad=learn_temperature)
+        self.terms: WeightedTerms | None = None
         self._scored: Callable[[], tuple[Tensor | Shard, Tensor, Tensor | None]] | None = None  # by the last batch
+
+    def add_terms(self, terms: WeightedTerms, steps: int, class_of: Tensor | None = None) -> None:
+        """Add terms to the loss, between queries and their first targets.
+
+        Args:
+            terms: their weights and what they learn.
+            steps: optimiser steps of the whole training.
+            class_of: (N,) classes of images by their ``identity``, -1 for none; None without labels.
+        """
+        self.terms, self._steps = terms, steps
+        self.register_buffer("_class_of", class_of, persistent=False)
+
+    def progress(self, batch: TripletBatch) -> float:
+        """The share of the training that is done, from 0 to 1."""
+        return min(batch.step / max(self._steps, 1), 1.0)
 
     @property
     def needs_whole_triplets(self) -> bool:
@@ -179,7 +209,7 @@ class Objective(nn.Module):
         found = {"temperature": self.temperature.item()}
         if self._scored is not None:
             found["masked"] = masked_share(*self._scored(), self.max_similarity)
-        return found
+        return found | (self.terms.statistics() if self.terms is not None else {})
 
     def _encode(self, batch: TripletBatch) -> ImageFeatures | None:
         """Features of the batch's unique images (U, …) or of its references (B, …); None if it has no image."""
@@ -219,9 +249,20 @@ class Objective(nn.Module):
         else:
             terms = [self._replacing(kind, composed, targets.target, contrast, batch) for kind in self.types]
         extra = self.backbone.extra_losses(composed, targets, contrast)
+        if self.terms is not None:
+            extra = {**extra, "terms": self.terms(self._as_pairs(composed.query, targets.target, batch))}
         target = targets.target.detach()
         self._scored = lambda: (all_gather_rows(target), contrast.own, contrast.ignored)
         return sum(extra.values(), torch.stack(terms).mean())
+
+    def _as_pairs(self, query: Tensor, target: Tensor, batch: TripletBatch) -> TermInput:
+        """Queries (B, E) and, of the K vectors of each one's first target (B · T, K, E), the nearest one."""
+        first = target.view(len(query), -1, *target.shape[1:])[:, 0]  # (B, K, E)
+        nearest = (first.detach() @ query.detach()[:, :, None])[:, :, 0].argmax(1)  # (B,)
+        codes = query, first[torch.arange(len(query), device=query.device), nearest]
+        class_of = self._class_of
+        label = class_of[batch.identity[:, 0]] if isinstance(class_of, Tensor) else None
+        return TermInput(codes, label, progress=self.progress(batch))
 
     @staticmethod
     def _replacing(kind: str, composed: Composed, target: Tensor, contrast: InBatch, batch: TripletBatch) -> Tensor:

@@ -22,8 +22,10 @@ from tqdm import tqdm
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
 from spn4cir.config import GROUPS, TrainConfig, recipes_folder, training_command, write_yaml
+from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
 from spn4cir.files import locked, write_text
+from spn4cir.provenance import Provenance, folder_of, read_provenance
 from spn4cir.results import Result, git_commit, metrics_table
 
 FREE_ON_RESUME = {
@@ -45,6 +47,8 @@ class Run(AbstractContextManager["Run"]):
         self.main = accelerator.is_main_process
         self.started = time.time()
         self.config = TrainConfig()
+        self.provenance: Provenance | None = None
+        self.is_default = False
         self._open = ExitStack()
 
     def __exit__(self, *_: object) -> None:
@@ -64,6 +68,7 @@ class Run(AbstractContextManager["Run"]):
             name = f"{named}-{time.strftime('%Y%m%d-%H%M%S')}"
             default = checkpoints.runs_root() / config.dataset / config.backbone / name
             run = cls(Path(config.output or default), stage, accelerator)
+            run.is_default = not config.output
             if config.output:  # else another folder is made where this one is taken
                 run._check_unused()
         there = next(p for p in [run.folder, *run.folder.absolute().parents] if p.exists())
@@ -76,6 +81,20 @@ class Run(AbstractContextManager["Run"]):
         if len(accelerator.log_with) < len(config.trackers):
             raise InputError(f"trackers: of {config.trackers} not all are installed; pip install what is missing")
         return run
+
+    def locate(self, dataset: Dataset) -> None:
+        """Take a folder of the dataset's catalogue, for a dataset of one's own, unless the settings name a folder.
+
+        Raises ``InputError`` if the run to resume was trained on another catalogue.
+        """
+        self.provenance = dataset.provenance()
+        base, before = checkpoints.runs_root() / dataset.name, read_provenance(self.folder)
+        if self.provenance is None:
+            return
+        if before and not self.provenance.is_same(before):
+            raise InputError(f"--resume {self.folder} was trained on {before}, and this is {self.provenance}")
+        if self.is_default:
+            self.folder = folder_of(base, self.provenance) / self.folder.relative_to(base)
 
     def say(self, line: str) -> None:
         """Print a line, once."""
@@ -94,6 +113,10 @@ class Run(AbstractContextManager["Run"]):
             if not config.resume:
                 self._check_unused()
                 write_yaml(config, self.folder / "config.yaml", f"stage {self.stage}")
+            if self.provenance:
+                self.provenance.write(self.folder)
+                if self.is_default:
+                    self.provenance.write(self.folder.parents[1])
         folder = [str(self.folder)]
         broadcast_object_list(folder)
         self.folder = Path(folder[0])
@@ -203,7 +226,7 @@ class Run(AbstractContextManager["Run"]):
 
     def _next(self) -> str:
         """What a person is likely to do next, with the data of this run."""
-        if self.stage == 2:
+        if self.stage != 1:
             return f"spn4cir-eval --run {shlex.quote(str(self.folder))} --ablate"
         aside = f" --holdout {self.config.holdout:g}" if self.config.holdout else ""
         data = options_of(self.config, "max_annotated", "generated", "generated_share")

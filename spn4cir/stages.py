@@ -3,8 +3,8 @@
 ``STAGES`` names them: a new one is a function here, or elsewhere, one line in the dictionary and one test.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,39 +16,36 @@ from spn4cir import bank as banks
 from spn4cir import checkpoints
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import BACKBONES, INSIDE, build_backbone, check_backbone
-from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader, TripletSampler
-from spn4cir.compute import checkpoint_blocks, compile_blocks
-from spn4cir.config import ComputeConfig, TrainConfig, training_command
-from spn4cir.data import Say, TrainingData, hash_pixels
+from spn4cir.batches import KnownTargets, TripletCollate, TripletLoader
+from spn4cir.class_stage import check_classes, prepare_classes
+from spn4cir.config import TrainConfig, training_command
+from spn4cir.data import Say, TrainingData
+from spn4cir.dataset import Dataset
+from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
-from spn4cir.images import ImageSource, takes_own_mode
+from spn4cir.images import ImageSource
 from spn4cir.objective import BankCandidates, Objective, StoredTargets, initial_temperature
-from spn4cir.results import Result
+from spn4cir.pair_stage import check_pairs, prepare_pairs
+from spn4cir.preparation import (
+    Training,
+    fit_statistics,
+    frozen_features,
+    make_sampler,
+    open_images,
+    parameter_groups,
+    prepare_compute,
+)
+from spn4cir.provenance import folder_of
 from spn4cir.run import Run, options_of
+from spn4cir.terms import TermSizes, WeightedTerms, check_terms
 
+KEEPABLE = 1 << 30
+"""Bytes of decoded images that memory may be expected to hold beside a training."""
 SOURCES = {"model", "pretrained", "config", "tokenizer"}
 """Options of a backbone that say where weights and vocabulary come from."""
-
-
-@dataclass
-class Training:
-    """A training that is ready to run.
-
-    Args:
-        objective, loader: the module whose ``forward(batch)`` is the loss, and its batches.
-        evaluate: evaluates the model on the selecting benchmark; all processes call it.
-        check: raises ``InputError`` if something that must not move has moved; called after each epoch.
-        bank: fingerprint of the bank in use, or None without a bank.
-        is_rounded: whether ``evaluate`` reads features of lower precision than the model's.
-    """
-
-    objective: Objective
-    loader: TripletLoader
-    evaluate: Callable[[], Result]
-    check: Callable[[], None] = lambda: None
-    bank: str | None = None
-    is_rounded: bool = False
+STAGE1_TERMS = ("correlation", "adversary", "classification")
+"""Terms that need no more than queries, their targets, and the targets' classes."""
 
 
 def check_stage1(config: TrainConfig) -> None:
@@ -61,11 +58,14 @@ def check_stage1(config: TrainConfig) -> None:
             f"batch_size {config.batch_size} in {config.compute.accumulate} parts leaves one triplet, without any "
             "negative: raise batch_size, or lower compute.accumulate"
         )
+    check_terms(config.terms, STAGE1_TERMS, "1")
+    if any(config.terms.values()) and (config.bank.in_stage1 or config.negatives.margin is not None):
+        raise InputError("terms in stage 1 need targets that are encoded and InfoNCE: unset bank.in_stage1 and margin")
 
 
 def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """Both sides train; candidates are the targets of the batch."""
-    images, pixels = _open_images(config, run, data, backbone)
+    images, pixels = open_images(config, run, data, backbone)
     fit_statistics(backbone, data, images, config.seed)
     ids = data.candidate_images(config)
     bank: banks.Bank | None = None
@@ -82,7 +82,9 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     identity = bank.rows if bank else banks.assign_rows({image_id: pixels[image_id] for image_id in ids})
     known = KnownTargets(data.triplets, identity)
     collate = TripletCollate(backbone.tokenize, identity, images, bank, known)
-    loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
+    loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)
+    if not (bank or config.keep_pixels or config.workers) and config.epochs > 1:
+        suggest_keeping(len(ids), images(ids[0]).nbytes, config.epochs, run.say)
     prepare_compute(backbone, config.compute)
     objective = Objective(
         backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None,
@@ -98,8 +100,38 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
             f"bank.in_stage1: stage 1 of {backbone.name} with these negatives needs more of targets than is stored: "
             "set bank.in_stage1 to false"
         )
+    if any(config.terms.values()):
+        _add_terms(objective, config, data, images, identity, loader)
     select = partial(evaluate, backbone, data.selection, images, gallery, batch_size=config.eval_batch_size)
     return Training(objective, loader, select, is_rounded=_is_rounded(config, gallery), **more)
+
+
+def _add_terms(
+    objective: Objective, config: TrainConfig, data: TrainingData, images: ImageSource,
+    identity: Mapping[str, int], loader: TripletLoader,
+) -> None:  # fmt: skip
+    """Add ``terms`` between composed queries and their targets, whose class is their category in the dataset."""
+    backbone = objective.backbone
+    device = next(backbone.parameters()).device
+    with torch.no_grad():
+        width = backbone.eval().encode_target(images.stack([next(iter(identity))]).to(device)).shape[2]
+    categories = {image_id: data.dataset.category(image_id) for image_id in identity}
+    classes = {name: number for number, name in enumerate(sorted({*categories.values()} - {""}))}
+    if config.terms.get("classification") and not classes:
+        raise InputError(f"terms.classification needs a category of each image, and {data.dataset.name} has none")
+    class_of = torch.full((max(identity.values()) + 1,), -1)
+    for image_id, number in identity.items():
+        class_of[number] = classes.get(categories[image_id], -1)
+    steps = min(len(loader) * config.epochs, config.max_steps or sys.maxsize)
+    terms = WeightedTerms(config.terms, TermSizes(width, classes=len(classes))).to(device)
+    objective.add_terms(terms, steps, class_of.to(device))
+
+
+def suggest_keeping(images: int, size: int, epochs: int, say: Say) -> None:
+    """Say that images of ``size`` bytes each, decoded in each epoch, would fit into memory, if they do."""
+    if images * size <= KEEPABLE:
+        memory = f"{images * size / 1e6:,.0f} MB"
+        say(f"{images:,} images are decoded in each of {epochs} epochs: --keep-pixels true keeps them in {memory}")
 
 
 def _parameters(parts: Iterable[nn.Module | nn.Parameter]) -> Iterator[nn.Parameter]:
@@ -128,6 +160,7 @@ def _is_rounded(config: TrainConfig, gallery: banks.Bank | None) -> bool:
 
 def check_stage2(config: TrainConfig) -> None:
     """Raises ``InputError`` for settings of stage 1."""
+    check_terms(config.terms, (), "2")
     if config.bank.in_stage1:
         raise InputError("bank.in_stage1 is for stage 1: stage 2 always has a bank")
     if config.negatives.types != ["target"]:
@@ -138,7 +171,7 @@ def check_stage2(config: TrainConfig) -> None:
 
 def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
-    images, pixels = _open_images(config, run, data, backbone)
+    images, pixels = open_images(config, run, data, backbone)
     fit_statistics(backbone, data, images, config.seed)
     ids = data.candidate_images(config)
     backbone.freeze_image_side()
@@ -147,7 +180,7 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     bank, gallery = _open_banks(config, run, data, backbone, images, pixels)
     frozen = banks.FrozenCheck(backbone, images(ids[0]))
     collate = TripletCollate(backbone.tokenize, bank.rows, images, bank, KnownTargets(data.triplets, bank.rows))
-    loader = TripletLoader(data.triplets, collate, _sampler(config, run, data), config.workers)
+    loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)
     ranked = bank.first_rows(1 + max(bank.rows[i] for i in data.ranked_images(config)))
     local = ranked.shard(run.accelerator.process_index, run.accelerator.num_processes).to(run.accelerator.device)
     if not local.resident:
@@ -164,80 +197,13 @@ def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: 
 STAGES: dict[Any, Callable[[TrainConfig, Run, TrainingData, Backbone], Training]] = {
     1: prepare_stage1,
     2: prepare_stage2,
+    "classes": prepare_classes,
+    "crossmodal": prepare_pairs,
 }
-CHECKS: dict[Any, Callable[[TrainConfig], None]] = {1: check_stage1, 2: check_stage2}
+CHECKS: dict[Any, Callable[[TrainConfig], None]] = {
+    1: check_stage1, 2: check_stage2, "classes": check_classes, "crossmodal": check_pairs,
+}  # fmt: skip
 """Raises ``InputError`` for settings that a stage would ignore, before anything is read; not all stages have one."""
-
-
-def _open_images(
-    config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone
-) -> tuple[ImageSource, dict[str, str]]:
-    """Pixels by image id, and the hash of each image's pixels, benchmarks included."""
-    images = ImageSource(data.dataset.image, backbone.transform, config.keep_pixels)
-    ids = [*data.candidate_images(config), *data.selection.image_ids, *data.reported.image_ids]
-    with run.accelerator.main_process_first():  # the others find in the cache what the first has decoded
-        own_mode = takes_own_mode(backbone.transform)
-        return images, hash_pixels(data.dataset, ids, run.say, show=run.main, own_mode=own_mode)
-
-
-def _sampler(config: TrainConfig, run: Run, data: TrainingData) -> TripletSampler:
-    process = (run.accelerator.process_index, run.accelerator.num_processes)
-    annotated, generated = data.split_rows()
-    return TripletSampler(
-        annotated, generated, config.batch_size, config.generated_share, config.seed, process,
-        config.compute.accumulate,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def fit_statistics(backbone: Backbone, data: TrainingData, images: ImageSource, seed: int) -> None:
-    """Give a backbone the training images that its statistics are to be fitted to, if it wants any.
-
-    Raises ``InputError`` if no triplet has a reference.
-    """
-    if not (count := backbone.statistics_sample):
-        return
-    triplets, targets = data.sample_references(count, seed)
-    if not triplets:
-        raise InputError(f"{backbone.name} fits statistics to reference images, and no training triplet has one")
-    references = images.stack([str(triplet.reference) for triplet in triplets])
-    backbone.fit_statistics(references, [triplet.label for triplet in triplets], images.stack(targets))
-
-
-def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by decay, which only matrices have, and by the factor of their learning rate.
-
-    Raises ``InputError`` if a text in ``lr_scale`` is in no trainable parameter's name.
-    """
-    trainable = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    for text in config.lr_scale:
-        if not any(text in name for name in trainable):
-            raise InputError(f"lr_scale: no parameter that trains has {text!r} in its name, as {next(iter(trainable))}")
-    scale = {n: next((f for text, f in config.lr_scale.items() if text in n), 1.0) for n in trainable}
-    return [
-        {
-            "params": [p for n, p in trainable.items() if (p.ndim > 1) == matrices and scale[n] == factor],
-            "weight_decay": config.weight_decay if matrices else 0.0,
-            "scale": factor,
-        }
-        for factor in dict.fromkeys(scale.values())
-        for matrices in (True, False)
-    ]
-
-
-def prepare_compute(backbone: Backbone, compute: ComputeConfig) -> None:
-    """Let the backbone compute as the settings say. Raises ``InputError`` if it has no blocks for that."""
-    backbone.chunk = compute.chunk
-    for name, prepare in (("checkpoint", checkpoint_blocks), ("compile", compile_blocks)):
-        if getattr(compute, name) and not prepare(backbone):
-            raise InputError(f"compute.{name}: {backbone.name} has no blocks that follow each other")
-
-
-def frozen_features(config: TrainConfig, backbone: Backbone, images: ImageSource, hashes: dict[str, str]) -> banks.Bank:
-    """The bank of these images with the parts and the type that the settings name."""
-    parts = banks.stored_parts(config.bank.dtype, config.bank.references == "stored")
-    root = checkpoints.runs_root() / "banks"
-    return banks.load_or_build(backbone, images, hashes, root, config.eval_batch_size, parts)
 
 
 def resolve_temperature(config: TrainConfig, backbone: Backbone, say: Say = print) -> None:
@@ -248,8 +214,8 @@ def resolve_temperature(config: TrainConfig, backbone: Backbone, say: Say = prin
         say(f"temperature {config.temperature:.6g}, {source}")
 
 
-def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone:
-    """The model to start from: ``init``, else for stage 2 the newest stage 1, else a new one from its options.
+def load_backbone(config: TrainConfig, stage: Any, say: Say = print, dataset: Dataset | None = None) -> Backbone:
+    """The model to start from: ``init``, else for stage 2 the newest stage 1 on these images, else a new one.
 
     Options that differ from those of ``init`` hold, and what only they bring is initialised anew; but options that say
     where weights come from do not, and that is printed.
@@ -259,9 +225,10 @@ def load_backbone(config: TrainConfig, stage: Any, say: Say = print) -> Backbone
     if stage != 2 and not config.init:
         return build_backbone(config.backbone, **config.backbone_options)
     if not config.init:
-        run = checkpoints.newest_run(config.dataset, config.backbone, stage=1)
+        dataset = dataset or load_dataset(config.dataset, config.data_root)
+        run = checkpoints.find_newest_run(dataset, config.backbone, stage=1)
         if run is None:
-            where = checkpoints.runs_root() / config.dataset / config.backbone
+            where = folder_of(checkpoints.runs_root() / config.dataset, dataset.provenance()) / config.backbone
             raise InputError(
                 f"stage 2 starts from a completed stage 1 run, and {where} holds none: "
                 f"run {training_command(1)}{options_of(config)} first, or give --init FOLDER"

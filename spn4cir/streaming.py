@@ -10,10 +10,10 @@ NeurIPS 2022.
 import functools
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -95,33 +95,47 @@ def pooled(vectors: Tensor) -> Tensor:
     return vectors[..., 0, :] if vectors.shape[-2] == 1 else F.normalize(vectors.mean(-2), dim=-1)
 
 
-def streaming_softmax(query: Tensor, candidates: Tensor, hidden: CandidateMask) -> Softmax:
+Transform: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Scores (B, n) of a block → what takes their place, element by element, and its derivative."""
+
+
+def streaming_softmax(
+    query: Tensor, candidates: Tensor, hidden: CandidateMask, transform: Transform | None = None
+) -> Softmax:
     """The softmax of scores over all candidates, and the mean of candidates that it weighs, in the query's type.
 
     Args:
         query: (B, E), float32 or wider, already divided by the temperature.
         candidates: (N, K, E) in any float type, on the query's device or another; the nearest of K vectors counts.
         hidden: what each query leaves out.
+        transform: of the scores, or None. The mean then weighs candidates by its derivative too.
     """
     found = Softmax(query.new_full((len(query),), -torch.inf), query.new_zeros(len(query)), torch.zeros_like(query))
-    for vectors, block in _walk(query, candidates, hidden):
-        found = join(found, _block_softmax(query, vectors, block))
+    for vectors, block in _walk(query, candidates, hidden, transform is not None):
+        found = join(found, _block_softmax(query, vectors, block, transform))
     return found
 
 
 def candidate_gradient(
-    query: Tensor, candidates: Tensor, hidden: CandidateMask, found: Softmax, weight: Tensor
+    query: Tensor,
+    candidates: Tensor,
+    hidden: CandidateMask,
+    found: Softmax,
+    weight: Tensor,
+    transform: Transform | None = None,
 ) -> Tensor:
     """The gradient of ``Σ_i weight_i · logarithm_i`` with respect to the candidates (N, K, E), in the query's type.
 
     Scores are computed once more; ``found`` is what ``streaming_softmax`` returned for the same arguments.
     """
     parts, weight = [], weight / found.total.clamp(min=torch.finfo(weight.dtype).tiny)
-    for vectors, block in _walk(query, candidates, hidden):
+    for vectors, block in _walk(query, candidates, hidden, transform is not None):
         scores, which = _scores(query, vectors)
+        scores, slopes = (scores, None) if transform is None else transform(scores)
         if not block.none:
             scores = scores.masked_fill(block.mask(len(query), vectors), -torch.inf)
         share = (scores - finite(found.top)[:, None]).exp_().mul_(weight[:, None])  # (B, n)
+        share = share if slopes is None else share * slopes
         if which is not None:  # (B, n) weights of candidates → (B, n·K) weights of their vectors
             spread = share.new_zeros(*share.shape, vectors.shape[1])
             share = spread.scatter_(2, which[..., None], share[..., None]).flatten(1)
@@ -143,9 +157,11 @@ def finite(top: Tensor) -> Tensor:
     return top.masked_fill(top.isneginf(), 0.0)
 
 
-def _walk(query: Tensor, candidates: Tensor, hidden: CandidateMask) -> Iterator[tuple[Tensor, CandidateMask]]:
+def _walk(
+    query: Tensor, candidates: Tensor, hidden: CandidateMask, dense: bool
+) -> Iterator[tuple[Tensor, CandidateMask]]:
     """Blocks (n, K, E) of the candidates, in the query's type and on its device, with what is hidden in each."""
-    size = block_size(query, candidates, dense=not hidden.none)
+    size = block_size(query, candidates, dense=dense or not hidden.none)
     borders = [*range(0, len(candidates), size), len(candidates)]
     blocks = zip(_ahead(candidates, borders, query.device), hidden.blocks(borders), strict=True)
     for vectors, block in blocks:
@@ -181,16 +197,23 @@ def _ahead(candidates: Tensor, borders: list[int], device: torch.device) -> Iter
             yield block
 
 
-def _block_softmax(query: Tensor, vectors: Tensor, block: CandidateMask) -> Softmax:
+def _block_softmax(query: Tensor, vectors: Tensor, block: CandidateMask, transform: Transform | None = None) -> Softmax:
     """As ``streaming_softmax``, for one block that is at hand."""
-    if block.none and vectors.shape[1] == 1 and fused(query.device.type, query.dtype, query.shape[1]):
+    if (
+        transform is None
+        and block.none
+        and vectors.shape[1] == 1
+        and fused(query.device.type, query.dtype, query.shape[1])
+    ):
         return _attention(query, vectors[:, 0])
     scores, which = _scores(query, vectors)  # (B, n)
+    scores, slopes = (scores, None) if transform is None else transform(scores)
     if not block.none:
         scores.masked_fill_(block.mask(len(query), vectors), -torch.inf)
     top = scores.amax(1)
     weights = scores.sub_(finite(top)[:, None]).exp_()
     total = weights.sum(1)
+    weights = weights if slopes is None else weights * slopes
     if which is None:
         summed = weights @ vectors[:, 0]
     else:

@@ -20,14 +20,16 @@ from spn4cir.backbones import check_backbone
 from spn4cir.batches import TripletBatch
 from spn4cir.config import TrainConfig
 from spn4cir.data import load_data
+from spn4cir.distributed import all_reduce
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource
 from spn4cir.objective import Objective
+from spn4cir.preparation import Training, parameter_groups
 from spn4cir.results import primary_names, selection_score
 from spn4cir.run import Run
 from spn4cir.schedules import SCHEDULES
-from spn4cir.stages import CHECKS, STAGES, Training, load_backbone, parameter_groups, resolve_temperature
+from spn4cir.stages import CHECKS, STAGES, load_backbone, resolve_temperature
 
 
 def train(config: TrainConfig, stage: Any) -> Path:
@@ -50,7 +52,8 @@ def train(config: TrainConfig, stage: Any) -> Path:
         CHECKS[stage](config)
     run = Run.open(config, stage, start(config))
     data = load_data(config, run.say)
-    backbone = load_backbone(config, stage, run.say).to(run.accelerator.device)
+    run.locate(data.dataset)
+    backbone = load_backbone(config, stage, run.say, data.dataset).to(run.accelerator.device)
     resolve_temperature(config, backbone, run.say)
     training = STAGES[stage](config, run, data, backbone)
     with run:
@@ -122,7 +125,7 @@ def fit(training: Training, config: TrainConfig, run: Run, select_by: list[str])
                 is_last = is_last or not run.is_patient(state)
             if run.main:
                 run.log(row, bar)
-            if run.main and is_saved:
+            if is_saved:
                 run.save(objective, optimizer, state)
             accelerator.wait_for_everyone()
             log.restart()
@@ -164,7 +167,10 @@ def limit_gradient(
     """The norm of the gradient, a scalar; the gradient is scaled down to ``limit`` where it is larger."""
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimizer)
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    held = [(p.grad, hasattr(p, "first_row")) for p in parameters if p.grad is not None]  # or this process's share
+    norm = get_total_norm([gradient for gradient, is_share in held if not is_share])
+    if shares := [gradient for gradient, is_share in held if is_share]:
+        norm = (norm.square() + all_reduce(get_total_norm(shares).square())).sqrt()
     if limit is not None:
         clip_grads_with_norm_(parameters, limit, norm)
     return norm

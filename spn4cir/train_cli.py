@@ -1,10 +1,12 @@
-"""Train --stage 1, where candidates are the targets of the batch, or --stage 2, against a bank of all candidates.
+"""Train --stage 1, where candidates are the targets of the batch; --stage 2, against a bank of all candidates; --stage
+classes, images against centres of their classes; or --stage crossmodal, images and texts into one space.
 
 examples:
   spn4cir-train --stage 1
   spn4cir-train --stage 1 --dataset fashioniq --backbone tgcir --data-root FOLDER
   spn4cir-train --stage 2 --init runs/emoji/clip4cir/stage1-20260101-120000
   spn4cir-train --stage 2 --config recipes/fashioniq/tgcir_stage2_generated.yaml
+  spn4cir-train --stage classes --classes.margin cosface --classes.centres 3
   spn4cir-train --stage 2 --resume runs/emoji/clip4cir/stage2-20260101-123000
 several processes:
   accelerate launch --num_processes 2 -m spn4cir train --stage 2                  # on GPUs
@@ -15,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from spn4cir.config import TrainConfig, find_config, parse, recipes_folder, short_name, take_option
+from spn4cir.config import STAGE_NAMES, TrainConfig, find_config, parse, recipes_folder, short_name, take_option
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import read_json
 
@@ -37,17 +39,19 @@ def train_command(stage: int | None = None, text: str | None = __doc__) -> None:
     run_command(main)
 
 
-def _read_stage(argv: list[str]) -> tuple[int, list[str]]:
-    """The number of the stage, and the other arguments; for ``--help`` alone any stage will do."""
+def _read_stage(argv: list[str]) -> tuple[int | str, list[str]]:
+    """The stage, and the other arguments; for ``--help`` alone any stage will do."""
     stage, arguments = take_option(argv, "stage")
     if stage is None and {"-h", "--help"} & {*argv}:
         return 1, arguments
-    if stage not in ("1", "2"):
-        raise InputError(f"--stage must be 1 or 2, got {stage} (see spn4cir-train --help)")
-    return int(stage), arguments
+    found = next((name for name in STAGE_NAMES if str(name) == stage), None)
+    if found is None:
+        known = ", ".join(map(str, STAGE_NAMES))
+        raise InputError(f"--stage must be one of {known}, got {stage} (see spn4cir-train --help)")
+    return found, arguments
 
 
-def _choose_config(stage: int, arguments: list[str]) -> Path:
+def _choose_config(stage: int | str, arguments: list[str]) -> Path:
     """The settings of the run to resume, or the recipe of the dataset and backbone that the arguments name."""
     names = ("dataset", "backbone", "init", "resume")
     dataset, backbone, init, resume = (take_option(arguments, name)[0] for name in names)
@@ -61,12 +65,17 @@ def _choose_config(stage: int, arguments: list[str]) -> Path:
         held = read_json(note)
         named = held.get("backbone") if isinstance(held, dict) else None
         backbone = named if isinstance(named, str) else None
-    return find_recipe(dataset or TrainConfig.dataset, backbone or TrainConfig.backbone, stage)
+    usual = TrainConfig.dataset, TrainConfig.backbone
+    if isinstance(stage, str):  # of its only recipe, or the first
+        first = min(recipes_folder().glob(f"*/*_{stage}.yaml"))
+        usual = first.parent.name, first.stem.removesuffix(f"_{stage}")
+    return find_recipe(dataset or usual[0], backbone or usual[1], stage)
 
 
-def find_recipe(dataset: str, backbone: str, stage: int) -> Path:
+def find_recipe(dataset: str, backbone: str, stage: int | str) -> Path:
     """The packaged recipe of a dataset, a backbone and a stage. Raises ``InputError`` with those that there are."""
-    path = recipes_folder() / dataset / f"{backbone}_stage{stage}.yaml"
+    named = f"stage{stage}" if isinstance(stage, int) else stage
+    path = recipes_folder() / dataset / f"{backbone}_{named}.yaml"
     if path.is_file():
         return path
     from spn4cir.backbones import check_backbone

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.embedded.make_emoji import image_path
-from spn4cir.datasets.emoji import FOLDER, load_names
+from spn4cir.datasets.emoji import FOLDER
+from spn4cir.datasets.emoji_names import load_names
 from spn4cir.images import open_image
 
 FOLDERS = {"resnet": "clip", "transformer": "clip_transformer"}

@@ -28,7 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from benchmarks.embedded.make_emoji import image_path
 from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
-from spn4cir.datasets.emoji import FOLDER, load_names
+from spn4cir.datasets.emoji import FOLDER
+from spn4cir.datasets.emoji_names import load_names
 from spn4cir.images import open_image
 from spn4cir.losses import info_nce
 from spn4cir.search import scores_of

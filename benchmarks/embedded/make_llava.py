@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.embedded.make_emoji import TONE, image_path
-from spn4cir.datasets.emoji import FOLDER, load_names
+from benchmarks.embedded.make_emoji import image_path
+from spn4cir.datasets.emoji import FOLDER
+from spn4cir.datasets.emoji_names import TONE, load_names
 from spn4cir.images import open_image
 
 WEIGHTS = FOLDER.parent / "llava"

@@ -7,7 +7,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from spn4cir.backbone import Backbone
 from spn4cir.backbones.blip4cir import BLIP4CIR
 from spn4cir.backbones.clip4cir import CLIP4CIR
+from spn4cir.backbones.embedding import Embedding
 from spn4cir.backbones.freestyle import Freestyle
+from spn4cir.backbones.masln import MASLN
 from spn4cir.backbones.shared_weights import READS_WEIGHTS
 from spn4cir.backbones.sprc import SPRC
 from spn4cir.backbones.tgcir import TGCIR
@@ -16,6 +18,7 @@ from spn4cir.images import RgbLastTransform, Transform
 
 BACKBONES: dict[str, type[Backbone]] = {
     "clip4cir": CLIP4CIR, "tgcir": TGCIR, "blip4cir": BLIP4CIR, "sprc": SPRC, "freestyle": Freestyle,
+    "embedding": Embedding, "masln": MASLN,
 }  # fmt: skip
 
 INSIDE = ("load_weights", "separated")

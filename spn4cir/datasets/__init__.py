@@ -9,6 +9,8 @@ from spn4cir.datasets.dsr import DSR
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.datasets.fashioniq import FashionIQ
 from spn4cir.datasets.generated import with_images
+from spn4cir.datasets.labelled import Labelled
+from spn4cir.datasets.labelled_pairs import LabelledPairs
 from spn4cir.datasets.pairs import Pairs
 from spn4cir.datasets.skip import read_skip_list
 from spn4cir.datasets.styles import Styles
@@ -22,6 +24,8 @@ DATASETS: dict[str, Callable[[str | None], Dataset]] = {
     "pairs": Pairs,
     "styles": Styles,
     "dsr": DSR,
+    "labelled": Labelled,
+    "labelled_pairs": LabelledPairs,
 }
 
 
@@ -30,6 +34,7 @@ def load_dataset(name: str, root: str | None = None) -> Dataset:
     if name not in DATASETS:
         raise InputError(f"unknown dataset {name!r}; known: {', '.join(DATASETS)}")
     dataset = DATASETS[name](root)
+    dataset.data_root = root
     dataset.skip_reasons = read_skip_list(dataset.root)
     return dataset
 
@@ -44,4 +49,4 @@ def open_extra_images(dataset: Dataset, place: str) -> tuple[Dataset, list[str]]
         images = {f"bank.extra:{image_id}": pictures.image(image_id) for image_id in pictures.training_images()}
     except InputError as error:
         raise InputError(f"bank.extra: {str(error).replace('--data-root', '--bank.extra')}") from None
-    return with_images(dataset, images, f"{pictures.check_command('')} --data-root {place}"), list(images)
+    return with_images(dataset, images, pictures.check_command("")), list(images)

@@ -1,5 +1,6 @@
 """A catalogue of one's own: images without any triplet."""
 
+from spn4cir.dataset import ImageRole
 from spn4cir.datasets.own import OwnImages
 from spn4cir.types import Triplet
 
@@ -14,6 +15,10 @@ class Catalogue(OwnImages):
 
     name = "catalogue"
     has_triplets = False
+
+    def image_roles(self) -> list[ImageRole]:
+        """As for any dataset; but training does without the broken ones, which no generated triplet names."""
+        return [role._replace(needed=number > 0) for number, role in enumerate(super().image_roles())]
 
     def read_triplets(self) -> list[Triplet]:
         """None: nobody annotated any."""

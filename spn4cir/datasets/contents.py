@@ -29,7 +29,7 @@ Place: TypeAlias = str | tuple[str, int]
 Columns: TypeAlias = Mapping[str, Sequence[str]]
 NameRow: TypeAlias = Callable[[int], str]
 ROLES = {
-    "image": ("image", "path", "image_path", "file", "file_name"),
+    "image": ("image", "path", "image_path", "file", "file_name", "img_path"),
     "id": ("image_id", "id"),
     "caption": ("caption", "description", "text"),
     "category": ("category",),

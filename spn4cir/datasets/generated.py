@@ -14,6 +14,7 @@ from spn4cir.dataset import Dataset
 from spn4cir.datasets.reading import Entry, inner_path, read_entries
 from spn4cir.errors import InputError
 from spn4cir.files import short
+from spn4cir.provenance import read_provenance
 from spn4cir.types import ImageRef, Triplet
 
 OUT_OF_DOMAIN = ("reference_name", "target_name", "captions")  # ids are addresses; reference and target are paths
@@ -30,15 +31,32 @@ def with_images(dataset: Dataset, images: Mapping[str, ImageRef], check: str = "
 
 
 def open_generated(
-    path: Path, dataset: Dataset, ranked: Iterable[str] = ()
+    path: Path, dataset: Dataset, ranked: Iterable[str] = (), may_have_others: bool = True
 ) -> tuple[Dataset, list[Triplet], list[str]]:
     """Triplets of a generated file, of images of a dataset or of others that the file says the place of.
 
-    Other images may have none of the ids of ``ranked``, which a benchmark ranks. Returns the dataset, with the other
+    Other images may have none of the ids of ``ranked``, which a benchmark ranks. Where a file may have no others, as
+    that of a catalogue which has lost pictures since, their triplets are left out. Returns the dataset, with the other
     images if there are any, and what ``read_generated`` returns.
+
+    Raises ``InputError`` if the file was made from another catalogue and names images of this dataset, whose pictures
+    are others.
     """
-    others = _Others(path, frozenset(ranked))
-    triplets, notes = read_generated(path, dataset.training_images(), dataset.skip_reasons, others.add)
+    others, known = _Others(path, frozenset(ranked)), dataset.training_images()
+    own, made_from = dataset.provenance(), read_provenance(path.parent)
+    if own and made_from and not own.is_same(made_from):
+        entries = read_entries(path)
+        named = {entry.text(key) for entry in entries for key in OUT_OF_DOMAIN[:2] if key in entry}
+        if both := sorted(named.intersection(known)):
+            what = f"whose {short(both[0])} is another picture than that of {own}"
+            raise InputError(f"{path} was made from {made_from}, {what}")
+    lost = set[str]()
+    add: AddImage = others.add if may_have_others else lambda entry, key, image_id: lost.add(image_id)
+    triplets, notes = read_generated(path, known, dataset.skip_reasons, add)
+    if lost:
+        kept = [triplet for triplet in triplets if not lost.intersection(triplet.image_ids)]
+        what = f"of images that are gone since, such as {short(min(lost))}"
+        triplets, notes = kept, [*notes, f"{path}: {len(triplets) - len(kept)} triplets {what}, are left out"]
     return with_images(dataset, others.images) if others.images else dataset, triplets, notes
 
 

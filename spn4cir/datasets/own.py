@@ -17,12 +17,14 @@ from spn4cir.datasets.tables import SUFFIXES as TABLES
 from spn4cir.datasets.tables import find_table, read_table
 from spn4cir.errors import InputError
 from spn4cir.files import short
+from spn4cir.provenance import Provenance
 from spn4cir.types import Benchmark, ImageRef, Query, Triplet, recall_measures
 
 if TYPE_CHECKING:
     import pyarrow
 
 FILES = (*TABLES, ".tar")
+STEMS = ("catalogue", "metadata", "triplets")  # tables that a folder is read by, so its name suffices
 ASKED = {name: (name,) for name in ("reference", "modification", "target", "group")}
 QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and group if there are groups"
 
@@ -54,6 +56,21 @@ class OwnImages(Dataset):
             more = f": {found.notes[0]}" if found.notes else ""
             raise InputError(f"{self.name}: {self._place} holds no pictures ({', '.join(SUFFIXES)}){more}")
         return found
+
+    @cached_property
+    def _provenance(self) -> Provenance:
+        path, place = Path(self._place), self._place
+        name = place.removeprefix(HUB)
+        if not place.startswith(HUB):
+            place = str(path.absolute())
+            folder, stem = (path.parent, path.stem) if path.is_file() else (path, "")
+            own = "" if stem in ("", *STEMS, self.name) else f"-{stem}"
+            name = f"{folder.resolve().name}{own}"
+        return Provenance.of(self.name, name, place, self.list_training_images(), self.find_image)
+
+    def provenance(self) -> Provenance:
+        """Names and contents of the pictures, which say whose triplets and runs are."""
+        return self._provenance
 
     def find_image(self, image_id: str) -> ImageRef:
         """The picture of an image; where it should lie, if it is missing. Raises ``InputError`` for an unknown id."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spn4cir.dataset import Check
+from spn4cir.dataset import Check, ImageRole
 from spn4cir.datasets.contents import Contents, inner, read_contents, refuse_links, wrong
 from spn4cir.datasets.own import OwnImages
 from spn4cir.datasets.rows import HUB, SAVED, Rows
@@ -93,6 +93,15 @@ class Pairs(OwnImages):
         refuse_links(self.root, places, "of images", where)
         contents.add(ids, places, {}, where)
         return contents
+
+    def image_roles(self) -> list[ImageRole]:
+        """As for any dataset; but training does without images beside the table that no triplet names."""
+        training, *galleries = super().image_roles()
+        named = list(dict.fromkeys(self._triplets.image_ids))
+        others = set(training.image_ids).difference(named)
+        roles = [ImageRole("named by training triplets", named, True)]
+        roles += [ImageRole("others beside the triplets", [i for i in training.image_ids if i in others], False)]
+        return [*(role for role in roles if role.image_ids), *galleries]
 
     def checks(self) -> list[Check]:
         """The number of triplets, and what is known of their images."""

@@ -86,10 +86,14 @@ class Rows:
         """A column as texts, those of a list joined by spaces, a null as an empty one. Else raises ``InputError``."""
         import pyarrow as pa
 
-        kind, as_text = self.column(name).type, getattr(self.data.features[name], "int2str", str)  # of a class its name
+        kind, classes = self.column(name).type, getattr(self.data.features[name], "names", None)
         if pa.types.is_struct(kind) or self.is_image(name):
             raise InputError(f"{self.place}, column {name!r}: expected texts, got {short(str(kind))}")
         values = ([value] if not isinstance(value, list) else value for value in self.column(name).to_pylist())
+
+        def as_text(part: Any) -> str:
+            return str(part) if classes is None else classes[part] if part >= 0 else ""  # -1 is no class
+
         return [" ".join(as_text(part) for part in parts if part is not None) for parts in values]
 
     def is_image(self, name: str) -> bool:

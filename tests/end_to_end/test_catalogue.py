@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import draw_picture
 
 from spn4cir import batches
 from spn4cir.batches import TripletRows
-from spn4cir.cli import evaluate_command
+from spn4cir.cli import data_command, evaluate_command
 from spn4cir.datasets.emoji import Emoji
 from spn4cir.files import read_jsonl
 from spn4cir.types import Triplet
@@ -22,6 +23,7 @@ MAKE, SAMPLE = "data_gen/make_triplets.py", "data_gen/sample_images.py"
 STAGES = {1: "recipes/stage1.py", 2: "recipes/stage2.py"}
 FEW = ("--max-steps", 3, "--batch-size", 8, "--workers", 0, "--mixed-precision", "no", "--eval-every", 0)
 OPTIONS = ("--captioner", "embedded", "--matcher", "embedded", "--window", "[1, 8]", "--pairs-per-image", 3)
+COMMANDS = {"spn4cir-eval": evaluate_command, "spn4cir-data": data_command}
 Call = Callable[..., tuple[str, str]]
 
 
@@ -32,8 +34,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     def run(program: str, *arguments: object) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
         capfd.readouterr()
-        if program == "spn4cir-eval":
-            evaluate_command()
+        if program in COMMANDS:
+            COMMANDS[program]()
         else:
             runpy.run_path(str(ROOT / program), run_name="__main__")
         return capfd.readouterr()
@@ -73,7 +75,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def result_of(runs: Path, stage: int, dataset: str) -> dict[str, Any]:
-    (folder,) = (runs / dataset / "clip4cir").glob(f"stage{stage}-*")
+    (folder,) = (runs / dataset).glob(f"**/clip4cir/stage{stage}-*")
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return {"run": folder, **found}
 
@@ -82,7 +84,7 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
     """One command makes triplets, two train on them, and the figure says on what it is."""
     data = ("--dataset", "catalogue", "--data-root", shop)
     out, _ = call(MAKE, *data, *OPTIONS)
-    made = Path("data/catalogue/generated")
+    made = Path("data/catalogue/shop/generated")
     assert "1 left out: see" in out
     assert [row["image_id"] for row in read_jsonl(made / "images.failed.jsonl")] == ["broken.png"]
     entries = json.loads((made / "triplets.json").read_text())
@@ -95,6 +97,7 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
         found = result_of(runs, stage, "catalogue")
         assert found["steps"] == 3 and found["protocol"] == found["selected_on"] == "catalogue/holdout-generated-0.1"
         assert "held-out triplets, no annotated queries" in out
+        assert ("--keep-pixels true keeps them in" in out) == (stage == 1)
     assert "queries of your own, where this says; spn4cir-eval" in out
     with pytest.raises(SystemExit):
         call("spn4cir-eval", "--run", found["run"])
@@ -104,6 +107,69 @@ def test_from_a_folder_to_both_stages(call: Call, shop: Path, runs: Path, capfd:
     (shop / "broken.png").unlink()
     result = json.loads(call("spn4cir-eval", "--run", found["run"], "--json", "-")[0])
     assert result["protocol"] == "catalogue/val" and result["count"] == 5
+
+
+def refused(call: Call, capfd: pytest.CaptureFixture[str], program: str, *arguments: object) -> str:
+    """The one line of a command that stops."""
+    with pytest.raises(SystemExit):
+        call(program, *arguments)
+    line = capfd.readouterr().err.strip().splitlines()[-1].split("\r")[-1].strip()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_another_catalogue_is_never_taken(
+    call: Call, shop: Path, runs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of two shops with the same names, each trains on its own triplets, and is evaluated with its own runs."""
+    other = shop.parent / "other"
+    for path in shop.rglob("*.png"):
+        draw_picture(other / path.relative_to(shop), path.name)
+    made_of = {root: ("--dataset", "catalogue", "--data-root", root) for root in (shop, other)}
+    call(MAKE, *made_of[shop], *OPTIONS)
+    line = refused(call, capfd, STAGES[1], *made_of[other], *FEW)
+    assert "none of other (41 images" in line and f"only of shop (41 images in {shop})" in line
+    assert line.endswith(f"{MAKE} --dataset catalogue --data-root {other}") and not runs.exists()
+    call(STAGES[1], *made_of[shop], *FEW)
+    line = refused(call, capfd, STAGES[2], *made_of[other], "--generated", "null", *FEW)
+    assert "no triplets to train on" in line
+    line = refused(call, capfd, "spn4cir-eval", *made_of[other])
+    assert "holds no run on other (41 images" in line and "only runs on shop" in line and "--run embedded" in line
+    names = sorted(path.relative_to(other).as_posix() for path in other.rglob("*.png"))
+    (other / "queries.csv").write_text(f'reference,modification,target\n"{names[0]}",red,"{names[1]}"\n')
+    assert "not trained on any triplet" in call("spn4cir-eval", *made_of[other], "--run", "embedded")[0]
+    (run,) = (runs / "catalogue").glob("*/clip4cir/stage1-*")
+    assert "was trained on shop (41 images" in call("spn4cir-eval", *made_of[other], "--run", run)[0]
+
+
+def test_captions_that_lack_for_a_broken_picture_alone(
+    call: Call, shop: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No captioner is wanted; for a sound one without a caption it is, in a line that counts, or it is skipped."""
+    data = ("--dataset", "catalogue", "--data-root", shop)
+    matched = (*data, "--matcher", "embedded", "--window", "[1, 8]")
+    out, _ = call("spn4cir-data", "check", *data)
+    assert "; training can run once spn4cir-triplets has made triplets, which leaves broken images out" in out
+    out, _ = call(MAKE, *matched)
+    assert "captions are from the dataset" in out and "1 left out" in out
+    draw_picture(shop / "new.png", "new")
+    line = refused(call, capfd, MAKE, *matched, "--output", "second")
+    assert "1 of 41 images have no caption, and model 'llava" in line and "--without-caption skip" in line
+    out, _ = call(MAKE, *matched, "--output", "second", "--without-caption", "skip")
+    assert "1 without a caption left out" in out and "next: " in out
+
+
+def test_an_evaluation_names_all_broken_pictures(call: Call, shop: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And the command that looks at them, with the place of the data."""
+    (shop / "empty.png").touch()
+    (shop / "queries.csv").write_text("reference,modification,target\nempty.png,red,broken.png\n")
+    data = ("--dataset", "catalogue", "--data-root", shop)
+    line = refused(call, capfd, "spn4cir-eval", *data)
+    assert f"image {shop}/broken.png does not decode" in line and f"image {shop}/empty.png does not decode" in line
+    assert line.endswith(f"; see spn4cir-data check --dataset catalogue --data-root {shop}")
+    with pytest.raises(SystemExit):
+        call("spn4cir-data", "check", *data)
+    assert "training cannot run" in capfd.readouterr().out
 
 
 def zero_shot(call: Call, root: Path, stage: int, made: Path) -> str:
@@ -118,7 +184,7 @@ def test_other_images_for_a_published_dataset(
     """Sampled, made into triplets, and learned from by the zero-shot recipes, whose figure is the dataset's own."""
     call(SAMPLE, "--folder", shop, "--images", 30, "--output", "other")
     call(MAKE, "--dataset", "catalogue", "--data-root", "other", *OPTIONS)
-    made = Path("data/catalogue/generated/triplets.json")
+    made = Path("data/catalogue/other/generated/triplets.json")
     for stage in STAGES:
         zero_shot(call, fashioniq, stage, made)
         found = result_of(runs, stage, "fashioniq")

@@ -223,7 +223,7 @@ def test_the_command_without_a_checkout(asked: Callable[..., TrainConfig], refus
     packaged = "recipes/cirr/sprc_stage2_generated.yaml"
     assert asked("spn4cir-train", "--stage", 2, "--config", packaged) == of("cirr/sprc_stage2_generated")
     for wrong in ((), ("--stage", "3"), ("--stage", "stage1")):
-        assert "--stage must be 1 or 2, got " in refused("spn4cir-train", *wrong)
+        assert "--stage must be one of 1, 2, classes, crossmodal, got " in refused("spn4cir-train", *wrong)
 
 
 def test_every_run_says_which_recipe(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

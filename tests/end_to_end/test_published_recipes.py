@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from spn4cir.backbones import BACKBONES
-from spn4cir.config import AdamWConfig, BankConfig, ComputeConfig, TrainConfig, parse
+from spn4cir.config import TrainConfig, parse
+from spn4cir.config_groups import AdamWConfig, BankConfig, ComputeConfig
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.fashioniq import FashionIQ

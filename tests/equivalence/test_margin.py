@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spn4cir.config import NegativesConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import NegativesConfig
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
 from spn4cir.stages import check_stage2

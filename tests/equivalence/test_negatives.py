@@ -20,7 +20,8 @@ from spn4cir.backbone import Backbone
 from spn4cir.backbones import build_backbone
 from spn4cir.bank import Bank
 from spn4cir.batches import TripletBatch
-from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import BankConfig, NegativesConfig
 from spn4cir.datasets import open_extra_images
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
@@ -446,7 +447,7 @@ def test_several_broken_extra_pictures_can_be_listed(configure: Configure, start
     for name in "ab":
         (tmp_path / "more" / f"{name}.png").write_text("no picture")
     place = re.escape(str(tmp_path / "more"))
-    with pytest.raises(InputError, match=f"1 more: see spn4cir-data check --dataset catalogue --data-root {place}"):
+    with pytest.raises(InputError, match=f"; see spn4cir-data check --dataset catalogue --data-root {place}"):
         train(configure(init=str(start), bank={"extra": str(tmp_path / "more")}), 2)
 
 

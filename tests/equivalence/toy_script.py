@@ -25,7 +25,7 @@ import spn4cir.train as loop
 from spn4cir import bank as banks
 from spn4cir.batches import KnownTargets, TripletCollate
 from spn4cir.checkpoints import load_model, write_tensors
-from spn4cir.config import ComputeConfig
+from spn4cir.config_groups import ComputeConfig
 from spn4cir.datasets import DATASETS
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource, open_image, pixel_hash

@@ -8,8 +8,8 @@ from spn4cir.data import TrainingData, hash_pixels
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource
 from spn4cir.objective import ClassCentres, Objective
+from spn4cir.preparation import Training
 from spn4cir.run import Run
-from spn4cir.stages import Training
 
 
 def prepare_centres(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:

@@ -14,11 +14,13 @@ from spn4cir.importers import IMPORTERS
 
 ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
-    {"errors"}, {"distributed", "files", "schedules", "text_tokenizer", "types"},
-    {"compute", "dataset", "measures", "store", "streaming", "triplets"},
-    {"config", "losses", "results", "search", "selection"}, {"images", "in_batch", "faiss_search"}, {"identity"},
-    {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
-    {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"}, {"run"}, {"data"}, {"stages"}, {"train"},
+    {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
+    {"compute", "config_groups", "dataset", "measures", "store", "streaming", "triplets"},
+    {"config", "losses", "results", "search", "selection", "terms"}, {"images", "in_batch", "margins", "faiss_search"},
+    {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
+    {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"},
+    {"class_objective", "pair_objective", "run"}, {"data"}, {"preparation"},
+    {"class_stage", "pair_stage"}, {"stages"}, {"train"},
     {"cli", "train_cli", "index_cli", "search_cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -22,6 +22,7 @@ from spn4cir.checkpoints import (
     load_strictly,
     newest_run,
     read_tensors,
+    runs_root,
     save_model,
     save_progress,
     write_tensors,
@@ -282,18 +283,21 @@ def run_folder(root: Path, name: str, seconds: int | None) -> Path:
 def test_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest completed run of that dataset, backbone and stage; unfinished ones do not count."""
     monkeypatch.setenv("SPN4CIR_RUNS", str(tmp_path))
-    assert newest_run("data", "bone") is None
+    assert newest_run(runs_root() / "data", backbone="bone") is None
     run_folder(tmp_path, "stage1-20260103-000000", None)
-    assert newest_run("data", "bone") is None
+    assert newest_run(runs_root() / "data", backbone="bone") is None
     first = run_folder(tmp_path, "stage1-20260101-000000", 200)
     run_folder(tmp_path, "stage1-20260102-000000", 100)
-    assert newest_run("data", "bone") == first
+    assert newest_run(runs_root() / "data", backbone="bone") == first
     second = run_folder(tmp_path, "stage2-20260101-000000", 300)
     run_folder(tmp_path, "stage2-20260104-000000", None)
-    assert newest_run("data", "bone") == second
-    assert newest_run("data", "bone", stage=1) == first
-    assert newest_run("data", "bone", stage=2) == second
-    assert newest_run("other", "bone") is None and newest_run("data", "other") is None
+    assert newest_run(runs_root() / "data", backbone="bone") == second
+    assert newest_run(runs_root() / "data", backbone="bone", stage=1) == first
+    assert newest_run(runs_root() / "data", backbone="bone", stage=2) == second
+    assert (
+        newest_run(runs_root() / "other", backbone="bone") is None
+        and newest_run(runs_root() / "data", backbone="other") is None
+    )
 
 
 def test_newest_run_of_one_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +305,7 @@ def test_newest_run_of_one_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SPN4CIR_RUNS", str(tmp_path))
     for name in ("stage1-20260102-000000", "stage1-20260101-000000"):
         run_folder(tmp_path, name, 100)
-    found = newest_run("data", "bone")
+    found = newest_run(runs_root() / "data", backbone="bone")
     assert found is not None and found.name == "stage1-20260102-000000"
 
 

@@ -15,7 +15,8 @@ from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.batches import TripletBatch
 from spn4cir.checkpoints import save_model
-from spn4cir.config import AdamWConfig, ComputeConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import AdamWConfig, ComputeConfig
 from spn4cir.errors import InputError
 from spn4cir.objective import BankCandidates, Objective
 from spn4cir.train import schedule, train

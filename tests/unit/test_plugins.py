@@ -14,7 +14,8 @@ from plugins.sentences import Sentences
 from plugins.shapes import NAMES, Shapes
 
 from spn4cir.backbones import BACKBONES, build_backbone
-from spn4cir.config import BankConfig, NegativesConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import BankConfig, NegativesConfig
 from spn4cir.datasets import DATASETS, load_dataset
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate

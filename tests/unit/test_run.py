@@ -16,7 +16,8 @@ from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 from spn4cir.checkpoints import save_progress
-from spn4cir.config import ComputeConfig, TrainConfig, write_yaml
+from spn4cir.config import TrainConfig, write_yaml
+from spn4cir.config_groups import ComputeConfig
 from spn4cir.errors import InputError
 from spn4cir.run import Run, changes
 from spn4cir.train import train

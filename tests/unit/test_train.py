@@ -16,7 +16,8 @@ from spn4cir import bank as banks
 from spn4cir.backbones import BACKBONES
 from spn4cir.batches import TripletBatch
 from spn4cir.checkpoints import read_tensors, save_model
-from spn4cir.config import AdamWConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import AdamWConfig
 from spn4cir.errors import InputError
 from spn4cir.objective import BankCandidates, Objective
 from spn4cir.stages import load_backbone
@@ -176,7 +177,8 @@ def test_the_loop_switches_dropout_on_where_it_is_told(  # type: ignore[no-untyp
 
 
 START = """
-from spn4cir.config import AdamWConfig, TrainConfig
+from spn4cir.config import TrainConfig
+from spn4cir.config_groups import AdamWConfig
 from spn4cir.train import start
 
 accelerator = start(TrainConfig())

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from spn4cir.config import AdamWConfig, BankConfig, ComputeConfig, NegativesConfig, TrainConfig, parse, recipes_folder
+from spn4cir.config import TrainConfig, parse, recipes_folder
+from spn4cir.config_groups import AdamWConfig, BankConfig, ComputeConfig, NegativesConfig
 from spn4cir.data_gen.sample_images import SampleConfig
 from spn4cir.data_gen.steps import GenerateConfig
 

@@ -26,7 +26,8 @@ class Fake:
         self.die_at: int | None = None
         self.bad: dict[str, int] = {}  # how many answers of a question are bad
         self.unreadable: Callable[[str], bool] = lambda key: False
-        self.closed = 0
+        self.closed = self.probes = 0
+        self.is_well = False  # whether it answers a probe
 
     def look(self) -> None: ...
 
@@ -45,6 +46,10 @@ class Fake:
         if self.unreadable(key):
             return Answer("", problem="nonsense")
         return Answer("bad" if turn.number < self.bad.get(key, 0) else f" ä {key} {together}\n")
+
+    def probe(self, like: Question) -> bool:
+        self.probes += 1
+        return self.is_well
 
     def close(self) -> None:
         self.closed += 1
@@ -239,6 +244,16 @@ def test_an_engine_that_breaks(tmp_path: Path) -> None:
     mended = Fake(block=1)
     assert not [r for r in run(tmp_path, mended, many(300)) if r.problem]
     assert len(mended.seen) == 200
+
+
+@pytest.mark.parametrize("questions", [1, 40, 300])
+def test_an_engine_that_refuses_these_questions_alone(tmp_path: Path, questions: int) -> None:
+    """It answers a probe, so they are the reason: all are results, also of a run that asks about nothing else."""
+    engine = Fake(block=1)
+    engine.is_well, engine.unreadable = True, lambda key: True
+    replies = run(tmp_path, engine, many(questions))
+    assert len(replies) == questions and not any(reply.read for reply in replies)
+    assert 1 <= engine.probes <= 1 + questions // LATER
 
 
 def test_a_few_unreadable_answers_are_told(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from spn4cir.data_gen import caption as steps
+from spn4cir.data_gen.answers import repeats, tidy
 from spn4cir.data_gen.ask import Answer, Question, Try
-from spn4cir.data_gen.caption import caption_images, check_caption, repeats, tidy
+from spn4cir.data_gen.caption import caption_images, check_caption
 from spn4cir.data_gen.steps import GenerateConfig, Journal
 from spn4cir.dataset import Dataset
 from spn4cir.datasets.emoji import Emoji
@@ -58,6 +59,9 @@ class Fake:
     def lengths(self, questions: Sequence[Question]) -> None: ...
 
     def close(self) -> None: ...
+
+    def probe(self, like: Question) -> bool:
+        return False
 
     def answer(self, questions: Sequence[Question], turn: Try) -> list[Answer]:
         if self.die_at is not None and len(self.asked) >= self.die_at:

@@ -27,7 +27,11 @@ def dataset(folder: Path, ids: list[str]) -> Dataset:
     return cast(
         Dataset,
         SimpleNamespace(
-            name="x", root=None, image=lambda i: ImageRef(folder / f"{i}.png"), training_images=lambda: list(ids)
+            name="x",
+            root=None,
+            image=lambda i: ImageRef(folder / f"{i}.png"),
+            training_images=lambda: list(ids),
+            provenance=lambda: None,
         ),
     )
 
@@ -152,27 +156,34 @@ def test_an_output_that_is_the_root_of_pictures_elsewhere(folder: Path) -> None:
 
 
 def test_an_output_of_another_source(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Another catalogue, dataset or table is refused; the same one by another path, or an older note, is not."""
+    """Other pictures by the same names, a dataset or table are refused; the same ones elsewhere are not."""
     out, other = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("other")
     for name in ("a", "b"):
-        shutil.copy(folder / f"{name}.png", other)
+        Image.new("RGB", (7, 7), COLORS[name]).save(other / f"{name}.png")
     (other / "t.csv").write_text("image\na.png\nb.png\n")
     config = of_catalogue(folder, out)
     note = config.file("images.done.json")
     assert json.loads(note.read_text())["source"] == {"dataset": "catalogue", "root": str(folder.resolve())}
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
     of_catalogue(folder / "." / ".." / folder.name, out)
-    told = rf"holds the triplets of catalogue of {folder}: give another with --output, or delete it"
+    moved = tmp_path_factory.mktemp("moved") / "shop"
+    shutil.copytree(folder, moved)
+    of_catalogue(moved, out)
+    assert json.loads((out / "made_from.json").read_text())["name"] == "shop"
+    of_catalogue(folder, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    told = rf"holds the triplets of {folder.name} \(6 images in {folder}\), .*: give another with --output"
     for root in (other, other / "t.csv"):
         with pytest.raises(InputError, match=told):
             of_catalogue(root, out)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=f"holds the triplets of catalogue of {folder}: give another with --output"):
         deduplicate(config, dataset(folder, ["a", "b"]))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "source"}))
+    (out / "made_from.json").unlink()
     assert canonical_images(of_catalogue(other, out)) == ["a.png", "b.png"]
-    with pytest.raises(InputError, match=f"triplets of catalogue of {other}: "):
-        of_catalogue(other / "t.csv", out)
+    assert canonical_images(of_catalogue(other / "t.csv", out)) == ["a.png", "b.png"]  # the same pictures
+    with pytest.raises(InputError, match=f"triplets of {other.name}-t "):
+        of_catalogue(folder, out)
 
 
 def test_a_dataset_without_a_folder(folder: Path) -> None:

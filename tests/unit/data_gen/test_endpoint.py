@@ -165,7 +165,54 @@ def test_what_fails_for_one_image_is_listed(
     assert len(server.requests) == 15
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 404, 413, 422, 301, 307])
+@pytest.mark.parametrize("code", [400, 413, 415, 422, 451])
+@pytest.mark.parametrize("refused", [[3], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+def test_a_refusal_of_a_picture_is_listed(
+    tmp_path: Path, server: FaultyServer, dataset: Dataset, code: int, refused: list[int]
+) -> None:
+    """Without a retry; many in a row are no broken server; a second run asks about these alone, and ends well."""
+    server.faults = {f"{n}-0-0": [f"status:{code}"] * 99 for n in refused}
+    config = config_of(tmp_path, server, requests=1)
+    probes = len(refused) > 1
+    for before in (12 - len(refused), 0):
+        start = len(server.requests)
+        caption_images(config, dataset)
+        assert len(server.requests) - start == before + len(refused) + (probes if before else 0)
+        assert captions(config) == {i: text for n, (i, text) in enumerate(GOOD.items()) if n not in refused}
+        failed = read_jsonl(config.file("captions.failed.jsonl"))
+        assert [row["image_id"] for row in failed] == [f"i{n}" for n in refused]
+        assert all(f"answers {code}: told you so {code}" in row["reason"] for row in failed)
+
+
+@pytest.mark.parametrize("fault", ["status:400", "status:413", "status:500"])
+def test_a_second_run_where_the_server_is_broken(
+    tmp_path: Path, server: FaultyServer, dataset: Dataset, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job was finished but for one image: it stays so, and that is said; also where nobody listens."""
+    server.faults = {"3-0-0": [fault] * 99}
+    config = config_of(tmp_path, server, retries=1)
+    caption_images(config, dataset)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    server.faults, asked = {"*": [fault] * 99}, len(server.requests)
+    caption_images(config, dataset)
+    assert "11 captions; 1 failed" in capsys.readouterr().out and len(server.requests) - asked <= 2
+    config.endpoint = "http://127.0.0.1:9/v1"
+    caption_images(config, dataset)
+    assert "is done but for 1 images, which got no answer again: http://127.0.0.1:9" in capsys.readouterr().out
+    after = {name: (tmp_path / name).read_bytes() for name in before}
+    assert after.keys() == before.keys() and after["captions.jsonl"] == before["captions.jsonl"]
+
+
+@pytest.mark.parametrize("code", [400, 413])
+def test_a_server_that_refuses_everything(tmp_path: Path, server: FaultyServer, dataset: Dataset, code: int) -> None:
+    """After a handful, in its own words, even about a plain picture."""
+    server.faults = {"*": [f"status:{code}"] * 99}
+    with pytest.raises(InputError, match=f"8 questions in a row .* answers {code}: told you so"):
+        caption_images(config_of(tmp_path, server, requests=1), dataset)
+    assert len(server.requests) <= 12
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 301, 307])
 def test_a_refusal_for_good_stops_at_once(
     tmp_path: Path, server: FaultyServer, dataset: Dataset, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +289,20 @@ def test_an_answer_that_fails_its_check_is_drawn_again(tmp_path: Path, server: F
     again = once._request(Question("i3", "p", dataset.image("i3")), Try(1, 42))
     assert again["seed"] == tries[1]["seed"]
     assert again["seed"] != once._request(Question("i4", "p", dataset.image("i3")), Try(1, 42))["seed"]
+
+
+def test_answers_in_parts_and_thoughts_alone(tmp_path: Path, server: FaultyServer, dataset: Dataset) -> None:
+    """Parts are joined; a server that gave thoughts alone says what to change."""
+    parts = [{"type": "text", "text": "a red"}, {"type": "text", "text": " hat"}]
+    thoughts = {"choices": [{"message": {"content": None, "reasoning_content": "hm"}}]}
+    server.faults = {
+        "1-0-0": [f"answer:{json.dumps({'choices': [{'message': {'content': parts}}]})}"],
+        "2-0-0": [f"answer:{json.dumps(thoughts)}"] * 9,
+    }
+    config = config_of(tmp_path, server, retries=0)
+    caption_images(config, dataset)
+    (failed,) = read_jsonl(config.file("captions.failed.jsonl"))
+    assert captions(config)["i1"] == "a red hat" and failed["image_id"] == "i2" and "max_new_tokens" in failed["reason"]
 
 
 def test_an_answer_cut_at_the_bound(tmp_path: Path, server: FaultyServer, dataset: Dataset) -> None:

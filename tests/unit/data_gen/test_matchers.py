@@ -116,7 +116,7 @@ def test_open_clip_weights_in_a_file(tmp_path: Path, pictures: list[Image.Image]
     same(by_matcher(name, pictures), expected, expected.flip(0))
     assert identify(name) == {"kind": "open_clip", "model": "a-tiny-clip", "weights": content_digest(path)}
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(InputError, match=r"matcher open_clip:a-tiny-clip:.* cannot be loaded") as error:
+    with pytest.raises(InputError, match=r"open_clip:a-tiny-clip:.* cannot be loaded") as error:
         load_matcher(name)
     assert "\n" not in str(error.value)
 
@@ -319,8 +319,8 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
     ("open_clip:ViT-B-3:openai", r"no model 'ViT-B-3'; the closest of \d+ are .*ViT-B-32"),
     ("open_clip:ViT-B-32", r"needs a tag .*, got ''; known: openai, laion"),
     ("open_clip:ViT-B-32:gone", r"needs a tag .*, got 'gone'; known: openai, laion"),
-    ("open_clip:ViT-B-32:openai", r"another activation: the matcher is open_clip:ViT-B-32-quickgelu:openai$"),
-    ("open_clip:ViT-B-32-quickgelu:laion2b_e16", r"needs a tag|the matcher is open_clip:ViT-B-32:laion2b_e16$"),
+    ("open_clip:ViT-B-32:openai", r"another activation: it is open_clip:ViT-B-32-quickgelu:openai$"),
+    ("open_clip:ViT-B-32-quickgelu:laion2b_e16", r"needs a tag|it is open_clip:ViT-B-32:laion2b_e16$"),
     ("open_clip:local-dir:gone", r"there is no folder gone"),
     ("open_clip:hf-hub:org/gone", r"get https://huggingface\.co/org/gone and give its folder"),
     ("open_clip:ViT-B-32-quickgelu:openai", r"get https://huggingface\.co/\S+ and give its file"),

@@ -171,7 +171,7 @@ def test_a_table_of_that_name_in_the_folder_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "said"), [
-    ([{"name": "x"}], "must be called image or path or image_path or file or file_name; there are: name"),
+    ([{"name": "x"}], "must be called image or path or image_path or file or file_name or img_path; there are: name"),
     ([{"path": "../x.png"}], "row 1, column 'image': '../x.png' is no path below"),
     ([{"path": "/etc/passwd"}], "row 1, column 'image'"),
     ([{"path": "a\\b.png"}], "row 1, column 'image'"),

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.embedded import make_emoji
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.emoji import Emoji
+from spn4cir.datasets.emoji_names import Attributes, load_names, parse_attributes
 from spn4cir.errors import InputError
 from spn4cir.images import open_image, pixel_hash
 from spn4cir.measures import measure_name
@@ -30,11 +31,11 @@ def hashes() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def attributes() -> dict[str, make_emoji.Attributes]:
+def attributes() -> dict[str, Attributes]:
     """Attributes of every image by its name."""
-    names = make_emoji.load_names()
+    names = load_names()
     known = set(names.values())
-    return {image_id: make_emoji.parse(name, known) for image_id, name in names.items()}
+    return {image_id: parse_attributes(name, known) for image_id, name in names.items()}
 
 
 def test_sizes() -> None:
@@ -88,7 +89,7 @@ def test_protocol(split: str) -> None:
 
 
 @each_split
-def test_queries_change_exactly_one_attribute(split: str, attributes: dict[str, make_emoji.Attributes]) -> None:
+def test_queries_change_exactly_one_attribute(split: str, attributes: dict[str, Attributes]) -> None:
     """By the names' attributes, reference and target differ in the query's tag."""
     for query in BENCHMARKS[split].queries:
         (tag,), reference, target = query.tags, attributes[query.reference], attributes[query.targets[0]]
@@ -97,7 +98,7 @@ def test_queries_change_exactly_one_attribute(split: str, attributes: dict[str, 
         assert reference.keys() == target.keys()
 
 
-def test_triplets_change_exactly_one_attribute(attributes: dict[str, make_emoji.Attributes]) -> None:
+def test_triplets_change_exactly_one_attribute(attributes: dict[str, Attributes]) -> None:
     """So do the training triplets."""
     assert all(make_emoji.changed(attributes[t.reference], attributes[t.targets[0]]) for t in DATA.triplets())
 
@@ -189,14 +190,14 @@ def test_regenerating_gives_the_shipped_files(tmp_path: Path, monkeypatch: pytes
 ])  # fmt: skip
 def test_parse(name: str, expected: dict[str, str]) -> None:
     """Names fall into the attributes that a person would see."""
-    assert make_emoji.parse(name, {name}) == expected
+    assert parse_attributes(name, {name}) == expected
 
 
 def test_parse_sees_the_default_of_what_has_variants() -> None:
     """A name without tone or direction has the default one where its variants are named."""
     names = {"mage", "mage dark skin tone", "man mage", "woman mage", "person running", "person running facing right"}
-    assert make_emoji.parse("mage", names) == {"tone": "default", "concept": "mage", "gender": "person"}
-    assert make_emoji.parse("person running", names)["direction"] == "left"
+    assert parse_attributes("mage", names) == {"tone": "default", "concept": "mage", "gender": "person"}
+    assert parse_attributes("person running", names)["direction"] == "left"
 
 
 @pytest.mark.parametrize(("a", "b", "expected"), [
