@@ -1,4 +1,4 @@
-"""What a language model says: what surrounds the sentence that was asked for is taken off, and what is no answer told."""
+"""What a language model says: all around the sentence that was asked for is taken off, and what is no answer is told."""
 
 import re
 
