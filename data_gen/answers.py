@@ -1,4 +1,4 @@
-"""What a language model says: all around the sentence that was asked for is taken off, and what is no answer is told."""
+"""What a language model says: all around the sentence that was asked for comes off, and what is no answer is told."""
 
 import re
 
