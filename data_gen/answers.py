@@ -1,4 +1,4 @@
-"""What a language model says: what surrounds the sentence that was asked for is taken off, and what is no answer told."""
+"""Answers of a language model: takes off what surrounds the sentence, and says what is wrong with the rest."""
 
 import re
 

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from spn4cir.data_gen.answers import fault, strip_answer, tidy
+from spn4cir.data_gen.answers import fault, strip_answer
 from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
 from spn4cir.data_gen.deduplicate import canonical_images
 from spn4cir.data_gen.engines import engine_of
@@ -72,8 +71,8 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
 def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
     """Raise ``InputError`` for a prompt, or for a model that is needed, that cannot work.
 
-    Before the first step only a dataset without any caption is known to need a model: images that lack one may be broken,
-    or have a twin that has one. After it, whether there is an image left without.
+    Before the first step only a dataset without any caption is known to need a model: an image that lacks one may be
+    broken, or equal to one that has it. After the first step this is known.
     """
     read_captioner_prompt(config)
     if config.captions:

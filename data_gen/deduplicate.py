@@ -37,7 +37,11 @@ def deduplicate(config: GenerateConfig, dataset: Dataset) -> None:
     _check_output(config, dataset, source, images.values())
     _note_images(config, dataset)
     described = known_captions(config, dataset, ids).keys() if config.without_caption == "skip" else None
-    out, failed_file, made_by = config.file("images.jsonl"), config.file("images.failed.jsonl"), _made_by(images, described)
+    out, failed_file, made_by = (
+        config.file("images.jsonl"),
+        config.file("images.failed.jsonl"),
+        _made_by(images, described),
+    )
     if is_done(out, made_by):
         print(f"deduplicate: {out} is done")
         return
