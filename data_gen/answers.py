@@ -1,4 +1,4 @@
-"""What a language model says: all around the sentence that was asked for comes off, and what is no answer is told."""
+"""Answers of a language model: takes off what surrounds the sentence, and says what is wrong with the rest."""
 
 import re
 

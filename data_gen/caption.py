@@ -71,8 +71,8 @@ def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
 def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
     """Raise ``InputError`` for a prompt, or for a model that is needed, that cannot work.
 
-    Before the first step only a dataset without any caption is known to need a model: images that lack one may be
-    broken, or have a twin that has one. After it, whether there is an image left without.
+    Before the first step only a dataset without any caption is known to need a model: an image that lacks one may be
+    broken, or equal to one that has it. After the first step this is known.
     """
     read_captioner_prompt(config)
     if config.captions:

@@ -266,9 +266,12 @@ def test_queries_that_cannot_be_meant(folder: Path, row: str, said: str) -> None
 
 
 def test_the_doctor_and_the_skip_list(folder: Path) -> None:
-    """A broken picture stands in the way until it is skipped; that nobody annotated anything does not."""
+    """A broken picture stands in the way of queries over all pictures, until it is skipped; of nothing else."""
     assert examine(load_dataset("catalogue", str(folder))).can_train
     (folder / "shoes/b.png").write_bytes(b"x")
+    assert examine(load_dataset("catalogue", str(folder))).can_train  # generated triplets leave it out
+    others = [i for i in Catalogue(str(folder)).training_images() if i != "shoes/b.png"]
+    (folder / "queries.csv").write_text(f"reference,modification,target\n{others[0]},x,{others[1]}\n")
     assert not examine(load_dataset("catalogue", str(folder))).can_train
     write_skip_list(folder, {"shoes/b.png": "unreadable"})
     skipping = load_dataset("catalogue", str(folder))
