@@ -43,6 +43,8 @@ SLOW = {
     "index_kills": "minutes",
     "kills": "minutes",
     "claims": "four hours",
+    "embeddings": "minutes for each part",
+    "pairs": "minutes",
     "dynamics": "seconds, after claims",
     "zeroshot": "an hour, after claims",
     "negatives": "two hours, after claims",

@@ -13,7 +13,9 @@ from spn4cir.backbones import BACKBONES, build_backbone
 
 EMBEDDED = Path(spn4cir.__file__).parent / "embedded"
 SIDE = 64  # pixels
-TINY = (*BACKBONES, "clip4cir combiner")
+COMPOSED = tuple(name for name in BACKBONES if name not in ("embedding", "masln"))
+"""Those that stages 1 and 2 train; the others have a stage of their own."""
+TINY = (*COMPOSED, "clip4cir combiner")
 """All that ``tiny_backbone`` builds; the first word is the backbone's name."""
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOWER |= {"patch_size": 16, "image_size": SIDE}

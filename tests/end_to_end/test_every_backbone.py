@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import stated
 from safetensors.torch import load_file, save_file
+from tiny_backbones import COMPOSED
 
 from spn4cir import train
 from spn4cir.backbones import BACKBONES, build_backbone
@@ -123,7 +124,7 @@ def check_figures(out: str, run: Path, result: dict[str, Any]) -> None:
     assert found["tags"] == result["tags"] and found["count"] == result["count"]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", COMPOSED)
 def test_what_a_stage_says_comes_next_runs(call: Call, runs: Path, backbone: str) -> None:
     """Stage 1, what it says, and what that says; the evaluation finds the newest run, with the figures of training."""
     following = advice(call(STAGES[1], "--backbone", backbone, *FEW, *FAST))
@@ -329,7 +330,7 @@ def test_a_damaged_note_of_a_checkpoint(refused: Call, tmp_path: Path, content: 
     assert words in refused(EVAL, "--run", tmp_path / "held")
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", COMPOSED)
 def test_weights_that_do_not_fit(refused: Call, tmp_path: Path, runs: Path, backbone: str) -> None:
     """A tensor that is missing, one too many, one of another shape: all are said, in training and in evaluation."""
     held = tmp_path / "held"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,8 @@ def test_every_recipe_loads(path: Path) -> None:
 def test_there_are_recipes() -> None:
     """Both stages of the embedded dataset and its triplets are among them."""
     assert {"emoji/clip4cir_stage1", "emoji/clip4cir_stage2"} <= {name_of(path) for path in TRAINING}
-    assert all("_stage" in path.stem or path.stem.endswith("_combiner") for path in TRAINING)
+    of_stage = re.compile("_(stage[12]|combiner|classes|crossmodal)")
+    assert all(of_stage.search(path.stem) for path in TRAINING)
     beside = {name_of(path) for path in {*RECIPES} - {*TRAINING}}
     assert beside and all(name.startswith(("triplets", "sample_images", "stylize")) for name in beside)
     assert "triplets/emoji" in beside

@@ -108,7 +108,7 @@ def test_from_pictures_to_figures(site: Path, tmp_path: Path) -> None:
     small = ("--captioner", "embedded", "--matcher", "embedded", "--window", "[1, 8]", "--pairs-per-image", "2")
     made = run(tmp_path, "spn4cir-triplets", *DATA, *small, path=site)
     assert "next: " in made
-    entries = json.loads((tmp_path / "data" / "catalogue" / "generated" / "triplets.json").read_text())
+    entries = json.loads(next((tmp_path / "data" / "catalogue").glob("*/generated/triplets.json")).read_text())
     rows = "".join(f'"{e["reference_name"]}","{e["captions"][0]}","{e["target_name"]}"\n' for e in entries[:5])
     (tmp_path / "shop" / "queries.csv").write_text(f"reference,modification,target\n{rows}", encoding="utf-8")
     first = run(tmp_path, *twin, "train", "--stage", "1", *DATA, "--generated", "auto", *FEW, path=site)

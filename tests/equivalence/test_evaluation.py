@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import tiny_backbone
+from tiny_backbones import COMPOSED, tiny_backbone
 
 from spn4cir.backbone import Backbone
-from spn4cir.backbones import BACKBONES
 from spn4cir.bank import Bank, load_or_build
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.skip import write_skip_list
@@ -359,7 +358,7 @@ def one_by_one(backbone: Any, benchmark: Benchmark, images: ImageSource) -> dict
     return {**{mode: torch.stack(vectors) for mode, vectors in found.items()}, "target": targets}
 
 
-@pytest.fixture(params=BACKBONES)
+@pytest.fixture(params=COMPOSED)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     backbone = tiny_backbone(request.param, tmp_path)
     backbone.freeze_image_side()

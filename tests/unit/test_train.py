@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import TINY, tiny_backbone
+from tiny_backbones import COMPOSED, TINY, tiny_backbone
 
 from spn4cir import bank as banks
 from spn4cir.backbones import BACKBONES
@@ -227,7 +227,7 @@ def test_a_learned_temperature_is_held_within_its_bounds(tmp_path: Path) -> None
     assert fixed.temperature.item() == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", COMPOSED)
 def test_options_that_name_weights_yield_to_the_start(name: str, tmp_path: Path) -> None:
     """The saved ones hold and stay recorded, and that is said; others hold."""
     save_model(tmp_path / "start", tiny_backbone(name, tmp_path), {})
@@ -241,7 +241,7 @@ def test_options_that_name_weights_yield_to_the_start(name: str, tmp_path: Path)
         load_backbone(TrainConfig(backbone=name, init=config.init, backbone_options={"colour": 1}), 2)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", COMPOSED)
 @pytest.mark.parametrize("inside", ["load_weights", "separated"])
 def test_inner_arguments_are_not_for_recipes(name: str, inside: str) -> None:
     """One line, and no such name among the known ones."""

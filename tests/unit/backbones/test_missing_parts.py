@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from tiny_backbones import COMPOSED
 from torch import Tensor
 
 from spn4cir.backbone import Backbone
-from spn4cir.backbones import BACKBONES, build_backbone
+from spn4cir.backbones import build_backbone
 from spn4cir.types import ImageFeatures
 
 TEXTS = ["make it red", "a blue one", "", "", "the same, but with two dots and a longer name", ""]
@@ -13,7 +14,7 @@ LACKS_REFERENCE = [0, 3, 4]
 """Rows without a reference; the fourth has no text either, and the second, third and sixth have one."""
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=COMPOSED)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     """The embedded model, in eval mode."""
     return build_backbone(request.param)

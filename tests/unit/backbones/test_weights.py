@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from tiny_backbones import COMPOSED
 
-from spn4cir.backbones import BACKBONES, build_backbone
+from spn4cir.backbones import build_backbone
 from spn4cir.errors import InputError
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", COMPOSED)
 def test_only_the_architecture_is_built_where_a_checkpoint_follows(name: str) -> None:
     """The same names and shapes with other values; afterwards, and after a failure as well, weights are read again."""
     with pytest.raises(InputError):
