@@ -174,7 +174,8 @@ def style_accuracy(model: Freestyle, dataset: Dataset) -> dict[str, float]:
         parts = [model._grams(images.stack([i for i, _ in pairs[n : n + 64]])) for n in range(0, len(pairs), 64)]
         return torch.cat(parts), torch.tensor([label for _, label in pairs])
 
-    triplets = [t for t in dataset.triplets() if t.reference is not None and not t.texts][:900]
+    triplets = [t for t in dataset.triplets() if t.reference is not None and not t.texts]
+    triplets = [triplets[n] for n in np.random.default_rng(0).permutation(len(triplets))[:900]]
     train = [(str(t.reference), names.index(t.label)) for t in triplets]
     train += [(photo, 0) for photo in dict.fromkeys(t.targets[0] for t in triplets)]
     queries = [q for q in dataset.benchmark("test").queries if q.reference is not None and q.text is None]
