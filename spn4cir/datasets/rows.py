@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from glob import escape
 from itertools import accumulate
@@ -234,12 +233,11 @@ def _read_texts(path: Path, roles: Roles, settings: TableSettings) -> tuple[Any,
     """A text table mapped into memory, whose cells are texts as they are written; and notes on how it is read."""
     import datasets
 
-    strict = replace(settings, strict=True)  # notes on rows would be said once only, as the cache is read from then on
-    names, _, notes = stream_text(path, roles, strict)
+    names, _, notes = stream_text(path, roles, settings)
     if not names:
         raise InputError(f"{path} is empty")
     told = path.stat()
-    given = {"path": str(path), "roles": roles, "settings": strict, "stamp": (told.st_size, told.st_mtime_ns)}
+    given = {"path": str(path), "roles": roles, "settings": settings, "stamp": (told.st_size, told.st_mtime_ns)}
     features = datasets.Features({name: datasets.Value("string") for name in names})
     try:
         return datasets.Dataset.from_generator(_generate_rows, features, gen_kwargs=given), notes

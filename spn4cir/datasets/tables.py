@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -141,8 +141,11 @@ def load_table(path: Path, roles: Roles, settings: TableSettings | None = None) 
         raise InputError(f"{path} is no table: known are {', '.join(SUFFIXES)}, also with .gz behind it")
 
     def effective(names: Sequence[str]) -> tuple[str, TableSettings]:
-        is_plain = "image" not in roles or find_column(path, names, roles["image"]) is not None
-        return ("", given) if is_plain else known_shape(names, given)
+        if "image" not in roles:
+            return "", given
+        shape, known = known_shape(names, given)
+        plain = find_column(path, names, roles["image"])  # a column that people have added is meant
+        return (shape, known) if plain is None or known.image == plain else ("", given)
 
     try:
         cells, notes = _READERS.get(suffix, _read_text)(path, given, roles, effective)
@@ -185,7 +188,9 @@ def stream_text(
 ) -> tuple[list[str], Iterator[dict[str, str]], list[str]]:
     """Names of the columns of a text table, its rows one at a time, and notes; errors as of ``load_table``."""
     try:
-        opened, names = open_text(path, settings, roles, lambda there: ("", settings))
+        strict = replace(settings, strict=True)  # as notes on rows are made when it is too late to read them
+        opened, names = open_text(path, strict, roles, lambda there: ("", strict))
+        opened.allow_short = not settings.strict
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise error if isinstance(error, InputError) else read_errors(path, error) from None
 

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TextIO
 
 from spn4cir.errors import InputError
-from spn4cir.files import short
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -126,6 +125,7 @@ class TextTable:
 
     Attributes:
         join_last: whether separators too many belong to the text in the last column.
+        allow_short: whether rows with fewer fields than the head line are no error in strict mode.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class TextTable:
         strict: bool = False,
         encoding: str | None = None,
     ):
-        self.path, self._strict, self.join_last = path, strict, False
+        self.path, self._strict, self.join_last, self.allow_short = path, strict, False, False
         self.encoding = find_encoding(path, encoding)
         self.notes = list[str]()
         if self.encoding not in ("utf-8", "utf-8-sig") and not encoding:
@@ -182,15 +182,17 @@ class TextTable:
                     if not lines.taken or "limit" in str(error):
                         raise InputError(f"{self.path}, line {lines.number}: {error}") from None
                 start = lines.number - len(lines.taken) + 1
+                if fields and len(lines.taken) > 1 and self._strict:
+                    self._refuse_doubtful(lines.taken, fields, start)
                 if fields is None or (len(lines.taken) > 1 and self._find_swallowed(lines.taken)):
                     fields = self._read_literally(lines, start, is_read=fields is not None)
                     reader = self._reader(lines)
                 if any(field.strip() for field in fields):
                     yield start, self._fit(fields, start)
         if self._repaired:
-            first, count = self._repaired[0], len(self._repaired)
-            what = f"a quote that swallows other rows is read as a letter in {count} lines"
-            self.notes.append(f"{self.path}: {what}, the first being line {first}: {CLOSE}")
+            more = f", and so do {len(self._repaired) - 1} more lines" if self._repaired[1:] else ""
+            what = f"opens a quote that swallows rows{more}; it is read as a letter: {CLOSE}"
+            self.notes.append(f"{self.path}, line {self._repaired[0]} {what}")
 
     def _reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
         return csv.reader(lines, delimiter=self.separator, strict=True)
@@ -199,6 +201,22 @@ class TextTable:
         """Which line of a record, after its first, holds an image of its own."""
         first = self._kind(_split(taken[0], self.separator, quoted=False))
         return next((n for n, line in enumerate(taken) if n and self._holds_image(line, first)), None)
+
+    def _refuse_doubtful(self, taken: Sequence[str], fields: Sequence[str], start: int) -> None:
+        """Raise ``InputError`` for a record of several lines that name more pictures than the record does."""
+        kinds = {*self._kinds, self._kind(fields)}
+        if any("." in kind for kind in kinds):
+            named = [sum(_kind_of_cell(f.strip(' "')) in kinds for f in fields)]
+            named += [sum(_kind_of_cell(f.strip(' "')) in kinds for f in line.split(self.separator)) for line in taken]
+            is_doubtful = sum(named[1:]) > named[0]
+        else:
+            split = [_split(line, self.separator, quoted=False) for line in taken[1:]]
+            is_doubtful = any(len(one) > 1 and self._kind(one) in kinds - {"", "text"} for one in split)
+        if is_doubtful:
+            what = (
+                f"a quote is opened, and the lines up to {start + len(taken) - 1} in it name more images than one row"
+            )
+            raise InputError(f"{self.path}, line {start}: {what}: {CLOSE}")
 
     def _holds_image(self, line: str, first: str) -> bool:
         fields = _split(line, self.separator, quoted=False)
@@ -245,11 +263,9 @@ class TextTable:
                     f"{self.path}, line {line}: {what}, or give join_last=true if they are in the last column"
                 )
             fields = [*fields[: count - 1], self.separator.join(fields[count - 1 :])]
-        if self._strict and any(place >= len(fields) for place in self._keys):
-            what = f"{len(fields)} fields, of which none names an image, and the head line has {count}"
-            raise InputError(
-                f"{self.path}, line {line}: {what}: {short(fields[0])} was cut from the line before it, or is cut"
-            )
+        if self._strict and len(fields) < count and not self.allow_short:
+            what = f"has {len(fields)} of the {count} fields of the head line"
+            raise InputError(f"{self.path}, line {line} {what}: complete it, or leave strict out")
         if self.separator == "|":
             fields = [field.strip() for field in fields]
         fields = [*fields, *[""] * (count - len(fields))]
