@@ -52,10 +52,13 @@ ODD = [
 ]
 # what names an image in a row of each shape; texts hold none
 TOKENS = {
-    "kaggle_fashion": re.compile(r"(?<![\d.])11[6-8]\d(?!\d)"), "hm": re.compile(r"(?<!\d)10[89]\d{6}(?!\d)|(?<!\d)1099\d{5}(?!\d)"),
-    "shopify": re.compile(r"https://cdn[^\s,;|\"]*?\.jpg"), "woocommerce": re.compile(r"https://shop[^\s,;|\"]*?(?<!-2)\.jpg"),
-    "flickr30k": re.compile(r"10000928\d\d\.jpg|10000927\d\d\.jpg"), "imagefolder_csv": re.compile(r"00\d\d\.png"),
-}  # fmt: skip
+    "kaggle_fashion": re.compile(r"(?<![\d.])11[6-8]\d(?!\d)"),
+    "hm": re.compile(r"(?<!\d)10[89]\d{6}(?!\d)"),
+    "shopify": re.compile(r"https://cdn[^\s,;|\"]*?\.jpg"),
+    "woocommerce": re.compile(r"https://shop[^\s,;|\"]*?(?<!-2)\.jpg"),
+    "flickr30k": re.compile(r"10000928\d\d\.jpg|10000927\d\d\.jpg"),
+    "imagefolder_csv": re.compile(r"00\d\d\.png"),
+}
 
 
 def mutate_text(shape: Shape, name: str, rng: random.Random) -> tuple[bytes, int]:
@@ -181,7 +184,7 @@ def read(place: str) -> Any:
 
 def run(tables: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
     """Read mutated tables, in strict mode where rows can be counted; return counts and failures."""
-    counts, failures, started = Counter[str](), list[str](), time.perf_counter()
+    counts, refusals, failures, started = Counter[str](), Counter[str](), list[str](), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="table_fuzz") as base:
         shapes = {name: make() for name, make in SHAPES.items()}
         places = {name: shape.write(Path(base) / name, is_empty=True) for name, shape in shapes.items()}
@@ -206,6 +209,7 @@ def run(tables: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
                         problem = f"{found.image_rows} rows, and {held} lines hold an image"
             except InputError as error:
                 counts["refused"] += 1
+                refusals[_kind_of(str(error))] += 1
                 counts["refused, strict" if is_strict else "refused, not strict"] += 1
                 problem = (
                     "the message has several lines" if "\n" in str(error) or str(file.name) not in str(error) else ""
@@ -225,7 +229,20 @@ def run(tables: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
                     with suppress(OSError):
                         shutil.rmtree(cache)
     seconds = round(time.perf_counter() - started, 1)
-    return {"tables": tables, "seed": seed, "seconds": seconds, "counts": dict(counts), "failures": failures}
+    return {
+        "tables": tables,
+        "seed": seed,
+        "seconds": seconds,
+        "counts": dict(counts),
+        "refusals": dict(refusals.most_common()),
+        "failures": failures,
+    }
+
+
+def _kind_of(message: str) -> str:
+    """A message without what it names."""
+    message = re.sub(r"^\S+?(, row \d+|, line \d+)?(, column '[^']*')?[:,] ", "", message)
+    return re.sub(r'"[^"]*"|\d+|/\S+|\'[^\']*\'', "…", message)[:70]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from spn4cir.datasets.locating import ADDRESS, PictureFinder, first_of_cell, ref
 from spn4cir.datasets.roles import BOX_ROLES, ROLES
 from spn4cir.datasets.tables import Table
 
+_SAYS = re.compile(r"\w")  # a cell of a stray quote or a dash names nothing
 URLS = ("url", "image_url", "image src", "images")  # columns of addresses, of which one says what to do with them
 
 
@@ -58,7 +60,7 @@ def read_picture_rows(table: Table, folder: Path) -> PictureRows:
     else:
         column = _image_column(table)
         cells = table.text(column)
-    kept = [row for row, cell in enumerate(cells) if cell.strip()]
+    kept = [row for row, cell in enumerate(cells) if _SAYS.search(cell)]
     if len(kept) < len(cells):
         notes.append(f"{table.path}: {len(cells) - len(kept)} rows name no image and are left out")
     first = [first_of_cell(cells[row]) if not template else (cells[row], 0) for row in kept]

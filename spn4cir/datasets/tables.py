@@ -213,13 +213,16 @@ def _read_json(path: Path, given: TableSettings, roles: Roles, effective: Effect
 class _Lazy(Mapping[str, Sequence[Any]]):
     """Columns of an Arrow table as lists, each made when it is asked for."""
 
-    def __init__(self, table: pyarrow.Table):
-        self._table = table
+    def __init__(self, path: Path, table: pyarrow.Table):
+        self._path, self._table = path, table
 
     def __getitem__(self, name: str) -> Sequence[Any]:
         if name not in self._table.column_names:
             raise KeyError(name)
-        return self._table.column(name).to_pylist()  # type: ignore[no-any-return]
+        try:
+            return self._table.column(name).to_pylist()  # type: ignore[no-any-return]
+        except ValueError as error:  # bytes that are no UTF-8
+            raise InputError(f"{self._path}, column {name!r} is damaged: {error}: fetch the file again") from None
 
     def __iter__(self) -> Any:
         return iter(self._table.column_names)
@@ -231,7 +234,7 @@ class _Lazy(Mapping[str, Sequence[Any]]):
 def _read_parquet(path: Path, given: TableSettings, roles: Roles, effective: Effective) -> tuple[Any, list[str]]:
     from pyarrow import parquet
 
-    return _Lazy(parquet.ParquetFile(path).read()), []
+    return _Lazy(path, parquet.ParquetFile(path).read()), []
 
 
 _READERS = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet}

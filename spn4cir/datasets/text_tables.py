@@ -202,6 +202,11 @@ class TextTable:
         first = self._kind(_split(taken[0], self.separator, quoted=False))
         return next((n for n, line in enumerate(taken) if n and self._holds_image(line, first)), None)
 
+    def _is_usual(self, fields: Sequence[str]) -> bool:
+        """Whether a row names a file by a suffix that rows before it name files by."""
+        kind = self._kind(fields)
+        return "." in kind and kind in self._kinds
+
     def _refuse_doubtful(self, taken: Sequence[str], fields: Sequence[str], start: int) -> None:
         """Raise ``InputError`` for a record of several lines that name more pictures than the record does."""
         kinds = {*self._kinds, self._kind(fields)}
@@ -262,9 +267,14 @@ class TextTable:
                 raise InputError(
                     f"{self.path}, line {line}: {what}, or give join_last=true if they are in the last column"
                 )
+            if self._strict and self._kind(fields) not in (self._kinds or {self._kind(fields)}):
+                what = "has more fields than the head line, and names no image as other lines do"
+                raise InputError(
+                    f"{self.path}, line {line} {what}: texts with {SEPARATORS[self.separator]} need quotes"
+                )
             fields = [*fields[: count - 1], self.separator.join(fields[count - 1 :])]
-        if self._strict and len(fields) < count and not self.allow_short:
-            what = f"has {len(fields)} of the {count} fields of the head line"
+        if self._strict and len(fields) < count and not self.allow_short and not self._is_usual(fields):
+            what = f"has {len(fields)} of the {count} fields of the head line, and names no image as other lines do"
             raise InputError(f"{self.path}, line {line} {what}: complete it, or leave strict out")
         if self.separator == "|":
             fields = [field.strip() for field in fields]
