@@ -73,15 +73,18 @@ class Contents:
     def other_columns(self) -> list[pyarrow.Table]:
         """Tables below each other that say more of the images, in the order of ``places``; none for a plain folder."""
         if self.rows is None:
-            tables, start = [], 0
+            import pyarrow
+
+            roles, tables, start = {**ROLES, **BOX_ROLES}, list[pyarrow.Table](), 0
             for path in self.tables:
-                table = load_table(path, {**ROLES, **BOX_ROLES}, self.settings)
+                table = load_table(path, roles, self.settings)
                 own = [row - start for row in self.first_rows if 0 <= row - start < len(table)]
-                roles = {**ROLES, **BOX_ROLES}
                 used = {name for role, names in roles.items() for name in table.find_several(role, names)}
-                tables.append(table.select([name for name in table.cells if name not in used]).take(own))
+                rest = [name for name in table.cells if name not in used]
+                # Arrow counts no rows where there is no column
+                tables.append(table.select(rest).take(own) if rest else pyarrow.table({"": pyarrow.nulls(len(own))}))
                 start += len(table)
-            return tables
+            return tables if any(table.column_names != [""] for table in tables) else []
         stored, known = self.rows.data.data.table, {self.rows.find(names) for names in ROLES_OF_ROWS.values()}
         names = [
             name for name in stored.column_names if not (name in known or self.rows.is_image(name) or name[:2] == "__")

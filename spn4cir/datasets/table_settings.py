@@ -147,8 +147,9 @@ def fill_template(template: str, cell: Callable[[str], str]) -> str:
 
     def fill(found: re.Match[str]) -> str:
         name, _, how = found[1].partition(":")
+        value = cell(name.strip()).strip()
         try:
-            return format(cell(name.strip()).strip(), how)
+            return format(value, how)
         except ValueError:
             raise InputError(
                 f"image={template}: {how!r} is no format of a text; 0>10 fills up to 10 by zeros"

@@ -159,6 +159,7 @@ class TextTable:
         self.separator = found or max(separators, key=lambda s: len(heads[s]))
         self.names = heads[self.separator]
         self._keys = find_keys(self.names)
+        self._mark = SEPARATORS.get(self.separator, "separators")
 
     def _open(self) -> TextIO:
         return io.TextIOWrapper(open_bytes(self.path), encoding=self.encoding, newline="")
@@ -182,11 +183,11 @@ class TextTable:
                     if not lines.taken or "limit" in str(error):
                         raise InputError(f"{self.path}, line {lines.number}: {error}") from None
                 start = lines.number - len(lines.taken) + 1
-                if fields and len(lines.taken) > 1 and self._strict:
-                    self._refuse_doubtful(lines.taken, fields, start)
                 if fields is None or (len(lines.taken) > 1 and self._find_swallowed(lines.taken)):
-                    fields = self._read_literally(lines, start, is_read=fields is not None)
+                    fields = self._read_literally(lines, start)
                     reader = self._reader(lines)
+                elif self._strict and len(lines.taken) > 1:
+                    self._refuse_doubtful(lines.taken, fields, start)
                 if any(field.strip() for field in fields):
                     yield start, self._fit(fields, start)
         if self._repaired:
@@ -237,7 +238,7 @@ class TextTable:
         cells = [fields[place].strip().strip('"').strip() for place in self._keys]
         return " ".join(map(_kind_of_cell, cells)) if all(cells) else ""
 
-    def _read_literally(self, lines: _Lines, start: int, is_read: bool) -> list[str]:
+    def _read_literally(self, lines: _Lines, start: int) -> list[str]:
         """The first line of a record, its quotes as letters. Raises ``InputError`` where that is no row either."""
         swallowed = self._find_swallowed(lines.taken)
         if swallowed is not None:
@@ -262,8 +263,7 @@ class TextTable:
         count = len(self.names)
         if len(fields) > count:
             if not self.join_last:
-                mark = SEPARATORS.get(self.separator, "separators")
-                what = f"rows have more fields than the head line: texts with {mark} need quotes"
+                what = f"rows have more fields than the head line: texts with {self._mark} need quotes"
                 raise InputError(
                     f"{self.path}, line {line}: {what}, or give join_last=true if they are in the last column"
                 )

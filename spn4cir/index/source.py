@@ -137,7 +137,7 @@ def _columns(dataset: Dataset, ids: Sequence[str]) -> pyarrow.Table:
     if others:
         listed = pa.array(dataset.list_training_images())
         table = concatenate_tables(others).take(pc.index_in(pa.array(ids), listed))
-        columns |= {name: table[name] for name in table.column_names if name not in columns}
+        columns |= {name: table[name] for name in table.column_names if name and name not in columns}
     return pa.table(
         {name: _typed(values) for name, values in columns.items()} or {"category": pa.nulls(len(ids), pa.string())}
     )

@@ -177,7 +177,7 @@ def test_a_table_of_that_name_in_the_folder_is_read(folder: Path) -> None:
     ([{"path": "a\\b.png"}], "row 1, column 'path'"),
     ([{"path": "a\tb.png"}], "row 1, column 'path'"),
     ([{"path": "a.png"}, {"path": ""}, {"path": "/b.png"}], "row 3, column 'path'"),
-    ([{"path": "a.png", "id": "x"}, {"path": "b.png", "id": "x"}], "row 2, column 'image_id': \"x\" occurs twice, with"),
+    ([{"path": "a.png", "id": "x"}, {"path": "b.png", "id": "x"}], "row 2, column 'image_id': \"x\" occurs twice"),
     ([{"path": "a.png", "id": "x\x00"}], "row 1, column 'image_id'"),
     ([{"path": "a.png", "id": ""}], "row 1, column 'image_id'"),
     ([{"path": {"bytes": "x"}}], "row 1, column 'path': expected a text, got"),
