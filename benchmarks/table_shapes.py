@@ -141,7 +141,7 @@ def woocommerce() -> Shape:
 
 def amazon_berkeley() -> Shape:
     """Listings packed line by line, names in several languages, and a table that says where an image id lies."""
-    rows, listed = [], [["image_id", "height", "width", "path"]]
+    rows, listed = list[dict[str, Any]](), [["image_id", "height", "width", "path"]]
     for n, name in enumerate(NAMES):
         names = [{"language_tag": "de_DE", "value": f"Tasse {n}"}, {"language_tag": "en_US", "value": name}]
         image = f"81iZlv{n:02}jL"

@@ -215,7 +215,7 @@ def _of_tables(root: Path, tables: Sequence[Path], settings: TableSettings) -> C
     for path in tables:
         folder = root if settings.table else path.parent
         read = read_picture_rows(load_table(path, {**ROLES, **BOX_ROLES}, settings), folder)
-        contents.notes += read.notes
+        contents.notes += read.notes if read.rows else [f"{path}: no row names an image", *read.notes]
         prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         below = [f"{prefix}{place}" for place in read.paths]
         ids = _ids_of_known(contents, below, read) if read.is_known and read.ids else read.ids

@@ -193,7 +193,7 @@ def holds_images(path: Path, names: Sequence[str]) -> bool:
 
     try:
         schema = parquet.read_schema(path)
-    except (OSError, ArrowException):
+    except (OSError, ValueError, ArrowException):  # names of columns may be no UTF-8
         return False
     return any(field.name.strip().lower() in names and _holds_bytes(field.type) for field in schema)
 
