@@ -15,7 +15,7 @@ from spn4cir.files import short
 IMAGE_NAMES = (*ROLES["id"], *ROLES["image"])
 
 
-def read_captions(path: Path, settings: TableSettings | None = None) -> dict[str, tuple[str, ...]]:
+def load_captions(path: Path, settings: TableSettings | None = None) -> dict[str, tuple[str, ...]]:
     """Return what the file calls an image → all its captions, each on one line.
 
     Raises ``InputError`` that names the file and the row if it cannot be read, or lacks a column.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from spn4cir.datasets.captions import match_captions, read_captions
+from spn4cir.datasets.captions import load_captions, match_captions
 from spn4cir.datasets.html_text import strip_html
 from spn4cir.datasets.locating import NameRow, inner, refuse_links
 from spn4cir.datasets.locating import wrong as wrong
@@ -154,7 +154,7 @@ class Contents:
 
     def add_captions(self, path: Path) -> None:
         """Add captions of a file to pictures of a folder. Raises ``InputError`` in strict mode if some are of none."""
-        found, lost = match_captions(path, read_captions(path, self.settings), self.places)
+        found, lost = match_captions(path, load_captions(path, self.settings), self.places)
         self.captions.update(found)
         if lost:
             what = f"{path} describes {len(lost)} images that are not there, such as {short(lost[0])}"
