@@ -169,6 +169,21 @@ def test_rows_without_an_image(shop: Path) -> None:
     assert dataset.training_images() == ["0.png", "2.png"] and "1 rows name no image" in dataset.notes()[0]
 
 
+@pytest.mark.parametrize("rows", ["", ",a\n,b\n"])
+def test_a_table_without_any_image(shop: Path, rows: str) -> None:
+    """The table is named."""
+    with pytest.raises(InputError, match=r"holds no pictures .*t\.csv: no row names an image"):
+        Catalogue(write(shop / "t.csv", f"image,caption\n{rows}")).training_images()
+
+
+def test_a_damaged_schema(shop: Path) -> None:
+    """A column whose name is no UTF-8 is one line. (found by the fuzz)"""
+    parquet.write_table(pa.table({"image": ["0.png"], "caption": ["a"]}), shop / "t.parquet", store_schema=False)
+    (shop / "t.parquet").write_bytes((shop / "t.parquet").read_bytes().replace(b"caption", b"ca\xd3tion"))
+    with pytest.raises(InputError, match=r"t\.parquet cannot be read as a table"):
+        Catalogue(str(shop / "t.parquet")).training_images()
+
+
 @pytest.mark.parametrize(("text", "plain"), [
     ("<p>A <b>red</b>&nbsp;mug.</p>\n<ul><li>one</li><li>two &lt; 3</li></ul>", "A red mug. one two < 3"),
     ("a<br>b<script>x()</script><!-- c -->", "a b"), ("salt &amp; pepper", "salt & pepper"),
