@@ -49,6 +49,7 @@ SLOW = {
     "zeroshot": "an hour, after claims",
     "negatives": "two hours, after claims",
     "styles": "an hour, after data_gen/stylize.py",
+    "table_fuzz": "minutes",
     "triplet_table": "minutes, and 3 GB of disk",
     "unchanged": "minutes",
     "log_cost": "a minute",

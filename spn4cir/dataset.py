@@ -64,6 +64,7 @@ class Dataset(ABC):
         data_root: where a person said that the files lie, if anybody did.
         has_triplets: whether training triplets come with the files.
         skip_reasons: image ids that the skip list leaves out, each with the reason.
+        further_names: name → image id, where an image has several names, such as products that share a picture.
         extra_images: further images that training may use, by id; ``extra_check`` is the command that checks them.
     """
 
@@ -75,6 +76,7 @@ class Dataset(ABC):
     skip_reasons: Mapping[str, str] = {}
     extra_images: Mapping[str, ImageRef] = {}
     extra_check: str = ""
+    further_names: Mapping[str, str] = {}
 
     @abstractmethod
     def find_image(self, image_id: str) -> ImageRef:
@@ -127,6 +129,11 @@ class Dataset(ABC):
     def class_vectors(self) -> Mapping[str, Sequence[float]]:
         """A vector of numbers for each class, as side information, where the files have one; else nothing."""
         return {}
+
+    def captions(self, image_id: str) -> tuple[str, ...]:
+        """All captions that came with an image, the first of which is ``caption``."""
+        caption = self.caption(image_id)
+        return (caption,) if caption else ()
 
     def other_columns(self) -> Sequence[pyarrow.Table]:
         """Tables that say more of the listed training images, one row each and in that order, below each other."""

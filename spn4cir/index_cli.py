@@ -143,7 +143,9 @@ def _source_name(source: str, dataset: str | None) -> str:
     """The name of an index that is called after its source."""
     if dataset:
         return dataset
-    place = Path(source.removeprefix("hf:").rstrip("/"))
+    from spn4cir.datasets.table_settings import split_place
+
+    place = Path(split_place(source)[0].removeprefix("hf:").rstrip("/"))
     return (place.stem if place.is_file() else place.absolute().resolve().name) or "pictures"
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spn4cir.config import read_settings
-from spn4cir.datasets.contents import Contents, read_contents, wrong
+from spn4cir.datasets.contents import Contents, read_contents
+from spn4cir.datasets.locating import wrong
 from spn4cir.datasets.pictures import safe_name
 from spn4cir.datasets.reading import PLAIN
 from spn4cir.datasets.rows import HUB
@@ -107,7 +108,8 @@ def read_labelled(place: str, name: str = "") -> LabelledSource:
         _labelled_image(image_id, {role: values[row] for role, values in columns.items()}, (name, default), row, where)
         for row, image_id in enumerate(ids)
     ]
-    return LabelledSource(images, contents.image, contents.titles, contents.captions, contents.notes)
+    captions = {image_id: texts[0] for image_id, texts in contents.captions.items() if texts}
+    return LabelledSource(images, contents.image, contents.titles, captions, contents.notes)
 
 
 def _name_place(path: Path) -> str:
@@ -137,16 +139,21 @@ def _labelled_image(
 
 
 def _read_columns(contents: Contents, ids: Sequence[str]) -> tuple[dict[str, list[str]], Callable[[int], str]]:
-    """Role → one text for each image, and a function that names a row in messages."""
+    """Role → one text for each image, and a function that names an image's row in messages.
+
+    Of several rows of one picture the first says its class.
+    """
+    first = contents.first_rows
     if rows := contents.rows:
         named = {role: rows.find(names, role == "label") for role, names in COLUMNS.items()}
         columns = {role: rows.texts(column) for role, column in named.items() if column}
         splits = [rows.row_id(row).partition("/")[0] for row in range(len(rows))]
         if "split" not in columns and len(set(splits)) > 1:
             columns["split"] = splits
-        return columns, rows.name
+        return {role: [cells[row] for row in first] for role, cells in columns.items()}, lambda n: rows.name(first[n])
     if contents.tables:
-        return _read_tables(contents.tables)
+        columns, name = _read_tables(contents.tables)
+        return {role: [cells[row] for row in first] for role, cells in columns.items()}, lambda n: name(first[n])
 
     def where(row: int) -> str:
         return str(contents.root / ids[row])

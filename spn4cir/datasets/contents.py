@@ -7,16 +7,22 @@ that lie outside the root, be it by a path or by a link.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from spn4cir.datasets.pictures import safe_name, stray_links, walk
-from spn4cir.datasets.reading import inner_path
+from spn4cir.datasets.captions import load_captions, match_captions
+from spn4cir.datasets.html_text import strip_html
+from spn4cir.datasets.locating import NameRow, inner, refuse_links
+from spn4cir.datasets.locating import wrong as wrong
+from spn4cir.datasets.picture_rows import PictureRows, read_picture_rows
+from spn4cir.datasets.pictures import safe_name, walk
+from spn4cir.datasets.roles import BOX_ROLES, CORNERS, IMAGES, ROLES, ROLES_OF_ROWS
 from spn4cir.datasets.rows import HUB, SAVED, Rows, holds_images
-from spn4cir.datasets.tables import BOXES, find_table, read_other_columns, read_table
+from spn4cir.datasets.table_settings import TableSettings
+from spn4cir.datasets.tables import BOXES, SUFFIXES, find_table, load_table
+from spn4cir.datasets.text_tables import table_suffix
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.types import ImageRef
@@ -27,98 +33,166 @@ if TYPE_CHECKING:
 Box: TypeAlias = tuple[int, int, int, int]
 Place: TypeAlias = str | tuple[str, int]
 Columns: TypeAlias = Mapping[str, Sequence[str]]
-NameRow: TypeAlias = Callable[[int], str]
-ROLES = {
-    "image": ("image", "path", "image_path", "file", "file_name", "img_path"),
-    "id": ("image_id", "id"),
-    "caption": ("caption", "description", "text"),
-    "category": ("category",),
-    "title": ("title",),
-}
-CORNERS = ("x0", "y0", "x1", "y1")
-BOX_ROLES = {name: (name,) for name in (*CORNERS, *BOXES)}
-IMAGES = (*ROLES["image"], "img", "jpg", "jpeg", "png", "webp")  # names of columns that hold the bytes of images
 
 
 @dataclass
 class Contents:
-    """Image ids with where they lie: a path below ``root``, or a column and a row of ``rows``; what is known of them.
+    """Images and what is known of them: an image is a picture, or a crop of one, and may have several names.
 
-    ``texts`` says whether there are texts beside pictures; ``notes`` say what was left out.
+    Args:
+        root: folder that paths start from.
+        places: image id → a path below ``root``, or a column and a row of ``rows``.
+        captions: image id → all captions, in the order of the rows.
+        categories: image id → category; None where nothing says any.
+        titles, boxes: image id → title, crop box.
+        names: further name → image id, of rows that share a picture.
+        rows: the table that holds pictures.
+        texts: whether there are texts beside pictures.
+        notes: what was left out, a line each.
+        tables: tables of paths; ``first_rows`` are the rows of all of them that the images first occur in.
+        settings: how the tables are read.
+        image_rows: number of rows that hold an image.
     """
 
     root: Path
     places: dict[str, Place] = field(default_factory=dict)
-    captions: dict[str, str] = field(default_factory=dict)
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     categories: dict[str, str] | None = None
     titles: dict[str, str] = field(default_factory=dict)
     boxes: dict[str, Box] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     rows: Rows | None = None
     texts: bool = False
     notes: list[str] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
+    first_rows: list[int] = field(default_factory=list)
+    settings: TableSettings = field(default_factory=TableSettings)
+    image_rows: int = 0
+    _known: dict[tuple[Place, Box | None], str] = field(default_factory=dict)
 
     def other_columns(self) -> list[pyarrow.Table]:
         """Tables below each other that say more of the images, in the order of ``places``; none for a plain folder."""
         if self.rows is None:
-            return [read_other_columns(path, {**ROLES, **BOX_ROLES}) for path in self.tables]
-        table, used = self.rows.data.data.table, {self.rows.find(names) for names in _roles_of_rows().values()}
+            import pyarrow
+
+            roles, tables, start = {**ROLES, **BOX_ROLES}, list[pyarrow.Table](), 0
+            for path in self.tables:
+                table = load_table(path, roles, self.settings)
+                own = [row - start for row in self.first_rows if 0 <= row - start < len(table)]
+                used = {name for role, names in roles.items() for name in table.find_several(role, names)}
+                rest = [name for name in table.cells if name not in used]
+                # Arrow counts no rows where there is no column
+                tables.append(table.select(rest).take(own) if rest else pyarrow.table({"": pyarrow.nulls(len(own))}))
+                start += len(table)
+            return tables if any(table.column_names != [""] for table in tables) else []
+        stored, known = self.rows.data.data.table, {self.rows.find(names) for names in ROLES_OF_ROWS.values()}
         names = [
-            name for name in table.column_names if not (name in used or self.rows.is_image(name) or name[:2] == "__")
+            name for name in stored.column_names if not (name in known or self.rows.is_image(name) or name[:2] == "__")
         ]
-        return [table.select(names)]
+        return [stored.select(names).take(self.first_rows)]
 
     def image(self, image_id: str) -> ImageRef:
-        """The image of a known id."""
+        """The image of a known id, or of a further name."""
+        image_id = self.names.get(image_id, image_id)
         place, box = self.places[image_id], self.boxes.get(image_id)
         if isinstance(place, str):
             return ImageRef(self.root / place, box)
         assert self.rows is not None
         return self.rows.image(*place, box)
 
-    def add(self, ids: Sequence[str], places: Sequence[Place], columns: Columns, where: NameRow) -> None:
-        """Add the rows of a table, which ``where`` gives names for messages; ``columns`` are role → a text of each row.
+    def add(
+        self,
+        ids: Sequence[str],
+        places: Sequence[Place],
+        columns: Columns,
+        where: NameRow,
+        captions: Sequence[Iterable[str]] = (),
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Add rows of a table that hold an image.
 
-        Raises ``InputError`` for an id that cannot be one, or that occurs twice.
+        Rows with the same picture and the same crop are one image: its id is that of the first row, and it keeps the
+        ids of the others as further names, and the captions of all. Raises ``InputError`` for an id that cannot be one,
+        or that is that of another picture.
+
+        Args:
+            ids, places: of each row.
+            columns: role → a text of each row.
+            where: row → what messages call it.
+            captions: all captions of each row; empty if there are none.
+            rows: numbers of the rows within their tables; None counts them.
         """
+        categories = self.categories = self.categories or {}
         for row, (image_id, place) in enumerate(zip(ids, places, strict=True)):
             if not safe_name(image_id):
                 raise wrong(where(row), "image_id", f"{image_id!a:.60} is empty or holds control characters")
-            if image_id in self.places:
-                raise wrong(where(row), "image_id", f"{short(image_id)} occurs twice")
-            self.places[image_id] = place
-            if box := _box(columns, row, where):
-                self.boxes[image_id] = box
-        self.captions.update((i, one_line(t)) for i, t in _known(ids, columns.get("caption", ())))
-        self.categories = {**(self.categories or {}), **dict(_known(ids, columns.get("category", ())))}
-        self.titles.update((i, one_line(t)) for i, t in _known(ids, columns.get("title", ())))
+            box = _box(columns, row, where)
+            own = self._known.setdefault((place, box), image_id)
+            is_taken = image_id in self.places or image_id in self.names
+            if is_taken and (self.names.get(image_id, image_id) != own or self._key(own) != (place, box)):
+                what = f"{short(image_id)} occurs twice, with another picture: one id, one picture"
+                raise wrong(where(row), "image_id", what)
+            if image_id != own:
+                self.names[image_id] = own
+            elif not is_taken:
+                self.places[own] = place
+                self.first_rows.append(rows[row] if rows else row)
+                if box:
+                    self.boxes[own] = box
+            if captions and (texts := [line for text in captions[row] if (line := one_line(strip_html(text)))]):
+                self.captions[own] = tuple(dict.fromkeys([*self.captions.get(own, ()), *texts]))
+            for role, known in (("category", categories), ("title", self.titles)):
+                text = columns[role][row] if role in columns else ""
+                if role == "title":
+                    text = one_line(strip_html(text))
+                if text.strip():
+                    known.setdefault(own, text)
+        self.image_rows += len(ids)
+
+    def _key(self, image_id: str) -> tuple[Place, Box | None]:
+        return self.places[image_id], self.boxes.get(image_id)
+
+    def add_captions(self, path: Path) -> None:
+        """Add captions of a file to pictures of a folder. Raises ``InputError`` in strict mode if some are of none."""
+        found, lost = match_captions(path, load_captions(path, self.settings), self.places)
+        self.captions.update(found)
+        if lost:
+            what = f"{path} describes {len(lost)} images that are not there, such as {short(lost[0])}"
+            if self.settings.strict:
+                raise InputError(f"{what}: take these lines out, or add the pictures")
+            self.notes.append(what)
 
 
-def read_contents(place: Path | str) -> Contents:
+def read_contents(place: Path | str, settings: TableSettings | None = None) -> Contents:
     """The pictures of a folder, a table or a hub name. Raises ``InputError`` that names the file and the row."""
-    path = Path(place)
+    path, how = Path(place), settings or TableSettings()
     if str(place).startswith(HUB):
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        return _of_rows(Rows(str(place)), Path(HF_HUB_CACHE))
+        return _of_rows(Rows(str(place)), Path(HF_HUB_CACHE), how)
+    if how.table:
+        if not (listed := sorted(file for file in path.glob(how.table) if file.is_file())):
+            raise InputError(f"{path}: there is no table {how.table} below it")
+        return _of_tables(path, listed, how)
     table = find_table(path, "catalogue") if path.is_dir() else path
     if table is None:
         if any((path / name).is_file() for name in SAVED):
-            return _of_rows(Rows(str(path)), path)
+            return _of_rows(Rows(str(path)), path, how)
         folders = [path, *sorted(one for one in path.iterdir() if one.is_dir() and not one.is_symlink())]
-        listed = [found for folder in folders if (found := find_table(folder, "metadata"))]
-        return _of_tables(path, listed) if listed else _of_folder(path)
-    suffix = table.suffix.lower()
+        listed = [found for folder in folders if (found := find_table(folder, "metadata", SUFFIXES[:4]))]
+        return _of_tables(path, listed, how) if listed and not how.captions else _of_folder(path, how)
+    suffix = table_suffix(table)
     if suffix == ".tar" or (suffix == ".parquet" and holds_images(table, IMAGES)):
-        return _of_rows(Rows(str(table), [table]), table.parent)
-    return _of_tables(table.parent, [table])
+        return _of_rows(Rows(str(table), [table]), table.parent, how)
+    return _of_tables(table.parent, [table], how)
 
 
-def _of_folder(root: Path) -> Contents:
+def _of_folder(root: Path, settings: TableSettings) -> Contents:
     found = walk(root)
     if found.data and not found.ids:
-        return _of_rows(Rows(str(root), [root / name for name in found.data]), root)
-    contents = Contents(root, {image_id: image_id for image_id in found.ids}, texts=found.has_texts)
+        return _of_rows(Rows(str(root), [root / name for name in found.data]), root, settings)
+    places: dict[str, Place] = {image_id: image_id for image_id in found.ids}
+    contents = Contents(root, places, texts=found.has_texts, settings=settings)
     alone = ": give one as --data-root to read it"
     unsafe = "pictures are left out since their names hold control characters, backslashes or no Unicode"
     for names, what, show, advice in (
@@ -129,44 +203,63 @@ def _of_folder(root: Path) -> Contents:
     ):
         if names:
             contents.notes.append(f"{len(names)} {what}, such as {show(names[0])}{advice}")
-    if path := find_table(root, "captions"):
-        roles = {"image": (*ROLES["image"], *ROLES["id"]), "caption": ROLES["caption"]}
-        columns = read_table(path, roles, tuple(roles))
-        given = zip(columns["image"], columns["caption"], strict=True)
-        captions = {image_id.removeprefix("./"): one_line(text) for image_id, text in given}
-        contents.captions = {i: text for i, text in captions.items() if i in contents.places}
-        if lost := [i for i in captions if i not in contents.places]:
-            contents.notes.append(f"{path} describes {len(lost)} images that are not there, such as {short(lost[0])}")
+    path = root / settings.captions if settings.captions else find_table(root, "captions")
+    if path is not None:
+        contents.add_captions(path)
     return contents
 
 
-def _of_tables(root: Path, tables: Sequence[Path]) -> Contents:
-    """Tables of paths, each relative to the folder of its table."""
-    contents = Contents(root, tables=list(tables))
+def _of_tables(root: Path, tables: Sequence[Path], settings: TableSettings) -> Contents:
+    """Tables of paths, each relative to the folder of its table, or to the root if they were named by ``table``."""
+    contents, before = Contents(root, tables=list(tables), settings=settings), 0
     for path in tables:
-        columns = read_table(path, {**ROLES, **BOX_ROLES}, ("image",))
-
-        def where(row: int, path: Path = path) -> str:
-            return f"{path}, row {row + 1}"
-
-        places = [inner(path.parent, where, row, "image", value) for row, value in enumerate(columns["image"])]
-        prefix = "" if path.parent == root else f"{path.parent.relative_to(root).as_posix()}/"
-        below = [f"{prefix}{place}" for place in places]
-        contents.add(columns.get("id", below), below, columns, where)
-        refuse_links(path.parent, places, "image", where)
+        folder = root if settings.table else path.parent
+        read = read_picture_rows(load_table(path, {**ROLES, **BOX_ROLES}, settings), folder)
+        contents.notes += read.notes if read.rows else [f"{path}: no row names an image", *read.notes]
+        prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        below = [f"{prefix}{place}" for place in read.paths]
+        ids = _ids_of_known(contents, below, read) if read.is_known and read.ids else read.ids
+        contents.add(ids or below, below, read.columns, read.where, read.captions, [before + row for row in read.rows])
+        if not ids and not prefix:  # what a row calls a picture is a name of it too
+            for image_id, name in zip(below, read.named, strict=True):
+                if name not in contents.places and safe_name(name):
+                    contents.names.setdefault(name, contents.names.get(image_id, image_id))
+        refuse_links(folder, read.paths, "image", read.where)
+        before += read.count
     return contents
 
 
-def _of_rows(rows: Rows, root: Path) -> Contents:
+def _ids_of_known(contents: Contents, places: Sequence[str], read: PictureRows) -> list[str]:
+    """Ids of a known shape, where several pictures may share one: further ones get a number behind it."""
+    seen: dict[str, list[str]] = {}
+    made = []
+    for image_id, place in zip(read.ids, places, strict=True):
+        own = seen.setdefault(image_id, [])
+        if place not in own:
+            own.append(place)
+        number = own.index(place) + 1
+        made.append(image_id if number == 1 else f"{image_id}/{number}")
+    if several := [image_id for image_id, own in seen.items() if len(own) > 1]:
+        what = f"{len(several)} ids name several pictures, which are called {several[0]}, {several[0]}/2 and so on"
+        contents.notes.append(f"{read.path}: {what}")
+    return made
+
+
+def _of_rows(rows: Rows, root: Path, settings: TableSettings) -> Contents:
     """Images that are stored in a table, or at the paths that it gives."""
-    named = {role: rows.find(names) for role, names in _roles_of_rows().items() if role != "image"}
+    named = {
+        role: rows.find(settings.names_of(role, names), settings.is_given(role))
+        for role, names in ROLES_OF_ROWS.items()
+        if role not in ("image", "caption")
+    }
     columns = {role: rows.texts(column) for role, column in named.items() if column}
+    captions = rows.captions(settings.names_of("caption", ROLES_OF_ROWS["caption"]), settings.is_given("caption"))
     stored = [column for column in rows.data.column_names if rows.is_image(column)]
-    known = [column for column in stored if column.strip().lower() in IMAGES]
-    listed = rows.find(ROLES["image"])
+    known = [column for column in stored if column.strip().lower() in settings.names_of("image", IMAGES)]
+    listed = rows.find(settings.names_of("image", ROLES["image"]))
     if not known and not listed and len(stored) != 1:
-        rows.find(IMAGES, needed=True)
-    contents, paths = Contents(root, rows=rows), [""] * len(rows)
+        rows.find(settings.names_of("image", IMAGES), needed=True)
+    contents, paths = Contents(root, rows=rows, settings=settings), [""] * len(rows)
     places: list[Place] = [""] * len(rows)
     for column in known or stored[: not listed]:
         sizes, names = rows.sizes(column).to_pylist(), rows.paths(column).to_pylist()
@@ -183,15 +276,11 @@ def _of_rows(rows: Rows, root: Path) -> Contents:
         places[row] = paths[row] = inner(root, rows.name, row, listed or stored[0], shown)
     refuse_links(root, [paths[row] for row in outside], "image", lambda n: rows.name(outside[n]))
     ids = columns.get("id") or [path or rows.row_id(row) for row, path in enumerate(paths)]
-    if "id" not in columns and len(set(ids)) < len(ids):
+    if "id" not in columns and len(set(zip(ids, places, strict=True))) > len(set(ids)):
         contents.notes.append(f"{rows.place}: paths of images occur twice: ids are splits and rows instead")
         ids = [rows.row_id(row) for row in range(len(rows))]
-    contents.add(ids, places, columns, rows.name)
+    contents.add(ids, places, columns, rows.name, captions)
     return contents
-
-
-def _roles_of_rows() -> dict[str, tuple[str, ...]]:
-    return {**ROLES, **BOX_ROLES, "caption": (*ROLES["caption"], "txt"), "category": ("category", "label")}
 
 
 def _box(columns: Columns, row: int, where: NameRow) -> Box | None:
@@ -212,34 +301,6 @@ def _box(columns: Columns, row: int, where: NameRow) -> Box | None:
     if not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
         raise wrong(where(row), name, f"{short(text)} is no box of left, upper, right, lower") from None
     return box
-
-
-def _known(ids: Sequence[str], values: Sequence[str]) -> list[tuple[str, str]]:
-    """Image ids with what a column says of them, where it says something; nothing where there is no such column."""
-    return [(image_id, value) for image_id, value in zip(ids, values, strict=True) if value.strip()] if values else []
-
-
-def inner(folder: Path, where: NameRow, row: int, column: str, value: str) -> str:
-    """A path below a folder, as a table gives it. Raises ``InputError`` that names the row."""
-    with suppress(InputError):
-        if safe_name(path := str(inner_path(folder, column, value))):
-            return path
-    told = f"{value!a:.60} is no path below {folder}, relative to it and without control characters"
-    raise wrong(where(row), column, told)
-
-
-def refuse_links(folder: Path, places: Sequence[str], column: str, where: NameRow) -> None:
-    """Raise ``InputError`` for the first path below a folder that leads out of it by a link."""
-    parents = [place.rpartition("/")[0] or "." for place in places]
-    stray = stray_links(folder, set(parents))
-    for row, (place, parent) in enumerate(zip(places, parents, strict=True) if stray else ()):
-        if place in stray or parent in stray:
-            raise wrong(where(row), column, f"{short(place)} is a link that leaves {folder}")
-
-
-def wrong(where: str, column: str, what: str) -> InputError:
-    """The error to raise about a cell of a table."""
-    return InputError(f"{where}, column {column!r}: {what}")
 
 
 def one_line(text: str) -> str:

@@ -52,7 +52,7 @@ def open_generated(
             raise InputError(f"{path} was made from {made_from}, {what}")
     lost = set[str]()
     add: AddImage = others.add if may_have_others else lambda entry, key, image_id: lost.add(image_id)
-    triplets, notes = read_generated(path, known, dataset.skip_reasons, add)
+    triplets, notes = read_generated(path, known, dataset.skip_reasons, add, dataset.further_names)
     if lost:
         kept = [triplet for triplet in triplets if not lost.intersection(triplet.image_ids)]
         what = f"of images that are gone since, such as {short(min(lost))}"
@@ -61,7 +61,11 @@ def open_generated(
 
 
 def read_generated(
-    path: Path, known: Iterable[str], skipped: Iterable[str] = (), other: AddImage | None = None
+    path: Path,
+    known: Iterable[str],
+    skipped: Iterable[str] = (),
+    other: AddImage | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[list[Triplet], list[str]]:
     """The triplets of a generated file, whoever made it, and a line for each reason why some are left out.
 
@@ -73,6 +77,7 @@ def read_generated(
             ``llm_caption``, the text of a rewriter, takes the place of these texts, as it does in published training.
         known, skipped: image ids that may occur, and those whose triplets are left out.
         other: takes an image that is not known; None for an error.
+        names: further name → image id.
     """
     if not path.is_file():
         how = f"make them with {MAKE} and give --generated auto, or put the published file there"
@@ -82,7 +87,7 @@ def read_generated(
     no_text, of_skipped, same = "without any text", "of skipped images", "whose reference is their target"
     counts = {no_text: 0, of_skipped: 0, same: 0}
     for entry in read_entries(path):
-        triplet = _triplet(entry, allowed, other)
+        triplet = _triplet(entry, allowed, other, names or {})
         if not triplet.texts:
             counts[no_text] += 1
         elif (triplet.reference,) == triplet.targets:
@@ -94,12 +99,13 @@ def read_generated(
     return triplets, [f"{path}: {count} triplets {why} are left out" for why, count in counts.items() if count]
 
 
-def _triplet(entry: Entry, allowed: frozenset[str], other: AddImage | None) -> Triplet:
+def _triplet(entry: Entry, allowed: frozenset[str], other: AddImage | None, names: Mapping[str, str]) -> Triplet:
     """One entry; without texts if it has none that says anything."""
     shape = next((shape for shape in SHAPES if shape[0] in entry or shape[1] in entry), SHAPES[2])
     ids = []
     for key in shape[:2]:
         image_id = entry.text(key)
+        image_id = names.get(image_id, image_id)
         if image_id not in allowed:
             if other is None or shape is not OUT_OF_DOMAIN:
                 raise entry.error(key, f"{image_id[:60]!r} is no training image")

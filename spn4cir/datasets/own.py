@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,10 @@ from spn4cir.datasets.contents import Contents, read_contents, wrong
 from spn4cir.datasets.pictures import SUFFIXES
 from spn4cir.datasets.reading import read_first_line
 from spn4cir.datasets.rows import HUB
+from spn4cir.datasets.table_settings import TableSettings, read_place
 from spn4cir.datasets.tables import SUFFIXES as TABLES
-from spn4cir.datasets.tables import find_table, read_table
+from spn4cir.datasets.tables import find_table, load_table
+from spn4cir.datasets.text_tables import table_suffix
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.provenance import Provenance
@@ -32,26 +34,28 @@ QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and 
 class OwnImages(Dataset):
     """What datasets of one's own have in common: where they lie, their images, and queries in ``queries.csv``.
 
-    The root is a folder, a file, or ``hf:`` and a hub name; None looks in SPN4CIR_DATA, then in data, for a folder of
-    the dataset's name. Raises ``InputError`` if there is none.
+    The root is a folder, a file, or ``hf:`` and a hub name, each perhaps with settings behind a question mark, or a
+    file ``catalogue.yaml`` that holds settings (``table_settings.read_place``); None looks in SPN4CIR_DATA, then in
+    data, for a folder of the dataset's name. Raises ``InputError`` if there is none.
     """
 
     def __init__(self, root: str | None = None):
-        place = Path(root) if root else Path(os.environ.get("SPN4CIR_DATA") or "data") / self.name
-        if place.is_file() and place.suffix.lower() in FILES:
+        given = root or str(Path(os.environ.get("SPN4CIR_DATA") or "data") / self.name)
+        self._place, self._settings = read_place(given)
+        place = Path(self._place)
+        if place.is_file() and table_suffix(place) in FILES:
             self.root = place.parent
         elif place.is_dir():
             self.root = place
-        elif not str(root).startswith(HUB):
+        elif not self._place.startswith(HUB):
             what = f"give --data-root FOLDER, or a file of {', '.join(FILES)}, or {HUB}OWNER/NAME"
             raise InputError(f"{self.name}: {place} is no folder of pictures and no table: {what}")
-        self._place = str(place)
         self._queries = find_table(self.root, "queries") if self.root else None
         self.protocols = {"val": (f"{self.name}/val",)} if self._queries else {}  # type: ignore[misc]
 
     @cached_property
     def _contents(self) -> Contents:
-        found = read_contents(self._place)
+        found = read_contents(self._place, self._settings)
         if not found.places:
             more = f": {found.notes[0]}" if found.notes else ""
             raise InputError(f"{self.name}: {self._place} holds no pictures ({', '.join(SUFFIXES)}){more}")
@@ -72,9 +76,14 @@ class OwnImages(Dataset):
         """Names and contents of the pictures, which say whose triplets and runs are."""
         return self._provenance
 
+    @property
+    def further_names(self) -> Mapping[str, str]:  # type: ignore[override]
+        """Name → image id: of rows that share a picture, all but the first."""
+        return self._contents.names
+
     def find_image(self, image_id: str) -> ImageRef:
         """The picture of an image; where it should lie, if it is missing. Raises ``InputError`` for an unknown id."""
-        if image_id not in self._contents.places:
+        if image_id not in self._contents.places and image_id not in self._contents.names:
             raise InputError(f"{self.name}: unknown image id {short(image_id)}")
         return self._contents.image(image_id)
 
@@ -98,12 +107,17 @@ class OwnImages(Dataset):
         return self._contents.other_columns()
 
     def caption(self, image_id: str) -> str:
-        """What the table, the file of captions or the text beside the picture says, on one line."""
-        given = self._contents.captions.get(image_id, "")
-        if given or not self._contents.texts:
+        """The first of ``captions``, or nothing."""
+        return next(iter(self.captions(image_id)), "")
+
+    def captions(self, image_id: str) -> tuple[str, ...]:
+        """What the table, the file of captions or the text beside the picture says, a line each; else the title."""
+        if given := self._contents.captions.get(image_id):
             return given
         path = (self._contents.root / image_id).with_suffix(".txt")  # only of a plain folder
-        return "" if path.is_symlink() else read_first_line(path)  # a link might lead anywhere
+        has_text = self._contents.texts and not path.is_symlink()  # a link might lead anywhere
+        text = (read_first_line(path) if has_text else "") or self._contents.titles.get(image_id, "")
+        return (text,) if text else ()
 
     def triplet_entry(self, triplet: Triplet, place: Callable[[str], str] = str) -> dict[str, object]:
         """The shape of out-of-domain images, which says where their pictures are."""
@@ -118,7 +132,14 @@ class OwnImages(Dataset):
     def checks(self) -> list[Check]:
         """How many images there are, how many are described by a file, and what was left out."""
         found = self._contents
-        checks = [Check("images", len(found.places)), Check("images described in a table", len(found.captions))]
+        described = len({*found.captions, *found.titles})
+        checks = [Check("images", len(found.places)), Check("images described in a table", described)]
+        if captions := sum(map(len, found.captions.values())) - len(found.captions):
+            checks.append(Check("further captions of these", captions))
+        if found.image_rows:
+            checks.append(Check("rows that hold an image", found.image_rows))
+        if found.names:
+            checks.append(Check("further names of images", len(found.names)))
         return checks + [Check(note, 1, None, "note") for note in found.notes]
 
     def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
@@ -128,11 +149,12 @@ class OwnImages(Dataset):
             raise InputError(f"{self.name}: nobody has annotated any query: {what}")
         chosen = self.choose_protocol(split, protocol)
         asked: dict[tuple[str, str, str], dict[str, None]] = {}
-        columns = read_table(self._queries, ASKED, ("reference", "modification", "target"))
+        columns, names = self._read_queries(self._queries), self.further_names
         groups = columns.get("group", [""] * len(columns["target"]))
         rows = zip(columns["reference"], columns["modification"], columns["target"], groups, strict=True)
         for row, (reference, text, target, group) in enumerate(rows, 1):
             where = f"{self._queries}, row {row}"
+            reference, target = names.get(reference, reference), names.get(target, target)
             for column, image_id in (("reference", reference), ("target", target)):
                 if image_id not in self._contents.places:
                     raise wrong(where, column, f"{short(image_id)} is no image of the {self.name}")
@@ -146,3 +168,10 @@ class OwnImages(Dataset):
         queries = (Query(r, text, tuple(t), (group,) if group else ()) for (r, text, group), t in asked.items())
         gallery, measures = tuple(self._contents.places), recall_measures(1, 5, 10, 50, primary=(10, 50))
         return Benchmark(chosen, gallery, tuple(queries), exclude_reference=True, measures=measures)
+
+    def _read_queries(self, path: Path) -> dict[str, list[str]]:
+        """The columns of ``queries.csv``, by name."""
+        how = TableSettings(encoding=self._settings.encoding, strict=self._settings.strict)
+        table = load_table(path, ASKED, how)
+        columns = {name: table.find(name, names, name != "group") for name, names in ASKED.items()}
+        return {name: table.text(column) for name, column in columns.items() if column is not None}

@@ -1,14 +1,18 @@
 """Annotated triplets of one's own in a table: references, modification texts and targets, of any number."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spn4cir.dataset import Check, ImageRole
-from spn4cir.datasets.contents import Contents, inner, read_contents, refuse_links, wrong
+from spn4cir.datasets.contents import Contents, read_contents
+from spn4cir.datasets.locating import inner, refuse_links, wrong
 from spn4cir.datasets.own import OwnImages
 from spn4cir.datasets.rows import HUB, SAVED, Rows
+from spn4cir.datasets.table_settings import TableSettings
 from spn4cir.datasets.tables import find_table
 from spn4cir.errors import InputError
 from spn4cir.files import short
@@ -39,7 +43,7 @@ class Pairs(OwnImages):
         if self._place.startswith(HUB) or any((place / name).is_file() for name in SAVED):
             return Rows(self._place)
         if table := place if place.is_file() else find_table(place, "triplets"):
-            return Rows(str(table), [table])
+            return Rows(str(table), [table], ROLES, self._settings)
         files = [path for path in sorted(place.rglob("*.parquet")) if IMAGES not in path.relative_to(place).parts[0]]
         if files:
             return Rows(self._place, files)
@@ -48,7 +52,11 @@ class Pairs(OwnImages):
     @cached_property
     def _columns(self) -> dict[str, str]:
         """Column of ``TripletTable`` → column of the file."""
-        found = {role: self._rows.find(names, needed=role != "negatives") for role, names in ROLES.items()}
+        how = self._settings
+        found = {
+            role: self._rows.find(how.names_of(role, names), role != "negatives" or how.is_given(role))
+            for role, names in ROLES.items()
+        }
         return {role: column for role, column in found.items() if column}
 
     @cached_property
@@ -68,10 +76,11 @@ class Pairs(OwnImages):
 
     def read_triplets(self) -> TripletTable:
         """The rows of the table, none of which is in memory."""
-        unknown = [i for i in self._triplets.image_ids if i not in self._contents.places]
+        found = self._contents
+        unknown = [i for i in self._triplets.image_ids if i not in found.places and i not in found.names]
         if unknown:
             raise InputError(f"{self._where(unknown[0])}: {short(unknown[0])} is no image of the {IMAGES} beside it")
-        return self._triplets
+        return _rename(self._triplets, self.further_names) if self.further_names else self._triplets
 
     @cached_property
     def _contents(self) -> Contents:
@@ -83,7 +92,7 @@ class Pairs(OwnImages):
             raise InputError(f"{self._rows.place}: {what}")
         beside = find_table(self.root, IMAGES) or self.root / IMAGES
         if beside.exists():
-            return read_contents(beside)
+            return read_contents(beside, TableSettings(encoding=self._settings.encoding, strict=self._settings.strict))
         contents, ids = Contents(self.root), self._triplets.image_ids
 
         def where(number: int) -> str:
@@ -103,9 +112,32 @@ class Pairs(OwnImages):
         roles += [ImageRole("others beside the triplets", [i for i in training.image_ids if i in others], False)]
         return [*(role for role in roles if role.image_ids), *galleries]
 
+    def notes(self) -> list[str]:
+        """How the table was read, and what was left out of the images."""
+        return [f"{self.name}: {note}" for note in self._rows.notes] + super().notes()
+
     def checks(self) -> list[Check]:
         """The number of triplets, and what is known of their images."""
         return [Check("training triplets", len(self._triplets)), *super().checks()]
+
+
+def _rename(triplets: TripletTable, names: Mapping[str, str]) -> TripletTable:
+    """The triplets by the ids of images, where they name some by further names; in memory."""
+    import pyarrow as pa
+
+    def ids(column: str) -> list[Any]:
+        return [
+            names.get(value, value)
+            if isinstance(value, str)
+            else value and list(dict.fromkeys(names.get(i, i) for i in value))
+            for value in triplets.table.column(column).to_pylist()
+        ]
+
+    table = triplets.table
+    for column in ("reference", "targets", "negatives"):
+        place, kind = table.column_names.index(column), table.schema.field(column).type
+        table = table.set_column(place, column, pa.chunked_array([pa.array(ids(column), kind)]))
+    return TripletTable(table, triplets.rows)
 
 
 def _stored_images(rows: Rows, root: Path, columns: list[str]) -> Contents:

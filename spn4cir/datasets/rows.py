@@ -5,17 +5,18 @@ Parquet, CSV, JSONL and tar files are converted once, into the cache of ``datase
 
 from __future__ import annotations
 
-import csv
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from glob import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spn4cir.datasets.tables import find_column
+from spn4cir.datasets.table_settings import TableSettings
+from spn4cir.datasets.tables import Roles, cell_texts, find_column, stream_text
+from spn4cir.datasets.text_tables import table_suffix
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.images import StoredBytes
@@ -30,8 +31,7 @@ READERS: Mapping[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
     ".tar": ("webdataset", {}),
     ".jsonl": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
 }
 SPLITS = ("train", "validation", "test")
 SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
@@ -44,11 +44,18 @@ class Rows:
         place: what messages call it: a file, a folder that ``save_to_disk`` wrote, or ``hf:`` and a hub name.
         files: the files of one format that it consists of; the first word train, validation or test in a path below
             the folder is the split, train if there is none. Empty for a saved folder and a hub name.
+        roles, settings: of a single CSV or TSV table, as for ``tables.load_table``; a doubtful line is an error.
     """
 
-    def __init__(self, place: str, files: Sequence[Path] = ()):
-        self.place, self._read_from = place, dict[str, Any]()
-        splits, self.data = _open(place, files)
+    def __init__(
+        self, place: str, files: Sequence[Path] = (), roles: Roles | None = None, settings: TableSettings | None = None
+    ):
+        self.place, self._read_from, self.notes = place, dict[str, Any](), list[str]()
+        if files and table_suffix(files[0]) in (".csv", ".tsv"):
+            self.data, self.notes = _read_texts(files[0], roles or {}, settings or TableSettings())
+            splits: Mapping[str, Any] = {"train": self.data}
+        else:
+            splits, self.data = _open(place, files)
         self._splits = _starts({name: len(part) for name, part in splits.items()})
         counts = {f"{place}, {name}" if len(splits) > 1 else place: len(part) for name, part in splits.items()}
         if len(files) > 1 and files[0].suffix.lower() == ".parquet":
@@ -95,6 +102,27 @@ class Rows:
             return str(part) if classes is None else classes[part] if part >= 0 else ""  # -1 is no class
 
         return [" ".join(as_text(part) for part in parts if part is not None) for parts in values]
+
+    def captions(self, names: Sequence[str], needed: bool = False) -> list[tuple[str, ...]]:
+        """All captions of each row: of the column of one of these names, else of that field of the JSON beside a
+        picture in a tar; nothing without either. Raises ``InputError`` if a needed column is missing.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column, values = self.find(names), None
+        if column is not None and not pa.types.is_struct(self.column(column).type):
+            values = self.column(column).to_pylist()
+        elif beside := self.find(("json",)):
+            kind = self.column(beside).type
+            fields = [kind.field(n).name for n in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+            field = find_column(self.place, fields, names)
+            values = None if field is None else pc.struct_field(self.column(beside), field).to_pylist()
+        if values is None:
+            if needed:
+                self.find(names, needed)
+            return []
+        return [cell_texts(Path(self.place), row, column or "json", value) for row, value in enumerate(values, 1)]
 
     def is_image(self, name: str) -> bool:
         """Whether a column holds bytes of images, alone or with their paths, as ``datasets`` writes them."""
@@ -169,7 +197,7 @@ def holds_images(path: Path, names: Sequence[str]) -> bool:
 
     try:
         schema = parquet.read_schema(path)
-    except (OSError, ArrowException):
+    except (OSError, ValueError, ArrowException):  # names of columns may be no UTF-8
         return False
     return any(field.name.strip().lower() in names and _holds_bytes(field.type) for field in schema)
 
@@ -193,11 +221,6 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
         if files:
             reader, given = READERS[suffixes.pop()]
             options: dict[str, Any] = dict(given)
-            if reader == "csv":  # texts as they are written: 007, NA and null are no numbers and no nulls
-                with files[0].open(encoding="utf-8-sig", newline="") as lines:
-                    names = next(csv.reader(lines, delimiter=given.get("sep", ",")), [])
-                texts = datasets.Features({name: datasets.Value("string") for name in names})
-                options |= {"keep_default_na": False, "features": texts}
             named = {s: [escape(str(path)) for path in files if _split_of(path, place) == s] for s in SPLITS}
             found = datasets.load_dataset(reader, data_files={s: named[s] for s in SPLITS if named[s]}, **options)
         elif place.startswith(HUB):
@@ -207,8 +230,38 @@ def _open(place: str, files: Sequence[Path]) -> tuple[Mapping[str, Any], Any]:
         splits = found if isinstance(found, dict) else {"train": found}
         return splits, datasets.concatenate_datasets(list(splits.values()))
     except Exception as error:  # a dozen readers of foreign data: whatever one of them raises is said of this place
-        said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise InputError(f"{place} cannot be read as a table of datasets: {said[:200]}") from None
+        raise _described(place, error) from None
+
+
+def _read_texts(path: Path, roles: Roles, settings: TableSettings) -> tuple[Any, list[str]]:
+    """A text table mapped into memory, whose cells are texts as they are written; and notes on how it is read."""
+    import datasets
+
+    names, _, notes = stream_text(path, roles, settings)
+    if not names:
+        raise InputError(f"{path} is empty")
+    told = path.stat()
+    given = {"path": str(path), "roles": roles, "settings": settings, "stamp": (told.st_size, told.st_mtime_ns)}
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    try:
+        return datasets.Dataset.from_generator(_generate_rows, features, gen_kwargs=given), notes
+    except Exception as error:  # as in _open
+        raise _described(str(path), error) from None
+
+
+def _generate_rows(path: str, roles: Roles, settings: TableSettings, stamp: object) -> Iterator[dict[str, str]]:
+    yield from stream_text(Path(path), roles, settings)[1]
+
+
+def _described(place: str, error: BaseException) -> InputError:
+    """The error to raise where ``datasets`` fails."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    said = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    return InputError(f"{place} cannot be read as a table of datasets: {said[:200]}")
 
 
 def _split_of(path: Path, place: str) -> str:

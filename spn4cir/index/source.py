@@ -19,6 +19,7 @@ from spn4cir.dataset import Dataset
 from spn4cir.datasets import DATASETS, load_dataset
 from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.rows import HUB
+from spn4cir.datasets.table_settings import split_place
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.identity import Stamp, image_stamp
@@ -76,13 +77,14 @@ def read_source(place: str | Path, dataset: str | None = None) -> Source:
         InputError: if there is no such place, or it holds no pictures.
     """
     text = str(place)
+    where = split_place(text)[0]  # without settings
     if dataset is None:
-        is_name = text in DATASETS and not Path(text).exists()
+        is_name = where in DATASETS and not Path(where).exists()
         dataset, text = (text, "") if is_name else (OWN, text)
-    if dataset == OWN and not text.startswith(HUB) and not Path(text).exists():
-        raise InputError(f"{text} is missing: give a folder of pictures, a table of them, or {', '.join(DATASETS)}")
+    if dataset == OWN and not text.startswith(HUB) and not Path(where).exists():
+        raise InputError(f"{where} is missing: give a folder of pictures, a table of them, or {', '.join(DATASETS)}")
     if text and not text.startswith(HUB):
-        text = str(Path(text).absolute())
+        text = f"{Path(where).absolute()}{text[len(where) :]}"
     opened = load_dataset(dataset, text or None)
     if dataset == OWN:
         ids = opened.training_images()
@@ -128,16 +130,25 @@ def _columns(dataset: Dataset, ids: Sequence[str]) -> pyarrow.Table:
         "category": [dataset.category(image_id) for image_id in ids],
         "title": [title if title != image_id else "" for title, image_id in zip(titles, ids, strict=True)],
         "caption": [dataset.caption(image_id) for image_id in ids],
+        "names": _names(dataset, ids),
     }
     columns = {name: pa.array(values) for name, values in known.items() if any(values)}
     others = dataset.other_columns()
     if others:
         listed = pa.array(dataset.list_training_images())
         table = concatenate_tables(others).take(pc.index_in(pa.array(ids), listed))
-        columns |= {name: table[name] for name in table.column_names if name not in columns}
+        columns |= {name: table[name] for name in table.column_names if name and name not in columns}
     return pa.table(
         {name: _typed(values) for name, values in columns.items()} or {"category": pa.nulls(len(ids), pa.string())}
     )
+
+
+def _names(dataset: Dataset, ids: Sequence[str]) -> list[str]:
+    """Further names of each image, of products that share a picture, separated by commas."""
+    names: dict[str, list[str]] = {}
+    for name, image_id in dataset.further_names.items():
+        names.setdefault(image_id, []).append(name)
+    return [", ".join(names.get(image_id, ())) for image_id in ids]
 
 
 def _typed(column: Any) -> Any:

@@ -49,14 +49,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def test_every_benchmark_is_known() -> None:
     """Each module is in the suite or named apart from it, once."""
-    modules = {path.stem for path in HERE.glob("*.py")} - {
-        "__init__",
-        "__main__",
-        "measure",
-        "made_index",
-        "intervals",
-        "styles_plot",
-    }
+    helpers = {"__init__", "__main__", "measure", "made_index", "intervals", "styles_plot", "table_shapes"}
+    modules = {path.stem for path in HERE.glob("*.py")} - helpers
     assert sorted(modules) == sorted([*suite.SUITE, *suite.SLOW])
     assert set(suite.QUICK) <= set(suite.SUITE)
     assert all(hasattr(module, "suite") for module in (loss, step, gradients, processes, device))

@@ -171,13 +171,13 @@ def test_a_table_of_that_name_in_the_folder_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "said"), [
-    ([{"name": "x"}], "must be called image or path or image_path or file or file_name or img_path; there are: name"),
-    ([{"path": "../x.png"}], "row 1, column 'image': '../x.png' is no path below"),
-    ([{"path": "/etc/passwd"}], "row 1, column 'image'"),
-    ([{"path": "a\\b.png"}], "row 1, column 'image'"),
-    ([{"path": "a\tb.png"}], "row 1, column 'image'"),
-    ([{"path": "a.png"}, {"path": ""}], "row 2, column 'image'"),
-    ([{"path": "a.png"}, {"path": "./a.png"}], "row 2, column 'image_id': \"a.png\" occurs twice"),
+    ([{"name": "x"}], "or image_name; there are: name; say which by --data-root 't.jsonl?image=COLUMN'"),
+    ([{"path": "../x.png"}], "row 1, column 'path': '../x.png' is no path below"),
+    ([{"path": "/etc/passwd"}], "row 1, column 'path'"),
+    ([{"path": "a\\b.png"}], "row 1, column 'path'"),
+    ([{"path": "a\tb.png"}], "row 1, column 'path'"),
+    ([{"path": "a.png"}, {"path": ""}, {"path": "/b.png"}], "row 3, column 'path'"),
+    ([{"path": "a.png", "id": "x"}, {"path": "b.png", "id": "x"}], "row 2, column 'image_id': \"x\" occurs twice"),
     ([{"path": "a.png", "id": "x\x00"}], "row 1, column 'image_id'"),
     ([{"path": "a.png", "id": ""}], "row 1, column 'image_id'"),
     ([{"path": {"bytes": "x"}}], "row 1, column 'path': expected a text, got"),
