@@ -51,12 +51,15 @@ class NegativesConfig:
             query, text, reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
         max_similarity: candidates more similar to the positive than this (cosine of targets) are treated as false
             negatives and masked; null masks none.
+        near_duplicates: treat pictures that show the same at another size or quality as one image, which is never a
+            negative of itself; equal pixels always are one image.
         margin: of a triplet loss against one negative drawn from the batch, in the place of InfoNCE, in stage 1; null
             for InfoNCE.
     """
 
     types: list[Literal["target", "query", "text", "reference"]] = dataclasses.field(default_factory=lambda: ["target"])
     max_similarity: float | None = None
+    near_duplicates: bool = False
     margin: float | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +110,7 @@ RENAMED = {
     "selection: val": "holdout: null", "selection": "holdout",
 }  # fmt: skip
 """Old settings and values, and what they are called now."""
+SHORT = {"near_duplicates": "negatives.near_duplicates"}  # options that stand for a setting in a group
 GROUPS = {"bank": BankConfig, "negatives": NegativesConfig, "compute": ComputeConfig, "adamw": AdamWConfig}
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [
     ("above 0", lambda x: 0 < x < math.inf, "batch_size epochs lr temperature eval_batch_size log_every adamw.eps"),
@@ -293,7 +297,7 @@ def _spell(argument: str) -> str:
     option = option.replace("-", "_")
     if option in RENAMED:
         raise InputError(f"option --{option} is now called --{RENAMED[option]}")
-    return f"--{option}{equals}{value}"
+    return f"--{SHORT.get(option, option)}{equals}{value}"
 
 
 def find_config(name: str) -> Path:

@@ -60,6 +60,7 @@ class Dataset(ABC):
         protocols: ids of each split, the default first.
         root: folder of the files, if they have one.
         has_triplets: whether training triplets come with the files.
+        as_published: whether pictures are decoded as published figures were made: see ``ImageRef``.
         skip_reasons: image ids that the skip list leaves out, each with the reason.
         extra_images: further images that training may use, by id; ``extra_check`` is the command that checks them.
     """
@@ -68,6 +69,7 @@ class Dataset(ABC):
     protocols: ClassVar[Mapping[str, tuple[str, ...]]]
     root: Path | None = None
     has_triplets: bool = True
+    as_published: ClassVar[bool] = False
     skip_reasons: Mapping[str, str] = {}
     extra_images: Mapping[str, ImageRef] = {}
     extra_check: str = ""
@@ -90,7 +92,9 @@ class Dataset(ABC):
 
     def image(self, image_id: str) -> ImageRef:
         """The image of an id. Raises ``InputError`` for an unknown id."""
-        return self.extra_images[image_id] if image_id in self.extra_images else self.find_image(image_id)
+        if image_id in self.extra_images:
+            return self.extra_images[image_id]
+        return self.find_image(image_id)._replace(as_published=self.as_published)
 
     def training_images(self) -> list[str]:
         """All images that training may use, without skipped ones, extra ones last."""

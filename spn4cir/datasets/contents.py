@@ -126,9 +126,12 @@ def _of_folder(root: Path) -> Contents:
         (found.unsafe, unsafe, ascii, ""),
         (found.own, "folders are passed over since they hold files of data generation", short, ""),
         (found.data, "tables are passed over since there are pictures beside them", short, alone),
+        (found.special, "pipes, sockets, devices or broken links are not opened", short, ""),
     ):
         if names:
             contents.notes.append(f"{len(names)} {what}, such as {show(names[0])}{advice}")
+    if found.others:
+        contents.notes.append(f"{found.others.total()} files are passed over: {found.describe_others()}")
     if path := find_table(root, "captions"):
         roles = {"image": (*ROLES["image"], *ROLES["id"]), "caption": ROLES["caption"]}
         columns = read_table(path, roles, tuple(roles))

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
     {"errors"}, {"distributed", "files", "schedules", "text_tokenizer", "types"},
     {"compute", "dataset", "measures", "store", "streaming", "triplets"},
-    {"config", "losses", "results", "search", "selection"}, {"images", "in_batch", "faiss_search"}, {"identity"},
+    {"config", "losses", "results", "search", "selection", "pixels", "near_duplicates"},
+    {"images", "in_batch", "faiss_search"},
+    {"identity"},
     {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"}, {"run"}, {"data"}, {"stages"}, {"train"},
     {"cli", "train_cli", "index_cli", "search_cli"}, {"__main__"},
