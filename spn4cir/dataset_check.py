@@ -23,6 +23,7 @@ from spn4cir.types import ImageRef
 PROBLEMS = ("missing", "truncated", "unreadable")
 EXTREME = 10  # of a picture that is so many times longer than wide, little is left to see
 HUGE = 50_000_000  # pixels, which take seconds and 150 MB to decode
+WIDEST = 80  # letters of the first column; a longer note reaches beyond it
 SHOWN = 3  # examples of a check in the terminal
 
 
@@ -185,7 +186,7 @@ def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
 
 def table(report: Report) -> str:
     """The report for the terminal: problems and notes with a few examples each."""
-    width = max(len(check.what) for check in report.checks)
+    width = min(max(len(check.what) for check in report.checks), WIDEST)
     lines = [f"{report.dataset} in {report.root}", "", f"{'':{width}}{'found':>8}{'expected':>10}"]
     for check in report.checks:
         expected = "" if check.expected is None else f"{check.expected:,}"

@@ -105,7 +105,7 @@ def scale_levels(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _stretch(values: np.ndarray[Any, Any], black: float, white: float) -> np.ndarray[Any, Any]:
     if white == black:
-        return np.full(values.shape, 128, np.uint8)
+        return np.where(values == black, 128, 0).astype(np.uint8)
     scaled = (values.astype(np.float32) - black) * (255 / (white - black))
     levels: np.ndarray[Any, Any] = np.rint(np.clip(np.nan_to_num(scaled, nan=0.0), 0, 255)).astype(np.uint8)
     return levels

@@ -52,7 +52,7 @@ class OwnImages(Dataset):
         if not found.places:
             more = f": {found.notes[0]}" if found.notes else ""
             raise InputError(
-                f"{self.name}: {self._place} holds no pictures that Pillow opens, such as .png and .jpg{more}"
+                f"{self.name}: {self._place} holds no pictures (.png, .jpg and all others that Pillow opens){more}"
             )
         return found
 
