@@ -13,6 +13,7 @@ DATA_SUFFIXES = (".parquet", ".tar")
 NOT_DATA = ("captions", "queries")  # tables beside pictures, which say something of them
 OURS = re.compile(r"(captions|queries|catalogue|metadata)\.(csv|tsv|jsonl|parquet)|(skip_list|optimized_images)\.json")
 """Files beside pictures that are read, and so are not passed over."""
+PLAIN_SUFFIX = re.compile(r"\.[a-z0-9_-]{1,12}")  # any other is part of a name, which may hold what no message may
 HEIF, JXL = "pip install 'spn4cir[heif]'", "pip install 'spn4cir[jxl]'"
 ADVICE = {
     ".heic": HEIF, ".heif": HEIF, ".hif": HEIF, ".jxl": JXL, ".avif": "pip install 'pillow>=11.3'",
@@ -51,7 +52,9 @@ class Pictures:
     def describe_others(self) -> str:
         """How many files of each suffix are passed over, and what would make them readable; empty if there are none."""
         counts = sorted(self.others.items(), key=lambda item: (item[0] not in ADVICE, -item[1], item[0]))
-        return ", ".join(f"{n} {suffix}{f' ({ADVICE[suffix]})' * (suffix in ADVICE)}" for suffix, n in counts)
+        return ", ".join(
+            f"{n} {suffix} ({ADVICE[suffix]})" if suffix in ADVICE else f"{n} {suffix}" for suffix, n in counts
+        )
 
 
 def walk(root: Path) -> Pictures:
@@ -86,7 +89,7 @@ def walk(root: Path) -> Pictures:
             elif entry.name.lower().endswith(DATA_SUFFIXES) and entry.name.partition(".")[0] not in NOT_DATA:
                 found.data.append(name)
             elif not OURS.fullmatch(entry.name):
-                found.others[suffix or "without suffix"] += 1
+                found.others[suffix if PLAIN_SUFFIX.fullmatch(suffix) else "without suffix"] += 1
     for names in (found.ids, found.links, found.unsafe, found.own, found.data, found.special):
         names.sort()
     return found

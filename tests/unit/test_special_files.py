@@ -80,6 +80,8 @@ def test_a_folder_says_what_it_passes_over(pipe: Path) -> None:
     assert others.startswith("catalogue: 7 files are passed over: 2 .svg (draw it as PNG first)")
     for part in ("1 .md", "1 without suffix", "1 .eps (draw it as PNG first)"):
         assert part in others
+    (root / "x.\x1b[31m").write_text("")
+    assert Catalogue(str(root)).notes()[1].isprintable()
     for suffix, extra in ((".heic", "heif"), (".jxl", "jxl")):
         if suffix not in picture_suffixes():
             assert f"1 {suffix} (pip install 'spn4cir[{extra}]')" in others
