@@ -130,8 +130,6 @@ def _of_folder(root: Path) -> Contents:
     ):
         if names:
             contents.notes.append(f"{len(names)} {what}, such as {show(names[0])}{advice}")
-    if found.others:
-        contents.notes.append(f"{found.others.total()} files are passed over: {found.describe_others()}")
     if path := find_table(root, "captions"):
         roles = {"image": (*ROLES["image"], *ROLES["id"]), "caption": ROLES["caption"]}
         columns = read_table(path, roles, tuple(roles))
@@ -140,6 +138,8 @@ def _of_folder(root: Path) -> Contents:
         contents.captions = {i: text for i, text in captions.items() if i in contents.places}
         if lost := [i for i in captions if i not in contents.places]:
             contents.notes.append(f"{path} describes {len(lost)} images that are not there, such as {short(lost[0])}")
+    if found.others:
+        contents.notes.append(f"{found.others.total()} files are passed over: {found.describe_others()}")
     return contents
 
 
