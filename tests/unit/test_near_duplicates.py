@@ -9,8 +9,12 @@ import pytest
 from conftest import draw_picture
 from PIL import Image
 
+from spn4cir.bank import assign_rows
+from spn4cir.config import TrainConfig, parse, recipes_folder
+from spn4cir.data import hash_pixels, merge_near_duplicates
+from spn4cir.dataset_check import examine
 from spn4cir.datasets import load_dataset
-from spn4cir.identity import group_near_duplicates, inspect_images
+from spn4cir.identity import PUBLISHED_CLASSES, group_near_duplicates, inspect_images
 from spn4cir.images import open_image
 from spn4cir.near_duplicates import near_duplicate_ids, small_version
 from spn4cir.types import ImageRef
@@ -120,3 +124,39 @@ def test_the_doctor_and_deduplicate(
     assert [check["examples"] for check in notes.values()] == [["a.png ≈ b.png"], ["d.png"], ["d.png: 20 × 300"]]
     assert all(part in " ".join(notes) for part in ("nearly a copy", "of one colour", "times as long as wide"))
     capsys.readouterr()
+
+
+def test_training_has_one_row_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On request, and by either spelling of the option: a class has one row, so no image is a negative of its twin."""
+    monkeypatch.setenv("SPN4CIR_RUNS", str(tmp_path / "runs"))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, one in (("a.png", photo(1)), ("b.png", photo(1).resize((160, 120))), ("c.png", photo(2))):
+        one.save(folder / name)
+    dataset = load_dataset("catalogue", str(folder))
+    hashes = hash_pixels(dataset, dataset.training_images(), print, show=False)
+    assert len(set(assign_rows(hashes).values())) == 3
+    said: list[str] = []
+    classes = merge_near_duplicates(dataset, hashes, said.append)
+    assert assign_rows(classes) == {"a.png": 0, "b.png": 0, "c.png": 1} and classes["a.png"] == hashes["a.png"]
+    assert said == ["catalogue: 1 pictures are near-duplicates of another, and one image with it"]
+    recipe = recipes_folder() / "emoji" / "clip4cir_stage1.yaml"
+    for option in ("--near-duplicates", "--negatives.near-duplicates"):
+        assert parse(TrainConfig, recipe, [option, "true"]).negatives.near_duplicates
+    assert not parse(TrainConfig, recipe, []).negatives.near_duplicates
+
+
+def test_deduplicate_writes_them_as_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only with the option, and the doctor then finds nothing wrong with the file."""
+    from spn4cir.cli import data_command
+
+    monkeypatch.setenv("SPN4CIR_RUNS", str(tmp_path / "runs"))
+    photo(1).save(tmp_path / "a.png")
+    photo(1).resize((160, 120)).save(tmp_path / "b.png")
+    options = ["--dataset", "catalogue", "--data-root", str(tmp_path)]
+    for more, count in (([], 2), (["--near-duplicates"], 1)):
+        monkeypatch.setattr("sys.argv", ["spn4cir-data", "deduplicate", *options, *more])
+        data_command()
+        assert len(json.loads((tmp_path / PUBLISHED_CLASSES).read_text())[0]) == count
+    wrong = [check for check in examine(load_dataset("catalogue", str(tmp_path))).checks if "disagrees" in check.what]
+    assert [check.found for check in wrong] == [0]
