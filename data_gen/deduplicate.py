@@ -138,7 +138,9 @@ def _with_captions(canonical: dict[str, str], described: Collection[str] | None)
 
 def _made_by(images: dict[str, ImageRef], described: Collection[str] | None) -> str:
     """A short name for ids and their files' sizes and times, by which a change is noticed."""
-    total = hashlib.sha256(b"deduplicate")
+    from spn4cir.identity import MADE_BY
+
+    total = hashlib.sha256(f"deduplicate {MADE_BY}".encode())
     for image_id, image in images.items():
         try:
             told = image.path.stat() if image.path else None

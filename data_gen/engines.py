@@ -11,6 +11,7 @@ from spn4cir.data_gen.ask import Answer, Engine, Question, Try
 from spn4cir.data_gen.steps import EMBEDDED, GenerateConfig, digest
 from spn4cir.distributed import own_device
 from spn4cir.errors import InputError
+from spn4cir.files import refuse_special_file
 from spn4cir.types import ImageRef
 
 DRAWN = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}  # asked again, greedy would say the same
@@ -179,10 +180,14 @@ def _area(image: ImageRef | None) -> int:
     """Pixels of an image, from the head of its file; 0 if it cannot be read: decoding it will tell why."""
     from PIL import Image
 
+    from spn4cir.images import read_content
+
     if image is None:
         return 0
     try:
-        with Image.open(io.BytesIO(image.source()) if callable(image.source) else image.source) as picture:
+        if image.path:
+            refuse_special_file(image.path)
+        with Image.open(image.path or io.BytesIO(read_content(image))) as picture:
             return picture.width * picture.height
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0

@@ -22,7 +22,7 @@ from spn4cir.data_gen.steps import EMBEDDED
 from spn4cir.data_gen.unicom import PUBLISHED, SIZES, check_weights, find_weights, known_size, load_unicom
 from spn4cir.errors import InputError
 from spn4cir.files import hash_files
-from spn4cir.images import Transform
+from spn4cir.images import Transform, crop_to_middle
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".json")  # files of a model's folder that decide its vectors
 Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # RGB image → (3, H, W)
@@ -34,7 +34,9 @@ class Matcher:
     """An image encoder, put in eval mode; ``made_by`` is its kind, model and weights, ``says`` the vector it gives."""
 
     def __init__(self, module: nn.Module, transform: Preprocess, vectors: Read, made_by: dict[str, Any], says: str):
-        self.module, self.transform, self._vectors = module.eval().requires_grad_(False), transform, vectors
+        self.module, self._vectors = module.eval().requires_grad_(False), vectors
+        is_bounded = isinstance(transform, Transform)  # those of other packages resize pictures of any length
+        self.transform = transform if is_bounded else lambda picture: transform(crop_to_middle(picture))
         self.made_by, self.says = made_by, says
 
     @property

@@ -164,8 +164,9 @@ def _members(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, str, tupl
 
 def folder_candidates(folder: Path, listed: str | None) -> Iterator[Candidate]:
     """Pictures below a folder; or those that a list names, there or not. Raises ``InputError`` for a name outside."""
-    from spn4cir.datasets.pictures import SUFFIXES, safe_name, stray_links, walk
+    from spn4cir.datasets.pictures import safe_name, stray_links, walk
     from spn4cir.datasets.reading import inner_path
+    from spn4cir.pixels import picture_suffixes
 
     if not folder.is_dir():
         raise InputError(f"folder {folder} is missing")
@@ -181,9 +182,9 @@ def folder_candidates(folder: Path, listed: str | None) -> Iterator[Candidate]:
         wrong = [n for n in names if n in stray or (n.rpartition("/")[0] or ".") in stray or not safe_name(n)]
         if wrong:
             raise InputError(f"list {listed}: {wrong[0]!a} leads out of {folder}, or holds control characters")
-        unknown = [name for name in names if not name.lower().endswith(SUFFIXES)]
+        unknown = [name for name in names if Path(name.lower()).suffix not in picture_suffixes()]
         if unknown:
-            raise InputError(f"list {listed}: {unknown[0]!a} is no picture ({', '.join(SUFFIXES)})")
+            raise InputError(f"list {listed}: {unknown[0]!a} is no picture that Pillow opens, such as .png and .jpg")
     for name in names:
         path = folder / name
         size = path.stat().st_size if path.is_file() else 0

@@ -93,13 +93,13 @@ def name_pictures(image_ids: Sequence[str], folder: str) -> dict[str, str]:
     The path is that of the id where it can be. An id that is no path of plain names, such as an address, and ids that
     differ only in suffix or case, get names that end with a hash of the id. Raises ``InputError`` if two are equal.
     """
-    from spn4cir.datasets.pictures import SUFFIXES
     from spn4cir.datasets.reading import PLAIN
+    from spn4cir.pixels import picture_suffixes
 
     paths: dict[str, str] = {}
     for image_id in image_ids:
         suffix = PurePosixPath(image_id).suffix
-        path = image_id.removesuffix(suffix) if suffix.lower() in SUFFIXES else image_id
+        path = image_id.removesuffix(suffix) if suffix.lower() in picture_suffixes() else image_id
         is_plain = len(path) <= NAME_LENGTH and all(PLAIN.fullmatch(part) for part in path.split("/"))
         paths[image_id] = (path if "/" in path else f"{folder}/{path}") if is_plain else ""
     counts = Counter(path.lower() for path in paths.values())

@@ -52,7 +52,7 @@ def prepare_classes(config: TrainConfig, run: Run, data: TrainingData, backbone:
     margin = build_margin(
         config.classes.margin, config.classes.options, float(config.temperature or 0), [counts[name] for name in names]
     )
-    images, pixels = open_images(config, run, data, backbone)
+    images, pixels, _ = open_images(config, run, data, backbone)
     identity = banks.assign_rows(pixels)
     bank: banks.Bank | None = None
     gallery: banks.Bank | None = None

@@ -223,6 +223,8 @@ def _data() -> None:
     check.add_argument("--write-skip-list", action="store_true", help="leave missing and broken images out from now on")
     same = commands.add_parser("deduplicate", help="write which images have equal pixels, as optimized_images.json")
     same.add_argument("--output", type=Path, help="file (default: optimized_images.json in the dataset's folder)")
+    what = "let the same picture at another size or quality be one image too"
+    same.add_argument("--near-duplicates", action="store_true", help=what)
     valid = commands.add_parser("validate-submission", help="check a file for CIRR's evaluation server, offline")
     valid.add_argument("files", type=Path, nargs="+", metavar="FILE")
     valid.add_argument("--dataset", default="cirr", help="whose queries it answers (default: cirr)")
@@ -267,7 +269,13 @@ def _check(args: argparse.Namespace) -> None:
 
 def _deduplicate(args: argparse.Namespace) -> None:
     from spn4cir.datasets import load_dataset
-    from spn4cir.identity import PUBLISHED_CLASSES, canonical_ids, inspect_images, write_optimized
+    from spn4cir.identity import (
+        PUBLISHED_CLASSES,
+        canonical_ids,
+        group_near_duplicates,
+        inspect_images,
+        write_optimized,
+    )
 
     dataset = load_dataset(args.dataset, args.data_root)
     out = args.output or (dataset.root / PUBLISHED_CLASSES if dataset.root else None)
@@ -283,7 +291,8 @@ def _deduplicate(args: argparse.Namespace) -> None:
     if broken := [image_id for image_id, image in found.items() if image.problem]:
         what = f"{len(broken)} images are missing or broken, such as {paths[broken[0]]}"
         raise InputError(f"{what}: see {dataset.check_command(broken[0])}")
-    canonical = canonical_ids({image_id: image.pixels for image_id, image in found.items()})
+    equal = canonical_ids({image_id: image.pixels for image_id, image in found.items()})
+    canonical = group_near_duplicates(found) if args.near_duplicates else equal
     write_optimized(out, canonical, paths)
     print(f"{len(canonical)} images, {len(set(canonical.values()))} unique → {out}")
 

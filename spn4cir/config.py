@@ -25,6 +25,7 @@ RENAMED = {
     "selection: val": "holdout: null", "selection": "holdout",
 }  # fmt: skip
 """Old settings and values, and what they are called now."""
+SHORT = {"near_duplicates": "negatives.near_duplicates"}  # options that stand for a setting in a group
 GROUPS = {
     "bank": BankConfig, "negatives": NegativesConfig, "classes": ClassesConfig, "compute": ComputeConfig,
     "adamw": AdamWConfig,
@@ -220,7 +221,7 @@ def _spell(argument: str) -> str:
     option = option.replace("-", "_")
     if option in RENAMED:
         raise InputError(f"option --{option} is now called --{RENAMED[option]}")
-    return f"--{option}{equals}{value}"
+    return f"--{SHORT.get(option, option)}{equals}{value}"
 
 
 def find_config(name: str) -> Path:

@@ -38,12 +38,15 @@ class NegativesConfig:
             query, text, reference; the loss is their mean. Text and reference need a backbone whose query is a sum.
         max_similarity: candidates more similar to the positive than this (cosine of targets) are treated as false
             negatives and masked; null masks none.
+        near_duplicates: treat pictures that show the same at another size or quality as one image, which is never a
+            negative of itself; equal pixels always are one image.
         margin: of a triplet loss against one negative drawn from the batch, in the place of InfoNCE, in stage 1; null
             for InfoNCE.
     """
 
     types: list[Literal["target", "query", "text", "reference"]] = dataclasses.field(default_factory=lambda: ["target"])
     max_similarity: float | None = None
+    near_duplicates: bool = False
     margin: float | None = None
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from spn4cir.datasets import load_dataset, open_extra_images
 from spn4cir.datasets.generated import MAKE, open_generated
 from spn4cir.datasets.skip import skip_notes
 from spn4cir.errors import InputError
-from spn4cir.identity import PUBLISHED_CLASSES, inspect_images, read_optimized
+from spn4cir.identity import PUBLISHED_CLASSES, group_near_duplicates, inspect_images, read_optimized
 from spn4cir.provenance import describe_others, folder_of, read_provenance
 from spn4cir.results import metric_names, primary_names
 from spn4cir.triplets import Numbers, TripletTable, join_triplets, named_images
@@ -205,8 +205,7 @@ def hash_pixels(
     Raises ``InputError`` that names up to ``NAMED`` missing or broken ones, and the command that lists all.
     """
     images = {image_id: dataset.image(image_id) for image_id in image_ids}
-    cache = checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl"
-    found = inspect_images(images, cache, show=show, own_mode=own_mode)
+    found = inspect_images(images, _pixel_cache(dataset), show=show, own_mode=own_mode)
     broken = [image_id for image_id, image in found.items() if image.problem]
     if broken:
         told = []
@@ -222,3 +221,24 @@ def hash_pixels(
     say(f"{dataset.name}: {published} says which images are equal")
     first_of = {image_id: canonical.get(image_id, image_id) for image_id in found}
     return {i: found[first].pixels if first in found else f"as {first}" for i, first in first_of.items()}
+
+
+def merge_near_duplicates(
+    dataset: Dataset, hashes: Mapping[str, str], say: Say, own_mode: bool = False
+) -> dict[str, str]:
+    """Image id → the hash of the first image that shows the same picture; the hashes are what ``hash_pixels`` gives.
+
+    ``own_mode`` is that of ``inspect_images``, which finds all of them in its cache.
+    """
+    images = {image_id: dataset.image(image_id) for image_id in hashes}
+    found = inspect_images(images, _pixel_cache(dataset), show=False, own_mode=own_mode)
+    first_of = group_near_duplicates(found)
+    merged = {hashes[i]: hashes[first] for i, first in first_of.items()}  # published classes hold together
+    classes = {i: merged.get(pixels, pixels) for i, pixels in hashes.items()}
+    count = len(set(hashes.values())) - len(set(classes.values()))
+    say(f"{dataset.name}: {count} pictures are near-duplicates of another, and one image with it")
+    return classes
+
+
+def _pixel_cache(dataset: Dataset) -> Path:
+    return checkpoints.runs_root() / "pixels" / f"{dataset.name}.jsonl"

@@ -63,6 +63,7 @@ class Dataset(ABC):
         root: folder of the files, if they have one.
         data_root: where a person said that the files lie, if anybody did.
         has_triplets: whether training triplets come with the files.
+        as_published: whether pictures are decoded as published figures were made: see ``ImageRef``.
         skip_reasons: image ids that the skip list leaves out, each with the reason.
         further_names: name → image id, where an image has several names, such as products that share a picture.
         extra_images: further images that training may use, by id; ``extra_check`` is the command that checks them.
@@ -73,6 +74,7 @@ class Dataset(ABC):
     root: Path | None = None
     data_root: str | None = None
     has_triplets: bool = True
+    as_published: ClassVar[bool] = False
     skip_reasons: Mapping[str, str] = {}
     extra_images: Mapping[str, ImageRef] = {}
     extra_check: str = ""
@@ -96,7 +98,9 @@ class Dataset(ABC):
 
     def image(self, image_id: str) -> ImageRef:
         """The image of an id. Raises ``InputError`` for an unknown id."""
-        return self.extra_images[image_id] if image_id in self.extra_images else self.find_image(image_id)
+        if image_id in self.extra_images:
+            return self.extra_images[image_id]
+        return self.find_image(image_id)._replace(as_published=self.as_published)
 
     def training_images(self) -> list[str]:
         """All images that training may use, without skipped ones, extra ones last."""

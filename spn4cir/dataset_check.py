@@ -10,10 +10,20 @@ from typing import Any
 from spn4cir.dataset import Check, Dataset, ImageRole, Level
 from spn4cir.datasets.reading import attempt
 from spn4cir.errors import InputError
-from spn4cir.identity import PUBLISHED_CLASSES, Inspected, canonical_ids, inspect_images, read_optimized
+from spn4cir.identity import (
+    PUBLISHED_CLASSES,
+    Inspected,
+    canonical_ids,
+    group_near_duplicates,
+    inspect_images,
+    read_optimized,
+)
 from spn4cir.types import ImageRef
 
 PROBLEMS = ("missing", "truncated", "unreadable")
+EXTREME = 10  # of a picture that is so many times longer than wide, little is left to see
+HUGE = 50_000_000  # pixels, which take seconds and 150 MB to decode
+WIDEST = 80  # letters of the first column; a longer note reaches beyond it
 SHOWN = 3  # examples of a check in the terminal
 
 
@@ -24,6 +34,7 @@ class Report:
     Args:
         broken: images and what is wrong with them.
         duplicates: classes of equal images.
+        near_duplicates: classes of the same picture at another size or quality, each by the first of its equal ones.
         has_triplets: whether triplets come with the dataset; else training needs generated ones.
     """
 
@@ -32,6 +43,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     duplicates: list[list[str]] = field(default_factory=list)
+    near_duplicates: list[list[str]] = field(default_factory=list)
     found: dict[str, Inspected] = field(default_factory=dict, repr=False)
     has_triplets: bool = True
 
@@ -78,6 +90,8 @@ def examine(
         report.checks.append(Check("different images to make triplets of", len(distinct), 2, "problem"))
     report.duplicates, checks = _equal(dataset, roles, found)
     report.checks += checks
+    report.near_duplicates, checks = _similar(found)
+    report.checks += checks + _odd(found)
     return report
 
 
@@ -135,11 +149,38 @@ def _equal(
         listed = attempt(checks, PUBLISHED_CLASSES, True, partial(read_optimized, path))
         if listed is None:
             return several, checks
+        similar = group_near_duplicates(found)  # spn4cir-data deduplicate --near-duplicates makes classes of them
         wrong = [i for i, first in listed.items() if hashes.get(i) != hashes.get(first)]
+        wrong = [i for i in wrong if i not in similar or similar[i] != similar.get(listed[i])]
         apart = [i for i, first in canonical.items() if {i, first} <= listed.keys() and listed[i] != listed[first]]
         what = f"{PUBLISHED_CLASSES}: images whose class disagrees with their pixels"
         checks.append(Check.listed(what, wrong + apart))
     return several, checks
+
+
+def _similar(found: Mapping[str, Inspected]) -> tuple[list[list[str]], list[Check]]:
+    """Classes of different pixels that show the same picture, and how many images are one too many by that."""
+    equal = canonical_ids({i: image.pixels for i, image in found.items() if not image.problem})
+    classes: dict[str, list[str]] = {}
+    for image_id, first in group_near_duplicates({i: found[i] for i in dict.fromkeys(equal.values())}).items():
+        classes.setdefault(first, []).append(image_id)
+    several = [ids for ids in classes.values() if len(ids) > 1]
+    what = "images that are nearly a copy of another (other size or quality)"
+    copies, examples = sum(map(len, several)) - len(several), tuple(" ≈ ".join(ids[:4]) for ids in several)
+    return several, [Check(what, copies, None, "note" if copies else "fact", examples)]
+
+
+def _odd(found: Mapping[str, Inspected]) -> list[Check]:
+    """Pictures of which a model sees little, or that are slow to read."""
+    sizes = {i: image.size for i, image in found.items() if not image.problem}
+    shown = {i: f"{i}: {w:,} × {h:,}" for i, (w, h) in sizes.items()}
+    long = [shown[i] for i, size in sizes.items() if max(size) > EXTREME * min(size)]
+    huge = [shown[i] for i, (w, h) in sizes.items() if w * h > HUGE]
+    return [
+        Check.listed("pictures of one colour", [i for i in sizes if found[i].is_plain], expected=None),
+        Check.listed(f"pictures more than {EXTREME} times as long as wide, or as wide as high", long, expected=None),
+        Check.listed(f"pictures of more than {HUGE // 10**6} million pixels", huge, expected=None),
+    ]
 
 
 def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
@@ -154,7 +195,7 @@ def skip_list(report: Report, before: Mapping[str, str]) -> dict[str, str]:
 
 def table(report: Report) -> str:
     """The report for the terminal: problems and notes with a few examples each."""
-    width = max(len(check.what) for check in report.checks)
+    width = min(max(len(check.what) for check in report.checks), WIDEST)
     lines = [f"{report.dataset} in {report.root}", "", f"{'':{width}}{'found':>8}{'expected':>10}"]
     for check in report.checks:
         expected = "" if check.expected is None else f"{check.expected:,}"

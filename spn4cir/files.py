@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,16 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file or none of it. Raises ``InputError`` where it cannot be written."""
     with replaced(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def refuse_special_file(path: Path) -> None:
+    """Raise ``OSError`` for a pipe, a socket or a device, whose opening may wait for ever; pass a missing file."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # opening it says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError("not a regular file")
 
 
 def hash_files(*paths: Path, prefix: bytes = b"") -> str:

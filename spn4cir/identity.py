@@ -24,7 +24,8 @@ from tqdm import tqdm
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.files import read_json, write_text
-from spn4cir.images import StoredBytes, decode, is_vector, pixel_hash, read_vector
+from spn4cir.images import StoredBytes, decode, is_vector, pixel_hash, read_content, read_vector
+from spn4cir.near_duplicates import GRID, near_duplicate_ids, small_version
 from spn4cir.types import ImageRef
 
 Problem: TypeAlias = Literal["", "missing", "truncated", "unreadable"]
@@ -33,16 +34,23 @@ Stamp: TypeAlias = tuple[int, int]  # size in bytes and time of the last change 
 PUBLISHED_CLASSES = "optimized_images.json"
 BLOCK = 16  # images that a worker takes at once: small ones would otherwise cost more to hand out than to decode
 AHEAD = 4  # blocks that are handed out for each worker: a large image does not stop the others
-MADE_BY = f"1/pillow {PIL.__version__}"  # decoders of two versions may round differently, so their hashes do not mix
+MADE_BY = f"2/pillow {PIL.__version__}"
+"""The version of our own reading of pixels, which changes with it, and Pillow's: their hashes do not mix."""
 MARKS = ((b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"), (b"\xff\xd8\xff", b"\xff\xd9"))  # begins with, ends with
 
 
 class Inspected(NamedTuple):
-    """What one look at an image file gave: the hash of its pixels, or else what is wrong and what the decoder said."""
+    """What one look at an image file gave: the hash of its pixels, or else what is wrong and what the decoder said.
+
+    ``size`` is width and height, ``is_plain`` whether there is one colour only, ``small`` what ``small_version`` gives.
+    """
 
     pixels: str
     problem: Problem = ""
     detail: str = ""
+    size: tuple[int, int] = (0, 0)
+    is_plain: bool = False
+    small: str = ""
 
 
 def inspect_images(
@@ -77,7 +85,7 @@ def inspect_images(
             for source, (inspected, stamp) in zip(block, results, strict=True):
                 found[source] = inspected
                 if stamp is not None:
-                    kept.add(source, stamp, inspected.pixels)
+                    kept.add(source, stamp, inspected)
             bar.update(len(block))
     return {image_id: found[source] for image_id, source in images.items()}
 
@@ -86,6 +94,17 @@ def canonical_ids(hashes: Mapping[str, str]) -> dict[str, str]:
     """Image id → the first id with equal pixels, in order; an image without a hash stands for itself."""
     first: dict[str, str] = {}
     return {i: first.setdefault(pixels, i) if pixels else i for i, pixels in hashes.items()}
+
+
+def group_near_duplicates(found: Mapping[str, Inspected]) -> dict[str, str]:
+    """Image id → the first id that shows the same picture, be it at another size or quality.
+
+    Images of equal pixels are one class, and so are those that ``near_duplicate_ids`` finds; broken ones have none.
+    """
+    sound = {i: one for i, one in found.items() if not one.problem}
+    equal = canonical_ids({i: one.pixels for i, one in sound.items()})
+    similar = near_duplicate_ids({i: (sound[i].small, sound[i].size) for i in dict.fromkeys(equal.values())})
+    return {i: similar[first] for i, first in equal.items()}
 
 
 def read_optimized(path: Path) -> dict[str, str]:
@@ -139,11 +158,12 @@ def write_optimized(path: Path, canonical: Mapping[str, str], images: Mapping[st
 
 
 Read: TypeAlias = Callable[[ImageRef], Image.Image]
+Known: TypeAlias = tuple[Stamp, Inspected]
 Looked: TypeAlias = "tuple[Inspected, Stamp | None]"  # a result, and the stamp to remember it under, if it is to be
 
 
 def _blocks(
-    images: Sequence[ImageRef], known: Mapping[str, tuple[Stamp, str]], read: Read, workers: int
+    images: Sequence[ImageRef], known: Mapping[str, Known], read: Read, workers: int
 ) -> Iterator[tuple[Sequence[ImageRef], list[Looked]]]:
     """Blocks of images with their results, in order, a bounded number of them under way."""
     Image.init()  # PIL loads its plugins at the first file that needs one, and threads beside may miss them
@@ -163,20 +183,21 @@ def _blocks(
         pool.shutdown(cancel_futures=True)
 
 
-def _look(image: ImageRef, known: Mapping[str, tuple[Stamp, str]], read: Read) -> Looked:
+def _look(image: ImageRef, known: Mapping[str, Known], read: Read) -> Looked:
     stamp = image_stamp(image)
     if stamp is not None and (before := known.get(_key(image))) and before[0] == stamp:
-        return Inspected(before[1]), None
+        return before[1], None
     inspected = _inspect(image, read)
     unchanged = stamp is not None and not inspected.problem and image_stamp(image) == stamp
     return inspected, stamp if unchanged else None
 
 
 def _key(image: ImageRef) -> str:
-    """The name of an image in the cache: its file, or its place in one, and its box if it has one."""
+    """The name of an image in the cache: its file, or its place in one, its box if it has one, and how it is read."""
+    part = f"{image.box or ''}{' as published' if image.as_published else ''}"
     if isinstance(stored := image.source, StoredBytes):
-        return f"{stored.file}, {stored.column}, {stored.row}{image.box or ''}"
-    return "" if image.path is None else f"{image.path.absolute()}{image.box or ''}"
+        return f"{stored.file}, {stored.column}, {stored.row}{part}"
+    return "" if image.path is None else f"{image.path.absolute()}{part}"
 
 
 def image_stamp(image: ImageRef) -> Stamp | None:
@@ -196,21 +217,19 @@ def _inspect(image: ImageRef, read: Read) -> Inspected:
     try:
         if image.path and not image.path.is_file() and image.path.exists():  # a pipe would wait for ever
             return Inspected("", "unreadable", "not a regular file")
-        return Inspected(_hash(image, read))
+        try:
+            picture = read(image)
+        except UnidentifiedImageError:
+            if not is_vector(image):
+                raise
+            return Inspected(hashlib.sha256(read_vector(image).numpy().tobytes()).hexdigest())
+        extrema = picture.getextrema()
+        is_plain = all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else [extrema]))
+        return Inspected(pixel_hash(picture), "", "", picture.size, is_plain, small_version(picture))
     except (FileNotFoundError, NotADirectoryError) as error:
         return Inspected("", "missing", _line(error))
     except Exception as error:  # foreign data in a dozen decoders: whatever one of them raises is said of this file
         return Inspected("", "truncated" if _ends_early(image, _line(error)) else "unreadable", _line(error))
-
-
-def _hash(image: ImageRef, read: Read) -> str:
-    """The hash of an image's pixels, or of its numbers where it is given as features."""
-    try:
-        return pixel_hash(read(image))
-    except UnidentifiedImageError:
-        if not is_vector(image):
-            raise
-        return hashlib.sha256(read_vector(image).numpy().tobytes()).hexdigest()
 
 
 def _line(error: Exception) -> str:
@@ -221,7 +240,7 @@ def _ends_early(image: ImageRef, said: str) -> bool:
     if "truncated" in said.replace(str(image), "").lower():
         return True
     try:
-        data = image.source() if callable(image.source) else image.source.read_bytes()
+        data = read_content(image)
     except (OSError, ValueError):
         return False
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -236,7 +255,7 @@ class _Cache:
 
     def __init__(self, file: Path | None, images: Sequence[ImageRef], own_mode: bool = False):
         self._made_by = f"{MADE_BY}, own mode" if own_mode else MADE_BY  # both kinds of hashes share a file
-        self.known: dict[str, tuple[Stamp, str]] = {}
+        self.known: dict[str, Known] = {}
         self._descriptor: int | None = None
         if file is None:
             return
@@ -252,9 +271,10 @@ class _Cache:
             if not line.endswith(b"\n"):  # torn
                 self._write(b"\n")
 
-    def add(self, image: ImageRef, stamp: Stamp, pixels: str) -> None:
+    def add(self, image: ImageRef, stamp: Stamp, seen: Inspected) -> None:
         """Remember an image, by one write so that lines of several processes do not mix."""
-        row = {"path": _key(image), "size": stamp[0], "mtime_ns": stamp[1], "pixels": pixels, "by": self._made_by}
+        row = {"path": _key(image), "size": stamp[0], "mtime_ns": stamp[1], "pixels": seen.pixels, "by": self._made_by}
+        row |= {"extent": seen.size, "plain": seen.is_plain, "small": seen.small}
         self._write(json.dumps(row).encode() + b"\n")
 
     def _write(self, line: bytes) -> None:
@@ -276,12 +296,17 @@ class _Cache:
         self._close()
 
 
-def _cache_row(line: bytes, made_by: str) -> tuple[str, Stamp, str] | None:
-    """Path, stamp and hash of one line; None if it is torn, damaged, from another version or of the other kind."""
+def _cache_row(line: bytes, made_by: str) -> tuple[str, Stamp, Inspected] | None:
+    """Path, stamp and what was seen; None if the line is torn, damaged, from another version or of the other kind."""
     try:
         row = json.loads(line)
         path, size, time, pixels, by = (row[name] for name in ("path", "size", "mtime_ns", "pixels", "by"))
+        (width, height), is_plain, small = row["extent"], row["plain"], row["small"]
+        levels = bytes.fromhex(small)
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
-    whole = type(path) is str and type(size) is int and type(time) is int and type(pixels) is str and len(pixels) == 64
-    return (path, (size, time), pixels) if whole and by == made_by and line.endswith(b"\n") else None
+    numbers = all(type(number) is int for number in (size, time, width, height))
+    whole = numbers and type(path) is str and type(pixels) is str and len(pixels) == 64 and type(is_plain) is bool
+    if not whole or len(levels) not in (0, 3 * GRID * GRID) or by != made_by or not line.endswith(b"\n"):
+        return None
+    return path, (size, time), Inspected(pixels, "", "", (width, height), is_plain, small)

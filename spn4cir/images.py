@@ -15,9 +15,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from spn4cir.errors import InputError
+from spn4cir.files import refuse_special_file
+from spn4cir.pixels import as_viewed, flatten_alpha, register_openers
 from spn4cir.types import ImageRef
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+ELONGATED, PADDED = 4, 2**26
+"""Pictures longer than this many times their width, which padding would bring to over this many pixels, are resized
+first. Others take at most 3.2 times their own memory, or 200 MB, in the published order."""
+LONGEST = 64
+"""Without padding, only the middle of a picture counts that is longer than this many times its width."""
 OWN_MODES = ("1", "P", "RGBA", "LA", "CMYK")
 """Modes that ``RgbLastTransform`` resizes as they are. In others, such as grey, converting first changes no pixel."""
 NPY = b"\x93NUMPY"  # what an .npy file begins with
@@ -45,10 +52,16 @@ class StoredBytes:
 def decode(image: ImageRef | Path, own_mode: bool = False) -> Image.Image:
     """Decode an image and crop it to its box. Raises whatever the decoder does.
 
-    ``own_mode`` converts as ``keep_mode`` does, else ``to_rgb``.
+    The picture is what ``view`` gives; of an image ``as_published`` what ``keep_mode``, or else ``to_rgb``, gives. A
+    crop box counts in the picture after that. Pipes and devices are not opened: they raise ``OSError``.
+
+    ``own_mode`` keeps the modes that ``keep_mode`` keeps.
     """
-    source, box, _ = image if isinstance(image, ImageRef) else ImageRef(image)
+    source, box, _, as_published = image if isinstance(image, ImageRef) else ImageRef(image)
+    if isinstance(source, Path):
+        refuse_special_file(source)
     file = source if isinstance(source, Path) else io.BytesIO(source())
+    register_openers()
     try:
         opened = Image.open(file)
     except UnidentifiedImageError:
@@ -58,7 +71,8 @@ def decode(image: ImageRef | Path, own_mode: bool = False) -> Image.Image:
     with opened as picture:
         if picture.format in ("EPS", "IPTC"):
             raise OSError("PostScript, or what may hold it, is a program and no picture")  # a decoder would run it
-        whole = keep_mode(picture) if own_mode else to_rgb(picture)
+        stored = keep_mode if own_mode else to_rgb
+        whole = stored(picture) if as_published else view(picture, own_mode)
         if box is None:
             return whole
         if box[2] > whole.width or box[3] > whole.height:
@@ -66,8 +80,28 @@ def decode(image: ImageRef | Path, own_mode: bool = False) -> Image.Image:
         return whole.crop(box)
 
 
+def view(picture: Image.Image, own_mode: bool = False) -> Image.Image:
+    """A copy of a decoded picture as a viewer shows it, in RGB; or in the mode that ``keep_mode`` gives.
+
+    Orientation, depth and colour profile are applied (``pixels.as_viewed``). RGB shows light artwork on transparency on
+    grey, all other on white (``pixels.flatten_alpha``); in its own mode a picture keeps its transparency.
+    """
+    shown = as_viewed(picture)
+    shown = keep_mode(shown) if own_mode else flatten_alpha(shown)
+    shown.info = {}  # its orientation and its profile have been applied: nobody is to apply them again
+    return shown
+
+
+def read_content(image: ImageRef) -> bytes:
+    """The bytes of an image's file. Raises ``OSError`` for a pipe or a device, which is not opened."""
+    if callable(image.source):
+        return image.source()
+    refuse_special_file(image.source)
+    return image.source.read_bytes()
+
+
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture as RGB; transparent parts become white."""
+    """The picture as RGB, pixels as they are stored; transparent parts become white."""
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
@@ -147,6 +181,36 @@ def target_pad(picture: Image.Image, ratio: float = 1.25) -> Image.Image:
     return padded
 
 
+def pad_and_resize(picture: Image.Image, size: int, ratio: float = 1.25) -> Image.Image:
+    """Pad as ``target_pad`` does, then resize the shorter side to ``size`` (bicubic).
+
+    A picture that padding would make huge is resized before it is padded: memory is then that of the result, and pixels
+    differ at the borders of the picture, by less than one pixel's width. All other pictures give the same bits.
+    """
+    w, h = picture.size
+    longer = max(w, h)
+    if longer <= ELONGATED * min(w, h) or longer * longer / ratio <= PADDED:
+        published: Image.Image = TF.resize(target_pad(picture, ratio), [size], InterpolationMode.BICUBIC)
+        return published
+    side = int(size * ratio)
+    inner = [max(1, round(extent * side / longer)) for extent in (w, h)]
+    across, down = ((size if extent < longer else side) - given for extent, given in zip((w, h), inner, strict=True))
+    small = picture.resize((inner[0], inner[1]), Image.Resampling.BICUBIC)
+    padded: Image.Image = TF.pad(small, [across // 2, down // 2, across - across // 2, down - down // 2])
+    return padded
+
+
+def crop_to_middle(picture: Image.Image, ratio: int = LONGEST) -> Image.Image:
+    """The middle of a picture that is longer than ``ratio`` times its width (or height); any other as it is.
+
+    Resizing the shorter side of such a picture would need memory without bound, and a centre crop keeps less still.
+    """
+    w, h = picture.size
+    across, down = min(w, ratio * h), min(h, ratio * w)
+    left, top = (w - across) // 2, (h - down) // 2
+    return picture if (w, h) == (across, down) else picture.crop((left, top, left + across, top + down))
+
+
 @dataclass(frozen=True)
 class Transform:
     """RGB image → (3, size, size): pad, resize the shorter side (bicubic), centre crop, normalise."""
@@ -159,9 +223,10 @@ class Transform:
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """RGB image → (3, size, size)."""
-        if self.pad_ratio is not None:
-            picture = target_pad(picture, self.pad_ratio)
-        resized = TF.resize(picture, [self.size], InterpolationMode.BICUBIC)
+        if self.pad_ratio is None:
+            resized = TF.resize(crop_to_middle(picture), [self.size], InterpolationMode.BICUBIC)
+        else:
+            resized = pad_and_resize(picture, self.size, self.pad_ratio)
         cropped = TF.center_crop(resized, [self.size, self.size])
         normalised: Tensor = TF.normalize(TF.to_tensor(cropped.convert("RGB")), list(self.mean), list(self.std))
         return normalised

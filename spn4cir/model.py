@@ -18,7 +18,7 @@ from spn4cir.checkpoints import load_model, read_model
 from spn4cir.config import TrainConfig
 from spn4cir.distributed import own_device
 from spn4cir.errors import InputError
-from spn4cir.images import keep_mode, open_image, takes_own_mode, to_rgb
+from spn4cir.images import open_image, takes_own_mode, view
 from spn4cir.types import ImageFeatures, ImageRef
 
 Picture: TypeAlias = str | Path | Image.Image | ImageRef
@@ -213,9 +213,9 @@ def _download(name: str) -> Path:
 
 
 def open_picture(picture: Picture, own_mode: bool = False) -> Image.Image:
-    """Decode a picture as RGB, or as ``keep_mode`` does. Raises ``InputError`` if it is missing or does not decode."""
+    """Decode a picture as ``images.view`` shows it. Raises ``InputError`` if it is missing or does not decode."""
     if isinstance(picture, Image.Image):
-        return keep_mode(picture) if own_mode else to_rgb(picture)
+        return view(picture, own_mode)
     if not isinstance(picture, str | Path | ImageRef):
         raise InputError(f"an image is a file or a decoded picture, got {type(picture).__name__}")
     return open_image(picture if isinstance(picture, ImageRef) else Path(picture), own_mode)

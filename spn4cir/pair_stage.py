@@ -58,7 +58,7 @@ def prepare_pairs(config: TrainConfig, run: Run, data: TrainingData, backbone: B
         what = "image" if lacking.reference is None else "label" if lacking.texts else "text"
         where = lacking.reference or "an example"
         raise InputError(f"stage crossmodal needs an image, a text and a label each: {where} has no {what}")
-    images, pixels = open_images(config, run, data, backbone)
+    images, pixels, _ = open_images(config, run, data, backbone)
     tower = FrozenImages(backbone)
     tower.freeze_image_side()
     with run.accelerator.main_process_first():

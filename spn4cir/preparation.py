@@ -16,7 +16,7 @@ from spn4cir.batches import TripletLoader, TripletSampler
 from spn4cir.compute import checkpoint_blocks, compile_blocks
 from spn4cir.config import TrainConfig
 from spn4cir.config_groups import ComputeConfig
-from spn4cir.data import TrainingData, hash_pixels
+from spn4cir.data import TrainingData, hash_pixels, merge_near_duplicates
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource, takes_own_mode
@@ -49,13 +49,20 @@ class Training:
 
 def open_images(
     config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone
-) -> tuple[ImageSource, dict[str, str]]:
-    """Pixels by image id, and the hash of each image's pixels, benchmarks included."""
+) -> tuple[ImageSource, dict[str, str], dict[str, str]]:
+    """Pixels by image id; hashes of the pixels of all images, benchmarks included; and of each candidate's class.
+
+    A class has equal pixels or, if ``negatives.near_duplicates`` says so, shows the same picture.
+    """
     images = ImageSource(data.dataset.image, backbone.transform, config.keep_pixels)
-    ids = [*data.candidate_images(config), *data.selection.image_ids, *data.reported.image_ids]
+    candidates, own_mode = data.candidate_images(config), takes_own_mode(backbone.transform)
+    ids = [*candidates, *data.selection.image_ids, *data.reported.image_ids]
     with run.accelerator.main_process_first():  # the others find in the cache what the first has decoded
-        own_mode = takes_own_mode(backbone.transform)
-        return images, hash_pixels(data.dataset, ids, run.say, show=run.main, own_mode=own_mode)
+        pixels = hash_pixels(data.dataset, ids, run.say, show=run.main, own_mode=own_mode)
+        classes = {image_id: pixels[image_id] for image_id in candidates}
+        if config.negatives.near_duplicates:
+            classes = merge_near_duplicates(data.dataset, classes, run.say, own_mode)
+    return images, pixels, classes
 
 
 def make_sampler(config: TrainConfig, run: Run, data: TrainingData) -> TripletSampler:

@@ -65,7 +65,7 @@ def check_stage1(config: TrainConfig) -> None:
 
 def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """Both sides train; candidates are the targets of the batch."""
-    images, pixels = open_images(config, run, data, backbone)
+    images, pixels, classes = open_images(config, run, data, backbone)
     fit_statistics(backbone, data, images, config.seed)
     ids = data.candidate_images(config)
     bank: banks.Bank | None = None
@@ -76,10 +76,10 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
             what = f"the image side of {backbone.name} trains in stage 1, with these options"
             raise InputError(f"bank.in_stage1: {what}: set bank.in_stage1 to false")
         backbone.freeze_image_side()
-        bank, gallery = _open_banks(config, run, data, backbone, images, pixels)
+        bank, gallery = _open_banks(config, run, data, backbone, images, pixels, classes)
         still = banks.FrozenCheck(backbone, images(ids[0]))
         more = {"check": partial(still.check, backbone), "bank": bank.fingerprint}
-    identity = bank.rows if bank else banks.assign_rows({image_id: pixels[image_id] for image_id in ids})
+    identity = bank.rows if bank else banks.assign_rows(classes)
     known = KnownTargets(data.triplets, identity)
     collate = TripletCollate(backbone.tokenize, identity, images, bank, known)
     loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)
@@ -141,16 +141,16 @@ def _parameters(parts: Iterable[nn.Module | nn.Parameter]) -> Iterator[nn.Parame
 
 
 def _open_banks(
-    config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone, images: ImageSource, pixels: dict[str, str]
-) -> tuple[banks.Bank, banks.Bank | None]:
+    config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone, images: ImageSource,
+    pixels: dict[str, str], classes: dict[str, str],
+) -> tuple[banks.Bank, banks.Bank | None]:  # fmt: skip
     """The bank of the candidates, and one of what evaluation ranks, so that it need not encode images again."""
-    ids = data.candidate_images(config)
     with run.accelerator.main_process_first():
-        bank = frozen_features(config, backbone, images, {image_id: pixels[image_id] for image_id in ids})
+        bank = frozen_features(config, backbone, images, classes)
         if bank.reference is None or data.selection.texts:
             return bank, None
         shown = {image_id: pixels[image_id] for image_id in data.selection.image_ids}
-        is_held = bank.rows.keys() >= shown.keys()  # as with held-out triplets
+        is_held = shown.items() <= classes.items()  # as with held-out triplets; no two of them became one
         return bank, bank if is_held else frozen_features(config, backbone, images, shown)
 
 
@@ -171,13 +171,13 @@ def check_stage2(config: TrainConfig) -> None:
 
 def prepare_stage2(config: TrainConfig, run: Run, data: TrainingData, backbone: Backbone) -> Training:
     """The query side trains; the image side is frozen, and candidates are all rows of a bank."""
-    images, pixels = open_images(config, run, data, backbone)
+    images, pixels, classes = open_images(config, run, data, backbone)
     fit_statistics(backbone, data, images, config.seed)
     ids = data.candidate_images(config)
     backbone.freeze_image_side()
     prepare_compute(backbone, config.compute)
     parameter_groups(Objective(backbone, config.temperature, config.learn_temperature), config)  # raises before hours
-    bank, gallery = _open_banks(config, run, data, backbone, images, pixels)
+    bank, gallery = _open_banks(config, run, data, backbone, images, pixels, classes)
     frozen = banks.FrozenCheck(backbone, images(ids[0]))
     collate = TripletCollate(backbone.tokenize, bank.rows, images, bank, KnownTargets(data.triplets, bank.rows))
     loader = TripletLoader(data.triplets, collate, make_sampler(config, run, data), config.workers)

@@ -23,12 +23,18 @@ Tokens: TypeAlias = "dict[str, Tensor]"  # tokenised texts: each value has B row
 class ImageRef(NamedTuple):
     """A file, or a function that returns its bytes, and a crop box (left, upper, right, lower) in pixels, if any.
 
-    ``name`` is what messages call an image that is not a file.
+    Args:
+        source: the file, or the function.
+        box: crop box, in the picture as it is shown; None for the whole picture.
+        name: what messages call an image that is not a file.
+        as_published: decode as the published code does, so that published figures do not move: pixels as the file holds
+            them, not turned, not scaled and not converted by a colour profile; transparent parts are always white.
     """
 
     source: Path | Callable[[], bytes]
     box: tuple[int, int, int, int] | None = None
     name: str = ""
+    as_published: bool = False
 
     @property
     def path(self) -> Path | None:

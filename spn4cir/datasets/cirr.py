@@ -37,6 +37,7 @@ class CIRR(Dataset):
     """
 
     name = "cirr"
+    as_published = True
     protocols: ClassVar = {"val": ("cirr/val",), "test1": ("cirr/test1",)}
 
     def __init__(self, root: str | None = None):

@@ -200,12 +200,15 @@ def _of_folder(root: Path, settings: TableSettings) -> Contents:
         (found.unsafe, unsafe, ascii, ""),
         (found.own, "folders are passed over since they hold files of data generation", short, ""),
         (found.data, "tables are passed over since there are pictures beside them", short, alone),
+        (found.special, "pipes, sockets, devices or broken links are not opened", short, ""),
     ):
         if names:
             contents.notes.append(f"{len(names)} {what}, such as {show(names[0])}{advice}")
     path = root / settings.captions if settings.captions else find_table(root, "captions")
     if path is not None:
         contents.add_captions(path)
+    if found.others:
+        contents.notes.append(f"{found.others.total()} files are passed over: {found.describe_others()}")
     return contents
 
 

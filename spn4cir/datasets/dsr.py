@@ -13,6 +13,7 @@ class DSR(StyleFolders):
     """The published data, unpacked: by default in data/dsr. A twentieth of its 8,000 training photographs is val."""
 
     name = "dsr"
+    as_published = True
     aliases: ClassVar = ("DSR", "FreeStyleRet-DSR")
     published: ClassVar = {"train": 7600, "val": 400, "test": 2000}
     source: ClassVar = (

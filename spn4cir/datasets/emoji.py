@@ -21,6 +21,7 @@ class Emoji(Dataset):
     """The embedded dataset; needs no files but the two packages, so its root is ignored."""
 
     name = "emoji"
+    as_published = True
     protocols: ClassVar = {"val": ("emoji/val",), "test": ("emoji/test",)}
 
     def __init__(self, root: str | None = None):

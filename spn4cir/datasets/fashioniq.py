@@ -33,6 +33,7 @@ class FashionIQ(Dataset):
     """
 
     name = "fashioniq"
+    as_published = True
     protocols: ClassVar = {
         "val": (
             "fashioniq/original", "fashioniq/original-noref", "fashioniq/val-union", "fashioniq/val-union-ref",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from spn4cir.dataset import Check, Dataset
 from spn4cir.datasets.contents import Contents, read_contents, wrong
-from spn4cir.datasets.pictures import SUFFIXES
 from spn4cir.datasets.reading import read_first_line
 from spn4cir.datasets.rows import HUB
 from spn4cir.datasets.table_settings import TableSettings, read_place
@@ -58,7 +57,9 @@ class OwnImages(Dataset):
         found = read_contents(self._place, self._settings)
         if not found.places:
             more = f": {found.notes[0]}" if found.notes else ""
-            raise InputError(f"{self.name}: {self._place} holds no pictures ({', '.join(SUFFIXES)}){more}")
+            raise InputError(
+                f"{self.name}: {self._place} holds no pictures (.png, .jpg and all others that Pillow opens){more}"
+            )
         return found
 
     @cached_property

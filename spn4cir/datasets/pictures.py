@@ -2,14 +2,25 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from spn4cir.errors import InputError
+from spn4cir.pixels import picture_suffixes
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 DATA_SUFFIXES = (".parquet", ".tar")
 NOT_DATA = ("captions", "queries")  # tables beside pictures, which say something of them
+OURS = re.compile(r"(captions|queries|catalogue|metadata)\.(csv|tsv|jsonl|parquet)|(skip_list|optimized_images)\.json")
+"""Files beside pictures that are read, and so are not passed over."""
+PLAIN_SUFFIX = re.compile(r"\.[a-z0-9_-]{1,12}")  # any other is part of a name, which may hold what no message may
+HEIF, JXL = "pip install 'spn4cir[heif]'", "pip install 'spn4cir[jxl]'"
+ADVICE = {
+    ".heic": HEIF, ".heif": HEIF, ".hif": HEIF, ".jxl": JXL, ".avif": "pip install 'pillow>=11.3'",
+    ".svg": "draw it as PNG first", ".svgz": "draw it as PNG first", ".eps": "draw it as PNG first",
+    ".pdf": "draw its pages as PNG first",
+}  # fmt: skip
+"""What makes pictures of a suffix readable, where this Pillow does not open them."""
 OWN = frozenset({"images.done.json", "images.jsonl", "images.cache.jsonl"})  # mark a folder that data generation wrote
 
 # Names go into JSON, HTML, logs and shells: no control characters, no line separators, no marks that turn the direction
@@ -24,23 +35,35 @@ def safe_name(text: str) -> bool:
 
 @dataclass
 class Pictures:
-    """Sorted paths below a root: ``ids`` of pictures, ``data`` that may hold some; the other lists are left out."""
+    """Sorted paths below a root: ``ids`` of pictures, ``data`` that may hold some; the other lists are left out.
+
+    ``special`` are pipes, sockets and devices; ``others`` counts files of which nothing is read, by suffix.
+    """
 
     ids: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     unsafe: list[str] = field(default_factory=list)
     own: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
+    special: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
     has_texts: bool = False
+
+    def describe_others(self) -> str:
+        """How many files of each suffix are passed over, and what would make them readable; empty if there are none."""
+        counts = sorted(self.others.items(), key=lambda item: (item[0] not in ADVICE, -item[1], item[0]))
+        return ", ".join(
+            f"{n} {suffix} ({ADVICE[suffix]})" if suffix in ADVICE else f"{n} {suffix}" for suffix, n in counts
+        )
 
 
 def walk(root: Path) -> Pictures:
-    """All pictures below a folder, by suffix; hidden names and folders of data generation are passed over.
+    """All pictures below a folder, by suffix: all that Pillow opens. Hidden names are passed over, and folders of ours.
 
     Links to pictures below the root are followed; all others, and links to folders, are not. Raises ``InputError`` for
     a folder that cannot be read.
     """
-    found, real, todo = Pictures(), os.path.realpath(root), [""]
+    found, real, todo, suffixes = Pictures(), os.path.realpath(root), [""], picture_suffixes()
     while todo:
         inner = todo.pop()
         try:
@@ -57,13 +80,17 @@ def walk(root: Path) -> Pictures:
                 todo.append(f"{name}/")
             elif entry.is_symlink() and (entry.is_dir() or not _below(entry.path, real)):
                 found.links.append(name)
-            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+            elif not entry.is_file():
+                found.special.append(name)
+            elif (suffix := Path(entry.name.lower()).suffix) in suffixes:
                 (found.ids if safe_name(name) else found.unsafe).append(name)
             elif entry.name.endswith(".txt"):
                 found.has_texts = True
             elif entry.name.lower().endswith(DATA_SUFFIXES) and entry.name.partition(".")[0] not in NOT_DATA:
                 found.data.append(name)
-    for names in (found.ids, found.links, found.unsafe, found.own, found.data):
+            elif not OURS.fullmatch(entry.name):
+                found.others[suffix if PLAIN_SUFFIX.fullmatch(suffix) else "without suffix"] += 1
+    for names in (found.ids, found.links, found.unsafe, found.own, found.data, found.special):
         names.sort()
     return found
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from spn4cir.dataset import Check
 from spn4cir.errors import InputError
-from spn4cir.files import read_json, short
+from spn4cir.files import read_json, refuse_special_file, short
 
 T = TypeVar("T")
 PLAIN = re.compile(r"\w[\w.-]*")  # a file name without folders
@@ -130,6 +130,7 @@ def inner_path(path: Path, key: str, value: object) -> PurePosixPath:
 def read_first_line(path: Path) -> str:
     """The words of a text file's first line; nothing if it is missing. Raises ``InputError`` if it cannot be read."""
     try:
+        refuse_special_file(path)
         with path.open(encoding="utf-8-sig") as file:
             return " ".join(file.readline(4096).split())
     except FileNotFoundError:

@@ -20,7 +20,7 @@ from spn4cir.index.changes import Changes
 from spn4cir.index.columns import Mask
 from spn4cir.index.searchable import Nearest, SearchableIndex
 from spn4cir.index.snapshot import Snapshot, other_model, read_head
-from spn4cir.index.source import Source, read_source
+from spn4cir.index.source import Source, read_source, stored_image
 from spn4cir.model import Model, load
 from spn4cir.search import blocks, score_one
 from spn4cir.selection import Condition, Kind
@@ -223,7 +223,7 @@ class Index(SearchableIndex):
         path = self._path(file_row["source"], file_row["path"])
         if path is None:
             return self._source(file_row["source"]).images.get(image_id)
-        return ImageRef(path, tuple(file_row["box"]) if file_row["box"] else None)
+        return stored_image(self.snapshot.head.sources[file_row["source"]], path, file_row["box"])
 
     def _path(self, source: int, path: str | None) -> Path | None:
         root = self.snapshot.head.sources[source].root

@@ -32,7 +32,7 @@ from spn4cir.index.qdrant_folder import FolderCollection
 from spn4cir.index.qdrant_server import ServerCollection
 from spn4cir.index.searchable import Nearest, SearchableIndex
 from spn4cir.index.snapshot import Snapshot, SourceNote
-from spn4cir.index.source import Source, read_source
+from spn4cir.index.source import Source, read_source, stored_image
 from spn4cir.model import Model, load
 from spn4cir.selection import Condition, Kind
 from spn4cir.types import ImageRef
@@ -312,7 +312,7 @@ class QdrantIndex(SearchableIndex):
             return None
         payload = points[0].payload
         if payload.get("path"):
-            return ImageRef(Path(payload["path"]), tuple(payload["box"]) if payload.get("box") else None)
+            return stored_image(self.note.sources[payload["source"]], Path(payload["path"]), payload.get("box"))
         return self._source(payload["source"]).images.get(image_id)
 
     def _source(self, number: int) -> Source:

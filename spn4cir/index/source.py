@@ -23,6 +23,7 @@ from spn4cir.datasets.table_settings import split_place
 from spn4cir.distributed import cpu_count
 from spn4cir.errors import InputError
 from spn4cir.identity import Stamp, image_stamp
+from spn4cir.images import read_content
 from spn4cir.index.columns import concatenate_tables
 from spn4cir.index.snapshot import SourceNote
 from spn4cir.types import ImageRef
@@ -101,6 +102,13 @@ def read_source(place: str | Path, dataset: str | None = None) -> Source:
     return Source(SourceNote(text, dataset, own_root), images, _columns(opened, ids), opened.notes())
 
 
+def stored_image(note: SourceNote, path: Path, box: Sequence[int] | None) -> ImageRef:
+    """The image of an index whose file and crop box are stored, decoded as its dataset decodes it."""
+    left, upper, right, lower = box or (0, 0, 0, 0)
+    is_published = getattr(DATASETS.get(note.dataset), "as_published", False)
+    return ImageRef(path, (left, upper, right, lower) if box else None, as_published=is_published)
+
+
 def content_hashes(images: Sequence[ImageRef]) -> list[str]:
     """SHA-256 of the bytes and the crop box of each image; empty for an image that cannot be read."""
     with ThreadPoolExecutor(cpu_count(), "hash") as pool:
@@ -114,7 +122,7 @@ def image_stamps(images: Iterable[ImageRef]) -> list[Stamp]:
 
 def _content_hash(image: ImageRef) -> str:
     try:
-        data = image.source() if callable(image.source) else image.source.read_bytes()
+        data = read_content(image)
     except (OSError, ValueError):
         return ""
     return hashlib.sha256(data + str(image.box or "").encode()).hexdigest()

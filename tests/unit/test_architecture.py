@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
     {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "measures", "store", "streaming", "triplets"},
-    {"config", "losses", "results", "search", "selection", "terms"}, {"images", "in_batch", "margins", "faiss_search"},
+    {"config", "losses", "results", "search", "near_duplicates", "pixels", "selection", "terms"},
+    {"images", "in_batch", "margins", "faiss_search"},
     {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"},
     {"class_objective", "pair_objective", "run"}, {"data"}, {"preparation"},

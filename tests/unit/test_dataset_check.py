@@ -237,7 +237,7 @@ def test_as_json(cirr: Path) -> None:
         spoil(cirr / f"train/7/train-{n}-0-img{n % 2}.png", "missing")
     report = look(cirr)
     told = json.loads(json.dumps(report.as_json()))
-    assert told.keys() == {"can_train", "dataset", "root", "checks", "broken", "duplicates"}
+    assert told.keys() == {"can_train", "dataset", "root", "checks", "broken", "duplicates", "near_duplicates"}
     assert (told["can_train"], told["dataset"], told["root"]) == (False, "cirr", str(cirr))
     assert told["broken"] == {f"train-{n}-0-img{n % 2}": "missing" for n in range(4, 10)}
     missing = next(c for c in told["checks"] if c["what"] == "named by training triplets: missing")

@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+PASSED = "catalogue: 1 files are passed over: 1 .md"
 IDS = ["hats/ü h.webp", "shoes/b.png", "shoes/old/a.JPG", "top.gif"]
 
 
@@ -44,7 +45,7 @@ def test_a_folder(folder: Path) -> None:
     assert dataset.training_images() == IDS and dataset.triplets() == [] and not dataset.has_triplets
     assert [dataset.category(i) for i in IDS] == ["hats", "shoes", "shoes", ""]
     assert all(dataset.image(i).path.is_file() and dataset.label(i) == i for i in IDS)
-    assert dataset.notes() == [] and dataset.caption(IDS[0]) == ""
+    assert dataset.notes() == [PASSED] and dataset.caption(IDS[0]) == ""
     with pytest.raises(InputError, match="unknown image id"):
         dataset.image("shoes/.x.png")
 
@@ -85,7 +86,11 @@ def test_links(folder: Path, tmp_path: Path) -> None:
     (folder / "dangling.png").symlink_to(folder / "nothing.png")
     dataset = Catalogue(str(folder))
     assert dataset.training_images() == sorted([*IDS, "inner.png"])
-    assert dataset.notes() == [f"catalogue: 2 links to folders, or out of {folder}, are not followed, such as 'loop'"]
+    assert dataset.notes() == [
+        f"catalogue: 2 links to folders, or out of {folder}, are not followed, such as 'loop'",
+        'catalogue: 1 pipes, sockets, devices or broken links are not opened, such as "dangling.png"',
+        PASSED,
+    ]
 
 
 @pytest.mark.parametrize("name", [
@@ -96,7 +101,8 @@ def test_names_that_are_refused(folder: Path, name: bytes) -> None:
     shutil.copy(folder / "top.gif", os.fsencode(folder) + b"/" + name)
     dataset = Catalogue(str(folder))
     assert dataset.training_images() == IDS
-    (note,) = dataset.notes()
+    note, passed = dataset.notes()
+    assert passed == PASSED
     assert "1 pictures are left out" in note and note.isprintable() and note.isascii()
 
 
@@ -114,12 +120,13 @@ def test_what_generation_wrote_is_no_picture(folder: Path, mark: str) -> None:
     """Any of its files tells its folder, which is passed over, and said; without one, it is a folder as others."""
     picture(folder / "generated" / "sheet.png")
     plain = Catalogue(str(folder))
-    assert "generated/sheet.png" in plain.training_images() and plain.notes() == []
+    assert "generated/sheet.png" in plain.training_images() and plain.notes() == [PASSED]
     (folder / "generated" / mark).write_text("")
     marked = Catalogue(str(folder))
     assert marked.training_images() == IDS
     assert marked.notes() == [
-        'catalogue: 1 folders are passed over since they hold files of data generation, such as "generated/"'
+        'catalogue: 1 folders are passed over since they hold files of data generation, such as "generated/"',
+        PASSED,
     ]
 
 
