@@ -145,7 +145,8 @@ def runs_root() -> Path:
 
 def newest_run(*folders: Path, backbone: str | None = None, stage: int | None = None) -> Path | None:
     """The newest completed run of a backbone (of any for None) in some folders of a dataset or catalogue, or None."""
-    done = [path for one in folders for path in one.glob(f"{backbone or '*'}/stage{stage or '*'}-*/result.json")]
+    named = "*" if stage is None else f"stage{stage}"  # stages that have names call their runs by them
+    done = [path for one in folders for path in one.glob(f"{backbone or '*'}/{named}-*/result.json")]
     newest = max(done, key=lambda path: (path.stat().st_mtime_ns, path.parent.name), default=None)
     return newest and newest.parent
 

@@ -73,10 +73,10 @@ def prepare_classes(config: TrainConfig, run: Run, data: TrainingData, backbone:
     centres = ClassCentres(len(names), config.classes.centres, width, process)
     objective = ClassObjective(backbone, margin, centres)
     parameter_groups(objective, config)  # raises before hours
-    still = banks.FrozenCheck(tower, images(data.candidate_images(config)[0]))
     select = partial(evaluate_cached, backbone, data, images, gallery, config.eval_batch_size)
     if bank is None:
         return Training(objective, loader, select)
+    still = banks.FrozenCheck(tower, images(data.candidate_images(config)[0]))
     is_rounded = config.bank.dtype != "float32"
     return Training(objective, loader, select, partial(still.check, tower), bank.fingerprint, is_rounded)
 

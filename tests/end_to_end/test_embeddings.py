@@ -1,5 +1,6 @@
 """Stage ``classes`` from the command line, and where its model serves: evaluation, an index, the matcher."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def test_evaluation(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         monkeypatch.setattr(sys, "argv", ["spn4cir-eval", "--run", str(run), "--split", "test", *more])
         evaluate_command()
         assert "mMP@5" in capsys.readouterr().out
+
+
+def test_the_newest_run_is_found(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --run it is that of the stage, and not the embedded weights of another backbone."""
+    monkeypatch.setenv("SPN4CIR_RUNS", str(tmp_path))
+    newest = tmp_path / "labelled" / "embedding" / "classes-20260101-120000"
+    shutil.copytree(run, newest)
+    monkeypatch.setattr(sys, "argv", ["spn4cir-eval", "--dataset", "labelled", "--split", "test"])
+    evaluate_command()
+    assert f"model {newest}" in capsys.readouterr().out
 
 
 def test_an_index_of_few_numbers(run: Path, tmp_path: Path) -> None:
