@@ -10,7 +10,7 @@ examples:
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from spn4cir.data_gen.answers import fault, strip_answer
 from spn4cir.data_gen.ask import Answer, Engine, Question, Reply, ask
 from spn4cir.data_gen.deduplicate import canonical_images
 from spn4cir.data_gen.engines import engine_of
-from spn4cir.data_gen.given import known_captions, read_captions
+from spn4cir.data_gen.given import check_known, known_captions
 from spn4cir.data_gen.steps import GenerateConfig, digest, is_done, mark_done, run_step
 from spn4cir.dataset import Dataset
 from spn4cir.distributed import Processes
@@ -26,6 +26,7 @@ from spn4cir.errors import InputError
 from spn4cir.files import Row, read_json, read_jsonl, short, write_jsonl, write_text
 
 GIVEN = "given"  # the model of a caption that nobody had to make
+Given = Mapping[str, Sequence[str]]  # captions by image
 
 
 def caption_images(config: GenerateConfig, dataset: Dataset) -> None:
@@ -75,8 +76,8 @@ def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
     broken, or equal to one that has it. After the first step this is known.
     """
     read_captioner_prompt(config)
-    if config.captions:
-        read_captions(dataset.file(config.captions))
+    if config.captions and not known_captions(config, dataset, ids := dataset.training_images()):
+        check_known(config, dataset, ids, ())
     if config.captions or config.without_caption == "skip" or config.file("captions.jsonl").is_file():
         return
     if config.file("images.jsonl").is_file():
@@ -84,8 +85,7 @@ def check_captioner(config: GenerateConfig, dataset: Dataset) -> None:
         lacking = len(ids) - len(given_captions(config, dataset, ids))
     else:
         ids = dataset.training_images()
-        known = known_captions(config, dataset, ids)
-        lacking = 0 if known else len(ids)
+        lacking = 0 if known_captions(config, dataset, ids) else len(ids)
     if lacking:
         engine = engine_of(config.captioner, config.endpoint, config, images=True, max_new_tokens=config.max_new_tokens)
         look_for(engine, lacking, len(ids))
@@ -116,20 +116,16 @@ def wanted_images(config: GenerateConfig) -> list[str]:
     return [i for i in ids if i in named]
 
 
-def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str]) -> dict[str, str]:
+def given_captions(config: GenerateConfig, dataset: Dataset, ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Captions that need not be made: of a file, then of all images; else those that came with the dataset.
 
-    A caption of a duplicate is as good. Raises ``InputError`` if the file cannot be read, or lacks an image.
+    Captions of a duplicate are as good. Raises ``InputError`` if the file cannot be read, or lacks an image.
     """
     rows = read_jsonl(config.file("images.jsonl"))
     known = known_captions(config, dataset, [row["image_id"] for row in rows])
     named = {r["canonical"]: known[r["image_id"]] for r in reversed(rows) if r["image_id"] in known}
     found = {i: known.get(i, named[i]) for i in ids if i in named}
-    missing = [i for i in ids if i not in found]
-    if config.captions and missing and config.without_caption == "ask":
-        such = f"{len(missing)} of {len(ids)} images, the first being {short(missing[0])}"
-        path, advice = dataset.file(config.captions), "add them, leave --captions out, or give --without-caption skip"
-        raise InputError(f"{path} lacks captions of {such}: {advice}")
+    check_known(config, dataset, ids, found)
     return found
 
 
@@ -155,12 +151,13 @@ class _Job:
         own = {"prompt": self.prompt(image_id), "pixels": self.pixels[image_id]}
         return digest({"step": "caption", **self.engine.about, **own})
 
-    def made_by(self, given: dict[str, str]) -> str:
+    def made_by(self, given: Given) -> str:
         """A short name for everything that decides the file."""
         total = hashlib.sha256()
         for image_id in self.ids:
             total.update(f"{image_id}\n{self.recipe(image_id)}\n".encode())
-        settings = {"seed": self.config.seed, "retries": self.config.retries, "given": given}
+        told = {image_id: _one_or_all(texts) for image_id, texts in given.items()}
+        settings = {"seed": self.config.seed, "retries": self.config.retries, "given": told}
         return digest({"step": "caption", "asked": total.hexdigest(), **settings})
 
     def kept(self, out: Path) -> dict[str, Row]:
@@ -177,7 +174,7 @@ class _Job:
         processes.wait()
         return read_json(path), path
 
-    def finish(self, replies: list[Reply], out: Path, made_by: str, given: dict[str, str]) -> None:
+    def finish(self, replies: list[Reply], out: Path, made_by: str, given: Given) -> None:
         """Write captions and failures, and tell how many there are. Raises ``InputError`` if there is no caption."""
         failed_file, rows = out.with_name("captions.failed.jsonl"), self.kept(out)
         failed = [r for r in replies if r.problem]
@@ -189,9 +186,10 @@ class _Job:
                 prompt = hashlib.sha256(self.prompt(reply.key).encode()).hexdigest()[:8]
                 made = {"model": self.config.captioner, "prompt": prompt, "made_by": self.recipe(reply.key)}
                 rows[reply.key] = {"image_id": reply.key, "caption": reply.text, **made}
-        for image_id, text in given.items():
-            own: Row = {"model": GIVEN, "prompt": None, "made_by": digest({GIVEN: text})}
-            rows[image_id] = {"image_id": image_id, "caption": text, **own}
+        for image_id, texts in given.items():
+            own: Row = {"model": GIVEN, "prompt": None, "made_by": digest({GIVEN: _one_or_all(texts)})}
+            more = {"captions": list(texts)} if len(texts) > 1 else {}
+            rows[image_id] = {"image_id": image_id, "caption": texts[0], **more, **own}
         told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         if not rows:
             raise InputError(f"none of {len(replies)} captions passed the checks ({told}): see {failed_file}")
@@ -208,6 +206,10 @@ class _Job:
         lost = f"; {len(failed)} failed ({told}), listed in {failed_file}" if failed else ""
         again = "; the same command asks again about those without a readable answer" if _unread(failed_file) else ""
         print(f"caption: {len(rows)} captions{lost}{again} → {out}")
+
+
+def _one_or_all(texts: Sequence[str]) -> str | list[str]:
+    return texts[0] if len(texts) == 1 else list(texts)
 
 
 def _earlier(out: Path) -> list[Row]:

@@ -1,46 +1,37 @@
 """Captions that nobody has to make: of a file, or those that came with the dataset."""
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from spn4cir.data_gen.answers import tidy
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
-from spn4cir.files import read_json, short
+from spn4cir.files import short
 
 
-def known_captions(config: GenerateConfig, dataset: Dataset, ids: Iterable[str]) -> dict[str, str]:
-    """Image id → caption: all of ``--captions`` if that is set, else those of these images that have one.
+def known_captions(config: GenerateConfig, dataset: Dataset, ids: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Image id → captions, each on one line, of those of these images that have any: in ``--captions`` if that is set.
 
     Raises ``InputError`` if the file cannot be read.
     """
     if config.captions:
-        return read_captions(dataset.file(config.captions))
-    return {image_id: text for image_id in ids if (text := tidy(dataset.caption(image_id)))}
+        from spn4cir.datasets.captions import load_captions, match_captions
+        from spn4cir.datasets.table_settings import split_place
+
+        name, settings = split_place(config.captions)
+        path = dataset.file(name)
+        found, _ = match_captions(path, load_captions(path, settings), ids)
+    else:
+        found = {image_id: dataset.captions(image_id) for image_id in ids}
+    tidied = {image_id: tuple(filter(None, map(tidy, texts))) for image_id, texts in found.items()}
+    return {image_id: texts for image_id, texts in tidied.items() if texts}
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Captions by image id, the last of several, of JSON or JSON lines. Raises ``InputError`` for a damaged file."""
-    entries = read_json(path) if path.suffix != ".jsonl" else _lines(path)
-    found = {}
-    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
-        image_id, text = (entry.get("image_id"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(image_id, str) or not isinstance(text, str):
-            raise InputError(f"{path}, entry {number}: expected an image_id and a caption, got {short(entry)}")
-        if text := tidy(text):
-            found[image_id] = text
-    return found
-
-
-def _lines(path: Path) -> list[Any]:
-    """JSON lines that somebody else wrote: the last need not end."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line.strip()]
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON lines: {error}") from None
+def check_known(config: GenerateConfig, dataset: Dataset, ids: Sequence[str], known: Iterable[str]) -> None:
+    """Raise ``InputError`` for an image that ``--captions`` lacks, if it should describe all."""
+    if config.captions and config.without_caption == "ask":
+        there = set(known)
+        if missing := [i for i in ids if i not in there]:
+            such = f"{len(missing)} of {len(ids)} images, the first being {short(missing[0])}"
+            advice = "add them, leave --captions out, or give --without-caption skip"
+            raise InputError(f"{config.captions} lacks captions of {such}: {advice}")

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from spn4cir.config import parse, recipes_folder
+from spn4cir.data_gen.answers import tidy
 from spn4cir.data_gen.sources import Candidate, Smallest, expand, folder_candidates, shard_candidates
 from spn4cir.data_gen.steps import STAYS, mark_done, skip_step
 from spn4cir.errors import InputError, run_command
@@ -37,6 +38,8 @@ class SampleConfig:
         list: a text file of paths below that folder, one a line, to sample from these only.
         images: how many; all, if there are fewer.
         seed: which ones. The order of shards and files does not matter, and a smaller sample is part of a larger one.
+        captions: whether to keep the caption in the .txt beside a picture, or else in a shard's .json. A captioner is
+            not asked about a picture that has one.
         output: folder to fill, which the catalogue dataset opens.
     """
 
@@ -45,6 +48,7 @@ class SampleConfig:
     list: str | None = None
     images: int = 50000
     seed: int = 42
+    captions: bool = True
     output: str = "data/catalogue"
 
     def __post_init__(self) -> None:
@@ -89,17 +93,22 @@ def sample_images(config: SampleConfig) -> None:
         raise InputError(f"none of {total} images in {config.shards or config.folder} decodes")
     rows = [(name, image_id, ascii(one.name)[1:-1]) for one, name, image_id in taken]
     listed = pandas.DataFrame(rows, columns=["image", "image_id", "source"])
+    captions = [tidy(one.caption()) if config.captions else "" for one, _, _ in taken]
+    described = sum(map(bool, captions))
+    if described:
+        listed["caption"] = captions
     write_text(table, listed.to_csv(index=False, lineterminator="\n"))
     mark_done(table, made_by, **asdict(config), taken=len(taken), candidates=total, broken=broken)
     fewer = f", all there are of the {config.images} asked for" if len(taken) < config.images else ""
-    print(f"sample: {len(taken)} of {total} images{fewer}, {broken} broken ones passed over → {table}")
+    told = f", {described} have a caption" if described else ""
+    print(f"sample: {len(taken)} of {total} images{fewer}{told}, {broken} broken ones passed over → {table}")
     print(f"next: python data_gen/make_triplets.py --dataset {Catalogue.name} --data-root {shlex.quote(str(out))}")
 
 
 def _made_by(config: SampleConfig, files: Sequence[Path]) -> str:
     """A short name for what is asked of the sources: names and sizes of shards, or each picture's size and time."""
     stamps = [[path.name, path.stat().st_size] for path in files if path.is_file()]
-    about = [config.images, config.seed, sorted(stamps), "", config.folder or False]
+    about = [config.images, config.seed, sorted(stamps), "", config.folder or False, *[False] * (not config.captions)]
     total = hashlib.sha256(json.dumps(about).encode())
     for one in folder_candidates(files[0], config.list) if config.folder else ():
         time = one.source.stat().st_mtime_ns if one.size else 0

@@ -22,7 +22,7 @@ from spn4cir.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 BRACES = re.compile(r"\{([^{}]*)\}")
-JSON_LIMIT = 1 << 20  # bytes of a member that tells the address
+TEXT_LIMIT = 1 << 20  # bytes of a member that tells address or caption
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Candidate:
     size: int
     suffix: str
     about: tuple[int, int] | None = None  # start and size of the JSON beside it
+    text: tuple[int, int] | None = None  # and of the text
     key: str = ""  # the hash, by which its copy is called
 
     @property
@@ -52,11 +53,25 @@ class Candidate:
 
         return [text for text in (self._address(), self.name, self.copy_name) if safe_name(text)]
 
+    def caption(self) -> str:
+        """What the text beside it says on its first line that is not empty, else the JSON's caption; may be empty."""
+        if not self.start:  # a file
+            from spn4cir.datasets.reading import read_first_line
+
+            path = self.source.with_suffix(".txt")
+            return "" if path.is_symlink() else read_first_line(path)
+        text = _read(self.source, *self.text).decode("utf-8-sig", "replace") if self.text else ""
+        lines = (" ".join(line.split()) for line in text.splitlines())
+        return next(filter(None, lines), "") or " ".join(self._told("caption").split())
+
     def _address(self) -> str:
+        return self._told("url")
+
+    def _told(self, key: str) -> str:
         with suppress(ValueError, RecursionError):  # of a damaged JSON
-            told = json.loads(_read(self.source, *self.about)) if self.about and self.about[1] <= JSON_LIMIT else None
-            if isinstance(told, dict) and isinstance(url := told.get("url"), str):
-                return url
+            told = json.loads(_read(self.source, *self.about)) if self.about and self.about[1] <= TEXT_LIMIT else None
+            if isinstance(told, dict) and isinstance(found := told.get(key), str):
+                return found
         return ""
 
 
@@ -143,7 +158,9 @@ def _of_shard(shard: Path, tar: tarfile.TarFile) -> Iterator[Candidate]:
         found = {suffix: place for _, suffix, place in group}
         suffix = next((suffix for suffix in PICTURES if suffix in found), None)
         if suffix is not None:
-            yield Candidate(f"{shard.name}/{key}", shard, *found[suffix], suffix, found.get(".json"))
+            text = found.get(".txt")
+            text = text if text is not None and text[1] <= TEXT_LIMIT else None
+            yield Candidate(f"{shard.name}/{key}", shard, *found[suffix], suffix, found.get(".json"), text)
 
 
 def _members(shard: Path, tar: tarfile.TarFile) -> Iterator[tuple[str, str, tuple[int, int]]]:

@@ -52,7 +52,7 @@ class GenerateConfig:
         pool: partners come from "all" candidates, or from those of the same "category".
         pairs_per_image: partners of each reference.
         pairs: keep so many pairs of all, drawn by seed; null keeps all.
-        captions: file of existing captions, instead of a captioner: JSON or JSONL of image_id and caption.
+        captions: file of existing captions, instead of a captioner: a table or JSON of image and caption.
         caption_images: "paired" captions what occurs in a pair, "all" every candidate.
         without_caption: "ask" the captioner about images that came without one, or "skip" them.
         captioner: "embedded", or a multimodal LLM of transformers by name or folder, or the model's name on endpoint.

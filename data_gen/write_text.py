@@ -48,7 +48,8 @@ class Captions:
 
     def __init__(self, config: GenerateConfig):
         path = config.file("captions.jsonl")
-        self.text: dict[str, str] = {}
+        self.text: dict[str, str] = {}  # the first of each image
+        self._all: dict[str, list[str]] = {}  # of images that have several
         self._model: str | None = None  # of the first caption
         self._others: dict[str, str | None] = {}  # images whose caption came from another model
         for number, row in enumerate(stream_jsonl(path), 1):
@@ -57,12 +58,22 @@ class Captions:
             image_id, model = row["image_id"], row.get("model")
             self._model = model if number == 1 else self._model
             self.text[image_id] = row["caption"]
+            if more := row.get("captions"):
+                self._all[image_id] = more
             if model != self._model:
                 self._others[image_id] = model
-        self.weigh = WordWeights(self.text.values() if "difference" in config.templates else ())
+        self.weigh = WordWeights(self._each() if "difference" in config.templates else ())
         limit = config.max_caption_count
-        counted = Counter(_normal(text) for text in self.text.values()) if limit else Counter[str]()
+        counted = Counter(_normal(text) for text in self._each()) if limit else Counter[str]()
         self._frequent = {text for text, count in counted.items() if limit and count > limit}
+
+    def _each(self) -> Iterator[str]:
+        return (text for image_id, first in self.text.items() for text in self._all.get(image_id, (first,)))
+
+    def draw(self, image_id: str, chance: random.Random) -> str | None:
+        """A caption of the image; None without any."""
+        more = self._all.get(image_id)
+        return chance.choice(more) if more else self.text.get(image_id)
 
     def model(self, image_id: str) -> str | None:
         """What wrote the caption of an image."""
@@ -97,11 +108,11 @@ class Texts:
 
     def _rows(self, pair: Row) -> list[Row]:
         names = pair["reference"], pair["target"]
-        one, other = (self.captions.text.get(name) for name in names)
+        draw = random.Random(f"{self.config.seed}/{names[0]}/{names[1]}")
+        one, other = (self.captions.draw(name, draw) for name in names)
         if one is None or other is None:
             self.dropped["an image has no caption"] += 1
             return []
-        draw = random.Random(f"{self.config.seed}/{names[0]}/{names[1]}")
         templates = self.config.templates if self.config.all_templates else [draw.choice(self.config.templates)]
         weigh, least = self.captions.weigh, self.config.min_shared
         texts = {name: compose_text(name, one, other, draw, weigh, least).strip() for name in templates}

@@ -59,7 +59,7 @@ class Table:
         if needed and not self.settings.is_given(role) and find_column(self.path, list(self.cells), named) is None:
             there = ", ".join(map(str, self.cells)) or "none"
             what = f"one column must be called {' or '.join(named)}; there are: {there:.200}"
-            raise InputError(f"{self.path}: {what}; say which by --data-root '{self.path.name}?{role}=COLUMN'")
+            raise InputError(f"{self.path}: {what}; say which by '{self.path.name}?{role}=COLUMN'")
         return find_column(self.path, list(self.cells), named, needed or self.settings.is_given(role))
 
     def find_several(self, role: str, names: Sequence[str]) -> list[str]:

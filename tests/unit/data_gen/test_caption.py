@@ -15,7 +15,8 @@ from PIL import Image
 from spn4cir.data_gen import caption as steps
 from spn4cir.data_gen.answers import repeats, tidy
 from spn4cir.data_gen.ask import Answer, Question, Try
-from spn4cir.data_gen.caption import caption_images, check_caption
+from spn4cir.data_gen.caption import caption_images, check_caption, check_captioner
+from spn4cir.data_gen.given import known_captions
 from spn4cir.data_gen.steps import GenerateConfig, Journal
 from spn4cir.dataset import Dataset
 from spn4cir.datasets.emoji import Emoji
@@ -31,7 +32,7 @@ def dataset_of(folder: Path, captions: dict[str, str] | None = None, category: s
     """Images that nobody opens, since the engine is a fake."""
     return cast(Dataset, SimpleNamespace(
         name="x", image=lambda i: ImageRef(folder / f"{i}.png"), category=lambda i: "" if i == "i9" else category,
-        caption=(captions or {}).get, file=Path,
+        captions=lambda i: (captions or {}).get(i, "").split("|"), training_images=lambda: list(IDS), file=Path,
     ))  # fmt: skip
 
 
@@ -279,9 +280,9 @@ def test_no_caption_at_all(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) 
 
 
 def test_given_captions_of_a_file(tmp_path: Path, dataset: Dataset, fakes: list[Fake], capsys: Any) -> None:
-    """The published shape, or JSON lines: no model is asked; of several the last is taken."""
+    """The published shape, or JSON lines: no model is asked, and all of several are kept."""
     entries = [{"image_id": i, "caption": f"«cap\n{i}»", "image_path": "x"} for i in [*IDS, "other"]]
-    entries += [{"image_id": "i2", "caption": "the last"}]
+    entries += [{"image_id": "i2", "caption": "a further one"}]
     (tmp_path / "given.json").write_text(json.dumps(entries))
     (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, entries)))  # no newline at the end
     found = []
@@ -292,7 +293,8 @@ def test_given_captions_of_a_file(tmp_path: Path, dataset: Dataset, fakes: list[
         found.append(rows_of(config))
         assert f"11 captions are from {tmp_path / name}" in capsys.readouterr().out
     assert found[0] == found[1] and list(found[0]) == IDS
-    assert found[0]["i3"]["caption"] == "cap i3" and found[0]["i2"]["caption"] == "the last"
+    assert found[0]["i3"]["caption"] == "cap i3" and "captions" not in found[0]["i3"]
+    assert found[0]["i2"]["captions"] == ["cap i2", "a further one"] and found[0]["i2"]["caption"] == "cap i2"
     assert {(row["model"], row["prompt"]) for row in found[0].values()} == {("given", None)}
     entries[3]["caption"] = "a correction"
     (tmp_path / "given.json").write_text(json.dumps(entries))
@@ -314,12 +316,13 @@ def test_given_captions_of_a_duplicate(tmp_path: Path, dataset: Dataset, fakes: 
 
 
 @pytest.mark.parametrize(("content", "told"), [
-    ("[]", r'lacks captions of 11 of 11 images, the first being "i0": add them'),
+    ("[]", r"one column must be called image_id or .*; there are: none; say which by 'given.json\?image=COLUMN'"),
+    ('[{"image_id": "j", "caption": "a"}]', r'lacks captions of 11 of 11 images, the first being "i0": add them'),
     ('[{"image_id": "i0", "caption": " "}]', "lacks captions of 11"),
     ('[{"image_id": "i0", "caption": "a"}]', r'lacks captions of 10 of 11 images, the first being "i1"'),
-    ('[{"image_id": "i0"}]', "entry 1: expected an image_id and a caption"),
-    ("[3]", "entry 1"), ('{"a": 1}', "entry 1"),
-    ('[{"image_id": "i0", "caption": "a"}, {"image_id": 3, "caption": "a"}]', "entry 2"), ("[", "not valid JSON"),
+    ('[{"image_id": "i0"}]', "one column must be called caption or .*; there are: image_id"),
+    ("[3]", "entry 1"), ('{"a": 1}', "lacks captions of 11"),
+    ('[{"image_id": "i0", "caption": "a"}, {"image_id": {}, "caption": "a"}]', "row 2"), ("[", "not valid JSON"),
 ])  # fmt: skip
 def test_given_captions_that_cannot_be_meant(
     tmp_path: Path, dataset: Dataset, fakes: list[Fake], content: str, told: str
@@ -454,3 +457,17 @@ def test_no_real_name_is_refused() -> None:
     names = [emoji.label(i) for i in emoji.training_images()]
     assert len(names) > 2000 and not [name for name in names if verdict(name)]
     assert not repeats("kiss: woman, man, medium-dark skin tone, medium-light skin tone")
+
+
+def test_captions_in_a_table_by_stem(tmp_path: Path, dataset: Dataset, fakes: list[Fake]) -> None:
+    """Pictures may be called by their stems, columns may be named, and a file of none is told before the first step."""
+    (tmp_path / "given.csv").write_text("Picture;Said\n" + "".join(f"{i};a cap, {i}\n" for i in IDS))
+    config = config_of(tmp_path, captions=f"{tmp_path}/given.csv?image=Picture,caption=Said")
+    check_captioner(config, dataset)
+    caption_images(config, dataset)
+    assert rows_of(config)["i3"]["caption"] == "a cap, i3" and not fakes[-1].asked
+    known = known_captions(config, dataset, [f"folder/{i}.jpg" for i in IDS])
+    assert known["folder/i3.jpg"] == ("a cap, i3",) and len(known) == len(IDS)
+    (tmp_path / "given.csv").write_text("Picture;Said\nother;a cap\n")
+    with pytest.raises(InputError, match="lacks captions of 11 of 11"):
+        check_captioner(config, dataset)

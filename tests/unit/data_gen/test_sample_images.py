@@ -407,3 +407,31 @@ def test_a_disk_that_is_full(shards: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     sample_images(config(shards, "straight"))
     assert pictures(shards.parent / "out") == pictures(shards.parent / "straight")
+
+
+def test_captions_come_with_the_pictures(tmp_path: Path) -> None:
+    """Of the text beside a picture, else of a shard's JSON, on one line; left out on request, and without any."""
+    about = json.dumps({"caption": "of the JSON"}).encode()
+    members: list[tuple[str, bytes | None]] = [
+        ("1.png", image_bytes(1)), ("1.txt", b"\n a  red\tcap\nbelow\n"), ("1.json", about),
+        ("2.png", image_bytes(2)), ("2.json", about), ("3.png", image_bytes(3)), ("3.json", b'{"caption": 3}'),
+    ]  # fmt: skip
+    write_tar(tmp_path / "cc" / "cc-0.tar", members)
+    shards = f"{tmp_path}/cc/cc-0.tar"
+    sample_images(SampleConfig(shards=shards, output=str(tmp_path / "out")))
+    dataset = Catalogue(str(tmp_path / "out"))
+    found = {i: dataset.captions(i) for i in dataset.training_images()}
+    assert found == {"cc-0.tar/1": ("a red cap",), "cc-0.tar/2": ("of the JSON",), "cc-0.tar/3": ()}
+    sample_images(SampleConfig(shards=shards, output=str(tmp_path / "bare"), captions=False))
+    assert "caption" not in (tmp_path / "bare" / "catalogue.csv").read_text()
+    with pytest.raises(InputError, match="holds another sample"):
+        sample_images(SampleConfig(shards=shards, output=str(tmp_path / "out"), captions=False))
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.png").write_bytes(image_bytes(name))
+    (folder / "a.txt").write_text('a,"red" cap\n')
+    sample_images(SampleConfig(folder=str(folder), output=str(tmp_path / "copy")))
+    dataset = Catalogue(str(tmp_path / "copy"))
+    assert {i: dataset.captions(i) for i in dataset.training_images()} == {"a.png": ('a,"red" cap',), "b.png": ()}

@@ -404,3 +404,24 @@ def test_one_template_of_all_is_the_same_file(tmp_path: Path) -> None:
         made(tmp_path / name, pairs, templates=["instead"], all_templates=flag)
     one, all_of_them = ((tmp_path / name / "triplets.json").read_text() for name in ("one", "all"))
     assert one == all_of_them
+
+
+def test_each_pair_draws_one_of_several_captions(tmp_path: Path) -> None:
+    """Every caption is drawn, the same ones each time, others by another seed."""
+
+    def rows_of(folder: str, captions: dict[str, list[str]], **settings: Any) -> list[dict[str, Any]]:
+        config = GenerateConfig(output=str(tmp_path / folder), templates=["target"], **settings)
+        rows = [{"image_id": i, "caption": c[0], "captions": c} for i, c in captions.items()]
+        write_jsonl(config.file("captions.jsonl"), rows)
+        write_jsonl(config.file("pairs.jsonl"), [{"reference": "a", "target": f"b{n}"} for n in range(30)])
+        write_triplets(config, NOBODY)
+        return read_jsonl(config.file("triplets.jsonl"))
+
+    several = {"a": ["red", "crimson"], **{f"b{n}": [f"{n} blue", f"{n} navy", f"{n} sky"] for n in range(30)}}
+    rows = rows_of("1", several)
+    assert {row["captions"][0] for row in rows} == {"red", "crimson"}
+    assert {row["modification"].split()[1] for row in rows} == {"blue", "navy", "sky"}
+    assert all(row["modification"] == row["captions"][1] for row in rows)
+    assert rows == rows_of("2", several) != rows_of("3", several, seed=7)
+    first = {i: texts[:1] for i, texts in several.items()}
+    assert {row["captions"][0] for row in rows_of("4", first)} == {"red"}

@@ -178,7 +178,7 @@ def test_a_table_of_that_name_in_the_folder_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "said"), [
-    ([{"name": "x"}], "or image_name; there are: name; say which by --data-root 't.jsonl?image=COLUMN'"),
+    ([{"name": "x"}], "or image_name; there are: name; say which by 't.jsonl?image=COLUMN'"),
     ([{"path": "../x.png"}], "row 1, column 'path': '../x.png' is no path below"),
     ([{"path": "/etc/passwd"}], "row 1, column 'path'"),
     ([{"path": "a\\b.png"}], "row 1, column 'path'"),
