@@ -218,11 +218,11 @@ def laion() -> Shape:
 
 def webdataset() -> Shape:
     """A shard of img2dataset: the caption in .txt and in .json beside the picture."""
-    picture = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(picture, "JPEG")
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for n, name in enumerate(NAMES):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), (n % 256, 99, 0)).save(picture, "JPEG")
             about = json.dumps({"caption": name, "url": f"https://example.org/{n}.jpg", "key": f"{n:09}"})
             for suffix, data in (("jpg", picture.getvalue()), ("txt", name.encode()), ("json", about.encode())):
                 member = tarfile.TarInfo(f"{n:09}.{suffix}")

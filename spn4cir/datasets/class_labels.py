@@ -1,10 +1,9 @@
 """Images with a class each: read from folders, tables and hub names, limited by class, and split by class."""
 
-import csv
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,10 @@ from spn4cir.datasets.contents import Contents, read_contents
 from spn4cir.datasets.locating import wrong
 from spn4cir.datasets.pictures import safe_name
 from spn4cir.datasets.reading import PLAIN
+from spn4cir.datasets.roles import BOX_ROLES, ROLES
 from spn4cir.datasets.rows import HUB
-from spn4cir.datasets.tables import find_table, read_table
+from spn4cir.datasets.table_settings import TableSettings
+from spn4cir.datasets.tables import find_table, load_table
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.types import ImageRef
@@ -25,7 +26,6 @@ SPLIT_NAMES = {name: name for name in ("train", "val", "test", DISTRACTOR)} | {"
 COLUMNS = {"label": ("label", "class", "category"), "source": ("source",), "split": ("split",)}
 TEST_SHARE, VAL_SHARE = 1 / 5, 1 / 20  # of the classes
 FEWEST = 3  # classes that can be split
-FIELD_LIMIT = 1 << 27  # characters of a cell, for the csv module
 
 
 class LabelledImage(NamedTuple):
@@ -141,7 +141,7 @@ def _labelled_image(
 def _read_columns(contents: Contents, ids: Sequence[str]) -> tuple[dict[str, list[str]], Callable[[int], str]]:
     """Role → one text for each image, and a function that names an image's row in messages.
 
-    Of several rows of one picture the first says its class.
+    Raises ``InputError`` for rows of one picture that say different things.
     """
     first = contents.first_rows
     if rows := contents.rows:
@@ -150,10 +150,10 @@ def _read_columns(contents: Contents, ids: Sequence[str]) -> tuple[dict[str, lis
         splits = [rows.row_id(row).partition("/")[0] for row in range(len(rows))]
         if "split" not in columns and len(set(splits)) > 1:
             columns["split"] = splits
-        return {role: [cells[row] for row in first] for role, cells in columns.items()}, lambda n: rows.name(first[n])
+        return _of_images(contents, columns, rows.name), lambda n: rows.name(first[n])
     if contents.tables:
-        columns, name = _read_tables(contents.tables)
-        return {role: [cells[row] for row in first] for role, cells in columns.items()}, lambda n: name(first[n])
+        columns, name = _read_tables(contents.tables, contents.settings)
+        return _of_images(contents, columns, name), lambda n: name(first[n])
 
     def where(row: int) -> str:
         return str(contents.root / ids[row])
@@ -164,38 +164,34 @@ def _read_columns(contents: Contents, ids: Sequence[str]) -> tuple[dict[str, lis
     return {"label": [(*parts, "")[0] for parts in folders]}, where
 
 
-def _read_tables(tables: Sequence[Path]) -> tuple[dict[str, list[str]], Callable[[int], str]]:
-    """The columns of tables below each other; all have those that one has."""
+def _of_images(
+    contents: Contents, columns: Mapping[str, list[str]], name: Callable[[int], str]
+) -> dict[str, list[str]]:
+    """What the rows of each image say, which must be the same."""
+    for role, cells in columns.items():
+        for first, *others in contents.rows_of.values():
+            if (other := next((row for row in others if cells[row] != cells[first]), None)) is not None:
+                what = f"{short(cells[other])}, where {name(first)} has {short(cells[first])} for the same picture"
+                raise wrong(name(other), role, what)
+    return {role: [cells[row] for row in contents.first_rows] for role, cells in columns.items()}
+
+
+def _read_tables(tables: Sequence[Path], how: TableSettings) -> tuple[dict[str, list[str]], Callable[[int], str]]:
+    """The columns of tables below each other; all have those that one has.
+
+    A row with fewer fields than the head line is an error: an image with an empty label would be a distractor.
+    """
     places, parts = list[str](), list[dict[str, list[str]]]()
+    names = {**COLUMNS, "label": how.names_of("category", COLUMNS["label"])}
     for path in tables:
-        refuse_short_rows(path)
-        parts.append(read_table(path, COLUMNS, ("label",)))
-        places += [f"{path}, row {row}" for row in range(1, len(parts[-1]["label"]) + 1)]
+        table = load_table(path, {**ROLES, **BOX_ROLES}, replace(how, complete=True))
+        found = {role: table.find(role, of_role, role == "label") for role, of_role in names.items()}
+        parts.append({role: table.text(column) for role, column in found.items() if column is not None})
+        places += [f"{path}, row {row}" for row in range(1, len(table) + 1)]
     for path, part in zip(tables, parts, strict=True):
         if lacking := {role for other in parts for role in other} - part.keys():
             raise InputError(f"{path}: the column {min(lacking)!r} is missing, which a table beside it has")
     return {role: [cell for part in parts for cell in part[role]] for role in parts[0]}, places.__getitem__
-
-
-def refuse_short_rows(path: Path) -> None:
-    """Raise ``InputError`` for the first row of a CSV or TSV with fewer fields than the head line: a file cut short.
-
-    pandas fills such rows with empty cells, and an image with an empty label would be a distractor.
-    """
-    separators = {".csv": ",", ".tsv": "\t"}
-    if (suffix := path.suffix.lower()) not in separators:
-        return
-    csv.field_size_limit(FIELD_LIMIT)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines, delimiter=separators[suffix])
-        try:
-            width = len(next(rows, []))
-            for row in rows:
-                if 0 < len(row) < width:
-                    what = f"{len(row)} of {width} fields: the file is cut short, or a field is missing"
-                    raise InputError(f"{path}, line {rows.line_num}: {what}")
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"{path}, line {rows.line_num}: {error}") from None
 
 
 def limit_classes(images: Sequence[LabelledImage], settings: LabelSettings) -> tuple[list[LabelledImage], list[str]]:

@@ -49,7 +49,8 @@ class Contents:
         rows: the table that holds pictures.
         texts: whether there are texts beside pictures.
         notes: what was left out, a line each.
-        tables: tables of paths; ``first_rows`` are the rows of all of them that the images first occur in.
+        tables: tables of paths.
+        rows_of: image id → its rows, numbered through all tables.
         settings: how the tables are read.
         image_rows: number of rows that hold an image.
     """
@@ -65,20 +66,25 @@ class Contents:
     texts: bool = False
     notes: list[str] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
-    first_rows: list[int] = field(default_factory=list)
+    rows_of: dict[str, list[int]] = field(default_factory=dict)
     settings: TableSettings = field(default_factory=TableSettings)
     image_rows: int = 0
     _known: dict[tuple[Place, Box | None], str] = field(default_factory=dict)
+
+    @property
+    def first_rows(self) -> list[int]:
+        """The row that each image first occurs in."""
+        return [rows[0] for rows in self.rows_of.values()]
 
     def other_columns(self) -> list[pyarrow.Table]:
         """Tables below each other that say more of the images, in the order of ``places``; none for a plain folder."""
         if self.rows is None:
             import pyarrow
 
-            roles, tables, start = {**ROLES, **BOX_ROLES}, list[pyarrow.Table](), 0
+            roles, tables, start, first = {**ROLES, **BOX_ROLES}, list[pyarrow.Table](), 0, self.first_rows
             for path in self.tables:
                 table = load_table(path, roles, self.settings)
-                own = [row - start for row in self.first_rows if 0 <= row - start < len(table)]
+                own = [row - start for row in first if 0 <= row - start < len(table)]
                 used = {name for role, names in roles.items() for name in table.find_several(role, names)}
                 rest = [name for name in table.cells if name not in used]
                 # Arrow counts no rows where there is no column
@@ -136,9 +142,9 @@ class Contents:
                 self.names[image_id] = own
             elif not is_taken:
                 self.places[own] = place
-                self.first_rows.append(rows[row] if rows else row)
                 if box:
                     self.boxes[own] = box
+            self.rows_of.setdefault(own, []).append(rows[row] if rows else row)
             if captions and (texts := [line for text in captions[row] if (line := one_line(strip_html(text)))]):
                 self.captions[own] = tuple(dict.fromkeys([*self.captions.get(own, ()), *texts]))
             for role, known in (("category", categories), ("title", self.titles)):

@@ -34,6 +34,7 @@ class TableSettings:
         captions: file of captions beside pictures.
         encoding: of text tables, such as gb18030; None finds UTF-8, UTF-16 and cp1252.
         join_last: whether separators too many in a row belong to the text in its last column.
+        complete: whether a line with fewer fields than the head line is an error; the cells it lacks are empty else.
         strict: whether a line that may be read in two ways is an error, instead of a note.
     """
 
@@ -51,6 +52,7 @@ class TableSettings:
     captions: str | None = None
     encoding: str | None = None
     join_last: bool = False
+    complete: bool = False
     strict: bool = False
 
     def names_of(self, role: str, usual: Sequence[str]) -> Sequence[str]:

@@ -171,6 +171,7 @@ def open_text(path: Path, given: TableSettings, roles: Roles, effective: Effecti
 
     opened, names = TextTable(path, find_keys, given.strict, given.encoding), list[str]()
     opened.join_last = given.join_last or effective(opened.names)[1].join_last
+    opened.complete = given.complete
     for name in opened.names:
         copies = sum(before == name or before.startswith(f"{name}.") for before in names)
         names.append(f"{name}.{copies}" if name and name in names else name)

@@ -125,6 +125,7 @@ class TextTable:
 
     Attributes:
         join_last: whether separators too many belong to the text in the last column.
+        complete: whether rows with fewer fields than the head line are an error.
         allow_short: whether rows with fewer fields than the head line are no error in strict mode.
     """
 
@@ -135,7 +136,7 @@ class TextTable:
         strict: bool = False,
         encoding: str | None = None,
     ):
-        self.path, self._strict, self.join_last, self.allow_short = path, strict, False, False
+        self.path, self._strict, self.join_last, self.complete, self.allow_short = path, strict, False, False, False
         self.encoding = find_encoding(path, encoding)
         self.notes = list[str]()
         if self.encoding not in ("utf-8", "utf-8-sig") and not encoding:
@@ -273,6 +274,9 @@ class TextTable:
                     f"{self.path}, line {line} {what}: texts with {SEPARATORS[self.separator]} need quotes"
                 )
             fields = [*fields[: count - 1], self.separator.join(fields[count - 1 :])]
+        if self.complete and len(fields) < count:
+            what = f"{len(fields)} of {count} fields: the file is cut short, or a field is missing"
+            raise InputError(f"{self.path}, line {line}: {what}")
         if self._strict and len(fields) < count and not self.allow_short and not self._is_usual(fields):
             what = f"has {len(fields)} of the {count} fields of the head line, and names no image as other lines do"
             raise InputError(f"{self.path}, line {line} {what}: complete it, or leave strict out")
