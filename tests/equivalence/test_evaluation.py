@@ -416,5 +416,6 @@ def test_parts_are_compared_where_there_are_both(toy: Any) -> None:
     for mode, by_tag in found.ablation_tags.items():
         assert set(by_tag) == {"both 0", "both 1"} and sum(one["queries"] for one in by_tag.values()) == len(joint)
         assert mode != "composed" or by_tag["both 0"] == found.tags["both 0"]
-    lines = metrics_table(found).splitlines()
-    assert any(line.startswith("  both 1: text only") for line in lines) and "image only, queries of both" in lines[7]
+    table = metrics_table(found)
+    assert "\nimage only, queries of both " in table and "\n  both 1: text only " in table
+    assert "\nimage only " in metrics_table(alone) and "both 1: " not in metrics_table(alone)
