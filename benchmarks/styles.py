@@ -32,6 +32,7 @@ from benchmarks.claims import ROOT, spread
 from benchmarks.intervals import paired_bootstrap
 from benchmarks.styles_plot import draw_embeddings
 from spn4cir.backbones.freestyle import Freestyle
+from spn4cir.backbones.shared_style import StyleSpace
 from spn4cir.config import TrainConfig, parse
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError, run_command
@@ -159,6 +160,25 @@ def differences(found: Mapping[str, Sequence[Hits]]) -> dict[str, dict[str, list
     return rows
 
 
+def joint_differences(found: Mapping[str, Sequence[Hits]], dataset: Dataset) -> dict[str, dict[str, list[float]]]:
+    """``{"row: joint - part": {joint tag: [points of R@1, low, high]}}``, paired by seed and photograph."""
+    queries = dataset.benchmark("test").queries
+    place = {(query.tags[0], query.targets[0]): n for n, query in enumerate(queries)}
+    joint = [tag for tag in dict.fromkeys(query.tags[0] for query in queries) if "+" in tag]
+    rows: dict[str, dict[str, list[float]]] = {}
+    for row, seeds in found.items():
+        hits = np.array([seed["composed"]["R@1"] for seed in seeds])
+        for part in ("image", "text"):
+            cells = rows[f"{row}: joint - {part}"] = {}
+            for tag in joint:
+                alone = tag.partition(" + ")[0 if part == "image" else 2]
+                photos = [i for t, i in place if t == tag and (alone, i) in place]
+                if photos:
+                    both, one = (hits[:, [place[t, i] for i in photos]] for t in (tag, alone))
+                    cells[tag] = [round(x, 2) for x in paired_bootstrap(both, one)]
+    return rows
+
+
 @torch.no_grad()
 def style_accuracy(model: Freestyle, dataset: Dataset) -> dict[str, float]:
     """Share of test pictures whose nearest centre is that of their style, in percent, by how style vectors are made.
@@ -188,6 +208,14 @@ def style_accuracy(model: Freestyle, dataset: Dataset) -> dict[str, float]:
         cosines = torch.nn.functional.cosine_similarity(seen[:, None], centres, dim=2)
         return round(100 * (cosines.argmax(1) == truth).float().mean().item(), 2)
 
+    def purity(seed: int) -> float:
+        """Of clusters that nobody named: the share of test pictures of the style that most in their cluster have."""
+        space = StyleSpace(fit.shape[1], len(names), model.style["width"], model.style["temperature"])
+        space.fit(fit, None, seed)
+        cluster = space.weights(space(seen)).argmax(1)
+        most = [torch.bincount(truth[cluster == n], minlength=1).max().item() for n in range(len(names))]
+        return 100 * sum(most) / len(truth)
+
     space = model.style_space
     own = space.weights(space(seen)).argmax(1) == truth
     return {
@@ -196,6 +224,7 @@ def style_accuracy(model: Freestyle, dataset: Dataset) -> dict[str, float]:
         "logarithms, not whitened": accuracy(fit - fit.mean(0), seen - fit.mean(0)),
         "logarithms, neither centred nor whitened": accuracy(fit, seen),
         "Gram matrices themselves": accuracy(fit.exp(), seen.exp()),
+        "clusters without labels, purity": round(float(np.mean([purity(seed) for seed in range(3)])), 2),
     }
 
 
@@ -290,7 +319,7 @@ def main() -> None:
     if args.train_only:
         return
     found = {row: [measure(run, dataset) for run in folders] for row, folders in runs.items()}
-    rows, compared = table(found), differences(found)
+    rows, compared, joint = table(found), differences(found), joint_differences(found, dataset)
     last = [run for folders in runs.values() for run in folders if run][-1:]
     report: dict[str, Any] = {
         "what": "test photographs of the dataset styles, in percent, mean and standard deviation over seeds; "
@@ -303,6 +332,7 @@ def main() -> None:
         "written": time.strftime("%Y-%m-%d"),
         "results": rows,
         "differences": compared,
+        "joint queries against their parts": joint,
     }
     if last:
         model = load_row(last[0])
@@ -311,7 +341,7 @@ def main() -> None:
             draw_embeddings({"frozen": load_row(None), "trained": model}, dataset, args.picture)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.output, json.dumps(report, indent=1) + "\n")
-    print(markdown(rows, compared))
+    print(markdown(rows, {**compared, **joint}))
     print(f"written to {args.output}")
 
 

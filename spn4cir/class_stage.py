@@ -12,6 +12,7 @@ from spn4cir.class_objective import ClassObjective, build_margin
 from spn4cir.config import TrainConfig
 from spn4cir.data import TrainingData
 from spn4cir.errors import InputError
+from spn4cir.margins import MARGINS, ArcFace
 from spn4cir.objective import ClassCentres
 from spn4cir.preparation import (
     Training,
@@ -34,6 +35,11 @@ def check_classes(config: TrainConfig) -> None:
     for name, value in own["bank"].items():
         if name != "dtype" and value != usual["bank"][name]:
             raise InputError(f"bank.{name} is for other stages: stage classes has no bank of candidates")
+    if config.classes.margin not in MARGINS:
+        raise InputError(f"classes.margin cannot be {config.classes.margin!r}; known: {', '.join(MARGINS)}")
+    if config.compute.accumulate > 1 and MARGINS[config.classes.margin].observe is not ArcFace.observe:
+        what = f"classes.margin {config.classes.margin} follows the images of a whole batch"
+        raise InputError(f"{what}: set compute.accumulate to 1")
     if config.mixed_precision == "fp16":
         raise InputError("mixed_precision fp16 is not for stage classes, which takes bf16: set mixed_precision bf16")
 
@@ -49,6 +55,10 @@ def prepare_classes(config: TrainConfig, run: Run, data: TrainingData, backbone:
         raise InputError(f"stage classes trains backbone embedding with a neck or blocks; {backbone.name} has neither")
     counts = Counter(str(triplet.label) for triplet in data.triplets)
     names = sorted(counts)
+    if len(names) < 2:
+        raise InputError(
+            f"stage classes needs two classes in training at least, and there is {names[0] if names else 0}"
+        )
     margin = build_margin(
         config.classes.margin, config.classes.options, float(config.temperature or 0), [counts[name] for name in names]
     )

@@ -41,7 +41,7 @@ def _evaluate() -> None:
     add("--data-root", help="where its files lie")
     add("--backbone", help="whose newest run is meant, or whose embedded weights (default: any run's)")
     add("--run", type=Path, help="run or checkpoint folder, or embedded (default: the newest run on these images)")
-    add("--ablate", action="store_true", help="also rank by the image alone and by the text alone")
+    add("--ablate", action="store_true", help="also rank by the image alone, by the text alone, and by late fusion")
     add("--json", metavar="FILE", help="write the result as JSON; - for standard output")
     add("--ranks", metavar="FILE", type=Path, help="write the ranks of each query's targets (.parquet, .jsonl)")
     add("--top-k", metavar="FILE", type=Path, help="write the first items of each query, with scores")

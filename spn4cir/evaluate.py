@@ -17,7 +17,7 @@ from spn4cir.distributed import all_reduce, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
 from spn4cir.measures import Ranks
-from spn4cir.results import Ranking, Result, compute_metrics
+from spn4cir.results import Ranking, Result, compute_ablation, compute_metrics
 from spn4cir.search import fuse_scores, inside, rank_scores, rank_targets, top_k
 from spn4cir.types import Benchmark, ImageFeatures
 
@@ -302,7 +302,7 @@ def evaluate(
         benchmark: the protocol.
         images: pixels by image id.
         bank: of the gallery, by a model whose image side has not moved since, or None.
-        ablate: also rank by the image alone, by the text alone, and by late fusion of both.
+        ablate: also rank by the image alone, by the text alone, and by late fusion of both, queries that have both.
         batch_size: images encoded at once.
         top: number of first items to keep of each query.
 
@@ -320,21 +320,24 @@ def evaluate(
     found = encode_benchmark(backbone, benchmark, images, bank, batch_size, modes)
     backbone.train(was_training)
     ranks: dict[str, Ranks] = {}
-    results: dict[str, tuple[dict[str, float], dict[str, dict[str, float]]]] = dict.fromkeys(modes, ({}, {}))
+    by_mode: dict[str, dict[str, Ranks]] = {}
     if benchmark.has_known_targets:
+        by_mode = {mode: rank_queries(benchmark, found.queries[mode], found.target) for mode in modes}
         if ablate:
-            fused = rank_fused(benchmark, found.queries[IMAGE_ONLY], found.queries[TEXT_ONLY], found.target)
-            results[LATE_FUSION] = compute_metrics(benchmark, fused)
-        for mode in modes:
-            ranks = rank_queries(benchmark, found.queries[mode], found.target)
-            results[mode] = compute_metrics(benchmark, ranks)
+            by_mode[LATE_FUSION] = rank_fused(
+                benchmark, found.queries[IMAGE_ONLY], found.queries[TEXT_ONLY], found.target
+            )
+        ranks = by_mode[COMPOSED]
+    metrics, tags = compute_metrics(benchmark, ranks) if ranks else ({}, {})
+    parts = compute_ablation(benchmark, by_mode) if ablate else {}
     lists = first_items(benchmark, found.queries[COMPOSED], found.target, top) if top else {}
     rankings = {over: Ranking(ranks.get(over), *lists.get(over, ((), ()))) for over in {**ranks, **lists}}
     return Result(
         protocol=benchmark.name,
-        metrics=results[COMPOSED][0],
-        tags=results[COMPOSED][1],
-        ablation={mode: metrics for mode, (metrics, _) in results.items()} if ablate else {},
+        metrics=metrics,
+        tags=tags,
+        ablation={mode: of_mode for mode, (of_mode, _) in parts.items()},
+        ablation_tags={mode: of_tag for mode, (_, of_tag) in parts.items() if of_tag},
         count=len(benchmark.queries),
         data=benchmark_fingerprint(benchmark),
         is_holdout=benchmark.is_holdout,

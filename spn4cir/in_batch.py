@@ -1,7 +1,9 @@
 """Stage 1's candidates: the targets of the batch, and what else may be replaced to form negatives."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,13 @@ from spn4cir.distributed import all_gather_rows, all_reduce, gather_with_gradien
 from spn4cir.losses import info_nce
 from spn4cir.search import scores_of
 from spn4cir.streaming import pooled
+
+
+class TripletMargin(NamedTuple):
+    """The margin of a triplet loss on cosines, and the seed by which negatives are drawn."""
+
+    value: float
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class InBatch:
         scores = scores_of(gather_with_gradient(query), target).T  # (B, N)
         return self.replaced(scores, self._answers(target))
 
-    def by_margin(self, query: Tensor, target: Tensor, margin: float, step: int) -> Tensor:
+    def by_margin(self, query: Tensor, target: Tensor, margin: TripletMargin, step: int) -> Tensor:
         """Triplet loss of queries (B, E) against targets (B · T, K, E) and one negative each, drawn anew in each step.
 
         ``d(q, t) = 1 - q·t``; the mean of ``relu(d(q, t) - d(q, n) + margin)`` and of the same with t as the anchor,
@@ -100,13 +109,13 @@ class InBatch:
         is_negative = torch.ones(len(query), len(candidates), dtype=torch.bool, device=query.device)
         is_negative[tuple(self.ignored)] = False
         is_negative.scatter_(1, own[:, None], False)
-        chance = torch.Generator().manual_seed(step * world_size() + process_rank())
-        drawn = torch.rand(is_negative.shape, generator=chance).to(query.device).masked_fill(~is_negative, -1).argmax(1)
+        chance = torch.from_numpy(np.random.default_rng((margin.seed, step, process_rank())).random(is_negative.shape))
+        drawn = chance.to(query.device).masked_fill(~is_negative, -1).argmax(1)
         scores = scores_of(query, candidates)  # (B, N)
         among = scores_of(pooled(candidates[own]), candidates)  # (B, N), of targets
         matched, other = scores.gather(1, own[:, None])[:, 0], drawn[:, None]  # (B,), (B, 1)
         both = torch.stack(
-            [part.gather(1, other)[:, 0] - matched + margin for part in (scores, among)]
+            [part.gather(1, other)[:, 0] - matched + margin.value for part in (scores, among)]
         ).relu()  # (2, B)
         return (both * is_negative.any(1)).mean()
 

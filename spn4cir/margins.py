@@ -16,6 +16,8 @@ from spn4cir.streaming import Transform
 
 EDGE = 1e-7
 """Cosines are kept this far from -1 and 1, where the angle has no derivative."""
+LEAST_SCALE = 1.0
+"""Of AdaCos: with few classes its formula may give a scale below zero, which would turn the loss round."""
 
 
 def _inside(cosine: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class AdaCos(ArcFace):
     """No margin, and a scale that follows the batch: ``s ← log B / cos(min(π/4, θ_med))``.
 
     B is the mean over queries of ``Σ_{j≠y} exp(s c_j)`` at the scale so far, which begins at ``√2 log(C - 1)``; θ_med
-    is the median angle of queries and their classes.
+    is the median angle of queries and their classes. Unlike theirs, s stays above ``LEAST_SCALE``.
 
     Args:
         classes: C, at least three.
@@ -150,7 +152,8 @@ class AdaCos(ArcFace):
         sums = sums_of_others(query * self.scale, centres, label)
         angles = _inside(class_cosines(query, centres, label)).acos()
         mean = sums.logsumexp(0) - math.log(len(sums))  # log B
-        self.scale.copy_(mean / angles.median().clamp(max=math.pi / 4).cos())
+        scale = mean / angles.median().clamp(max=math.pi / 4).cos()
+        self.scale.copy_(scale.clamp(min=LEAST_SCALE))
 
     def positive(self, cosine: Tensor, query: Tensor) -> Tensor:
         """The cosine itself."""
@@ -212,7 +215,8 @@ class AdaFace(ArcFace):
         """Set mean and deviation by the batches of all processes."""
         super().observe(query, norm.clamp(1e-3, 100), centres, label)
         norms = all_gather_rows(self._norm)
-        for state, new in ((self.mean, norms.mean()), (self.deviation, norms.std())):
+        spread = norms.std() if len(norms) > 1 else self.deviation  # one image has none
+        for state, new in ((self.mean, norms.mean()), (self.deviation, spread)):
             state.copy_(self.alpha * new + (1 - self.alpha) * state)
 
     def positive(self, cosine: Tensor, query: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from spn4cir.batches import TripletBatch
 from spn4cir.compute import gradient_cached
 from spn4cir.distributed import all_gather_rows
 from spn4cir.errors import InputError
-from spn4cir.in_batch import InBatch
+from spn4cir.in_batch import InBatch, TripletMargin
 from spn4cir.losses import Shard, info_nce, masked_share, row_pairs
 from spn4cir.terms import TermInput, WeightedTerms
 from spn4cir.types import Composed, ImageFeatures
@@ -115,12 +115,15 @@ class StoredTargets(Candidates):
         super().__init__()
         self.bank = bank
 
+    def own(self, batch: TripletBatch) -> Tensor:
+        """The targets (B · T, K, E) of this process."""
+        rows = batch.target.clamp(min=0).flatten().to(self.bank.target.device)
+        return to_float32(self.bank.target[rows].to(batch.target.device))
+
     def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
         """The targets (N, K, E) of all processes; ignored are the same pairs as in ``InBatch``."""
-        rows = batch.target.clamp(min=0).flatten().to(self.bank.target.device)
-        target = to_float32(self.bank.target[rows].to(batch.target.device))  # (B · T, K, E)
         contrast = InBatch(batch.identity, 1.0, batch.others, positives=batch.positives)
-        return all_gather_rows(target), contrast.own, contrast.ignored
+        return all_gather_rows(self.own(batch)), contrast.own, contrast.ignored
 
 
 class Objective(nn.Module):
@@ -134,7 +137,7 @@ class Objective(nn.Module):
         types: which element of the triplet is replaced to form negatives, for candidates of the batch: ``target``,
             ``query``, ``text``, ``reference``; the loss is their mean.
         max_similarity: candidates more similar to a positive than this are masked as false negatives; None for none.
-        margin: of a triplet loss in the place of InfoNCE, for candidates of the batch; None for InfoNCE.
+        margin: of a triplet loss in the place of InfoNCE, for targets of the batch; None for InfoNCE.
 
     Raises ``InputError`` if the temperature is out of bounds, or the backbone has no such negatives.
     """
@@ -147,7 +150,7 @@ class Objective(nn.Module):
         candidates: Candidates | None = None,
         types: Sequence[str] = ("target",),
         max_similarity: float | None = None,
-        margin: float | None = None,
+        margin: TripletMargin | None = None,
     ):
         super().__init__()
         if isinstance(candidates, BankCandidates) and not backbone.is_frozen:
@@ -196,6 +199,10 @@ class Objective(nn.Module):
             return self._against_batch(composed, features, batch)
         vectors, positives, ignore = self.candidates(batch)
         self._scored = lambda: (vectors, positives, ignore)
+        if self.margin is not None:
+            assert isinstance(self.candidates, StoredTargets)
+            contrast = InBatch(batch.identity, 1.0, batch.others, positives=batch.positives)
+            return contrast.by_margin(composed.query, self.candidates.own(batch), self.margin, batch.step)
         return info_nce(composed.query, vectors, positives, self.temperature, ignore, self.max_similarity)
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 import json
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from spn4cir.files import replaced, write_text
 from spn4cir.measures import MEASURES, Ranks, macro_mean, measure_name
 from spn4cir.types import Benchmark, Query
 
-SAVED = ("protocol", "metrics", "tags", "ablation", "count", "data", "is_holdout", "skipped")
+SAVED = ("protocol", "metrics", "tags", "ablation", "ablation_tags", "count", "data", "is_holdout", "skipped")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Result:
         protocol: id of the benchmark.
         metrics: name to percentage, from 0 to 100; empty where targets are not public.
         tags: the same by tag, each with its number of ``queries``.
-        ablation: the same for the image alone, the text alone and late fusion of both, if they were asked for.
+        ablation: the same for the image alone, the text alone and late fusion of both, if they were asked for, over
+            queries that have both.
+        ablation_tags: that by tag, where other queries have one of both alone.
         count: number of queries.
         data: fingerprint of the benchmark; results of different data are never combined.
         is_holdout: whether the queries are training triplets that were held out.
@@ -58,6 +60,7 @@ class Result:
     data: str
     is_holdout: bool = False
     skipped: int = 0
+    ablation_tags: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     queries: Sequence[Query] = field(default=(), repr=False)
     rankings: Mapping[str, Ranking] = field(default_factory=dict, repr=False)
 
@@ -68,7 +71,7 @@ class Result:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Result":
         """What ``as_json`` returned, among other entries."""
-        return cls(**{name: values[name] for name in SAVED})
+        return cls(**{name: values[name] for name in SAVED if name in values or name != "ablation_tags"})
 
     def rows(self, *columns: str) -> Iterator[dict[str, Any]]:
         """One dictionary per query: what was asked, and of each ranking ``ranks``, or ``top`` with its scores."""
@@ -130,6 +133,22 @@ def compute_metrics(
     return metrics, tags
 
 
+def compute_ablation(
+    benchmark: Benchmark, ranks: Mapping[str, Mapping[str, Ranks]]
+) -> dict[str, tuple[dict[str, float], dict[str, dict[str, float]]]]:
+    """Metrics by how queries were made, over those that have both parts; by tag too, where others have one alone."""
+    rows = [n for n, query in enumerate(benchmark.queries) if query.reference is not None and query.text is not None]
+    if not rows or len(rows) == len(benchmark.queries):
+        return {mode: (compute_metrics(benchmark, found)[0], {}) for mode, found in ranks.items()}
+    queries = tuple(benchmark.queries[n] for n in rows)
+    used = {tag for query in queries for tag in query.tags}
+    joint = replace(benchmark, queries=queries, macro=tuple(tag for tag in benchmark.macro if tag in used))
+    return {
+        mode: compute_metrics(joint, {over: values[rows] for over, values in found.items()})
+        for mode, found in ranks.items()
+    }
+
+
 def metric_names(benchmark: Benchmark) -> list[str]:
     """Names of the metrics that a checkpoint can be selected by."""
     known = [measure_name(measure) for measure in benchmark.measures]
@@ -187,7 +206,9 @@ def metrics_table(result: Result) -> str:
     if macro or several:
         rows["mean over tags"] = macro or result.metrics
     rows |= {f"  {name} ({values['queries']})": values for name, values in result.tags.items() if several}
-    rows |= result.ablation
+    rows |= {mode + ", queries of both" * bool(result.ablation_tags): found for mode, found in result.ablation.items()}
+    for tag in next(iter(result.ablation_tags.values()), {}):
+        rows |= {f"  {tag}: {mode}": found[tag] for mode, found in result.ablation_tags.items()}
     width = max(map(len, rows))
     lines = [f"protocol {result.protocol}", " " * width + "".join(f"{name:>8}" for name in names)]
     for label, values in rows.items():

@@ -124,7 +124,8 @@ class Run(AbstractContextManager["Run"]):
         if self.main:
             trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
             total = sum(p.numel() for p in module.parameters())
-            print(f"stage {self.stage}: {trained:,} of {total:,} parameters train; if stopped, --resume {self.folder}")
+            again = f"--stage {self.stage} " * isinstance(self.stage, str) + f"--resume {self.folder}"
+            print(f"stage {self.stage}: {trained:,} of {total:,} parameters train; if stopped, {again}")
         if config.trackers:
             flat = {name: str(value) for name, value in dataclasses.asdict(config).items()}
             self.accelerator.init_trackers("spn4cir", flat)
@@ -227,7 +228,8 @@ class Run(AbstractContextManager["Run"]):
     def _next(self) -> str:
         """What a person is likely to do next, with the data of this run."""
         if self.stage != 1:
-            return f"spn4cir-eval --run {shlex.quote(str(self.folder))} --ablate"
+            has_parts = " --ablate" * isinstance(self.stage, int)  # stages with names train no composed queries
+            return f"spn4cir-eval --run {shlex.quote(str(self.folder))}{has_parts}"
         aside = f" --holdout {self.config.holdout:g}" if self.config.holdout else ""
         data = options_of(self.config, "max_annotated", "generated", "generated_share")
         recipe = f"{self.config.dataset}/{self.config.backbone}_zeroshot_stage2.yaml"  # the usual one has another rate

@@ -25,6 +25,7 @@ from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource
+from spn4cir.in_batch import TripletMargin
 from spn4cir.objective import BankCandidates, Objective, StoredTargets, initial_temperature
 from spn4cir.pair_stage import check_pairs, prepare_pairs
 from spn4cir.preparation import (
@@ -88,14 +89,15 @@ def prepare_stage1(config: TrainConfig, run: Run, data: TrainingData, backbone: 
     prepare_compute(backbone, config.compute)
     objective = Objective(
         backbone, config.temperature, config.learn_temperature, StoredTargets(bank) if bank else None,
-        config.negatives.types, config.negatives.max_similarity, config.negatives.margin,
+        config.negatives.types, config.negatives.max_similarity,
+        None if config.negatives.margin is None else TripletMargin(config.negatives.margin, config.seed),
     )  # fmt: skip
     if objective.needs_whole_triplets and (known.is_partial or known.positives > 1 or known.negatives):
         raise InputError(
             f"stage 1 of {backbone.name} with negatives.types {list(objective.types)} needs a reference, "
             "a text and one target in each triplet: some triplets have fewer, or more"
         )
-    if bank and (objective.needs_whole_triplets or objective.margin is not None):
+    if bank and objective.needs_whole_triplets:
         raise InputError(
             f"bank.in_stage1: stage 1 of {backbone.name} with these negatives needs more of targets than is stored: "
             "set bank.in_stage1 to false"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # so that commands can name these types without waiting for t
 
 Over: TypeAlias = Literal["gallery", "candidates", "subset"]
 Tokens: TypeAlias = "dict[str, Tensor]"  # tokenised texts: each value has B rows
+VECTOR = "vector: "  # what a text of given features begins with
 
 
 class ImageRef(NamedTuple):

@@ -72,11 +72,27 @@ class Embedding(Backbone):
     def _train_blocks(self, count: int) -> None:
         if not count:
             return
-        blocks = blocks_of(self.tower)
+        blocks = self._blocks_of_images()
         if len(blocks) < count:
             raise InputError(f"embedding: {self.options['model']} has {len(blocks)} blocks, and {count} should train")
         for block in blocks[-count:]:
             block.requires_grad_(True)
+
+    def _blocks_of_images(self) -> list[nn.Module]:
+        """Blocks that an image goes through, in order: a tower may have others, for texts."""
+        self.tower.requires_grad_(True)
+        pixels = self.transform(Image.new("RGB", (64, 64)))[None]
+        with torch.enable_grad():
+            found = encode_images(self._encode, pixels, True).sum()
+        if not found.requires_grad:
+            self.tower.requires_grad_(False)
+            return []
+        weights = {name: value for name, value in self.tower.named_parameters() if value.requires_grad}
+        gradients = torch.autograd.grad(found, list(weights.values()), allow_unused=True)
+        used = {id(value) for value, grad in zip(weights.values(), gradients, strict=True) if grad is not None}
+        self.tower.requires_grad_(False)
+        blocks = blocks_of(self.tower)
+        return [block for block in blocks if any(id(value) in used for value in block.parameters())]
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, D) in float32."""

@@ -301,12 +301,15 @@ def complete_style(style: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := [name for name in style if name not in STYLE]:
         raise InputError(f"freestyle: style has no {unknown[0]!r}; known: {', '.join(STYLE)}")
     found = {**STYLE, **style}
-    names = found["names"] = list(found["names"])
     for name, value in found.items():
-        if not isinstance(value, float | int if name == "temperature" else type(STYLE[name])):
+        kinds = (float, int) if name == "temperature" else type(STYLE[name])
+        if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f"freestyle: style.{name} cannot be {value!r}")
+    names = found["names"] = list(found["names"])
     if len(set(names)) < len(names) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise InputError(f"freestyle: style.names must be at least two different names, got {names}")
+    if found["width"] < 1:
+        raise InputError(f"freestyle: style.width must be at least 1, got {found['width']}")
     if not 1 <= found["rank"] <= found["width"]:
         raise InputError(f"freestyle: style.rank must be from 1 to style.width {found['width']}, got {found['rank']}")
     if not found["temperature"] > 0:

@@ -13,7 +13,7 @@ from spn4cir.backbones.shared_towers import Tower, load_tower, split_tag
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
 from spn4cir.images import VectorTransform
-from spn4cir.types import Composed, ImageFeatures, Tokens
+from spn4cir.types import VECTOR, Composed, ImageFeatures, Tokens
 
 GIVEN = "given:"
 FEATURES = "features"
@@ -105,6 +105,10 @@ class MASLN(Backbone):
         Raises ``InputError`` if a text should be D numbers and is not.
         """
         if isinstance(self.text_tower, TextTower):
+            if vector := next((text for text in texts if text.startswith(VECTOR)), None):
+                count = len(vector.removeprefix(VECTOR).split())
+                what = f"texts are vectors of {count} given features, and the model reads words"
+                raise InputError(f"masln: {what}: set backbone_options.text to given:{count}")
             return {"text": self.text_tower.tokenize(texts)}
         return {"text": torch.stack([_parse_numbers(text, self.text_width) for text in texts])}
 
@@ -205,6 +209,7 @@ def build_mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential
 
 def _parse_numbers(text: str, width: int) -> Tensor:
     """``width`` numbers with spaces between → (width,); zeros for the empty text."""
+    text = text.removeprefix(VECTOR)
     if not text:
         return torch.zeros(width)
     try:

@@ -18,6 +18,8 @@ STYLE_TRANSFER_KEYS = ("2", "5", "9")  # after a 1 × 1 convolution of colours, 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOG_FLOOR = 1e-6
 """Added to an entry of a Gram matrix before its logarithm."""
+VARIANCE_FLOOR = 1e-3
+"""Principal components of less than this part of the first one's variance are left out, as they would blow up noise."""
 
 
 class StyleFilters(nn.Module):
@@ -152,14 +154,20 @@ class StyleSpace(nn.Module):
 
         Args:
             labels: style of each; None finds the centres by k-means.
+
+        Raises ``InputError`` for too few pictures.
         """
+        if len(grams) < 2 * len(self.centres):
+            raise InputError(f"{len(self.centres)} styles need two pictures each, got {len(grams)} in all")
         rows = grams.double()
         mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-6)
         rows = (rows - mean) / deviation  # (N, G)
         values, vectors = torch.linalg.eigh(rows @ rows.T)  # ascending; right singular vectors are rowsᵀ u / √value
         count = min(self.components.shape[1], len(rows) - 1)
         values, vectors = values[-count:].flip(0), vectors[:, -count:].flip(1)
-        whitening = rows.T @ vectors / values.clamp(min=1e-9) * (len(rows) - 1) ** 0.5  # (G, count)
+        is_kept = values > VARIANCE_FLOOR * values[0]
+        values, vectors, count = values[is_kept], vectors[:, is_kept], int(is_kept.sum())
+        whitening = rows.T @ vectors / values * (len(rows) - 1) ** 0.5  # (G, count)
         self.mean.copy_(mean)
         self.components.zero_()
         self.components[:, :count] = (whitening / deviation[:, None]).to(self.components)
@@ -173,22 +181,25 @@ class StyleSpace(nn.Module):
 
 
 def kmeans(points: Tensor, count: int, seed: int = 0, rounds: int = 100) -> Tensor:
-    """Centres (count, d) of points (N, d) by Lloyd's algorithm, from the best of five starts by k-means++."""
-    chance = torch.Generator().manual_seed(seed)
+    """Directions (count, d), of unit norm, of clusters of points (N, d) by their cosines, as ``weights`` compares them.
+
+    Lloyd's algorithm on unit vectors, from the best of five starts by k-means++.
+    """
+    points, chance = F.normalize(points, dim=-1), torch.Generator().manual_seed(seed)
     best: tuple[float, Tensor] | None = None
     for _ in range(5):
         centres = points[torch.randint(len(points), (1,), generator=chance)]
         while len(centres) < count:
-            apart = torch.cdist(points, centres).amin(1).square().cpu() + 1e-12
+            apart = (1 - points @ centres.T).amin(1).clamp(min=0).cpu() + 1e-12
             centres = torch.cat([centres, points[torch.multinomial(apart, 1, generator=chance)]])
         for _ in range(rounds):
-            nearest = torch.cdist(points, centres).argmin(1)
+            nearest = (points @ centres.T).argmax(1)
             moved = [points[nearest == n].mean(0) if (nearest == n).any() else centres[n] for n in range(count)]
-            before, centres = centres, torch.stack(moved)
+            before, centres = centres, F.normalize(torch.stack(moved), dim=-1)
             if torch.equal(before, centres):
                 break
-        loss = torch.cdist(points, centres).amin(1).square().sum().item()
-        if best is None or loss < best[0]:
-            best = loss, centres
+        score = (points @ centres.T).amax(1).sum().item()
+        if best is None or score > best[0]:
+            best = score, centres
     assert best is not None
     return best[1]

@@ -223,6 +223,9 @@ def split_images(images: Sequence[LabelledImage], place: str) -> tuple[list[Labe
     Where splits are named and none is val, a twentieth of the classes of train is val. Raises ``InputError`` where
     there are too few classes to split.
     """
+    held = {image.label: image.split for image in images if image.label and image.split}
+    held |= {image.label: "train" for image in images if image.label and image.split == "train"}
+    images = [i._replace(split=i.split or held.get(i.label, "")) for i in images]  # equal labels of other sources
     free = {image.label for image in images if image.label and not image.split}
     if 0 < len(free) < FEWEST:
         raise InputError(f"{place}: {len(free)} classes cannot be split, {FEWEST} can; or add a column split")

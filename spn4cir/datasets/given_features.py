@@ -9,10 +9,11 @@ import numpy as np
 from spn4cir.datasets.pair_splits import Pair, PairSource
 from spn4cir.errors import InputError
 from spn4cir.images import StoredBytes
-from spn4cir.types import ImageRef
+from spn4cir.types import VECTOR, ImageRef
 
 GIVEN = ("images.npy", "texts.npy", "labels.txt")
 CLASSES = ("class_vectors.npy", "classes.txt")
+ROWS_AT_ONCE = 65536
 
 
 class GivenFeatures:
@@ -49,9 +50,12 @@ class GivenFeatures:
             raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
         if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind not in "fiu":
             raise InputError(f"{path}: expected an array of numbers, a row for each, got {getattr(found, 'shape', '')}")
-        finite = np.isfinite(found).all(1)
-        if not finite.all():
-            raise InputError(f"{path}, row {int(np.flatnonzero(~finite)[0]) + 1}: a number is not finite")
+        for start in range(0, len(found), ROWS_AT_ONCE):
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(np.asarray(found[start : start + ROWS_AT_ONCE], np.float32)).all(1)
+            if not finite.all():
+                row = start + int(np.flatnonzero(~finite)[0]) + 1
+                raise InputError(f"{path}, row {row}: a number is not finite, or too large for float32")
         return found
 
     def _lines(self, name: str) -> list[str]:
@@ -93,5 +97,5 @@ class GivenFeatures:
 
 
 def numbers_as_text(row: Any) -> str:
-    """Numbers of float32 as a text that gives them back exactly."""
-    return " ".join(f"{float(x):.9g}" for x in np.asarray(row, np.float32))
+    """Numbers of float32 as a text that gives them back exactly, and that no model takes for words."""
+    return VECTOR + " ".join(f"{float(x):.9g}" for x in np.asarray(row, np.float32))

@@ -65,6 +65,10 @@ class Labelled(Dataset):
         self._benchmarks = {split: self._build_benchmark(split) for split in EVALUATED}
         for split, benchmark in self._benchmarks.items():
             self._notes += self._note_dropped(split, benchmark)
+            known = self._group_classes(self._of_split("train")).keys()
+            shared = [name for name in self._group_classes(self._of_split(split)) if name in known]
+            if shared:
+                self._notes.append(f"{split}: {len(shared)} classes are in train too, so they are not unseen")
         self.protocols = {  # type: ignore[misc]
             split: (benchmark.name,) for split, benchmark in self._benchmarks.items() if benchmark.queries
         }

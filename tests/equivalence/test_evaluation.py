@@ -24,7 +24,7 @@ from spn4cir.datasets.skip import write_skip_list
 from spn4cir.errors import InputError
 from spn4cir.evaluate import encode_benchmark, evaluate, rank_queries
 from spn4cir.images import ImageSource
-from spn4cir.results import combine, compute_metrics
+from spn4cir.results import combine, compute_metrics, metrics_table
 from spn4cir.types import Benchmark, ImageFeatures, Query, recall_measures
 
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -390,3 +390,32 @@ def test_vectors_equal_those_made_one_by_one(toy: Any, model: Any, tmp_path: Pat
         assert not (bank and watched.held.images)
     assert not torch.allclose(vectors["composed"], slow["composed"].roll(1, 0), atol=1e-3)  # negative control
     assert not torch.allclose(vectors["composed"], vectors["text only"], atol=1e-3)
+
+
+def test_parts_are_compared_where_there_are_both(toy: Any) -> None:
+    """Queries of one part alone are left out of the ablation, which is told by kind."""
+    from spn4cir.backbones import build_backbone
+
+    mixed = asked_often(toy)
+    tagged = replace(
+        mixed,
+        queries=tuple(
+            replace(q, tags=("text" if q.reference is None else "image" if q.text is None else f"both {n % 2}",))
+            for n, q in enumerate(mixed.queries)
+        ),
+    )
+    joint = [q for q in tagged.queries if q.reference is not None and q.text is not None]
+    model = build_backbone("clip4cir")
+    images = ImageSource(toy.image, model.transform)
+    found = evaluate(model, tagged, images, ablate=True)
+    alone = evaluate(model, replace(tagged, queries=tuple(joint)), images, ablate=True)
+    assert set(found.tags) == {"text", "image", "both 0", "both 1"}
+    assert all(found.ablation[mode] == pytest.approx(one) for mode, one in alone.ablation.items())
+    assert len(found.ablation) == 4 and alone.ablation["composed"] == alone.metrics
+    assert alone.ablation_tags == {} and found.ablation["composed"] != found.metrics
+    for mode, by_tag in found.ablation_tags.items():
+        assert set(by_tag) == {"both 0", "both 1"} and sum(one["queries"] for one in by_tag.values()) == len(joint)
+        assert mode != "composed" or by_tag["both 0"] == found.tags["both 0"]
+    table = metrics_table(found)
+    assert "\nimage only, queries of both " in table and "\n  both 1: text only " in table
+    assert "\nimage only " in metrics_table(alone) and "both 1: " not in metrics_table(alone)

@@ -147,6 +147,20 @@ def test_margins_follow_the_classes() -> None:
     assert head.margins[0] == pytest.approx(0.5) and head.margins[4] == pytest.approx(0.2)
 
 
+def test_a_batch_of_one_image() -> None:
+    """AdaFace's deviation stays as it was, where there is none; AdaCos keeps a scale that does not turn the loss."""
+    head = AdaFace()
+    head.observe(
+        F.normalize(torch.ones(1, 4)), torch.tensor([3.0]), F.normalize(torch.rand(3, 1, 4)), torch.tensor([0])
+    )
+    assert head.mean == 3 and head.deviation == 100
+    head, query = AdaCos(3), F.normalize(torch.tensor([[1.0, 0.0]])).expand(4, 2)
+    centres = F.normalize(torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]], [[-1.0, 0.1]]]), dim=-1)
+    for _ in range(6):
+        head.observe(query, torch.ones(4), centres, torch.zeros(4, dtype=torch.long))
+        assert head.scale >= 1
+
+
 def test_state_is_saved() -> None:
     """Scale, hardness, mean and deviation go on where they were."""
     raw, query, centres, label = inputs(1)

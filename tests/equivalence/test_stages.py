@@ -206,8 +206,8 @@ def test_references_that_are_never_ranked_are_no_candidates(configure, init, run
     assert seen["targets"] == len(targets) < seen["named"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_stage_1_reads_stored_features(dtype: str, configure, runs: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("dtype", "margin"), [("float32", None), ("float16", None), ("float32", 1.0)])
+def test_stage_1_reads_stored_features(dtype: str, margin: float | None, configure, runs: Path) -> None:  # type: ignore[no-untyped-def]
     """Where the image side does not train, losses and metrics are those of encoding each batch, but for rounding."""
     found: dict[str, list[float]] = {}
     rows: dict[str, Any] = {}
@@ -215,6 +215,7 @@ def test_stage_1_reads_stored_features(dtype: str, configure, runs: Path) -> Non
         "encoded": {}, "stored": {"bank": {"in_stage1": True, "dtype": dtype}}, "lr": {"lr": 1.1e-3},
     }.items():  # fmt: skip
         settings = {"backbone": "blip4cir", "max_steps": 4, "epochs": 9, "eval_every": 1, **options}
+        settings["negatives"] = {"margin": margin}
         folder = train(configure(output=str(runs / way), **settings), 1)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found[way] = [line["loss"] for line in lines]

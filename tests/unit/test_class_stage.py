@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Toy
+from labelled_files import PATHS, draw_classes, write_rows
 
 from spn4cir.batches import BalancedSampler, TripletSampler
 from spn4cir.class_objective import build_margin
 from spn4cir.class_stage import check_classes
-from spn4cir.config import STAGE_NAMES, TrainConfig
-from spn4cir.config_groups import BankConfig, ClassesConfig, NegativesConfig
+from spn4cir.config import STAGE_NAMES, TrainConfig, parse, recipes_folder
+from spn4cir.config_groups import BankConfig, ClassesConfig, ComputeConfig, NegativesConfig
 from spn4cir.errors import InputError
 from spn4cir.margins import MARGINS, AdaCos, ArcFace, DynamicArcFace
 from spn4cir.stages import CHECKS, STAGES
@@ -110,6 +111,41 @@ def test_nothing_to_train(options: dict[str, Any], tmp_path: Path) -> None:
 def test_another_backbone(tmp_path: Path) -> None:
     config = TrainConfig(dataset="labelled", backbone="clip4cir", output=str(tmp_path / "run"))
     with pytest.raises(InputError, match="stage classes trains backbone embedding"):
+        train(config, "classes")
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_each_margin_by_its_name(name: str) -> None:
+    """The recipe's settings and another margin make no sense only where they name options of one."""
+    config = parse(TrainConfig, recipes_folder() / "labelled" / "embedding_classes.yaml", ["--classes.margin", name])
+    check_classes(config)
+    head = build_margin(config.classes.margin, config.classes.options, 1 / 30, [4, 5, 6])
+    usual = {"cosface": 0.35, "adaface": 0.4, "adacos": 0.0}.get(name, 0.5)
+    assert head.margin == usual
+
+
+@pytest.mark.parametrize(("name", "parts"), [("arcface", 2), ("dynamic", 2), ("adacos", 1), ("adaface", 1)])
+def test_what_follows_a_batch_has_whole_batches(name: str, parts: int) -> None:
+    for accumulate in (1, 2):
+        config = TrainConfig(classes=ClassesConfig(name), compute=ComputeConfig(accumulate=accumulate))
+        if accumulate <= parts:
+            check_classes(config)
+        else:
+            with pytest.raises(InputError, match=f"{name} follows the images of a whole batch"):
+                check_classes(config)
+
+
+def test_an_unknown_margin_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match=r"classes\.margin cannot be 'arc'"):
+        check_classes(TrainConfig(classes=ClassesConfig("arc")))
+
+
+def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
+    rows = [{"img_path": p, "label": label, "split": "train" if label == "c0" else "val"} for p, label in PATHS]
+    draw_classes(tmp_path)
+    place = write_rows(tmp_path / "one.csv", rows)
+    config = TrainConfig(dataset="labelled", data_root=place, backbone="embedding", output=str(tmp_path / "run"))
+    with pytest.raises(InputError, match="needs two classes"):
         train(config, "classes")
 
 

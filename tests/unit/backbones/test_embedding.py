@@ -121,6 +121,19 @@ def test_the_last_blocks_train(count: int, tmp_path: Path) -> None:
     assert all(p.requires_grad == (name in reached) for name, p in model.named_parameters() if p.grad is not None)
 
 
+def test_the_last_blocks_of_images_train() -> None:
+    """Of a CLIP, whose last blocks are those of texts."""
+    model = build(model=f"open_clip:local-dir:{EMBEDDED / 'clip_transformer'}", width=4, blocks=1)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("tower")}
+    pixels = torch.stack([model.transform(picture) for picture in pictures()])
+    model.embed(model.encode_image(pixels).reference).sum().backward()  # type: ignore[no-untyped-call]
+    assert {name for name, p in model.named_parameters() if p.grad is not None and name.startswith("tower")} == trained
+    assert trained and all(".visual.transformer.resblocks." in name for name in trained)
+    assert len({name.split("resblocks.")[1].split(".")[0] for name in trained}) == 1
+    with pytest.raises(InputError, match="blocks, and 99 should train"):
+        build(model=f"open_clip:local-dir:{EMBEDDED / 'clip_transformer'}", width=4, blocks=99)
+
+
 def test_dropout_is_of_training_alone() -> None:
     """A neck that trains drops features; a model that is evaluated does not."""
     model = build(dropout=0.5)

@@ -109,6 +109,23 @@ def test_few_pictures_leave_components_at_zero() -> None:
     assert space.components[:, :3].any() and not space.components[:, 3:].any() and bool(space.is_fitted)
 
 
+def test_noise_is_not_blown_up() -> None:
+    """Pictures that come twice, but for noise, have half as many components."""
+    chance = torch.Generator().manual_seed(0)
+    once = torch.randn(18, 528, generator=chance)
+    grams = torch.cat([once, once + 1e-4 * torch.randn(18, 528, generator=chance)])
+    space = StyleSpace(528, 2, 32, 0.1)
+    space.fit(grams, [n % 2 for n in range(36)])
+    unseen = space(torch.randn(50, 528, generator=chance))
+    assert unseen.norm(dim=-1).max() < 10 and int(space.components.any(0).sum()) == 17
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_too_few_pictures_for_a_style_space(count: int) -> None:
+    with pytest.raises(InputError, match=f"2 styles need two pictures each, got {count} in all"):
+        StyleSpace(528, 2, 8, 0.1).fit(torch.randn(count, 528), [0] * count)
+
+
 def written_out(model: Freestyle, pixels: Tensor) -> Tensor:
     """Embeddings of images alone, (B, E), from the formulas, in float64."""
     visual = model.clip.visual
@@ -335,9 +352,18 @@ def test_without_labels_styles_are_clusters() -> None:
     pictures = patterns(12)
     model.fit_statistics(pictures[12:], [None] * 36, pictures[:12])
     assert model.options["style"]["names"] == [f"cluster {n}" for n in (1, 2, 3, 4)]
-    points = torch.randn(4, 1, 3, generator=torch.Generator().manual_seed(0)) * 20 + torch.randn(4, 30, 3) * 0.1
+
+
+def test_clusters_are_directions() -> None:
+    """Pictures of one direction are one cluster, however long; by distance, the short ones of all would be one."""
+    chance = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(4, 1, 8, generator=chance), dim=-1)
+    lengths = 10 ** (2 * torch.rand(4, 30, 1, generator=chance) - 1)  # 0.1 to 10
+    points = lengths * (directions + 0.05 * torch.randn(4, 30, 8, generator=chance))
     centres = kmeans(points.flatten(0, 1), 4)
-    assert torch.cdist(points.mean(1), centres).amin(1).max() < 0.1
+    nearest = (F.normalize(points, dim=-1) @ centres.T).argmax(-1)  # (4, 30)
+    assert sorted(row.unique().tolist() for row in nearest) == [[0], [1], [2], [3]]
+    torch.testing.assert_close(centres.norm(dim=-1), torch.ones(4))
 
 
 def test_labels_that_are_no_styles() -> None:

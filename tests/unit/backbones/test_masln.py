@@ -191,6 +191,7 @@ def test_settings_that_are_refused(stage: Any, changes: dict[str, Any], message:
     ({"backbone": "clip4cir", "backbone_options": {}}, "give --backbone masln"),
     ({"dataset": "emoji", "data_root": None}, "has no label"),
     ({"backbone_options": {**GIVEN, "image": "given:30"}}, "features of 32 numbers, and the model reads 30"),
+    ({"backbone_options": {**GIVEN, "text": "embedded"}}, "vectors of 32 given features, and the model reads words"),
 ])  # fmt: skip
 def test_what_does_not_fit_the_stage(digits: Path, changes: dict[str, Any], message: str) -> None:
     """A backbone or dataset of another stage, or another length, is named in one line."""

@@ -132,6 +132,23 @@ def test_several_sources(root: Path, tmp_path: Path) -> None:
             assert {dataset.category(i) for i in query.targets} == {dataset.category(query.reference or "")}
 
 
+def test_a_source_that_names_splits_beside_one_that_does_not(root: Path) -> None:
+    """Equal labels are in the split that is named, so that no class of one is trained on and asked for in another."""
+    write_rows(root / "one.csv", rows_of(split=["train" if n < 16 else "test" for n in range(len(PATHS))]))
+    write_rows(root / "two.csv", rows_of())
+    (root / "labelled.yaml").write_text(json.dumps({"sources": {"one": "one.csv", "two": "two.csv"}}))
+    found = {split: {c.split("/")[1] for c in names} for split, names in classes_by_split(Labelled(str(root))).items()}
+    assert not found["train"] & found["test"] and {c for names in found.values() for c in names} == {
+        c for _, c in PATHS
+    }
+
+
+def test_classes_of_train_and_test_are_told(root: Path) -> None:
+    rows = rows_of(split=["train" if n % 4 < 2 else "test" for n in range(len(PATHS))])
+    notes = Labelled(write_rows(root / "closed.csv", rows)).notes()
+    assert any(f"test: {CLASSES - 1} classes are in train too" in note for note in notes)
+
+
 def test_splits_that_are_named(root: Path) -> None:
     """A column split wins over the hash; distractors are only ranked, and those of another split are not."""
     by_class = ["train", "train", "val", "test", "test", "distractor", "test", "val"]

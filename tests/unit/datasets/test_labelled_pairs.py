@@ -19,7 +19,7 @@ from spn4cir.evaluate import rank_queries
 from spn4cir.identity import inspect_images
 from spn4cir.images import ImageSource, Transform, VectorTransform, read_vector
 from spn4cir.results import compute_metrics
-from spn4cir.types import Benchmark, ImageRef
+from spn4cir.types import VECTOR, Benchmark, ImageRef
 
 CLASSES, EACH = 8, 6
 LABELS = [f"c{n % CLASSES}" for n in range(CLASSES * EACH)]
@@ -133,7 +133,7 @@ def test_given_features(given: Path) -> None:
     dataset = LabelledPairs(str(given))
     source = ImageSource(dataset.image, VectorTransform(4))
     assert torch.equal(source.stack(["1", "2", "48"]), torch.from_numpy(images[[0, 1, 47]]))
-    numbers = [np.float32(part) for part in dataset.caption("7").split()]
+    numbers = [np.float32(part) for part in dataset.caption("7").removeprefix(VECTOR).split()]
     assert numbers == texts[6].astype(np.float32).tolist()
     found = inspect_images({i: dataset.image(i) for i in ("1", "2", "3")}, show=False)
     hashes = [found[i].pixels for i in ("1", "2", "3")]
@@ -187,6 +187,15 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
 
+def enlarge(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = np.load(folder / name).astype(np.float64)
+        values[1, 0] = 1e300
+        np.save(folder / name, values)
+
+    return change
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (remove("texts.npy"), r"texts\.npy is missing"),
     (write("images.npy", "no array"), r"images\.npy cannot be read"),
@@ -196,6 +205,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     (write("splits.txt", "train\n" * 47 + "\n"), "48 has no split"),
     (write("splits.txt", "train\n" * 47 + "dev\n"), "split 'dev' of 48 is none of"),
     (write("splits.txt", "train\n" * 48), "no pair is in the split test"),
+    (enlarge("images.npy"), r"images\.npy, row 2: a number is not finite, or too large"),
 ])  # fmt: skip
 def test_damaged_features_are_named(given: Path, damage: Callable[[Path], None], message: str) -> None:
     """One line with the file and what is wrong; the whole folder is fine."""
