@@ -32,6 +32,7 @@ SUITE = (
 QUICK = ("evaluation", "deduplication", "matching")
 """These are smaller here than by their own commands, whose results have the plain names."""
 SLOW = {
+    "catalogues": "seconds, after a download",
     "captioning": "a minute, or a CUDA device",
     "encoding": "minutes, or a CUDA device",
     "demo": "about five minutes",

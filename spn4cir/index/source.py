@@ -133,11 +133,11 @@ def _columns(dataset: Dataset, ids: Sequence[str]) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    titles = [dataset.label(image_id) for image_id in ids]
+    titles, captions = [[of(image_id) for image_id in ids] for of in (dataset.label, dataset.caption)]
     known: dict[str, Any] = {
         "category": [dataset.category(image_id) for image_id in ids],
         "title": [title if title != image_id else "" for title, image_id in zip(titles, ids, strict=True)],
-        "caption": [dataset.caption(image_id) for image_id in ids],
+        "caption": [text if text != title else "" for text, title in zip(captions, titles, strict=True)],
         "names": _names(dataset, ids),
     }
     columns = {name: pa.array(values) for name, values in known.items() if any(values)}
