@@ -1,8 +1,8 @@
 """Two catalogues of other makers as a person would bring them: pictures with captions, and queries of their own.
 
 ``icons``: a thousand icons, named by a thing and what is done with it, such as ``table_add``. ``photographs``: squares
-of photographs, each as it is and in five other looks; any square of the photograph in the right look is a target. A part
-of the things, or of the photographs, is kept out of ``OUTPUT/train``. ``OUTPUT/all`` holds everything, and
+of photographs, each as it is and in five other looks; any square of the photograph in the right look is a target. A
+part of the things, or of the photographs, is kept out of ``OUTPUT/train``. ``OUTPUT/all`` holds everything, and
 ``queries.csv``, which asks among all for what was kept out. The rest of the way is told in docs/results.md.
 
 examples:
