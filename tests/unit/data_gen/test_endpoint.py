@@ -43,7 +43,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         Image.new("RGB", (2, 2), (n, 0, 0)).save(folder / f"{i}.png")
     no = lambda i: ""  # noqa: E731
     return cast(
-        Dataset, SimpleNamespace(name="x", image=lambda i: ImageRef(folder / f"{i}.png"), category=no, caption=no)
+        Dataset, SimpleNamespace(name="x", image=lambda i: ImageRef(folder / f"{i}.png"), category=no, captions=no)
     )
 
 
