@@ -88,7 +88,8 @@ class TrainConfig:
         keep_pixels: keep decoded images in memory; for small datasets.
         workers: data-loading processes.
         seed: of everything.
-        output: run folder; null makes runs/<dataset>/<backbone>/<stage>-<time>.
+        output: run folder; null makes runs/<dataset>/<backbone>/<stage>-<time>, for images of your own with a folder of
+            their catalogue before the backbone.
         resume: a run folder to continue.
         trackers: names that accelerate knows, such as [tensorboard]; metrics.jsonl is always written.
     """

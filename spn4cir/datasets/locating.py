@@ -146,6 +146,7 @@ def inner(folder: Path, where: NameRow, row: int, column: str, value: str) -> st
         if safe_name(path := str(inner_path(folder, column, value))):
             return path
     told = f"{value!a:.60} is no path below {folder}, relative to it and without control characters"
+    told += ": write / and no backslash" if "\\" in value else ""
     raise wrong(where(row), column, told)
 
 

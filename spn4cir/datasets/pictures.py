@@ -15,12 +15,13 @@ OURS = re.compile(r"(captions|queries|catalogue|metadata)\.(csv|tsv|jsonl|parque
 """Files beside pictures that are read, and so are not passed over."""
 PLAIN_SUFFIX = re.compile(r"\.[a-z0-9_-]{1,12}")  # any other is part of a name, which may hold what no message may
 HEIF, JXL = "pip install 'spn4cir[heif]'", "pip install 'spn4cir[jxl]'"
+TABLE = "name it to read it: --data-root FOLDER/NAME"
 ADVICE = {
     ".heic": HEIF, ".heif": HEIF, ".hif": HEIF, ".jxl": JXL, ".avif": "pip install 'pillow>=11.3'",
     ".svg": "draw it as PNG first", ".svgz": "draw it as PNG first", ".eps": "draw it as PNG first",
-    ".pdf": "draw its pages as PNG first",
+    ".pdf": "draw its pages as PNG first", ".csv": TABLE, ".tsv": TABLE, ".jsonl": TABLE,
 }  # fmt: skip
-"""What makes pictures of a suffix readable, where this Pillow does not open them."""
+"""What makes files of a suffix readable."""
 OWN = frozenset({"images.done.json", "images.jsonl", "images.cache.jsonl"})  # mark a folder that data generation wrote
 
 # Names go into JSON, HTML, logs and shells: no control characters, no line separators, no marks that turn the direction

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -175,6 +178,8 @@ def open_text(path: Path, given: TableSettings, roles: Roles, effective: Effecti
     for name in opened.names:
         copies = sum(before == name or before.startswith(f"{name}.") for before in names)
         names.append(f"{name}.{copies}" if name and name in names else name)
+    if twice := next((name for name in opened.names if name and opened.names.count(name) > 1), None):
+        opened.notes.append(f"{path}: the column {twice!r} occurs twice; the second is called '{twice}.1'")
     return opened, names
 
 
@@ -275,7 +280,7 @@ def cell_texts(path: Path, row: int, column: object, cell: Any) -> tuple[str, ..
     Raises ``InputError`` for a cell that holds anything else.
     """
     if isinstance(cell, str):
-        return (cell,) if cell.strip() else ()
+        return _listed(cell) if cell[:1] + cell[-1:] == "[]" else (cell,) if cell.strip() else ()
     if cell is None or (isinstance(cell, float) and cell != cell):
         return ()
     if isinstance(cell, int) and not isinstance(cell, bool):
@@ -287,6 +292,16 @@ def cell_texts(path: Path, row: int, column: object, cell: Any) -> tuple[str, ..
         english = [part for part in parts if isinstance(part, Mapping) and _is_english(part)]
         return tuple(text for part in english or parts for text in cell_texts(path, row, column, part))
     raise InputError(f"{path}, row {row}, column {str(column)!r}: expected a text, got {short(_shown(cell))}")
+
+
+def _listed(cell: str) -> tuple[str, ...]:
+    """The texts of a list that is written as JSON or Python writes one; of anything else the cell itself."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(cell)
+            if isinstance(found, list) and all(isinstance(text, str) for text in found):
+                return tuple(text for text in found if text.strip())
+    return (cell,)
 
 
 def _is_english(part: Mapping[str, Any]) -> bool:

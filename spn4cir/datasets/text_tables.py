@@ -46,8 +46,12 @@ def find_encoding(path: Path, given: str | None = None) -> str:
             head = file.read(4096)
             if bom := next((bom for bom in BOMS if head.startswith(bom)), None):
                 return BOMS[bom]
-            if b"\0" in head:
-                return "utf-16-le" if head[1::2].count(0) > head[::2].count(0) else "utf-16-be"
+            zeros = head[::2].count(0), head[1::2].count(0)
+            if max(zeros) > len(head) / 8:  # more than a quarter of one half
+                return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+            if sum(zeros):
+                line = head[: head.index(b"\0")].count(b"\n") + 1
+                raise InputError(f"{path}, line {line}: holds a byte of zero, which no text has")
             file.seek(0)
             return _utf8_or_cp1252(path, file)
     except LookupError:
@@ -58,16 +62,19 @@ def find_encoding(path: Path, given: str | None = None) -> str:
 
 def _utf8_or_cp1252(path: Path, file: BinaryIO) -> str:
     utf8, cp1252 = codecs.getincrementaldecoder("utf-8")(), codecs.getincrementaldecoder("cp1252")()
-    failed, foreign = False, False  # whether the file is no UTF-8, and whether it holds letters beyond ASCII in UTF-8
+    failed, foreign, lines = False, False, 1  # whether the file is no UTF-8; whether it holds letters of UTF-8
     while part := file.read(1 << 20):
         if not failed:
             try:
                 foreign |= not utf8.decode(part).isascii()
+                lines += part.count(b"\n")
                 continue
-            except UnicodeDecodeError:
-                failed = True
-                if foreign:
-                    break
+            except UnicodeDecodeError as error:
+                failed, before = True, error.object[: error.start]
+                if foreign or not before.isascii():
+                    line = lines + before.count(b"\n")
+                    what = "is no UTF-8, and letters before it are: save all of the file in one encoding"
+                    raise InputError(f"{path}, line {line} {what}, or name it, such as encoding=gb18030") from None
                 file.seek(0)
                 continue
         try:
@@ -141,7 +148,8 @@ class TextTable:
         self.notes = list[str]()
         if self.encoding not in ("utf-8", "utf-8-sig") and not encoding:
             name = self.encoding if self.encoding == "cp1252" else "UTF-16"
-            self.notes.append(f"{path} is read as {name}; if letters are wrong, save it as UTF-8")
+            what = "if letters are wrong, save it as UTF-8, or name its encoding, such as ?encoding=gb18030"
+            self.notes.append(f"{path} is read as {name}; {what}")
         self._kinds = set[str]()  # of the cells of the key columns so far
         self._repaired = list[int]()
         self._find_head(find_keys)
@@ -184,7 +192,8 @@ class TextTable:
                     if not lines.taken or "limit" in str(error):
                         raise InputError(f"{self.path}, line {lines.number}: {error}") from None
                 start = lines.number - len(lines.taken) + 1
-                if fields is None or (len(lines.taken) > 1 and self._find_swallowed(lines.taken)):
+                swallows = len(lines.taken) > 1 and self._find_swallowed(lines.taken) is not None
+                if fields is None or (swallows and not self._breaks_a_name(fields)):
                     fields = self._read_literally(lines, start)
                     reader = self._reader(lines)
                 elif self._strict and len(lines.taken) > 1:
@@ -203,6 +212,12 @@ class TextTable:
         """Which line of a record, after its first, holds an image of its own."""
         first = self._kind(_split(taken[0], self.separator, quoted=False))
         return next((n for n, line in enumerate(taken) if n and self._holds_image(line, first)), None)
+
+    def _breaks_a_name(self, fields: Sequence[str]) -> bool:
+        """Whether it is names of pictures that hold line ends, and nothing of other columns."""
+        broken = [place for place, field in enumerate(fields) if "\n" in field or "\r" in field]
+        own = all(place in self._keys and self.separator not in fields[place] for place in broken)
+        return own and len(fields) == len(self.names)
 
     def _is_usual(self, fields: Sequence[str]) -> bool:
         """Whether a row names a file by a suffix that rows before it name files by."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
+from conftest import draw_picture
 from PIL import Image
 from pyarrow import parquet
 
@@ -15,7 +16,9 @@ from spn4cir.datasets import load_dataset, open_extra_images
 from spn4cir.datasets.catalogue import Catalogue
 from spn4cir.datasets.generated import read_generated
 from spn4cir.datasets.html_text import strip_html
+from spn4cir.datasets.roles import ROLES
 from spn4cir.datasets.table_settings import fill_template, read_place, split_place
+from spn4cir.datasets.tables import load_table
 from spn4cir.errors import InputError
 from spn4cir.evaluate import benchmark_fingerprint
 from spn4cir.index.source import read_source
@@ -413,3 +416,45 @@ def test_triplets_as_people_export_them(shop: Path) -> None:
     text = 'reference,modification,target\n0.png,"larger,1.png\n2.png,"shorter,3.png\n'
     with pytest.raises(InputError, match=r"t\.csv, line 2: a quote is opened"):
         load_dataset("pairs", write(shop / "t.csv", text)).triplets()
+
+
+def test_a_name_with_a_line_end_is_one_row(tmp_path: Path) -> None:
+    """A quoted path of two lines is told as such; a stray quote that swallows a row is still a letter."""
+    path = tmp_path / "p.csv"
+    path.write_text('image,caption\n0.png,a\n"new\nline.png",b\n2.png,c\n')
+    assert load_table(path, ROLES).text("image") == ["0.png", "new\nline.png", "2.png"]
+    draw_picture(tmp_path / "0.png", 0)
+    with pytest.raises(InputError, match=r"row 2, column 'image'.*control characters"):
+        Catalogue(str(path)).training_images()
+    path.write_text('image,caption\n0.png,"a\n1.png,b"\n2.png,c\n')
+    table = load_table(path, ROLES)
+    assert table.text("image") == ["0.png", "1.png", "2.png"] and "opens a quote that swallows rows" in table.notes[0]
+
+
+@pytest.mark.parametrize(("content", "told"), [
+    (b"image,caption\n0.png,a\0b\n1.png,x\n", "line 2: holds a byte of zero"),
+    ("image,caption\n0.png,café\n".encode() + "1.png,crème\n".encode("cp1252"), "line 3 is no UTF-8, and letters"),
+])  # fmt: skip
+def test_encodings_that_are_none(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(InputError, match=told):
+        load_table(tmp_path / "t.csv", ROLES)
+
+
+def test_a_list_in_a_cell_of_text(tmp_path: Path) -> None:
+    """As JSON or Python writes one; other brackets are text. A column that occurs twice is told."""
+    path = tmp_path / "t.csv"
+    path.write_text(
+        'image,caption,caption\na,"[""a cat"", ""a pet""]",x\nb,"[\'b\', \'c\']",y\nc,[sic] d [e],z\nd,[1],z\n'
+    )
+    table = load_table(path, ROLES)
+    assert table.texts("caption") == [("a cat", "a pet"), ("b", "c"), ("[sic] d [e]",), ("[1]",)]
+    assert table.text("caption.1") == ["x", "y", "z", "z"] and "'caption' occurs twice" in table.notes[0]
+
+
+def test_a_table_beside_pictures_is_told(tmp_path: Path) -> None:
+    draw_picture(tmp_path / "a.png", 0)
+    (tmp_path / "products.csv").write_text("image,caption\na.png,red\n")
+    assert any(
+        "1 .csv (name it to read it: --data-root FOLDER/NAME)" in note for note in Catalogue(str(tmp_path)).notes()
+    )
