@@ -40,7 +40,8 @@ def near_duplicate_ids(seen: Mapping[str, tuple[str, tuple[int, int]]]) -> dict[
         seen: image id → what ``small_version`` gives, and width and height; an empty one resembles nothing.
     """
     leaders: list[str] = []
-    vectors, shapes = np.empty((16, 3, GRID * GRID), np.int16), np.empty(16)  # (C, 3, 64) and (C,)
+    vectors: Levels = np.empty((16, 3, GRID * GRID), np.int16)  # (C, 3, 64)
+    shapes: Levels = np.empty(16)  # (C,)
     cells: dict[tuple[int, ...], list[int]] = {}
     found: dict[str, str] = {}
     for image_id, (small, (width, height)) in seen.items():
