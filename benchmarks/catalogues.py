@@ -16,7 +16,7 @@ import csv
 import hashlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
 
+PHOTOGRAPHS = (".png", ".jpg", ".jpeg", ".gif", ".tif")
 ACTIONS = ("add", "delete", "edit", "go", "link", "error", "key")
 LOOKS = ("plain", "red", "blue", "dark", "negative", "mirrored")
 SQUARES, SIDE, FEWEST = 12, 96, 3  # of each photograph, and their side in pixels; pictures of a family with queries
@@ -53,20 +54,27 @@ def icons(source: Path) -> list[Picture]:
 
 def photographs(source: Path) -> list[Picture]:
     """Cut squares at places drawn by a seed, and draw each in all looks."""
-    chance, pictures = np.random.default_rng(0), list[Picture]()
-    for path in sorted(p for p in source.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")):
+    pictures = []
+    for path, number, square in cut_squares(source, SQUARES, SIDE):
+        for look in LOOKS:
+            name, what = f"{path.stem}-{number:02d}-{look}.jpg", path.stem.replace("_", " ").replace("-", " ")
+            file = io.BytesIO()
+            draw_look(square, look).save(file, "JPEG", quality=92)
+            pictures.append(Picture(path.stem, look, name, f"{what} {look}", file.getvalue()))
+    return pictures
+
+
+def cut_squares(folder: Path, count: int, side: int) -> Iterator[tuple[Path, int, Image.Image]]:
+    """Squares of a folder's photographs, half the shorter side wide, at places drawn by a seed: ``count`` of each."""
+    chance = np.random.default_rng(0)
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTOGRAPHS):
         with Image.open(path) as opened:
             whole = opened.convert("RGB")
-        side = min(whole.size) // 2
-        for number in range(SQUARES):
-            left, top = (int(chance.integers(0, size - side + 1)) for size in whole.size)
-            square = whole.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            for look in LOOKS:
-                name, what = f"{path.stem}-{number:02d}-{look}.jpg", path.stem.replace("_", " ").replace("-", " ")
-                file = io.BytesIO()
-                draw_look(square, look).save(file, "JPEG", quality=92)
-                pictures.append(Picture(path.stem, look, name, f"{what} {look}", file.getvalue()))
-    return pictures
+        cut = min(whole.size) // 2
+        for number in range(count):
+            left, top = (int(chance.integers(0, size - cut + 1)) for size in whole.size)
+            square = whole.crop((left, top, left + cut, top + cut))
+            yield path, number, square.resize((side, side), Image.Resampling.LANCZOS)
 
 
 def draw_look(picture: Image.Image, look: str) -> Image.Image:

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from benchmarks.catalogues import cut_squares
 from benchmarks.claims import ROOT, spread
 from benchmarks.intervals import paired_bootstrap
 from benchmarks.styles_plot import draw_embeddings
@@ -255,19 +255,12 @@ def cost(model: Freestyle, repeats: int = 20) -> dict[str, float]:
 
 def make_crops(photos: Path, folder: Path) -> None:
     """Crops of a folder's photographs, ``CROPS`` of each, half its shorter side wide, at places drawn by a seed."""
-    chance = np.random.default_rng(0)
-    files = sorted(p for p in photos.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".tif"))
-    if not files:
+    crops = {f"{path.stem}-{number:02d}.png": crop for path, number, crop in cut_squares(photos, CROPS, SIDE)}
+    if not crops:
         raise InputError(f"--crops {photos} holds no picture")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-        side = min(picture.size) // 2
-        for number in range(CROPS):
-            left, top = (int(chance.integers(0, size - side + 1)) for size in picture.size)
-            crop = picture.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            crop.save(folder / f"{path.stem}-{number:02d}.png")
+    for name, crop in crops.items():
+        crop.save(folder / name)
 
 
 def markdown(rows: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
