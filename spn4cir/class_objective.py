@@ -17,14 +17,19 @@ SET_BY_US = {"scale", "classes", "counts"}
 """Arguments of margins that the data or the temperature decide."""
 
 
+def find_margin(name: str) -> type[ArcFace]:
+    """The class of a margin. Raises ``InputError`` for an unknown name."""
+    if name not in MARGINS:
+        raise InputError(f"classes.margin cannot be {name!r}; known: {', '.join(MARGINS)}")
+    return MARGINS[name]
+
+
 def build_margin(name: str, options: dict[str, Any], temperature: float, counts: list[int]) -> ArcFace:
     """A margin of ``MARGINS`` for classes of so many images each, with the scale 1 / temperature.
 
     Raises ``InputError`` for an unknown name or option.
     """
-    if name not in MARGINS:
-        raise InputError(f"classes.margin cannot be {name!r}; known: {', '.join(MARGINS)}")
-    kind: Any = MARGINS[name]
+    kind: Any = find_margin(name)
     names = kind.__init__.__code__.co_varnames[1 : kind.__init__.__code__.co_argcount]
     free = [option for option in names if option not in SET_BY_US]
     if unknown := [option for option in options if option not in free]:

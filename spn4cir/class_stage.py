@@ -8,11 +8,11 @@ from spn4cir import bank as banks
 from spn4cir.backbone import Backbone
 from spn4cir.backbones.embedding import Embedding, TowerFeatures
 from spn4cir.batches import BalancedSampler, TripletCollate, TripletLoader, TripletSampler
-from spn4cir.class_objective import ClassObjective, build_margin
+from spn4cir.class_objective import ClassObjective, build_margin, find_margin
 from spn4cir.config import TrainConfig
 from spn4cir.data import TrainingData
 from spn4cir.errors import InputError
-from spn4cir.margins import MARGINS, ArcFace
+from spn4cir.margins import ArcFace
 from spn4cir.objective import ClassCentres
 from spn4cir.preparation import (
     Training,
@@ -35,9 +35,7 @@ def check_classes(config: TrainConfig) -> None:
     for name, value in own["bank"].items():
         if name != "dtype" and value != usual["bank"][name]:
             raise InputError(f"bank.{name} is for other stages: stage classes has no bank of candidates")
-    if config.classes.margin not in MARGINS:
-        raise InputError(f"classes.margin cannot be {config.classes.margin!r}; known: {', '.join(MARGINS)}")
-    if config.compute.accumulate > 1 and MARGINS[config.classes.margin].observe is not ArcFace.observe:
+    if find_margin(config.classes.margin).observe is not ArcFace.observe and config.compute.accumulate > 1:
         what = f"classes.margin {config.classes.margin} follows the images of a whole batch"
         raise InputError(f"{what}: set compute.accumulate to 1")
     if config.mixed_precision == "fp16":

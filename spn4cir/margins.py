@@ -42,8 +42,6 @@ class ArcFace(nn.Module):
     """
 
     scale: Tensor
-    label: Tensor
-    norm: Tensor
 
     def __init__(self, scale: float = 30.0, margin: float = 0.5):
         super().__init__()

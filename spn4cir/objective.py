@@ -122,8 +122,12 @@ class StoredTargets(Candidates):
 
     def forward(self, batch: TripletBatch) -> tuple[Tensor | Shard, Tensor, Tensor | None]:
         """The targets (N, K, E) of all processes; ignored are the same pairs as in ``InBatch``."""
-        contrast = InBatch(batch.identity, 1.0, batch.others, positives=batch.positives)
+        contrast = self.contrast(batch)
         return all_gather_rows(self.own(batch)), contrast.own, contrast.ignored
+
+    def contrast(self, batch: TripletBatch) -> InBatch:
+        """Which targets of the batches are a query's own, and which are ignored."""
+        return InBatch(batch.identity, 1.0, batch.others, positives=batch.positives)
 
 
 class Objective(nn.Module):
@@ -201,8 +205,8 @@ class Objective(nn.Module):
         self._scored = lambda: (vectors, positives, ignore)
         if self.margin is not None:
             assert isinstance(self.candidates, StoredTargets)
-            contrast = InBatch(batch.identity, 1.0, batch.others, positives=batch.positives)
-            return contrast.by_margin(composed.query, self.candidates.own(batch), self.margin, batch.step)
+            contrast, target = self.candidates.contrast(batch), self.candidates.own(batch)
+            return contrast.by_margin(composed.query, target, self.margin, batch.step)
         return info_nce(composed.query, vectors, positives, self.temperature, ignore, self.max_similarity)
 
     @torch.no_grad()

@@ -64,7 +64,7 @@ class LabelledSource:
     images: Sequence[LabelledImage]
     find: Callable[[str], ImageRef]
     titles: Mapping[str, str]
-    captions: Mapping[str, str]
+    captions: Mapping[str, tuple[str, ...]]
     notes: Sequence[str] = ()
 
 
@@ -108,8 +108,7 @@ def read_labelled(place: str, name: str = "") -> LabelledSource:
         _labelled_image(image_id, {role: values[row] for role, values in columns.items()}, (name, default), row, where)
         for row, image_id in enumerate(ids)
     ]
-    captions = {image_id: texts[0] for image_id, texts in contents.captions.items() if texts}
-    return LabelledSource(images, contents.image, contents.titles, captions, contents.notes)
+    return LabelledSource(images, contents.image, contents.titles, contents.captions, contents.notes)
 
 
 def _name_place(path: Path) -> str:

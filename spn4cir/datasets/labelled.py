@@ -163,9 +163,13 @@ class Labelled(Dataset):
         return self._images[image_id].class_name if image_id in self._images else ""
 
     def caption(self, image_id: str) -> str:
-        """The caption, where the source has one; else empty."""
+        """The first of ``captions``, or nothing."""
+        return next(iter(self.captions(image_id)), "")
+
+    def captions(self, image_id: str) -> tuple[str, ...]:
+        """All captions that the source has."""
         source, own_id = self._places.get(image_id, (None, ""))
-        return source.captions.get(own_id, "") if source else ""
+        return source.captions.get(own_id, ()) if source else ()
 
     def notes(self) -> list[str]:
         """How classes were limited and split, what was left out, and how many images are no queries."""

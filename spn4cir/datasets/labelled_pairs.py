@@ -78,8 +78,14 @@ class LabelledPairs(Dataset):
             if not image.label or not read.captions.get(image.image_id):
                 lacks = "text" if image.label else "label"
                 raise InputError(f"{table or root}: {short(image.image_id)} has no {lacks}: a pair needs both")
-        pairs = [Pair(i.image_id, read.captions[i.image_id], i.label, i.split) for i in read.images]
-        return PairSource(pairs, read.find, notes=read.notes)
+        texts = [read.captions[image.image_id] for image in read.images]
+        pairs = [
+            Pair(image.image_id, first, image.label, image.split, tuple(further))
+            for image, (first, *further) in zip(read.images, texts, strict=True)
+        ]
+        several = sum(len(pair.further) > 0 for pair in pairs)
+        what = f"{several} images have several texts: training draws one each time, evaluation takes the first"
+        return PairSource(pairs, read.find, notes=[*read.notes, *[what] * bool(several)])
 
     def find_image(self, image_id: str) -> ImageRef:
         """The image of a pair. Raises ``InputError`` for an unknown id."""
@@ -99,8 +105,8 @@ class LabelledPairs(Dataset):
         return [pair.image_id for pair in self._of_split("train")]
 
     def read_triplets(self) -> list[Triplet]:
-        """Each training pair: its image as the reference, its text, its class, and no target."""
-        return [Triplet(pair.image_id, (), (pair.text,), pair.label) for pair in self._of_split("train")]
+        """Each training pair: its image as the reference, its texts, its class, and no target."""
+        return [Triplet(p.image_id, (), (p.text, *p.further), p.label) for p in self._of_split("train")]
 
     def read_benchmark(self, split: str, protocol: str | None = None) -> Benchmark:
         """Both directions of a protocol. Relevant are all items of the query's class.

@@ -15,12 +15,16 @@ SPLITS = ("train", "val", "test")
 
 
 class Pair(NamedTuple):
-    """An image, its text and their class; the split is empty where the files name none."""
+    """An image, its text and their class; the split is empty where the files name none.
+
+    ``further`` are other texts of the image, of which training draws too.
+    """
 
     image_id: str
     text: str
     label: str
     split: str = ""
+    further: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,14 @@ def test_tables(tmp_path: Path, name: str) -> None:
     assert dataset.protocols["val"] == ("labelled_pairs/val-seen",)
     assert dataset.benchmark("test").texts[text_id("47.png")] == "text 47"
     assert all(triplet.texts == (dataset.caption(str(triplet.reference)),) for triplet in dataset.triplets())
+    first = dataset.triplets()[0]
+    again = next(row for row in rows if row["img_path"] == first.reference) | {"caption": "another text"}
+    with_more = LabelledPairs(write_rows(tmp_path / name, [*rows, again]))
+    assert with_more.triplets()[0].texts == (*first.texts, "another text")
+    assert len(with_more.triplets()) == len(dataset.triplets()) and with_more.benchmark("test") == dataset.benchmark(
+        "test"
+    )
+    assert any("1 images have several texts" in note for note in with_more.notes())
     rows[5]["caption"] = ""
     with pytest.raises(InputError, match=r'"5\.png" has no text'):
         LabelledPairs(write_rows(tmp_path / name, rows))
