@@ -100,7 +100,8 @@ class Dataset(ABC):
         """The image of an id. Raises ``InputError`` for an unknown id."""
         if image_id in self.extra_images:
             return self.extra_images[image_id]
-        return self.find_image(image_id)._replace(as_published=self.as_published)
+        found = self.find_image(image_id)
+        return found._replace(as_published=found.as_published or self.as_published)
 
     def training_images(self) -> list[str]:
         """All images that training may use, without skipped ones, extra ones last."""

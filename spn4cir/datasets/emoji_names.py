@@ -47,8 +47,8 @@ def emoji_folder() -> Path:
 
 
 def find_emoji(image_id: str) -> ImageRef:
-    """The PNG of an emoji."""
-    return ImageRef(emoji_folder() / f"{image_id}.png")
+    """The PNG of an emoji, whose pixels are those of all figures, whichever dataset shows it."""
+    return ImageRef(emoji_folder() / f"{image_id}.png", as_published=True)
 
 
 @cache

@@ -226,6 +226,13 @@ def test_measures_by_hand(root: Path) -> None:
     assert flat["mMP@5"] == pytest.approx(100 * (3 * 2 / 7 + 5 * 4 / 7) / 8)  # equal scores are as good as chance
 
 
+@pytest.mark.parametrize("name", ["labelled", "labelled_pairs"])
+def test_emoji_have_the_pixels_of_the_emoji(name: str) -> None:
+    """Also light ones on transparency, which pictures of one's own show on grey."""
+    dataset, emoji = load_dataset(name), load_dataset("emoji")
+    assert all(dataset.image(i) == emoji.image(i) for i in dataset.training_images())
+
+
 def test_embedded_emoji() -> None:
     """Without a root: concepts of at least three images, unseen ones evaluated, names to show."""
     dataset = load_dataset("labelled")
