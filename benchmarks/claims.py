@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.intervals import paired_bootstrap
 from spn4cir.config import TrainConfig, parse
 from spn4cir.errors import run_command
 from spn4cir.files import write_text
+from spn4cir.intervals import paired_bootstrap
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -150,8 +150,9 @@ def first_results(run: Path) -> "Tensor":
     """(Q, TOP) gallery rows of the val queries, best first, by a run."""
     from spn4cir import checkpoints
     from spn4cir.datasets import load_dataset
-    from spn4cir.evaluate import encode_benchmark, padded_rows
+    from spn4cir.evaluate import encode_benchmark
     from spn4cir.images import ImageSource
+    from spn4cir.ranking import padded_rows
     from spn4cir.search import top_k
 
     backbone, dataset = checkpoints.load_model(run), load_dataset("emoji")

@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from benchmarks.measure import anonymous, row
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError, run_command
-from spn4cir.evaluate import rank_queries
 from spn4cir.files import write_text
 from spn4cir.measures import measure_name
+from spn4cir.ranking import rank_queries
 from spn4cir.results import compute_metrics, git_commit, primary_names
 from spn4cir.types import Benchmark, Query, recall_measures
 

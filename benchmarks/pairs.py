@@ -167,7 +167,7 @@ def average_precision_of(metrics: Mapping[str, float], tags: Mapping[str, Mappin
 def measure_vectors(dataset: Dataset, image: Mapping[str, Tensor], text: Mapping[str, Tensor]) -> dict[str, Figures]:
     """As ``measure_row`` for the vectors (E,) of image ids and of texts, by cosine."""
     from spn4cir.backbone import l2_normalize
-    from spn4cir.evaluate import rank_queries
+    from spn4cir.ranking import rank_queries
     from spn4cir.results import compute_metrics
 
     found = {}

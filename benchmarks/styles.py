@@ -29,7 +29,6 @@ from torch import Tensor
 
 from benchmarks.catalogues import cut_squares
 from benchmarks.claims import ROOT, spread
-from benchmarks.intervals import paired_bootstrap
 from benchmarks.styles_plot import draw_embeddings
 from spn4cir.backbones.freestyle import Freestyle
 from spn4cir.backbones.shared_style import StyleSpace
@@ -37,6 +36,7 @@ from spn4cir.config import TrainConfig, parse
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError, run_command
 from spn4cir.files import write_text
+from spn4cir.intervals import paired_bootstrap
 
 RESULTS = Path(__file__).parent / "results"
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -107,9 +107,10 @@ def load_row(run: Path | None) -> Freestyle:
 
 def measure(run: Path | None, dataset: Dataset, split: str = "test") -> Hits:
     """Hits of each query at 1 and at 5 in percent, composed and by late fusion of its parts, and the queries' tags."""
-    from spn4cir.evaluate import COMPOSED, IMAGE_ONLY, TEXT_ONLY, encode_benchmark, rank_fused, rank_queries
+    from spn4cir.evaluate import COMPOSED, IMAGE_ONLY, TEXT_ONLY, encode_benchmark
     from spn4cir.images import ImageSource
     from spn4cir.measures import recall
+    from spn4cir.ranking import rank_fused, rank_queries
 
     kept = run and run / "measured.json"
     if kept and kept.is_file():

@@ -11,7 +11,7 @@ import sys
 
 COMMANDS = {
     "train": "spn4cir.train_cli:train_command",
-    "eval": "spn4cir.cli:evaluate_command",
+    "eval": "spn4cir.eval_cli:evaluate_command",
     "data": "spn4cir.cli:data_command",
     "import": "spn4cir.cli:import_command",
     "index": "spn4cir.index_cli:index_command",

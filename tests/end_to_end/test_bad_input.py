@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spn4cir.cli import evaluate_command, import_command
+from spn4cir.cli import import_command
+from spn4cir.eval_cli import evaluate_command
 
 ROOT = Path(__file__).parent.parent.parent
 Call = Callable[..., str]

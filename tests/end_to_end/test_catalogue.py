@@ -13,8 +13,9 @@ from conftest import draw_picture
 
 from spn4cir import batches
 from spn4cir.batches import TripletRows
-from spn4cir.cli import data_command, evaluate_command
+from spn4cir.cli import data_command
 from spn4cir.datasets.emoji import Emoji
+from spn4cir.eval_cli import evaluate_command
 from spn4cir.files import read_jsonl
 from spn4cir.types import Triplet
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from spn4cir.checkpoints import load_model
-from spn4cir.cli import evaluate_command
 from spn4cir.data_gen.matchers import load_matcher
 from spn4cir.errors import InputError
+from spn4cir.eval_cli import evaluate_command
 from spn4cir.index.local import Index
 from spn4cir.model import load
 from spn4cir.train_cli import train_command

@@ -21,10 +21,10 @@ from tiny_backbones import COMPOSED
 from spn4cir import train
 from spn4cir.backbones import BACKBONES, build_backbone
 from spn4cir.checkpoints import save_model
-from spn4cir.cli import evaluate_command
 from spn4cir.config import TrainConfig, parse
 from spn4cir.datasets import DATASETS
 from spn4cir.datasets.emoji import Emoji
+from spn4cir.eval_cli import evaluate_command
 from spn4cir.train_cli import train_command
 from spn4cir.types import Benchmark
 

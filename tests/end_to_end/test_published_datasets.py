@@ -19,9 +19,10 @@ from spn4cir import batches, stages, train
 from spn4cir.backbones import build_backbone
 from spn4cir.batches import TripletCollate, TripletRows
 from spn4cir.checkpoints import save_model
-from spn4cir.cli import data_command, evaluate_command
+from spn4cir.cli import data_command
 from spn4cir.config import training_command
 from spn4cir.datasets.submission import LIMIT
+from spn4cir.eval_cli import evaluate_command
 from spn4cir.types import Triplet
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pytest
 
-from spn4cir.cli import evaluate_command
 from spn4cir.data_gen.caption import caption_images, check_captioner
 from spn4cir.data_gen.deduplicate import deduplicate
 from spn4cir.data_gen.given import known_captions
@@ -18,6 +17,7 @@ from spn4cir.data_gen.sample_images import SampleConfig, sample_images
 from spn4cir.data_gen.steps import GenerateConfig
 from spn4cir.dataset_check import examine
 from spn4cir.datasets import load_dataset
+from spn4cir.eval_cli import evaluate_command
 from spn4cir.files import read_jsonl
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"

@@ -22,8 +22,9 @@ from spn4cir.bank import Bank, load_or_build
 from spn4cir.datasets import load_dataset
 from spn4cir.datasets.skip import write_skip_list
 from spn4cir.errors import InputError
-from spn4cir.evaluate import encode_benchmark, evaluate, rank_queries
+from spn4cir.evaluate import encode_benchmark, evaluate
 from spn4cir.images import ImageSource
+from spn4cir.ranking import rank_queries
 from spn4cir.results import combine, compute_metrics, metrics_table
 from spn4cir.types import Benchmark, ImageFeatures, Query, recall_measures
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.intervals import paired_bootstrap
+from spn4cir.intervals import paired_bootstrap
 
 
 def slow_bootstrap(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spn4cir.evaluate import rank_fused
+from spn4cir.ranking import rank_fused
 from spn4cir.search import fuse_scores, rank_scores, rank_targets
 from spn4cir.types import Benchmark, Measure, Query, recall_measures
 

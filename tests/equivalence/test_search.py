@@ -11,9 +11,10 @@ from torch import Tensor
 
 from spn4cir import search
 from spn4cir.backbone import Backbone
-from spn4cir.evaluate import evaluate, rank_queries
+from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource, Transform
 from spn4cir.measures import best_ranks, recall
+from spn4cir.ranking import rank_queries
 from spn4cir.results import compute_metrics
 from spn4cir.search import rank_targets, top_k
 from spn4cir.types import Benchmark, Composed, ImageFeatures, Query, Tokens, recall_measures

@@ -49,7 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def test_every_benchmark_is_known() -> None:
     """Each module is in the suite or named apart from it, once."""
-    helpers = {"__init__", "__main__", "measure", "made_index", "intervals", "styles_plot", "table_shapes"}
+    helpers = {"__init__", "__main__", "measure", "made_index", "styles_plot", "table_shapes"}
     modules = {path.stem for path in HERE.glob("*.py")} - helpers
     assert sorted(modules) == sorted([*suite.SUITE, *suite.SLOW])
     assert set(suite.QUICK) <= set(suite.SUITE)

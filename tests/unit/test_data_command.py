@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from spn4cir.cli import data_command, evaluate_command
+from spn4cir.cli import data_command
 from spn4cir.datasets.cirr import CIRR
 from spn4cir.datasets.skip import NAME
+from spn4cir.eval_cli import evaluate_command
 from spn4cir.identity import PUBLISHED_CLASSES, read_optimized
 
 

@@ -83,7 +83,7 @@ def test_what_an_evaluation_says_of_it(
     tmp_path: Path, toy, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:  # type: ignore[no-untyped-def]
     """The folder that the command names as next is what spn4cir-eval reads: the figures are the model's own."""
-    from spn4cir.cli import evaluate_command
+    from spn4cir.eval_cli import evaluate_command
 
     torch.save({"CLIP": weights}, tmp_path / "published.pt")
     output = str(tmp_path / "imported")

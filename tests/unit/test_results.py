@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from spn4cir import cli
+from spn4cir import eval_cli
 from spn4cir.datasets import load_dataset
 from spn4cir.errors import InputError
 from spn4cir.measures import best_ranks
@@ -145,7 +145,7 @@ def spn4cir_eval(monkeypatch: pytest.MonkeyPatch) -> Eval:
     def run(*arguments: object) -> int:
         monkeypatch.setattr("sys.argv", ["spn4cir-eval", *map(str, arguments)])
         try:
-            cli.evaluate_command()
+            eval_cli.evaluate_command()
         except SystemExit as stopped:
             return int(str(stopped.code))
         return 0

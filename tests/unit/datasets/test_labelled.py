@@ -21,8 +21,8 @@ from spn4cir.datasets.emoji_names import load_names, parse_attributes
 from spn4cir.datasets.labelled import Labelled
 from spn4cir.datasets.skip import write_skip_list
 from spn4cir.errors import InputError
-from spn4cir.evaluate import rank_queries
 from spn4cir.images import open_image
+from spn4cir.ranking import rank_queries
 from spn4cir.results import compute_metrics, metric_names, primary_names
 from spn4cir.stages import STAGES
 from spn4cir.train import train

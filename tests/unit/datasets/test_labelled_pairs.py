@@ -15,9 +15,9 @@ from spn4cir.dataset_check import examine
 from spn4cir.datasets.labelled_pairs import KINDS, LabelledPairs, text_id
 from spn4cir.datasets.pair_splits import Pair, split_pair_classes, split_pairs
 from spn4cir.errors import InputError
-from spn4cir.evaluate import rank_queries
 from spn4cir.identity import inspect_images
 from spn4cir.images import ImageSource, Transform, VectorTransform, read_vector
+from spn4cir.ranking import rank_queries
 from spn4cir.results import compute_metrics
 from spn4cir.types import VECTOR, Benchmark, ImageRef
 
