@@ -16,7 +16,7 @@ from spn4cir.distributed import all_reduce, process_rank, world_size
 from spn4cir.errors import InputError
 from spn4cir.images import ImageSource
 from spn4cir.measures import Ranks
-from spn4cir.ranking import first_items, rank_fused, rank_queries
+from spn4cir.ranking import first_items, rank_fused, rank_negatives, rank_queries
 from spn4cir.results import Ranking, Result, compute_ablation, compute_metrics
 from spn4cir.types import Benchmark, ImageFeatures
 
@@ -165,6 +165,8 @@ def benchmark_fingerprint(benchmark: Benchmark) -> str:
         if id(query.candidates) not in candidates:
             candidates[id(query.candidates)] = hashlib.sha256(json.dumps(query.candidates).encode()).hexdigest()
         about = [query.reference, query.text, query.targets, query.tags, query.name, candidates[id(query.candidates)]]
+        if query.negatives or query.need:  # else the digest is that of before there were any
+            about += [query.negatives, query.need]
         digest.update(json.dumps(about).encode())
     return digest.hexdigest()[:16]
 
@@ -211,7 +213,8 @@ def evaluate(
                 benchmark, found.queries[IMAGE_ONLY], found.queries[TEXT_ONLY], found.target
             )
         ranks = by_mode[COMPOSED]
-    metrics, tags = compute_metrics(benchmark, ranks) if ranks else ({}, {})
+    negatives = rank_negatives(benchmark, found.queries[COMPOSED], found.target) if ranks else None
+    metrics, tags = compute_metrics(benchmark, ranks, negatives) if ranks else ({}, {})
     parts = compute_ablation(benchmark, by_mode) if ablate else {}
     lists = first_items(benchmark, found.queries[COMPOSED], found.target, top) if top else {}
     rankings = {over: Ranking(ranks.get(over), *lists.get(over, ((), ()))) for over in {**ranks, **lists}}
@@ -227,4 +230,7 @@ def evaluate(
         skipped=benchmark.skipped,
         queries=benchmark.queries,
         rankings=rankings,
+        benchmark=benchmark,
+        by_mode=by_mode,
+        negatives=negatives,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spn4cir.distributed import all_reduce, process_rank, world_size
 from spn4cir.measures import Ranks
+from spn4cir.query_values import NegativeRanks
 from spn4cir.search import fuse_scores, inside, rank_scores, rank_targets, top_k
 from spn4cir.types import Benchmark
 
@@ -101,6 +102,32 @@ def rank_fused(benchmark: Benchmark, image: Tensor, text: Tensor, target: Tensor
                     scores = fuse_scores(image[numbers], text[numbers], part.vectors, hidden)  # (b, g)
                     found[over][numbers, : targets.shape[1]] = rank_scores(scores, targets)
     return {over: all_reduce(ranks).cpu().numpy() for over, ranks in found.items()}
+
+
+def rank_negatives(benchmark: Benchmark, query: Tensor, target: Tensor) -> NegativeRanks | None:
+    """Ranks of the wrong answers that queries (Q, E) name, in a gallery (G, K, E), or among their candidates alone.
+
+    None if no query names one.
+    """
+    most = max((len(q.negatives) for q in benchmark.queries), default=0)
+    if not most:
+        return None
+    over = "gallery" if any(measure.over != "candidates" for measure in benchmark.measures) else "candidates"
+    found = torch.zeros(2, len(benchmark.queries), most, 2, dtype=torch.long, device=query.device)
+    for part in _rankings(benchmark, target):
+        held = [n for n, number in enumerate(part.numbers) if benchmark.queries[number].negatives]
+        if part.over[0] != over or not held:
+            continue
+        numbers = [part.numbers[n] for n in held]
+        row = {benchmark.gallery[place]: n for n, place in enumerate(part.rows.tolist())}
+        negatives = padded_rows([benchmark.queries[n].negatives for n in numbers], row)
+        excluded = None if part.excluded is None else part.excluded[held]
+        both = torch.cat([negatives, part.targets[held]], 1)  # the second ranking has only them
+        ranks = rank_targets(query[numbers], part.vectors, negatives, excluded, both)
+        for side, ranked in enumerate(ranks):
+            assert ranked is not None
+            found[side, numbers, : ranked.shape[1]] = ranked
+    return NegativeRanks(*all_reduce(found).cpu().numpy())
 
 
 def first_items(

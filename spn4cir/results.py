@@ -8,14 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spn4cir.errors import InputError
 from spn4cir.files import replaced, write_text
-from spn4cir.measures import MEASURES, Ranks, macro_mean, measure_name
+from spn4cir.intervals import Rows
+from spn4cir.measures import Ranks, macro_mean, measure_name
+from spn4cir.query_values import (
+    WRONG_FIRST,
+    NegativeRanks,
+    Sample,
+    collect_samples,
+    measures_by_name,
+    need_sample,
+    negative_sample,
+    query_values,
+    tag_rows,
+)
 from spn4cir.types import Benchmark, Query
 
-SAVED = ("protocol", "metrics", "tags", "ablation", "ablation_tags", "count", "data", "is_holdout", "skipped")
+SAVED = (
+    "protocol", "metrics", "intervals", "tags", "ablation", "ablation_tags", "count", "data", "is_holdout", "skipped",
+)  # fmt: skip
+ADDED = ("ablation_tags", "intervals")  # files of older versions lack them
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,12 @@ class Result:
         data: fingerprint of the benchmark; results of different data are never combined.
         is_holdout: whether the queries are training triplets that were held out.
         skipped: number of images that the skip list left out.
+        intervals: name to the lower and upper end of the metric's 95 % interval, once ``with_intervals`` computed them.
         queries: the queries, in the order of the rankings.
         rankings: by what is ranked: ``gallery``, ``candidates``, ``subset``.
+        benchmark: the protocol as data; None for a result that was read from a file.
+        by_mode: ranks by how queries were made, such as ``text only``, then by what is ranked.
+        negatives: ranks of named wrong answers, if any query names one.
     """
 
     protocol: str
@@ -61,8 +79,24 @@ class Result:
     is_holdout: bool = False
     skipped: int = 0
     ablation_tags: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
     queries: Sequence[Query] = field(default=(), repr=False)
     rankings: Mapping[str, Ranking] = field(default_factory=dict, repr=False)
+    benchmark: Benchmark | None = field(default=None, repr=False)
+    by_mode: Mapping[str, Mapping[str, Ranks]] = field(default_factory=dict, repr=False)
+    negatives: NegativeRanks | None = field(default=None, repr=False)
+
+    def samples(self) -> list[Sample]:
+        """The values whose means are the metrics. Raises ``InputError`` for a result that was read from a file."""
+        if self.benchmark is None:
+            raise InputError(f"{self.protocol}: a file holds no values of single queries: evaluate again")
+        ranks = {over: ranking.ranks for over, ranking in self.rankings.items() if ranking.ranks is not None}
+        return collect_samples(self.benchmark, ranks, self.negatives)
+
+    def with_intervals(self) -> "Result":
+        """The same with 95 % intervals, by resampling queries 1,000 times (``spn4cir.intervals``)."""
+        found = [sample.intervals() for sample in self.samples()] if self.metrics else []
+        return replace(self, intervals={name: ends for one in found for name, ends in one.items()})
 
     def as_json(self) -> dict[str, Any]:
         """Everything but what concerns single queries."""
@@ -71,7 +105,7 @@ class Result:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Result":
         """What ``as_json`` returned, among other entries."""
-        return cls(**{name: values[name] for name in SAVED if name in values or name != "ablation_tags"})
+        return cls(**{name: values[name] for name in SAVED if name in values or name not in ADDED})
 
     def rows(self, *columns: str) -> Iterator[dict[str, Any]]:
         """One dictionary per query: what was asked, and of each ranking ``ranks``, or ``top`` with its scores."""
@@ -80,6 +114,10 @@ class Result:
         for number, query in enumerate(self.queries):
             row: dict[str, Any] = {"query": number, "name": query.name, "reference": query.reference}
             row |= {"text": query.text, "targets": list(query.targets), "tags": list(query.tags)}
+            if self.negatives is not None:
+                row["negatives"] = list(query.negatives)
+                if "ranks" in columns:
+                    row["ranks_negatives"] = self.negatives.whole[number, : len(query.negatives)].tolist()
             for over, ranking in self.rankings.items():
                 suffix = "" if over == "gallery" else f"_{over}"
                 if "ranks" in columns and ranking.ranks is not None:
@@ -105,31 +143,28 @@ class Result:
 
 
 def compute_metrics(
-    benchmark: Benchmark, rankings: Mapping[str, Ranks]
+    benchmark: Benchmark, rankings: Mapping[str, Ranks], negatives: NegativeRanks | None = None
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Metrics of a benchmark in percent, and the same by tag; ranks (Q, P, 2) are given by what is ranked."""
-    names = [measure_name(measure) for measure in benchmark.measures]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{benchmark.name}: two measures are called {twice[0]}: over gallery and over candidates")
-    measures = dict(zip(names, benchmark.measures, strict=True))
-    values = {name: MEASURES[m.kind].values(rankings[m.over], m.k) for name, m in measures.items()}  # (Q,) each
+    measures, values = measures_by_name(benchmark), query_values(benchmark, rankings)
     primary = [name for name, measure in measures.items() if measure.primary]
 
-    def mean(rows: NDArray[np.bool_] | slice) -> dict[str, float]:
+    def mean(rows: Rows | slice) -> dict[str, float]:
         found = {name: float(100.0 * np.mean(value[rows])) for name, value in values.items()}
         if len(primary) > 1:
             found["Rmean"] = float(np.mean([found[name] for name in primary]))
         return found
 
-    known = sorted({tag for query in benchmark.queries for tag in query.tags})
-    rows_of = {tag: np.array([tag in query.tags for query in benchmark.queries]) for tag in known}
-    tags = {tag: {**mean(rows), "queries": int(rows.sum())} for tag, rows in rows_of.items()}
+    tags = {tag: {**mean(rows), "queries": len(rows)} for tag, rows in tag_rows(benchmark).items()}
     metrics = mean(slice(None))
     if benchmark.macro:
         metrics = macro_mean({tag: tags[tag] for tag in benchmark.macro}, list(metrics))
     elif len(tags) > 1:
         over_gallery = [name for name, measure in measures.items() if measure.over != "subset"]
         metrics |= {f"macro {name}": value for name, value in macro_mean(tags, over_gallery).items()}
+    for sample in (need_sample(benchmark, values), negatives and negative_sample(benchmark, negatives)):
+        if sample:
+            metrics |= dict(zip(sample.names, (100 * sample.means()).tolist(), strict=True))
     return metrics, tags
 
 
@@ -197,14 +232,16 @@ def git_commit() -> str | None:
 
 def metrics_table(result: Result) -> str:
     """A result as text for the terminal, protocol id first."""
-    names = [name for name in result.metrics if not name.startswith("macro")]
+    names = [name for name in result.metrics if " " not in name and name != WRONG_FIRST]
     macro = {name: result.metrics[f"macro {name}"] for name in names if f"macro {name}" in result.metrics}
     several = len(result.tags) > 1
     rows: dict[str, Mapping[str, float]] = {}
     if macro or not several:
         rows[f"all ({result.count} queries)"] = result.metrics
+        rows |= _interval_rows(result, names, "", "")
     if macro or several:
         rows["mean over tags"] = macro or result.metrics
+        rows |= _interval_rows(result, names, "macro " if macro else "", " ")  # another label than of the rows above
     rows |= {f"  {name} ({values['queries']})": values for name, values in result.tags.items() if several}
     rows |= {mode + ", queries of both" * bool(result.ablation_tags): found for mode, found in result.ablation.items()}
     for tag in next(iter(result.ablation_tags.values()), {}):
@@ -214,4 +251,15 @@ def metrics_table(result: Result) -> str:
     for label, values in rows.items():
         cells = "".join(f"{values[name]:8.2f}" if name in values else " " * 8 for name in names)
         lines.append(f"{label:<{width}}{cells}")
+    for name, value in result.metrics.items():
+        if name not in names and not name.startswith("macro"):
+            ends = result.intervals.get(name)
+            lines.append(f"{name:<{width}}{value:8.2f}" + (f"  [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""))
     return "\n".join(lines)
+
+
+def _interval_rows(result: Result, names: Sequence[str], prefix: str, suffix: str) -> dict[str, Mapping[str, float]]:
+    """Both ends of the intervals as rows of the table, if there are intervals."""
+    found = {name: result.intervals[prefix + name] for name in names if prefix + name in result.intervals}
+    labels = ("  95 % interval from", "  to")
+    return {f"{label}{suffix}": {n: ends[at] for n, ends in found.items()} for at, label in enumerate(labels) if found}

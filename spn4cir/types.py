@@ -83,6 +83,8 @@ class Query:
         tags: what results are broken down by: attribute, category, semantic aspect, style.
         candidates: a small gallery of the query's own, such as CIRR's image group, reference included.
         name: what a submission calls the query.
+        negatives: gallery items that are known to be wrong answers.
+        need: label that all phrasings of one need share, which have the same targets; empty for a query by itself.
     """
 
     reference: str | None
@@ -91,6 +93,8 @@ class Query:
     tags: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
     name: str = ""
+    negatives: tuple[str, ...] = ()
+    need: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,12 +161,16 @@ class Benchmark:
         if len(set(self.measures)) < len(self.measures) or not self.measures:
             raise InputError(f"{self.name}: needs measures, and each once")
         needs_candidates = any(measure.over != "gallery" for measure in self.measures)
+        needs: dict[str, Query] = {}
         checked: dict[int, frozenset[str]] = {}  # one tuple of candidates may serve thousands of queries
         for number, query in enumerate(self.queries):
             is_new = id(query.candidates) not in checked
             own = checked.setdefault(id(query.candidates), frozenset(query.candidates) if is_new else frozenset())
             lacks = "has no candidates, and a measure is over them" if needs_candidates and not own else ""
-            if fault := self._fault(query, known, own, is_new) or lacks:
+            if query.need and {*needs.setdefault(query.need, query).targets} != {*query.targets}:
+                lacks = f"({query.text!r}) and {needs[query.need].text!r} phrase one need, {query.need!r}, and their"
+                lacks += " targets differ"
+            if fault := self._fault(query, known, own, is_new) or self._negative_fault(query, known, own) or lacks:
                 raise InputError(f"{self.name}: query {number} {fault}")
 
     def _fault(self, query: Query, known: frozenset[str], own: frozenset[str], is_new: bool) -> str:
@@ -182,6 +190,19 @@ class Benchmark:
             f"has the target {apart and apart[0]!r}, which its candidates lack": apart,
         }
         return next((fault for fault in faults if faults[fault]), "") if any(faults.values()) else ""
+
+    def _negative_fault(self, query: Query, known: frozenset[str], own: frozenset[str]) -> str:
+        """What leaves the wrong answers that a query names without a meaning, or nothing."""
+        ranked = own if all(measure.over == "candidates" for measure in self.measures) else known
+        faults = {
+            "is not ranked": [i for i in query.negatives if i not in ranked],
+            "is a target too": [i for i in query.negatives if i in query.targets],
+            "is the reference, which is not ranked": [
+                i for i in query.negatives if self.exclude_reference and i == query.reference
+            ],
+            "is named twice": query.negatives if len(set(query.negatives)) < len(query.negatives) else (),
+        }
+        return next((f"has the wrong answer {items[0]!r}, which {why}" for why, items in faults.items() if items), "")
 
     @property
     def has_known_targets(self) -> bool:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 FILES = (*TABLES, ".tar")
 STEMS = ("catalogue", "metadata", "triplets")  # tables that a folder is read by, so its name suffices
-ASKED = {name: (name,) for name in ("reference", "modification", "target", "group")}
-QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and group if there are groups"
+ASKED = {name: (name,) for name in ("reference", "modification", "target", "group", "negative", "need")}
+OPTIONAL = ("group", "negative", "need")
+QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and if you like group, negative"
+QUERIES += " (a wrong answer) and need (equal for phrasings of one need)"
 
 
 class OwnImages(Dataset):
@@ -149,30 +151,60 @@ class OwnImages(Dataset):
             what = f"to evaluate on your own, write {self.root}/{QUERIES}; training does without by --holdout 0.1"
             raise InputError(f"{self.name}: nobody has annotated any query: {what}")
         chosen = self.choose_protocol(split, protocol)
-        asked: dict[tuple[str, str, str], dict[str, None]] = {}
+        asked: dict[tuple[str, str, str], _Question] = {}
         columns, names = self._read_queries(self._queries), self.further_names
-        groups = columns.get("group", [""] * len(columns["target"]))
-        rows = zip(columns["reference"], columns["modification"], columns["target"], groups, strict=True)
-        for row, (reference, text, target, group) in enumerate(rows, 1):
+        empty = [""] * len(columns["target"])
+        rows = zip(*(columns.get(name, empty) for name in ASKED), strict=True)
+        for row, (reference, text, target, group, negative, need) in enumerate(rows, 1):
             where = f"{self._queries}, row {row}"
-            reference, target = names.get(reference, reference), names.get(target, target)
-            for column, image_id in (("reference", reference), ("target", target)):
-                if image_id not in self._contents.places:
+            named = {"reference": reference, "target": target, "negative": negative}
+            ids = {column: names.get(value, value) for column, value in named.items()}
+            for column, image_id in ids.items():
+                if image_id not in self._contents.places and (image_id or column == "reference"):
                     raise wrong(where, column, f"{short(image_id)} is no image of the {self.name}")
+                if column != "reference" and image_id == ids["reference"]:
+                    raise wrong(where, column, "is the reference, which is not ranked")
             if not text.strip():
                 raise wrong(where, "modification", "is empty")
-            if reference == target:
-                raise wrong(where, "target", "is the reference, which is not ranked")
-            asked.setdefault((reference, text.strip(), group), {})[target] = None
+            if not (ids["target"] or ids["negative"]):
+                raise wrong(where, "target", "is empty, and the row names no wrong answer")
+            question = asked.setdefault((ids["reference"], text.strip(), group), _Question(where))
+            question.add(where, ids["target"], ids["negative"], need)
         if not asked:
             raise InputError(f"{self._queries} holds no query")
-        queries = (Query(r, text, tuple(t), (group,) if group else ()) for (r, text, group), t in asked.items())
+        queries = tuple(question.query(*about) for about, question in asked.items())
         gallery, measures = tuple(self._contents.places), recall_measures(1, 5, 10, 50, primary=(10, 50))
-        return Benchmark(chosen, gallery, tuple(queries), exclude_reference=True, measures=measures)
+        return Benchmark(chosen, gallery, queries, exclude_reference=True, measures=measures)
 
     def _read_queries(self, path: Path) -> dict[str, list[str]]:
         """The columns of ``queries.csv``, by name."""
         how = TableSettings(encoding=self._settings.encoding, strict=self._settings.strict)
         table = load_table(path, ASKED, how)
-        columns = {name: table.find(name, names, name != "group") for name, names in ASKED.items()}
+        columns = {name: table.find(name, names, name not in OPTIONAL) for name, names in ASKED.items()}
         return {name: table.text(column) for name, column in columns.items() if column is not None}
+
+
+class _Question:
+    """What the rows of one reference, modification and group say."""
+
+    def __init__(self, where: str):
+        self.where, self.need = where, ""
+        self.targets: dict[str, None] = {}  # in the order of the rows
+        self.negatives: dict[str, None] = {}
+
+    def add(self, where: str, target: str, negative: str, need: str) -> None:
+        """Add a row; empty cells say nothing. Raises ``InputError`` if it contradicts the rows before."""
+        if need and self.need and need != self.need:
+            raise wrong(where, "need", f"is {short(need)}, and in another row of this query {short(self.need)}")
+        self.need = self.need or need
+        self.targets |= {target: None} if target else {}
+        self.negatives |= {negative: None} if negative else {}
+        if both := self.targets.keys() & self.negatives.keys():
+            raise wrong(where, "negative", f"{short(both.pop())} is a target of this query too")
+
+    def query(self, reference: str, text: str, group: str) -> Query:
+        """The query. Raises ``InputError`` if no row names a target."""
+        if not self.targets:
+            raise wrong(self.where, "target", "is empty, and so it is in all rows of this query")
+        tags = (group,) if group else ()
+        return Query(reference, text, (*self.targets,), tags, negatives=(*self.negatives,), need=self.need)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
     {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "intervals", "measures", "store", "streaming", "triplets"},
-    {"config", "losses", "results", "search", "near_duplicates", "pixels", "selection", "terms"},
+    {"config", "losses", "query_values", "results", "search", "near_duplicates", "pixels", "selection", "terms"},
     {"images", "in_batch", "margins", "faiss_search", "ranking"},
     {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"},
