@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from spn4cir.cli import Parser, check_output, report_stream, write_json
 from spn4cir.config import TrainConfig, read_settings
 from spn4cir.errors import InputError, run_command
-from spn4cir.files import read_json
+from spn4cir.files import read_json, write_text
+
+REPORT_TOP = 6  # first items of each query that the report shows
 
 
 def _evaluate() -> None:
@@ -20,6 +23,7 @@ def _evaluate() -> None:
         "  spn4cir-eval --run runs/emoji/clip4cir/stage2-20260101-123000\n"
         "  spn4cir-eval --dataset fashioniq --protocol fashioniq/original-noref\n"
         "  spn4cir-eval --dataset cirr --split test1 --submission submission\n"
+        "  spn4cir-eval --split val --report report --compare embedded\n"
         "  spn4cir-eval --combine seed0.json seed1.json seed2.json",
     )
     add = parser.add_argument
@@ -31,6 +35,10 @@ def _evaluate() -> None:
     add("--run", type=Path, help="run or checkpoint folder, or embedded (default: the newest run on these images)")
     add("--ablate", action="store_true", help="also rank by the image alone, by the text alone, and by late fusion")
     add("--json", metavar="FILE", help="write the result as JSON; - for standard output")
+    add("--csv", metavar="FILE", type=Path, help="write each metric with its interval: by model, tag and mode")
+    add("--compare", metavar="RUN", type=Path, nargs="+", help="further runs, with a test of each difference")
+    add("--report", metavar="DIR", type=Path, help="write a page of figures and pictures, and the data beside")
+    add("--report-queries", metavar="N", type=int, help="queries with pictures in each list of it (default: 60)")
     add("--ranks", metavar="FILE", type=Path, help="write the ranks of each query's targets (.parquet, .jsonl)")
     add("--top-k", metavar="FILE", type=Path, help="write the first items of each query, with scores")
     add("--k", type=int, help="number of first items that --top-k writes (default: 100)")
@@ -42,12 +50,20 @@ def _evaluate() -> None:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.k is not None and (args.k < 1 or not args.top_k):
         raise InputError(f"--k must be at least 1 and needs --top-k FILE, got {args.k}")
-    others = {"--ranks": args.ranks, "--top-k": args.top_k, "--json": args.json, "--ablate": args.ablate}
-    if args.submission and (useless := [option for option, value in others.items() if value]):
-        raise InputError(f"--submission writes only what the evaluation server takes: leave out {useless[0]}")
-    for option, path in (("--json", args.json), ("--ranks", args.ranks), ("--top-k", args.top_k)):
-        check_output(option, path)
-        if option != "--json" and path and path.suffix not in (".parquet", ".jsonl"):
+    if args.report_queries is not None and (args.report_queries < 0 or not args.report):
+        raise InputError(f"--report-queries must be at least 0 and needs --report DIR, got {args.report_queries}")
+    written = {"--ranks": args.ranks, "--top-k": args.top_k, "--csv": args.csv, "--report": args.report}
+    others = {**written, "--ablate": args.ablate, "--compare": args.compare}
+    _refuse(
+        args.submission, {**others, "--json": args.json}, "--submission writes only what the evaluation server takes"
+    )
+    _refuse(args.combine, others, "--combine averages results that were written before")
+    for option, path in {"--json": args.json, **written}.items():
+        if option != "--report":
+            check_output(option, path)
+        elif path:
+            _check_folder(option, path)
+        if option in ("--ranks", "--top-k") and path and path.suffix not in (".parquet", ".jsonl"):
             raise InputError(f"{option} {path}: one row per query is written as .parquet or .jsonl")
     if args.combine:
         _combine(args.combine, args.json)
@@ -55,20 +71,24 @@ def _evaluate() -> None:
         _evaluate_run(args)
 
 
+def _refuse(given: object, others: Mapping[str, object], why: str) -> None:
+    """Raises ``InputError`` for options that have no meaning beside a given one."""
+    if given and (useless := [option for option, value in others.items() if value]):
+        raise InputError(f"{why}: leave out {useless[0]}")
+
+
 evaluate_command = partial(run_command, _evaluate)
 
 
 def _evaluate_run(args: argparse.Namespace) -> None:
-    from spn4cir import checkpoints
     from spn4cir.backbones import build_backbone
-    from spn4cir.data import hash_pixels
+    from spn4cir.checkpoints import load_model
     from spn4cir.datasets.skip import skip_notes
-    from spn4cir.distributed import Processes, own_device
-    from spn4cir.evaluate import evaluate
-    from spn4cir.images import ImageSource
+    from spn4cir.distributed import Processes
     from spn4cir.results import git_commit, metrics_table
 
     run, of_run, dataset, note = _choose_run(args)
+    compared, notes = _compared_runs(args, run, dataset)
     if args.protocol is None and of_run.get("protocol") in dataset.protocols.get(args.split, ()):
         args.protocol = of_run["protocol"]
     args.batch_size = args.batch_size or of_run.get("eval_batch_size") or TrainConfig.eval_batch_size
@@ -77,22 +97,16 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         raise InputError(f"{benchmark.name}: its targets are not public: give --submission DIR and ask its server")
     if args.submission:
         _check_submission(args.submission, benchmark)
-    backbone = checkpoints.load_model(run) if run else build_backbone(args.backbone or TrainConfig.backbone)
     processes = Processes()
     processes.wait()  # of torchrun or accelerate launch: each encodes and ranks its share
-    backbone.to(own_device())
-    images = ImageSource(dataset.image, backbone.transform)
-    model = f"model {run or 'embedded weights, not trained on any triplet'}"
-    top = 50 if args.submission else (args.k or 100) if args.top_k else 0
-    try:
-        result = evaluate(backbone, benchmark, images, ablate=args.ablate, batch_size=args.batch_size, top=top)
-    except InputError as error:
-        if not str(error).startswith("image "):
-            raise
-        hash_pixels(dataset, benchmark.image_ids, lambda line: None, show=False)  # raises with all broken images
-        raise
+    results = {}
+    for label, path in {_label(run): run, **compared}.items():
+        backbone = load_model(path) if path else build_backbone(args.backbone or TrainConfig.backbone)
+        results[label] = _evaluate_model(args, backbone, dataset, benchmark)
     if not processes.first:
         return
+    result = next(iter(results.values()))
+    model = f"model {run or 'embedded weights, not trained on any triplet'}"
     if args.submission:
         print(model)
         names = [query.name for query in benchmark.queries]
@@ -100,14 +114,101 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         for path in dataset.write_submission(args.submission, *lists):
             print(dataset.check_submission(path))
         return
-    notes = filter(None, [note, *dataset.notes(), *skip_notes(dataset)])
-    print(model, *notes, metrics_table(result), sep="\n", file=report_stream(args.json))
+    shown = filter(None, [note, *notes, *dataset.notes(), *skip_notes(dataset)])
+    print(model, *shown, metrics_table(result), sep="\n", file=report_stream(args.json))
     for path, column in ((args.ranks, "ranks"), (args.top_k, "top")):
         if path:
             result.write_rows(path, column)
     values = result.as_json()
     about = {"protocol": values.pop("protocol"), "run": str(run) if run else None, **values, "git": git_commit()}
+    _write_findings(args, dataset, results, about)
+
+
+def _evaluate_model(args: argparse.Namespace, backbone: Any, dataset: Any, benchmark: Any) -> Any:
+    """The ``Result`` of one model, with intervals where targets are public."""
+    from spn4cir.data import hash_pixels
+    from spn4cir.distributed import own_device
+    from spn4cir.evaluate import evaluate
+    from spn4cir.images import ImageSource
+
+    backbone.to(own_device())
+    images = ImageSource(dataset.image, backbone.transform)
+    top = 50 if args.submission else (args.k or 100) if args.top_k else REPORT_TOP if args.report else 0
+    ablate = bool(args.ablate or args.report)
+    try:
+        result = evaluate(backbone, benchmark, images, ablate=ablate, batch_size=args.batch_size, top=top)
+    except InputError as error:
+        if not str(error).startswith("image "):
+            raise
+        hash_pixels(dataset, benchmark.image_ids, lambda line: None, show=False)  # raises with all broken images
+        raise
+    return result.with_intervals()
+
+
+def _compared_runs(
+    args: argparse.Namespace, run: Path | None, dataset: Any
+) -> tuple[dict[str, Path | None], list[str]]:
+    """The runs of ``--compare`` by name, None for the embedded weights, and notes on where they were trained.
+
+    Raises ``InputError`` before any model is loaded, if one is no run or stands there twice.
+    """
+    from spn4cir import checkpoints
+
+    found: dict[str, Path | None] = {}
+    notes = []
+    for path in args.compare or ():
+        other = None if str(path) == "embedded" and not path.exists() else path
+        if other:
+            checkpoints.read_model(other)  # raises if it is no run
+            notes.append(checkpoints.check_origin(other, dataset, True, True))
+        if _label(other) in (_label(run), *found):
+            raise InputError(f"--compare {path} is evaluated already: name each run once")
+        found[_label(other)] = other
+    return found, notes
+
+
+def _label(run: Path | None) -> str:
+    """What a run is called beside others: the end of its path."""
+    return "/".join(run.parts[-3:]) if run else "embedded weights"
+
+
+def _write_findings(args: argparse.Namespace, dataset: Any, results: dict[str, Any], about: dict[str, Any]) -> None:
+    """Print the comparison, and write what ``--json``, ``--csv`` and ``--report`` ask for."""
+    from spn4cir.comparison import compare_results, comparison_table
+
+    first, *others = results
+    found = compare_results(results[first], {label: results[label] for label in others})
+    for label, differences in found.items():
+        print(f"\n{comparison_table(label, differences)}", file=report_stream(args.json))
+    if results[first].ablation:
+        from spn4cir.shortcuts import label_queries, share_labels
+
+        about["modalities"] = share_labels(label_queries(list(results.values())))
+        shares = ", ".join(f"{label} {share:.1f} %" for label, share in about["modalities"].items())
+        print(f"\nqueries of both parts: {shares}" if shares else "", file=report_stream(args.json))
+    if found:
+        about["compare"] = [
+            {
+                "run": label, "metrics": results[label].metrics, "intervals": results[label].intervals,
+                "differences": {row.metric: {k: v for k, v in row._asdict().items() if k != "metric"} for row in rows},
+            }
+            for label, rows in found.items()
+        ]  # fmt: skip
     write_json(args.json, about)
+    if args.csv or args.report:
+        from spn4cir.summary import format_csv, metric_rows
+
+        rows = {label: metric_rows(result) for label, result in results.items()}
+        if args.csv:
+            write_text(args.csv, format_csv(rows))
+        if args.report:
+            from spn4cir.report import write_report
+
+            shown = 60 if args.report_queries is None else args.report_queries
+            path = write_report(args.report, results, dataset.image, found, dataset.label, shown, rows)
+            write_text(args.report / "metrics.csv", format_csv(rows))
+            write_json(str(args.report / "result.json"), about)
+            print(f"\nreport {path}", file=report_stream(args.json))
 
 
 def _choose_run(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any], Any, str]:
@@ -162,8 +263,13 @@ def _check_submission(folder: Path, benchmark: Any) -> None:
         raise InputError(f"--submission is for a split whose targets are not public, and {benchmark.name} is none")
     if count := benchmark.skipped:
         raise InputError(f"a submission needs every image of {benchmark.name}: {count} are on the skip list")
+    _check_folder("--submission", folder)
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Raises ``InputError`` before any work if a folder cannot be made or written there."""
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--submission {folder} is a file: give a folder")
+        raise InputError(f"{option} {folder} is a file: give a folder")
     there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--submission {folder} cannot be made: {there} is no folder, or not writable")
+        raise InputError(f"{option} {folder} cannot be made: {there} is no folder, or not writable")

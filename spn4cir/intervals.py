@@ -10,7 +10,7 @@ Rows = NDArray[np.int64]
 RESAMPLES = 1_000
 FLIPS = 10_000  # random signs of each difference, where not all are tried
 EXACT = 13  # differences of which all signs are tried: 2 ** 13 < FLIPS
-CELLS = 2_000_000  # random numbers in memory at once
+CELLS = 500_000  # random numbers in memory at once
 
 
 def bootstrap_interval(
@@ -44,19 +44,39 @@ def bootstrap_interval(
         >>> bootstrap_interval(np.array([[1.0, 0.0, 0.0, 1.0]])).tolist()
         [[0.0, 1.0]]
     """
+    parts = [np.arange(values.shape[1])] if groups is None else groups
+    means = np.nanmean(bootstrap_means(values, parts, resamples, seed), axis=1)  # (R, M)
+    tail = 50 * (1 - confidence)
+    return np.percentile(means, [tail, 100 - tail], axis=0).T
+
+
+def bootstrap_means(values: Array, groups: Sequence[Rows], resamples: int = RESAMPLES, seed: int = 0) -> Array:
+    """Mean of each metric over each group of queries in each resample of all queries.
+
+    Args:
+        values: (M, Q).
+        groups: G arrays of column indices.
+        resamples: R, the number of resamples.
+        seed: of the draws.
+
+    Returns:
+        (R, G, M); NaN for a group that has no query in a resample.
+
+    Raises:
+        ValueError: if there is no query.
+    """
     if values.ndim != 2 or not values.shape[1]:
         raise ValueError(f"values have the shape (metrics, queries) with at least one query, got {values.shape}")
-    parts = [np.arange(values.shape[1])] if groups is None else groups
-    means = []
+    columns = [np.ascontiguousarray(values[:, rows].T) for rows in groups]  # (g, M) each
+    means, start = np.full((resamples, len(groups), len(values)), np.nan), 0
     for counts in _counts(values.shape[1], resamples, seed):  # (r, Q)
-        of_groups = np.full((len(parts), len(counts), len(values)), np.nan)
-        for place, rows in enumerate(parts):
+        part = means[start : start + len(counts)]
+        for place, rows in enumerate(groups):
             drawn = counts[:, rows]  # (r, g)
             total = drawn.sum(1, keepdims=True)
-            np.divide(drawn @ values[:, rows].T, total, out=of_groups[place], where=total > 0)
-        means.append(np.nanmean(of_groups, axis=0))  # (r, M)
-    tail = 50 * (1 - confidence)
-    return np.percentile(np.concatenate(means), [tail, 100 - tail], axis=0).T
+            np.divide(drawn @ columns[place], total, out=part[:, place], where=total > 0)
+        start += len(counts)
+    return means
 
 
 def _counts(queries: int, resamples: int, seed: int) -> Iterator[Array]:
@@ -65,8 +85,8 @@ def _counts(queries: int, resamples: int, seed: int) -> Iterator[Array]:
     size = max(1, CELLS // queries)
     for start in range(0, resamples, size):
         count = min(size, resamples - start)
-        drawn = chance.integers(queries, size=(count, queries)) + queries * np.arange(count)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=count * queries).reshape(count, queries).astype(np.float64)
+        drawn = chance.integers(queries, size=(count, queries), dtype=np.int32)
+        yield np.stack([np.bincount(row, minlength=queries) for row in drawn]).astype(np.float64)
 
 
 def paired_test(differences: Array, flips: int = FLIPS, seed: int = 0) -> Array:

@@ -1,6 +1,7 @@
 """Values of each query, or of each need, whose means are an evaluation's metrics."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +84,17 @@ def tag_rows(benchmark: Benchmark) -> dict[str, Rows]:
         for tag in dict.fromkeys(query.tags):
             found.setdefault(tag, []).append(number)
     return {tag: np.array(found[tag]) for tag in sorted(found)}
+
+
+def select_joint(benchmark: Benchmark) -> tuple[Rows, Benchmark]:
+    """Numbers of the queries that have both a reference and a text, and a benchmark of these queries."""
+    rows = [n for n, query in enumerate(benchmark.queries) if query.reference is not None and query.text is not None]
+    if len(rows) == len(benchmark.queries):
+        return np.array(rows), benchmark
+    queries = tuple(benchmark.queries[n] for n in rows)
+    used = {tag for query in queries for tag in query.tags}
+    macro = tuple(tag for tag in benchmark.macro if tag in used)
+    return np.array(rows, dtype=np.int64), replace(benchmark, queries=queries, macro=macro)
 
 
 def collect_samples(

@@ -22,6 +22,7 @@ from spn4cir.query_values import (
     need_sample,
     negative_sample,
     query_values,
+    select_joint,
     tag_rows,
 )
 from spn4cir.types import Benchmark, Query
@@ -172,12 +173,9 @@ def compute_ablation(
     benchmark: Benchmark, ranks: Mapping[str, Mapping[str, Ranks]]
 ) -> dict[str, tuple[dict[str, float], dict[str, dict[str, float]]]]:
     """Metrics by how queries were made, over those that have both parts; by tag too, where others have one alone."""
-    rows = [n for n, query in enumerate(benchmark.queries) if query.reference is not None and query.text is not None]
-    if not rows or len(rows) == len(benchmark.queries):
+    rows, joint = select_joint(benchmark)
+    if not len(rows) or len(rows) == len(benchmark.queries):
         return {mode: (compute_metrics(benchmark, found)[0], {}) for mode, found in ranks.items()}
-    queries = tuple(benchmark.queries[n] for n in rows)
-    used = {tag for query in queries for tag in query.tags}
-    joint = replace(benchmark, queries=queries, macro=tuple(tag for tag in benchmark.macro if tag in used))
     return {
         mode: compute_metrics(joint, {over: values[rows] for over, values in found.items()})
         for mode, found in ranks.items()

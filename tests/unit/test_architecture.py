@@ -17,11 +17,11 @@ FLOORS: list[set[str]] = [
     {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "intervals", "measures", "store", "streaming", "triplets"},
     {"config", "losses", "query_values", "results", "search", "near_duplicates", "pixels", "selection", "terms"},
-    {"images", "in_batch", "margins", "faiss_search", "ranking"},
+    {"images", "in_batch", "margins", "faiss_search", "ranking", "comparison"},
     {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"},
-    {"class_objective", "pair_objective", "run"}, {"data"}, {"preparation"},
-    {"class_stage", "pair_stage"}, {"stages"}, {"train"},
+    {"class_objective", "pair_objective", "run"}, {"data"}, {"preparation", "shortcuts", "summary"},
+    {"class_stage", "pair_stage"}, {"stages"}, {"train", "report"},
     {"cli", "train_cli", "index_cli", "search_cli", "eval_cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

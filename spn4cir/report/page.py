@@ -1,0 +1,221 @@
+"""The page of a report as one string."""
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spn4cir.comparison import Difference
+from spn4cir.evaluate import COMPOSED
+from spn4cir.intervals import bootstrap_interval
+from spn4cir.query_values import is_lower_better
+from spn4cir.report.charts import MAP_KS, RECALL_KS, curve, draw_curves
+from spn4cir.report.escaping import escape, script_json
+from spn4cir.results import Result
+from spn4cir.shortcuts import FIRST, LABELS, ONE_PART, REQUIRED, SHORTCUT, UNRESOLVED, main_ranks
+from spn4cir.summary import MetricRow
+
+MEANINGS = {
+    REQUIRED: f"a target is among the first {FIRST} by image and text together, and by neither alone",
+    SHORTCUT: f"a target is among the first {FIRST} by the image alone or by the text alone",
+    UNRESOLVED: f"no target is among the first {FIRST}",
+    ONE_PART: "the query has only an image, or only a text",
+}
+
+
+def build_page(
+    results: Mapping[str, Result],
+    rows: Mapping[str, Sequence[MetricRow]],
+    labels: Sequence[str],
+    differences: Mapping[str, Sequence[Difference]],
+    content: Mapping[str, Any],
+) -> str:
+    """The whole page. Arguments are what ``write_report`` computed; all of them are escaped here."""
+    here = Path(__file__).parent
+    script, style = (here.joinpath(name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
+    first = next(iter(results.values()))
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    sections = [
+        _header(first, list(results)),
+        _section("Metrics", _metrics(rows), "In percent, with the 95 % interval over queries below."),
+        _comparisons(differences),
+        _section("Image, text and both", _modalities(next(iter(rows.values())), labels), _modality_note(len(results))),
+        _section("Curves", _curves(results), "Logarithmic axis. Hover over a curve for its values."),
+        _section("By tag", _by_tag(next(iter(rows.values())), first), "Of the first model; composed queries."),
+        f"<section><h2>Queries</h2>{_list_frame(content)}</section>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
+        f'content="light dark"><title>{escape(first.protocol)}: evaluation</title><style>{style}</style></head>'
+        f"<body><main>{''.join(sections)}</main>"
+        f'<script type="application/json" id="content">{script_json(content)}</script>'
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    said = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{body}{said}</section>" if body else ""
+
+
+def _header(first: Result, models: Sequence[str]) -> str:
+    benchmark = first.benchmark
+    assert benchmark is not None
+    reference = "the reference is not ranked" if benchmark.exclude_reference else "the reference is ranked too"
+    facts = [
+        f"{first.count:,} queries",
+        f"gallery of {len(benchmark.gallery):,} items",
+        reference,
+        *([f"{first.skipped:,} images skipped"] if first.skipped else []),
+        f"data {first.data}",
+    ]
+    named = "".join(f"<li><bdi>{escape(model)}</bdi></li>" for model in models)
+    listed = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
+    return f'<header><h1>{escape(first.protocol)}</h1><ul class="facts">{listed}</ul><ol>{named}</ol></header>'
+
+
+def _table(head: Iterable[object], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already, under head cells that are text; the first cell of a row names it."""
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    lines = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _cell(row: MetricRow) -> str:
+    return f"{row.value:.1f}<small>{row.low:.1f} – {row.high:.1f}</small>"
+
+
+def _metrics(rows: Mapping[str, Sequence[MetricRow]]) -> str:
+    """Metrics of all queries by model, with their number of queries or needs."""
+    by_model = {
+        model: {row.metric: row for row in found if not row.tag and row.mode == COMPOSED}
+        for model, found in rows.items()
+    }
+    names = next(iter(by_model.values()))
+    lines = [
+        [
+            escape(name) + ("<small>lower is better</small>" if is_lower_better(name) else ""),
+            *(_cell(found[name]) for found in by_model.values()),
+            str(row.queries),
+        ]
+        for name, row in names.items()
+    ]
+    return _table(["metric", *by_model, "queries, or needs"], lines)
+
+
+def _comparisons(differences: Mapping[str, Sequence[Difference]]) -> str:
+    note = (
+        "Other model minus first model, in points. p: paired test on the same queries (McNemar's exact test where "
+        "values are 0 or 1, else random signs). Holm: p corrected for all rows of all comparisons; 0.05 or more is "
+        "called noise."
+    )
+    parts = []
+    for model, found in differences.items():
+        lines = [
+            [
+                escape(row.metric), f"{row.base:.1f}", f"{row.value:.1f}",
+                f"{row.difference:+.1f}<small>{row.low:+.1f} – {row.high:+.1f}</small>",
+                f"{row.p:.3f}", f"{row.adjusted:.3f}", f'<b class="{row.verdict}">{row.verdict}</b>',
+            ]
+            for row in found
+        ]  # fmt: skip
+        head = ("metric", "first", "other", "difference", "p", "p (Holm)", "")
+        parts.append(f"<h3><bdi>{escape(model)}</bdi></h3>{_table(head, lines)}")
+    return _section("Comparison with the first model", "".join(parts), note)
+
+
+def _modalities(rows: Sequence[MetricRow], labels: Sequence[str]) -> str:
+    """Metrics by mode side by side, and the share of each label as bars."""
+    modes: dict[str, dict[str, MetricRow]] = {}
+    for row in rows:
+        if not row.tag:
+            modes.setdefault(row.mode, {})[row.metric] = row
+    if f"{COMPOSED}, queries of both" in modes:
+        del modes[COMPOSED]
+    if len(modes) < 2:
+        return ""
+    names = list(next(iter(modes.values())))
+    shared = [name for name in names if all(name in found for found in modes.values())]
+    table = _table(["metric", *modes], [[escape(n), *(_cell(found[n]) for found in modes.values())] for n in shared])
+    composed = np.array([label for label in labels if label != ONE_PART])
+    if not len(composed):
+        return table
+    values = np.stack([composed == label for label in LABELS[:3]]).astype(np.float64)
+    bars = "".join(
+        f'<dt>{escape(label)}<small>{escape(MEANINGS[label])}</small></dt><dd><meter max="100" value="{share:.2f}">'
+        f"</meter> {share:.1f} %<small>{100 * low:.1f} – {100 * high:.1f}</small></dd>"
+        for label, share, (low, high) in zip(LABELS, 100 * values.mean(1), bootstrap_interval(values), strict=False)
+    )
+    return f'{table}<h3>Which queries need both</h3><dl class="shares">{bars}</dl>'
+
+
+def _modality_note(models: int) -> str:
+    by = "by any of the models here" if models > 1 else "by this one model"
+    return f"Queries that have both parts. Labels as in CIRCUS (arXiv 2605.14787), which has eleven models; here {by}."
+
+
+def _curves(results: Mapping[str, Result]) -> str:
+    first = next(iter(results.values()))
+    assert first.benchmark is not None
+    lines = {mode: main_ranks(first, mode) for mode in sorted(first.by_mode, key=lambda mode: mode != COMPOSED)}
+    if len(results) > 1:
+        models = {f"{model}: {COMPOSED}": main_ranks(result) for model, result in results.items()}
+        lines = {**models, **{f"first model: {mode}": ranks for mode, ranks in lines.items() if mode != COMPOSED}}
+    figures = []
+    for kind, title, ks in (("recall", "Recall at k", RECALL_KS), ("map", "mAP at k", MAP_KS)):
+        kept = [k for k in ks if k <= max(2, len(first.benchmark.gallery))]
+        figures.append(draw_curves(title, kept, {name: curve(kind, ranks, kept) for name, ranks in lines.items()}))
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _by_tag(rows: Sequence[MetricRow], first: Result) -> str:
+    """A line for each tag, the most frequent first."""
+    tags: dict[str, dict[str, MetricRow]] = {}
+    for row in rows:
+        if row.tag and row.mode == COMPOSED:
+            tags.setdefault(row.tag, {})[row.metric] = row
+    if not tags:
+        return ""
+    names = list(next(iter(tags.values())))
+    ordered = sorted(tags.items(), key=lambda pair: -next(iter(pair[1].values())).queries)
+    lines = [
+        [f"<bdi>{escape(tag)}</bdi>", f"{found[names[0]].queries:,}", *(_cell(found[name]) for name in names)]
+        for tag, found in ordered
+    ]
+    return _table(["tag", "queries", *names], lines)
+
+
+def _list_frame(content: Mapping[str, Any]) -> str:
+    """The filter and the places that the script fills."""
+
+    def select(name: str, title: str, options: Iterable[tuple[object, str]]) -> str:
+        listed = "".join(f'<option value="{escape(value)}">{escape(label)}</option>' for value, label in options)
+        return f'<label>{title}<select id="{name}">{listed}</select></label>'
+
+    titles = {"worst": "worst", "changed": "most changed", "wrong": "wrong answer first"}
+    shown = [(name, f"{titles[name]} ({len(numbers)}, with pictures)") for name, numbers in content["lists"].items()]
+    tags = [("", "any"), *enumerate(content["tagNames"])]
+    used = [(n, name) for n, name in enumerate(content["labelNames"]) if n in content["labels"]]
+    return (
+        f'<form id="filter">{select("list", "Show", [*shown, ("", "all queries")])}'
+        '<label>Text, tag, item or need<input id="words" type="search" autocomplete="off"></label>'
+        + (select("tag", "Tag", tags) if len(tags) > 1 else "")
+        + (select("label", "Solved by", [("", "any"), *used]) if used else "")
+        + select("column", "Rank by", enumerate(content["columns"]))
+        + '<label>Rank from<input id="from" type="number" min="1" inputmode="numeric"></label>'
+        '<label>to<input id="to" type="number" min="1" inputmode="numeric"></label>'
+        + select("order", "Order", [("list", "as listed"), ("worst", "worst first"), ("best", "best first")])
+        + '</form><p id="count" role="status"></p><div id="queries"></div>'
+        '<nav><button id="before" type="button">Previous</button><span id="page"></span>'
+        '<button id="after" type="button">Next</button></nav>'
+        "<noscript>The list of queries needs JavaScript.</noscript>"
+        '<p class="note">A rank is that of the best target; of items of equal score the mean rank.</p>'
+    )

@@ -1,0 +1,96 @@
+"""All metrics of an evaluation as rows: by tag, by mode, with intervals."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from spn4cir.evaluate import COMPOSED
+from spn4cir.intervals import Array, bootstrap_interval, bootstrap_means
+from spn4cir.measures import Ranks
+from spn4cir.query_values import Sample, collect_samples, select_joint, tag_rows
+from spn4cir.results import Result
+from spn4cir.types import Benchmark
+
+HEAD = ("model", "tag", "mode", "metric", "value", "low", "high", "queries")
+
+
+class MetricRow(NamedTuple):
+    """One metric of one tag, or of all queries where the tag is empty, by one mode; in percent.
+
+    ``queries`` counts the queries, or the needs of a metric over needs.
+    """
+
+    tag: str
+    mode: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    queries: int
+
+
+def metric_rows(result: Result) -> list[MetricRow]:
+    """Metrics with 95 % intervals: of all queries, of each tag, and by each mode if there was an ablation.
+
+    Modes other than ``composed`` are over queries that have both parts; so is ``composed, queries of both``, which is
+    there if other queries have one part alone.
+    """
+    benchmark = result.benchmark
+    samples = {COMPOSED: result.samples()}
+    assert benchmark is not None
+    rows = list(_rows(benchmark, samples))
+    numbers, joint = select_joint(benchmark)
+    ranks = {mode: found for mode, found in result.by_mode.items() if mode != COMPOSED}
+    if ranks and len(numbers):
+        if len(numbers) < len(benchmark.queries):
+            ranks[f"{COMPOSED}, queries of both"] = result.by_mode[COMPOSED]
+        rows += _rows(joint, {mode: _samples_of(joint, found, numbers) for mode, found in ranks.items()})
+    return rows
+
+
+def _samples_of(joint: Benchmark, ranks: Mapping[str, Ranks], numbers: Array | Ranks) -> list[Sample]:
+    return collect_samples(joint, {over: values[numbers] for over, values in ranks.items()})
+
+
+def _rows(benchmark: Benchmark, samples: Mapping[str, Sequence[Sample]]) -> Iterator[MetricRow]:
+    """Rows of all modes, whose samples have the same metrics; resampled at once."""
+    for parts in zip(*samples.values(), strict=True):
+        first, values = parts[0], np.concatenate([sample.values for sample in parts])
+        yield from _named("", samples, first, [s.means() for s in parts], bootstrap_interval(values, first.groups))
+    tags = tag_rows(benchmark)
+    if len(tags) < 2:
+        return
+    plain = [of_mode[0] for of_mode in samples.values()]
+    means = bootstrap_means(np.concatenate([sample.values for sample in plain]), list(tags.values()))  # (R, T, M)
+    ends = np.nanpercentile(means, [2.5, 97.5], axis=0)  # (2, T, M)
+    for place, (tag, rows) in enumerate(tags.items()):
+        own = [s.values[:, rows].mean(1) for s in plain]
+        yield from _named(tag, samples, plain[0]._replace(rows=rows), own, ends[:, place].T)
+
+
+def _named(
+    tag: str, modes: Mapping[str, object], sample: Sample, means: Sequence[Array], ends: Array
+) -> Iterator[MetricRow]:
+    """Rows of one tag; ``ends`` (modes · M, 2)."""
+    for mode, values, own in zip(modes, means, np.split(100 * ends, len(modes)), strict=True):
+        for name, value, (low, high) in zip(sample.names, values, own, strict=True):
+            yield MetricRow(tag, mode, name, 100 * float(value), float(low), float(high), len(sample.rows))
+
+
+def format_csv(rows: Mapping[str, Sequence[MetricRow]]) -> str:
+    """The rows of each model as CSV, with a head line.
+
+    A name that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEAD)
+    for model, found in rows.items():
+        for row in found:
+            names = (f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t") else name for name in (model, row.tag))
+            numbers = (f"{number:.6f}" for number in (row.value, row.low, row.high))
+            writer.writerow([*names, row.mode, row.metric, *numbers, row.queries])
+    return text.getvalue()
