@@ -38,6 +38,7 @@ SLOW = {
     "demo": "about five minutes",
     "generation": "minutes",
     "references": "minutes, and 20 GB of disk",
+    "report_size": "a minute",
     "cutoffs": "a minute",
     "engine": "minutes",
     "index": "half an hour, 10 GB of disk and 8 GB of memory",

@@ -14,6 +14,8 @@ from spn4cir.query_values import Sample, collect_samples, select_joint, tag_rows
 from spn4cir.results import Result
 from spn4cir.types import Benchmark
 
+ENDS = (2.5, 97.5)  # percentiles
+MACRO = "macro "  # what the name of a mean over tags begins with
 HEAD = ("model", "tag", "mode", "metric", "value", "low", "high", "queries")
 
 
@@ -56,19 +58,27 @@ def _samples_of(joint: Benchmark, ranks: Mapping[str, Ranks], numbers: Array | R
 
 
 def _rows(benchmark: Benchmark, samples: Mapping[str, Sequence[Sample]]) -> Iterator[MetricRow]:
-    """Rows of all modes, whose samples have the same metrics; resampled at once."""
+    """Rows of all modes, whose samples have the same metrics; resampled once for all modes and tags."""
+    plain, tags = [of_mode[0] for of_mode in samples.values()], tag_rows(benchmark)
+    columns = {name: place for place, name in enumerate(plain[0].names)}
+    groups = {"": plain[0].rows, **(tags if len(tags) > 1 or benchmark.macro else {})}
+    means = bootstrap_means(np.concatenate([sample.values for sample in plain]), list(groups.values()))
+    means = means.reshape(len(means), len(groups), len(plain), -1)  # (R, T, modes, M)
     for parts in zip(*samples.values(), strict=True):
-        first, values = parts[0], np.concatenate([sample.values for sample in parts])
-        yield from _named("", samples, first, [s.means() for s in parts], bootstrap_interval(values, first.groups))
-    tags = tag_rows(benchmark)
-    if len(tags) < 2:
-        return
-    plain = [of_mode[0] for of_mode in samples.values()]
-    means = bootstrap_means(np.concatenate([sample.values for sample in plain]), list(tags.values()))  # (R, T, M)
-    ends = np.nanpercentile(means, [2.5, 97.5], axis=0)  # (2, T, M)
-    for place, (tag, rows) in enumerate(tags.items()):
-        own = [s.values[:, rows].mean(1) for s in plain]
-        yield from _named(tag, samples, plain[0]._replace(rows=rows), own, ends[:, place].T)
+        first = parts[0]
+        own = [columns.get(name.removeprefix(MACRO), -1) for name in first.names]
+        if -1 in own:  # over wrong answers, or needs
+            ends = bootstrap_interval(np.concatenate([sample.values for sample in parts]), first.groups)
+        else:
+            used = [""] if first.groups is None else [tag for tag in groups if tag in (benchmark.macro or tags)]
+            drawn = np.nanmean(means[:, [list(groups).index(tag) for tag in used]], axis=1)[..., own]
+            ends = np.percentile(drawn, ENDS, axis=0).reshape(2, -1).T
+        yield from _named("", samples, first, [sample.means() for sample in parts], ends)
+    for place, (tag, rows) in enumerate(groups.items()):
+        if tag:
+            ends = np.nanpercentile(means[:, place], ENDS, axis=0).reshape(2, -1).T
+            of_modes = [sample.values[:, rows].mean(1) for sample in plain]
+            yield from _named(tag, samples, plain[0]._replace(rows=rows), of_modes, ends)
 
 
 def _named(

@@ -16,7 +16,7 @@ from spn4cir.report.charts import MAP_KS, RECALL_KS, curve, draw_curves
 from spn4cir.report.escaping import escape, script_json
 from spn4cir.results import Result
 from spn4cir.shortcuts import FIRST, LABELS, ONE_PART, REQUIRED, SHORTCUT, UNRESOLVED, main_ranks
-from spn4cir.summary import MetricRow
+from spn4cir.summary import MACRO, MetricRow
 
 MEANINGS = {
     REQUIRED: f"a target is among the first {FIRST} by image and text together, and by neither alone",
@@ -41,7 +41,7 @@ def build_page(
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     sections = [
         _header(first, list(results)),
-        _section("Metrics", _metrics(rows), "In percent, with the 95 % interval over queries below."),
+        _section("Metrics", _metrics(rows), "In percent, each with its 95 % interval over queries."),
         _comparisons(differences),
         _section("Image, text and both", _modalities(next(iter(rows.values())), labels), _modality_note(len(results))),
         _section("Curves", _curves(results), "Logarithmic axis. Hover over a curve for its values."),
@@ -94,21 +94,37 @@ def _cell(row: MetricRow) -> str:
 
 
 def _metrics(rows: Mapping[str, Sequence[MetricRow]]) -> str:
-    """Metrics of all queries by model, with their number of queries or needs."""
+    """Metrics of all queries by model; below, those of wrong answers and needs, with the number of queries or needs."""
     by_model = {
         model: {row.metric: row for row in found if not row.tag and row.mode == COMPOSED}
         for model, found in rows.items()
     }
-    names = next(iter(by_model.values()))
-    lines = [
-        [
-            escape(name) + ("<small>lower is better</small>" if is_lower_better(name) else ""),
-            *(_cell(found[name]) for found in by_model.values()),
-            str(row.queries),
-        ]
-        for name, row in names.items()
-    ]
-    return _table(["metric", *by_model, "queries, or needs"], lines)
+    further = [name for name in next(iter(by_model.values())) if not _is_plain(name) and not name.startswith(MACRO)]
+    if not further:
+        return _by_row("model", by_model)
+    lines = []
+    for name in further:
+        note = "<small>lower is better</small>" if is_lower_better(name) else ""
+        found = [of_model[name] for of_model in by_model.values()]
+        lines.append([escape(name) + note, *map(_cell, found), f"{found[0].queries:,}"])
+    table = _table(["", *by_model, "queries, or needs"], lines)
+    return f"{_by_row('model', by_model)}<h3>Wrong answers, and phrasings of one need</h3>{table}"
+
+
+def _is_plain(name: str) -> bool:
+    return " " not in name and not is_lower_better(name)
+
+
+def _by_row(title: str, found: Mapping[str, Mapping[str, MetricRow]]) -> str:
+    """A row for each name, such as a model, with the metrics as columns; another row for the mean over tags."""
+    names = [name for name in next(iter(found.values())) if _is_plain(name)]
+    lines = []
+    for label, metrics in found.items():
+        lines.append([f"<bdi>{escape(label)}</bdi>", *(_cell(metrics[name]) for name in names)])
+        if any(name.startswith(MACRO) for name in metrics):
+            macro = [_cell(metrics[MACRO + name]) if MACRO + name in metrics else "" for name in names]
+            lines.append([f"<bdi>{escape(label)}</bdi><small>mean over tags</small>", *macro])
+    return _table([title, *names], lines)
 
 
 def _comparisons(differences: Mapping[str, Sequence[Difference]]) -> str:
@@ -142,9 +158,7 @@ def _modalities(rows: Sequence[MetricRow], labels: Sequence[str]) -> str:
         del modes[COMPOSED]
     if len(modes) < 2:
         return ""
-    names = list(next(iter(modes.values())))
-    shared = [name for name in names if all(name in found for found in modes.values())]
-    table = _table(["metric", *modes], [[escape(n), *(_cell(found[n]) for found in modes.values())] for n in shared])
+    table = _by_row("ranked by", modes)
     composed = np.array([label for label in labels if label != ONE_PART])
     if not len(composed):
         return table
