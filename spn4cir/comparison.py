@@ -72,13 +72,18 @@ def _verdict(row: Difference, adjusted: float) -> str:
     return "better" if (row.difference > 0) != is_lower_better(row.metric) else "worse"
 
 
+def format_p(value: float) -> str:
+    """A p-value with three places; a smaller one as ``<0.001``."""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def comparison_table(model: str, differences: Sequence[Difference]) -> str:
     """Differences of one model as text for the terminal."""
     width = max(len("metric"), *(len(row.metric) for row in differences))
-    head = f"{'metric':<{width}}   first   other  difference [95 % interval]      p  p (Holm)"
+    head = f"{'metric':<{width}}   first   other  difference [95 % interval]       p  p (Holm)"
     lines = [f"compared with {model}", head]
     for row in differences:
         interval = f"{row.difference:+7.2f} [{row.low:+.2f}, {row.high:+.2f}]"
-        numbers = f"{row.base:8.2f}{row.value:8.2f}  {interval:<27}{row.p:6.3f}{row.adjusted:10.3f}"
+        numbers = f"{row.base:8.2f}{row.value:8.2f}  {interval:<27}{format_p(row.p):>7}{format_p(row.adjusted):>10}"
         lines.append(f"{row.metric:<{width}}{numbers}  {row.verdict}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Curves as inline SVG."""
 
 from collections.abc import Mapping, Sequence
-from math import log10
+from math import ceil, log10
 
 import numpy as np
 
@@ -20,18 +20,19 @@ def curve(kind: str, ranks: Ranks, ks: Sequence[int]) -> Array:
 
 
 def draw_curves(title: str, ks: Sequence[int], lines: Mapping[str, Array]) -> str:
-    """A figure of one curve for each name, over k on a logarithmic axis, percentages from 0 to 100."""
+    """A figure of one curve for each name, over k on a logarithmic axis, in percent."""
     right, top = WIDTH - EDGE, EDGE
     span = log10(ks[-1]) or 1.0
+    highest = 20 * max(1, ceil(max(values.max() for values in lines.values()) / 20))
 
     def x(k: float) -> float:
         return round(LEFT + (right - LEFT) * log10(k) / span, 1)
 
     def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - top) * value / 100, 1)
+        return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - top) * value / highest, 1)
 
     parts = []
-    for value in range(0, 101, 20):
+    for value in range(0, highest + 1, 20 if highest > 40 else 10):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y(value)}" y2="{y(value)}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4}" text-anchor="end">{value}</text>')
     for k in (k for k in (1, 2, 5, 10, 20, 50, 100) if k <= ks[-1]):

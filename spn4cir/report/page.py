@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spn4cir.comparison import Difference
+from spn4cir.comparison import Difference, format_p
 from spn4cir.evaluate import COMPOSED
 from spn4cir.intervals import bootstrap_interval
 from spn4cir.query_values import is_lower_better
@@ -43,7 +43,7 @@ def build_page(
         _header(first, list(results)),
         _section("Metrics", _metrics(rows), "In percent, each with its 95 % interval over queries."),
         _comparisons(differences),
-        _section("Image, text and both", _modalities(next(iter(rows.values())), labels), _modality_note(len(results))),
+        _section("Image, text and both", _modalities(rows, labels), _modality_note(len(results))),
         _section("Curves", _curves(results), "Logarithmic axis. Hover over a curve for its values."),
         _section("By tag", _by_tag(next(iter(rows.values())), first), "Of the first model; composed queries."),
         f"<section><h2>Queries</h2>{_list_frame(content)}</section>",
@@ -137,28 +137,31 @@ def _comparisons(differences: Mapping[str, Sequence[Difference]]) -> str:
     for model, found in differences.items():
         lines = [
             [
-                escape(row.metric), f"{row.base:.1f}", f"{row.value:.1f}",
+                escape(row.metric), f'<b class="{row.verdict}">{row.verdict}</b>',
                 f"{row.difference:+.1f}<small>{row.low:+.1f} – {row.high:+.1f}</small>",
-                f"{row.p:.3f}", f"{row.adjusted:.3f}", f'<b class="{row.verdict}">{row.verdict}</b>',
+                f"{row.base:.1f}", f"{row.value:.1f}", escape(format_p(row.p)), escape(format_p(row.adjusted)),
             ]
             for row in found
         ]  # fmt: skip
-        head = ("metric", "first", "other", "difference", "p", "p (Holm)", "")
+        head = ("metric", "", "difference", "first", "other", "p", "p (Holm)")
         parts.append(f"<h3><bdi>{escape(model)}</bdi></h3>{_table(head, lines)}")
     return _section("Comparison with the first model", "".join(parts), note)
 
 
-def _modalities(rows: Sequence[MetricRow], labels: Sequence[str]) -> str:
-    """Metrics by mode side by side, and the share of each label as bars."""
-    modes: dict[str, dict[str, MetricRow]] = {}
-    for row in rows:
-        if not row.tag:
-            modes.setdefault(row.mode, {})[row.metric] = row
-    if f"{COMPOSED}, queries of both" in modes:
-        del modes[COMPOSED]
-    if len(modes) < 2:
-        return ""
-    table = _by_row("ranked by", modes)
+def _modalities(rows: Mapping[str, Sequence[MetricRow]], labels: Sequence[str]) -> str:
+    """Metrics by mode side by side, a table for each model, and the share of each label as bars."""
+    table = ""
+    for model, found in rows.items():
+        modes: dict[str, dict[str, MetricRow]] = {}
+        for row in found:
+            if not row.tag:
+                modes.setdefault(row.mode, {})[row.metric] = row
+        if f"{COMPOSED}, queries of both" in modes:
+            del modes[COMPOSED]
+        if len(modes) < 2:
+            return ""
+        title = f"<h3><bdi>{escape(model)}</bdi></h3>" if len(rows) > 1 else ""
+        table += title + _by_row("ranked by", modes)
     composed = np.array([label for label in labels if label != ONE_PART])
     if not len(composed):
         return table
@@ -215,7 +218,7 @@ def _list_frame(content: Mapping[str, Any]) -> str:
         return f'<label>{title}<select id="{name}">{listed}</select></label>'
 
     titles = {"worst": "worst", "changed": "most changed", "wrong": "wrong answer first"}
-    shown = [(name, f"{titles[name]} ({len(numbers)}, with pictures)") for name, numbers in content["lists"].items()]
+    shown = [(name, f"{titles[name]} ({len(numbers):,})") for name, numbers in content["lists"].items()]
     tags = [("", "any"), *enumerate(content["tagNames"])]
     used = [(n, name) for n, name in enumerate(content["labelNames"]) if n in content["labels"]]
     return (
@@ -231,5 +234,5 @@ def _list_frame(content: Mapping[str, Any]) -> str:
         '<nav><button id="before" type="button">Previous</button><span id="page"></span>'
         '<button id="after" type="button">Next</button></nav>'
         "<noscript>The list of queries needs JavaScript.</noscript>"
-        '<p class="note">A rank is that of the best target; of items of equal score the mean rank.</p>'
+        '<p class="note">Queries of the first lists have pictures. A rank is that of the best target; of items of equal score the mean rank.</p>'
     )

@@ -56,7 +56,6 @@ function makeItem(number, role, state) {
     const picture = make("img");
     picture.src = content.pictures[id];
     picture.alt = name;
-    picture.loading = "lazy";
     frame.append(picture);
   } else {
     frame.textContent = content.texts[id] || "no picture";
@@ -96,7 +95,7 @@ function makeQuery(n) {
     card.append(ids);
     return card;
   }
-  const asked = makeRow("asked for", "asked");
+  const asked = makeRow("query", "asked");
   if (content.reference[n] !== null) asked.append(makeItem(content.reference[n], "reference"));
   const rank = (content.targetCounts[n] > 1 ? "target, best rank " : "target, rank ") + content.ranks[0][n];
   for (const target of content.targets[n]) asked.append(makeItem(target, rank, "target"));
