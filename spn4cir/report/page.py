@@ -234,5 +234,6 @@ def _list_frame(content: Mapping[str, Any]) -> str:
         '<nav><button id="before" type="button">Previous</button><span id="page"></span>'
         '<button id="after" type="button">Next</button></nav>'
         "<noscript>The list of queries needs JavaScript.</noscript>"
-        '<p class="note">Queries of the first lists have pictures. A rank is that of the best target; of items of equal score the mean rank.</p>'
+        '<p class="note">Queries of the first lists have pictures. A rank is that of the best target; of '
+        "items of equal score the mean rank.</p>"
     )

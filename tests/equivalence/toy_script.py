@@ -31,7 +31,7 @@ from spn4cir.evaluate import evaluate
 from spn4cir.images import ImageSource, open_image, pixel_hash
 from spn4cir.objective import BankCandidates, Objective
 from spn4cir.stages import prepare_compute
-from spn4cir.types import Benchmark, ImageFeatures, Measure, recall_measures
+from spn4cir.types import Benchmark, ImageFeatures, Measure, Query, recall_measures
 
 # TRAIN[:20] are the targets of triplets 0 to 19 and again of 20 to 39: with four rows a process, equal targets meet
 # on different processes; 17 has target TRAIN[0], the twin of TRAIN[1], which is the target of 0.
@@ -131,6 +131,11 @@ def benchmarks_of(toy: Toy) -> list[Benchmark]:
         replace(q, candidates=tuple(i for i in q.candidates if i != outside), targets=tuple(dict.fromkeys(q.targets)))
         for q in queries if outside not in q.targets
     )  # fmt: skip
+
+    def wrong_answers(query: Query, count: int) -> tuple[str, ...]:
+        return tuple(i for i in kept if i not in (query.reference, *query.targets))[count * 3 : count * 4]
+
+    queries = tuple(replace(q, negatives=wrong_answers(q, n % 4)) for n, q in enumerate(queries))
     measures = (*recall_measures(1, 2, over="candidates"), Measure("map", 5))
     return [val, Benchmark("toy/mixed", kept, queries, True, measures)]
 

@@ -272,6 +272,35 @@ def test_queries_that_cannot_be_meant(folder: Path, row: str, said: str) -> None
         Catalogue(str(folder)).benchmark("val")
 
 
+def test_wrong_answers_and_needs_of_ones_own(folder: Path) -> None:
+    """A row may name either, and an empty target where it names a wrong answer; rows of one query are put together."""
+    rows = (
+        "top.gif,in blue,shoes/b.png,,n1", "top.gif,in blue,,hats/ü h.webp,", "top.gif,blue please,shoes/b.png,,n1",
+        "top.gif,in red,hats/ü h.webp,,",
+    )  # fmt: skip
+    (folder / "queries.csv").write_text("\n".join(("reference,modification,target,negative,need", *rows)) + "\n")
+    first, second, third = Catalogue(str(folder)).benchmark("val").queries
+    assert (first.targets, first.negatives, first.need) == (("shoes/b.png",), ("hats/ü h.webp",), "n1")
+    assert (second.negatives, second.need, third.need) == ((), "n1", "")
+
+
+@pytest.mark.parametrize(("rows", "said"), [
+    (["top.gif,x,shoes/b.png,gone,"], "row 1, column 'negative': \"gone\" is no image"),
+    (["top.gif,x,,,"], "row 1, column 'target': is empty, and the row names no wrong answer"),
+    (["top.gif,x,,shoes/b.png,"], "row 1, column 'target': is empty, and so it is in all rows"),
+    (["top.gif,x,shoes/b.png,top.gif,"], "column 'negative': is the reference"),
+    (["top.gif,x,shoes/b.png,,", "top.gif,x,,shoes/b.png,"], "row 2, column 'negative': .* is a target of this query"),
+    (["top.gif,x,shoes/b.png,,n", "top.gif,x,hats/ü h.webp,,m"], "row 2, column 'need': is \"m\", and in another row"),
+    (["top.gif,x,shoes/b.png,,n", "top.gif,y,hats/ü h.webp,,n"], "'y'.* and 'x' phrase one need, 'n', and their targets"),
+])  # fmt: skip
+def test_wrong_answers_and_needs_that_cannot_be_meant(folder: Path, rows: list[str], said: str) -> None:
+    """File, row and column are named; of two phrasings both texts."""
+    text = "\n".join(("reference,modification,target,negative,need", *rows)) + "\n"
+    (folder / "queries.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        Catalogue(str(folder)).benchmark("val")
+
+
 def test_the_doctor_and_the_skip_list(folder: Path) -> None:
     """A broken picture stands in the way of queries over all pictures, until it is skipped; of nothing else."""
     assert examine(load_dataset("catalogue", str(folder))).can_train
