@@ -58,8 +58,9 @@ def compare_results(base: Result, others: Mapping[str, Result]) -> dict[str, lis
             intervals = change.intervals()
             for name, (before, after, moved, p) in zip(change.names, means, strict=True):
                 low, high = intervals[name]
-                points = [float(100 * value) for value in (before, after, moved)]
-                rows.append((model, Difference(name, *points, low, high, float(p), 1.0, "noise")))
+                first_value, value, points = (float(100 * mean) for mean in (before, after, moved))
+                row = Difference(name, first_value, value, points, low, high, float(p), 1.0, "noise")
+                rows.append((model, row))
     found: dict[str, list[Difference]] = {model: [] for model in others}
     for (model, row), adjusted in zip(rows, holm([row.p for _, row in rows]), strict=True):
         found[model].append(row._replace(adjusted=adjusted, verdict=_verdict(row, adjusted)))

@@ -157,11 +157,11 @@ def mcnemar(better: int, worse: int) -> float:
         0.21875
     """
     changed, fewer = better + worse, min(better, worse)
-    term, total = 1, 0
+    term, total = 1, 0  # binomial coefficients
     for count in range(fewer + 1):  # whole numbers: 2 ** changed overflows a float
         total += term
         term = term * (changed - count) // (count + 1)
-    return min(1.0, 2 * total / 2**changed)
+    return min(1.0, 2 * total / (1 << changed))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

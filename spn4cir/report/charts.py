@@ -23,7 +23,7 @@ def draw_curves(title: str, ks: Sequence[int], lines: Mapping[str, Array]) -> st
     """A figure of one curve for each name, over k on a logarithmic axis, in percent."""
     right, top = WIDTH - EDGE, EDGE
     span = log10(ks[-1]) or 1.0
-    highest = 20 * max(1, ceil(max(values.max() for values in lines.values()) / 20))
+    highest: int = 20 * max(1, ceil(max(values.max() for values in lines.values()) / 20))
 
     def x(k: float) -> float:
         return round(LEFT + (right - LEFT) * log10(k) / span, 1)

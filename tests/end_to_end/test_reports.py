@@ -36,7 +36,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Twelve pictures with a hostile folder name, and 24 queries: two phrasings of each need, a third with a wrong answer."""
+    """Twelve pictures in a folder of a hostile name; two phrasings of each of 12 needs, a third with a wrong answer."""
     monkeypatch.chdir(tmp_path)
     names = [f"<b>&'s/{n}.png" for n in range(12)]
     for n, name in enumerate(names):
@@ -59,26 +59,15 @@ def other(tmp_path: Path) -> Path:
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter += 0.05 * parameter.std(unbiased=False) * torch.randn_like(parameter)
-    save_model(tmp_path / "moved", backbone)
+    save_model(tmp_path / "moved", backbone, {})
     return tmp_path / "moved"
 
 
 def test_a_report_of_two_models(call: Call, shop: Path, other: Path, tmp_path: Path) -> None:
     """Page, JSON and CSV agree; the terminal shows intervals, the comparison and the shares of modalities."""
     data = ("--dataset", "catalogue", "--data-root", shop, "--run", "embedded")
-    code, out, err = call(
-        *data,
-        "--compare",
-        other,
-        "--report",
-        "out/report",
-        "--csv",
-        "all.csv",
-        "--json",
-        "r.json",
-        "--ranks",
-        "r.jsonl",
-    )
+    written = ("--report", "out/report", "--csv", "all.csv", "--json", "r.json", "--ranks", "r.jsonl")
+    code, out, err = call(*data, "--compare", other, *written)
     assert code == 0, err
     assert "95 % interval from" in out and "\ncompared with " in out and "queries of both parts: " in out
     found, page = json.loads(Path("r.json").read_text()), Path("out/report/index.html").read_text(encoding="utf-8")
@@ -91,13 +80,12 @@ def test_a_report_of_two_models(call: Call, shop: Path, other: Path, tmp_path: P
         assert row["base"] == pytest.approx(found["metrics"][name])
         assert row["value"] == pytest.approx(compared["metrics"][name])
     assert sum(found["modalities"].values()) == pytest.approx(100)
-    rows = list(csv.DictReader(Path("all.csv").open(newline="")))
+    rows = list(csv.DictReader(Path("all.csv").read_text().splitlines()))
     assert Path("out/report/metrics.csv").read_text() == Path("all.csv").read_text()
     assert {row["model"] for row in rows} == {"embedded weights", compared["run"]}
     assert {row["mode"] for row in rows} == {"composed", "image only", "text only", "late fusion"}
-    (one,) = (
-        r for r in rows if (r["model"], r["tag"], r["mode"], r["metric"]) == ("embedded weights", "", "composed", "R@5")
-    )
+    wanted = ("embedded weights", "", "composed", "R@5")
+    (one,) = (row for row in rows if (row["model"], row["tag"], row["mode"], row["metric"]) == wanted)
     assert float(one["value"]) == pytest.approx(found["metrics"]["R@5"], abs=1e-6) and one["queries"] == "24"
     assert "<script>in blue" not in page and "\\u003cscript\\u003ein blue" in page and page.count("<script") == 2
     ranked = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]

@@ -291,7 +291,7 @@ def test_wrong_answers_and_needs_of_ones_own(folder: Path) -> None:
     (["top.gif,x,shoes/b.png,top.gif,"], "column 'negative': is the reference"),
     (["top.gif,x,shoes/b.png,,", "top.gif,x,,shoes/b.png,"], "row 2, column 'negative': .* is a target of this query"),
     (["top.gif,x,shoes/b.png,,n", "top.gif,x,hats/ü h.webp,,m"], "row 2, column 'need': is \"m\", and in another row"),
-    (["top.gif,x,shoes/b.png,,n", "top.gif,y,hats/ü h.webp,,n"], "'y'.* and 'x' phrase one need, 'n', and their targets"),
+    (["top.gif,x,shoes/b.png,,n", "top.gif,y,hats/ü h.webp,,n"], "'y'.* and 'x' phrase one need, 'n', and their"),
 ])  # fmt: skip
 def test_wrong_answers_and_needs_that_cannot_be_meant(folder: Path, rows: list[str], said: str) -> None:
     """File, row and column are named; of two phrasings both texts."""
