@@ -59,8 +59,8 @@ def choose_shown(results: Mapping[str, Result], shown: int) -> dict[str, list[in
 
 def query_content(
     results: Mapping[str, Result], labels: Sequence[str], shown: int, describe: Callable[[str], str]
-) -> tuple[dict[str, Any], list[str]]:
-    """The content of the list of queries, column by column, and ids of the gallery's items that are shown.
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The content of the list of queries, column by column, and the items to picture, each with its number there.
 
     Args:
         results: model to evaluation, of the same benchmark, with ``ITEMS`` first items each.
@@ -111,7 +111,7 @@ def query_content(
     }
     content["items"] = list(items)
     content["names"] = {str(n): name for item, n in items.items() if (name := describe(item)) != item}
-    return content, list(seen)
+    return content, {item: items[item] for item in seen}
 
 
 def _state(query: Query, item: str) -> str:

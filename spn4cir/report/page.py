@@ -138,7 +138,7 @@ def _comparisons(differences: Mapping[str, Sequence[Difference]]) -> str:
         lines = [
             [
                 escape(row.metric), f'<b class="{row.verdict}">{row.verdict}</b>',
-                f"{row.difference:+.1f}<small>{row.low:+.1f} – {row.high:+.1f}</small>",
+                f"{row.difference:+.1f}<small>{row.low:+.1f} to {row.high:+.1f}</small>",
                 f"{row.base:.1f}", f"{row.value:.1f}", escape(format_p(row.p)), escape(format_p(row.adjusted)),
             ]
             for row in found

@@ -52,13 +52,13 @@ function makeItem(number, role, state) {
   const id = content.items[number], name = content.names[number] || id;
   const item = make("div", "item " + (state || "")), frame = make("div", "picture");
   item.title = id === name ? id : name + " (" + id + ")";
-  if (content.pictures[id]) {
+  if (content.pictures[number]) {
     const picture = make("img");
-    picture.src = content.pictures[id];
+    picture.src = content.pictures[number];
     picture.alt = name;
     frame.append(picture);
   } else {
-    frame.textContent = content.texts[id] || "no picture";
+    frame.textContent = content.texts[number] || "no picture";
   }
   const title = make("bdi", "name", name);
   item.append(frame, make("div", "role", role), title);

@@ -56,9 +56,9 @@ def write_report(
     labels = label_queries(list(results.values()))
     content, items = query_content(results, labels, shown, describe)
     texts = first.benchmark.texts
-    pictures = {item: thumbnail(find_image(item)) for item in items if item not in texts}
-    content["pictures"] = {item: picture for item, picture in pictures.items() if picture}
-    content["texts"] = {item: texts[item] for item in items if item in texts}
+    pictures = {number: thumbnail(find_image(item)) for item, number in items.items() if item not in texts}
+    content["pictures"] = {number: picture for number, picture in pictures.items() if picture}
+    content["texts"] = {number: texts[item] for item, number in items.items() if item in texts}
     rows = rows or {model: metric_rows(result) for model, result in results.items()}
     path = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,7 @@ def test_the_content_is_what_was_evaluated(page: Path) -> None:
     assert [changed[n] for n in content["lists"]["changed"]] == sorted(changed, reverse=True)[:7]
     assert all(n % 15 == 0 for n in content["lists"]["wrong"]) and len(content["lists"]["wrong"]) == 4
     assert set(map(int, content["tops"])) == {n for numbers in content["lists"].values() for n in numbers}
-    assert set(content["pictures"]) <= set(content["items"]) and len(content["pictures"]) <= 30
+    assert {int(n) for n in content["pictures"]} <= {*range(len(content["items"]))} and len(content["pictures"]) <= 30
     for number, tops in content["tops"].items():
         target, (wrong, *_) = content["targets"][int(number)][0], (*result.queries[int(number)].negatives, None)
         for item, state in tops[0]:
