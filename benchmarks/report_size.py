@@ -86,7 +86,7 @@ def measure_report(queries: int, gallery: int) -> dict[str, Any]:
         draw_photographs(folder, gallery)
         benchmark = make_benchmark(queries, gallery)
         drawn = {label: draw_result(benchmark, seed) for seed, label in enumerate(("first", "other"))}
-        start = time.perf_counter()
+        start, before = time.perf_counter(), time.process_time()
         results = {label: result.with_intervals() for label, result in drawn.items()}
         intervals = time.perf_counter()
         differences = compare_results(results["first"], {"other": results["other"]})
@@ -96,7 +96,8 @@ def measure_report(queries: int, gallery: int) -> dict[str, Any]:
         page = write_report(folder / "report", results, lambda i: folder / i.rpartition("/")[2], differences, rows=rows)
         end = time.perf_counter()
         return {
-            "queries": queries, "gallery": gallery, "seconds": round(end - start, 2),
+            "queries": queries, "gallery": gallery, "models": len(results), "seconds": round(end - start, 2),
+            "CPU seconds": round(time.process_time() - before, 2),  # of a busy machine, the seconds of an idle one
             "seconds of": {
                 "intervals": round(intervals - start, 2), "paired tests": round(compared - intervals, 2),
                 "rows by tag and mode": round(counted - compared, 2), "page": round(end - counted, 2),

@@ -185,7 +185,8 @@ def _write_findings(args: argparse.Namespace, dataset: Any, results: dict[str, A
 
         about["modalities"] = share_labels(label_queries(list(results.values())))
         shares = ", ".join(f"{label} {share:.1f} %" for label, share in about["modalities"].items())
-        print(f"\nqueries of both parts: {shares}" if shares else "", file=report_stream(args.json))
+        if shares:
+            print(f"\nqueries of both parts: {shares}", file=report_stream(args.json))
     if found:
         about["compare"] = [
             {
