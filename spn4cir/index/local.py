@@ -126,7 +126,7 @@ class Index(SearchableIndex):
 
     def column_values(self, column: str) -> list[Value]:
         """The values of a column, in order. Raises ``InputError`` for a column that the index lacks."""
-        self._check((), Selection(group=column))
+        self.check_selection((), Selection(group=column))
         values: list[Value] = self.snapshot.columns[column].filter(self.snapshot.alive).unique().drop_null().to_pylist()
         return sorted(values)
 

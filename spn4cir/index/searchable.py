@@ -117,7 +117,7 @@ class SearchableIndex(ABC):
         Raises:
             InputError: for a column that the index lacks.
         """
-        self._check((), Selection(group=column))
+        self.check_selection((), Selection(group=column))
         direction = F.normalize(self.background.mean((0, 1)), dim=0)
         rows = self.nearest(direction, len(self.background)).columns
         return sorted({row[column] for row in rows if row.get(column) is not None})
@@ -165,7 +165,7 @@ class SearchableIndex(ABC):
             >>> index.search("shoes/7.jpg", "but in red", k=3, where=["price<=50"])  # doctest: +SKIP
         """
         selection = Selection(k, min_score, min_z, fold, group)
-        self._check(where, selection)  # before a model is loaded
+        self.check_selection(where, selection)  # before a model is loaded
         query = self.embed(image, text, unlike=unlike, without=without)
         members, paths = self.own_pictures(image, unlike)
         return self.search_vector(query, selection, where, exclude=members, exclude_paths=paths)
@@ -241,7 +241,7 @@ class SearchableIndex(ABC):
         Raises:
             InputError: for a column that the index lacks, or a query of another width.
         """
-        conditions, group = self._check(where, selection), selection.group
+        conditions, group = self.check_selection(where, selection), selection.group
         statistics = self._statistics(query)
         low = _lowest(selection, statistics)
         hits, seen, left_out, count = list[Hit](), set[Value](), list(exclude), selection.k + SPARE
@@ -266,7 +266,7 @@ class SearchableIndex(ABC):
             else:
                 count *= 4
 
-    def _check(self, where: Where, selection: Selection) -> list[Condition]:
+    def check_selection(self, where: Where, selection: Selection) -> list[Condition]:
         """The conditions. Raises ``InputError`` for a column that the index lacks."""
         if selection.group is not None and not (isinstance(selection.group, str) and selection.group in self.kinds):
             raise InputError(f"group: the index has no column {selection.group!r}; columns: {', '.join(self.kinds)}")
