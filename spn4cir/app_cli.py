@@ -150,6 +150,7 @@ def _serve(addresses: list[str], limits: Limits, listening: socket.socket, args:
         for one in served:
             place = addresses[one.number] if is_engine(addresses[one.number]) else Path(addresses[one.number])
             print(f"index {place}: {len(one.index):,} images, model {one.index.model.name}")
+        listening.listen(1024)  # from here on clients wait instead of being turned away
         shown = f"[{host}]" if ":" in host else host
         print(f"open http://{shown}:{port} (REST: http://{shown}:{port}/docs); stop with Ctrl-C", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)

@@ -1,8 +1,12 @@
 """Style sheet and scripts of the page; neither names another server."""
 
 STYLE = """
-.gradio-container{max-width:1280px!important;margin:0 auto!important;padding:12px!important}
+.gradio-container{width:100%!important;max-width:1280px!important;margin:0 auto!important;box-sizing:border-box;
+ padding:12px 16px!important}
+.gradio-container>.main{padding:0!important}
+.gradio-container .html-container{padding:0!important}
 .spn-head h1{font-size:1.4rem;font-weight:600;margin:0}
+.spn-head a{text-decoration:underline}
 .spn-head p{margin:.2rem 0 0;color:var(--body-text-color-subdued)}
 .spn-button,.spn-lean button,.spn-chips button,.spn-trail li button{border:1px solid var(--border-color-primary);
  background:var(--button-secondary-background-fill);color:var(--body-text-color);border-radius:8px;cursor:pointer;
@@ -46,23 +50,32 @@ STYLE = """
  outline-offset:-3px}
 .spn-score{position:absolute;right:6px;top:6px;background:#000a;color:#fff;border-radius:6px;padding:1px 6px;
  font-size:.75rem;font-variant-numeric:tabular-nums}
-.spn-card figcaption{font-size:.82rem;line-height:1.25;padding:6px 8px;height:calc(2.5em + 12px);overflow:hidden;
- overflow-wrap:anywhere;color:var(--body-text-color);display:-webkit-box;-webkit-line-clamp:2;-webkit-box-orient:vertical}
+.spn-card figcaption{font-size:.82rem;line-height:1.25;padding:6px 8px;min-height:calc(2.5em + 12px);
+ overflow-wrap:anywhere;color:var(--body-text-color)}
+.spn-card figcaption span{display:-webkit-box;-webkit-line-clamp:2;-webkit-box-orient:vertical;overflow:hidden}
 .spn-lean{display:flex;border-top:1px solid var(--border-color-primary);margin-top:auto}
 .spn-lean button{flex:1;border:0;border-radius:0;background:none;justify-content:center;padding:4px;gap:3px;
- color:var(--body-text-color-subdued)}
+ white-space:nowrap;color:var(--body-text-color-subdued)}
 .spn-lean button+button{border-left:1px solid var(--border-color-primary)}
 .spn-lean [aria-pressed=true]{background:var(--color-accent);color:#fff}
 .spn-upload{display:flex;flex-wrap:wrap;gap:10px;align-items:center;border:1px dashed var(--border-color-primary);
  border-radius:8px;padding:10px}
 .spn-upload.over{border-color:var(--color-accent)}
 .spn-upload span{color:var(--body-text-color-subdued);font-size:.9rem}
+.spn-upload label{position:relative;gap:0}
 .spn-upload input{position:absolute;opacity:0;width:1px;height:1px}
 .spn-upload label:focus-within{outline:3px solid var(--color-accent)}
 .spn-sketch{margin-top:8px}
 .spn-sketch summary{cursor:pointer;padding:8px 0;color:var(--body-text-color)}
 .spn-sketch canvas{background:#fff;border:1px solid var(--border-color-primary);border-radius:8px;touch-action:none;
  width:min(320px,100%);aspect-ratio:1;cursor:crosshair;display:block;margin-bottom:8px}
+@media (hover:none){.spn-upload span{display:none}}
+@media (max-width:600px){
+ .spn-reference img{width:80px;height:80px}
+ .spn-grid{grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:8px}
+ .spn-lean button{min-height:40px}
+ .spn-head h1{font-size:1.2rem}
+}
 """
 
 ACTIONS = """
@@ -72,6 +85,10 @@ element.addEventListener('click', (event) => {
   if (['pick', 'turn', 'back', 'restart', 'say'].includes(chosen.dataset.action))
     window.scrollTo({top: 0, behavior: 'smooth'});
   trigger('click', {...chosen.dataset});
+});
+watch('value', () => {
+  const trail = element.querySelector('.spn-trail ol');
+  if (trail) trail.scrollLeft = trail.scrollWidth;
 });
 """
 """Of a part of the page whose buttons name their actions."""
@@ -133,8 +150,9 @@ if (canvas) {
 """
 """Of the part that uploads a file or a sketch."""
 
-UPLOAD_PART = """<div class="spn-upload"><label class="spn-button">Upload a picture<input type="file" accept="image/*">
-</label><span>or drop one here</span></div>"""
+UPLOAD_PART = """<div class="spn-upload">
+<label class="spn-button">Upload a picture<input type="file" accept="image/*"></label>
+<span>or drop one here</span></div>"""
 SKETCH_PART = """<details class="spn-sketch"><summary>Draw a sketch</summary><canvas width="384" height="384"></canvas>
 <button class="spn-button" data-sketch="use">Search by the sketch</button>
 <button class="spn-button" data-sketch="clear">Clear</button></details>"""

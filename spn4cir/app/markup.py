@@ -58,15 +58,17 @@ def _card(served: ServedIndex, hit: Hit, dialogue: Dialogue) -> str:
     kept = {name: any((one.index, one.id) == (served.number, hit.id) for one in getattr(dialogue.now, name))
             for name in ("more", "less")}  # fmt: skip
     score = f'<span class="spn-score" title="z {hit.z:.2f}">{hit.score:.3f}</span>' if dialogue.turns else ""
+    signs = (("more", "+"), ("less", "−")) if dialogue.turns else ()
     buttons = "".join(
         f'<button data-action="{name}" {data} aria-label="{name} like {title}" '
         f'aria-pressed="{"true" if kept[name] else "false"}">{sign} {name}</button>'
-        for name, sign in (("more", "+"), ("less", "−"))
+        for name, sign in signs
     )
+    lean = f'<div class="spn-lean">{buttons}</div>' if buttons else ""
     return (
         f'<figure class="spn-card"><button class="spn-pick" data-action="pick" {data} title="{about}">'
         f'<img src="{escape(served.address(hit.id))}" alt="{title}" loading="lazy">{score}</button>'
-        f'<figcaption>{title}</figcaption><div class="spn-lean">{buttons}</div></figure>'
+        f"<figcaption><span>{title}</span></figcaption>{lean}</figure>"
     )
 
 

@@ -58,10 +58,10 @@ def build_page(desk: Desk) -> gr.Blocks:
     has_sketch = any(one.describes for one in served)
     with gr.Blocks(title="spn4cir", analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as blocks:
         dialogue = gr.State(start, time_to_live=SESSION_SECONDS)
-        gr.HTML(_heading(served))
+        gr.HTML(_heading(served), apply_default_css=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                query = gr.HTML(render_query(start), js_on_load=ACTIONS, elem_id="query")
+                query = gr.HTML(render_query(start), js_on_load=ACTIONS, apply_default_css=False, elem_id="query")
                 with gr.Row(equal_height=True):
                     text = gr.Textbox(
                         label="Change", show_label=False, container=False, max_length=MAX_TEXT, scale=5, min_width=180,
@@ -69,7 +69,12 @@ def build_page(desk: Desk) -> gr.Blocks:
                     )  # fmt: skip
                     button = gr.Button("Search", variant="primary", scale=1, min_width=100, elem_id="search")
             with gr.Column(scale=2, min_width=300):
-                files = gr.HTML(UPLOAD_PART + (SKETCH_PART if has_sketch else ""), js_on_load=upload, elem_id="upload")
+                files = gr.HTML(
+                    UPLOAD_PART + (SKETCH_PART if has_sketch else ""),
+                    js_on_load=upload,
+                    apply_default_css=False,
+                    elem_id="upload",
+                )
                 with gr.Accordion("Filters", open=False):
                     values = sorted({value for one in served for value in one.categories()})
                     categories = gr.Dropdown(
@@ -81,7 +86,9 @@ def build_page(desk: Desk) -> gr.Blocks:
             results = []
             for one, value in zip(served, first, strict=True):
                 with gr.Column(min_width=300):
-                    results.append(gr.HTML(value, js_on_load=ACTIONS, elem_id=f"results-{one.number}"))
+                    results.append(
+                        gr.HTML(value, js_on_load=ACTIONS, apply_default_css=False, elem_id=f"results-{one.number}")
+                    )
         shown = [dialogue, query, text, *results]
         answer = _Answer(desk, len(results))
         settings: dict[str, Any] = {"outputs": shown, "show_progress": "hidden", "api_visibility": "private"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -51,7 +51,7 @@ def _render_operation(schema: Mapping[str, Any], name: str, operation: Mapping[s
     )
 
 
-def _render_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _render_table(heads: tuple[str, ...], rows: Sequence[Sequence[str]]) -> str:
     lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{lines}</table>"
 

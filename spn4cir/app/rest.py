@@ -6,17 +6,19 @@ import asyncio
 import secrets
 import sys
 import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
+from fastapi import FastAPI, File, Form, Query, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from PIL import Image
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from spn4cir.app.limits import Limits, Refused, read_upload
 from spn4cir.app.reference import render_reference
@@ -28,6 +30,13 @@ KEPT_SIDE = 1024
 """Pixels of the longer side that an upload of the page is reduced to."""
 KEPT_UPLOADS = 64
 """Uploads that wait for their page to take them, a moment later."""
+
+
+FIELDS = (
+    "image", "image_id", "text", "unlike", "unlike_id", "without", "where", "group", "min_score", "min_z", "fold", "k",
+    "index",
+)  # fmt: skip
+"""Values of a search."""
 
 
 class FoundImage(BaseModel):
@@ -95,6 +104,7 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         422: {"model": Problem, "description": "A value is out of range, or an upload is no picture."},
         503: {"model": Problem, "description": "Too many queries wait, or the index has been removed."},
     }
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # limits are ours, and smaller
     app = FastAPI(
         title="spn4cir", version="1", docs_url=None, redoc_url=None, openapi_url="/openapi.json",
         description="Search an index by a picture, a text, or a picture changed by a text.",
@@ -102,6 +112,7 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
 
     @app.post("/search", response_model=Found, responses=failures, summary="Search the index")
     async def search(
+        request: Request,
         image: Annotated[list[UploadFile], _files("reference pictures, as files")],
         image_id: Annotated[list[str], _values("reference pictures, as ids of the index")],
         text: Annotated[list[str], _values("how to change the picture, or what to find")],
@@ -117,6 +128,8 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         index: Annotated[int, Form(description="which index, if there are two: 0 or 1")] = 0,
     ) -> dict[str, Any]:
         """Hits of a query, best first, with scores and columns; the images of the query are left out."""
+        if unknown := [name for name in await request.form() if name not in FIELDS]:
+            raise Refused(422, f"there is no value {unknown[0]!r:.60}; known: {', '.join(FIELDS)}")
         one = _choose(served, index)
         files = [[await file.read(limits.upload_bytes + 1) for file in part] for part in (image, unlike)]
 
@@ -176,10 +189,10 @@ def _answer_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def refuse_form(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return answer(422, f"{first['loc'][-1]}: {first['msg']}")
+        return answer(422, f"{first['loc'][min(1, len(first['loc']) - 1)]}: {first['msg']}")
 
-    @app.exception_handler(HTTPException)
-    async def refuse_request(request: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(StarletteHTTPException)
+    async def refuse_request(request: Request, error: StarletteHTTPException) -> JSONResponse:
         return answer(error.status_code, str(error.detail))
 
     @app.exception_handler(Exception)
