@@ -87,12 +87,12 @@ class Dialogue:
 
     def lean(self, reference: Reference, is_more: bool) -> Dialogue:
         """Add a picture to be like, or unlike; one that is there already is taken out again."""
-        name, other = ("more", "less") if is_more else ("less", "more")
-        known: tuple[Reference, ...] = getattr(self.now, name)
-        kept = tuple(one for one in known if one != reference)
-        changed = kept if len(kept) < len(known) else (*known, reference)
-        others = tuple(one for one in getattr(self.now, other) if one != reference)
-        turn = replace(self.now, **{name: changed, other: others})
+        added, others = (self.now.more, self.now.less) if is_more else (self.now.less, self.now.more)
+        kept = tuple(one for one in added if one != reference)
+        changed = kept if len(kept) < len(added) else (*added, reference)
+        others = tuple(one for one in others if one != reference)
+        more, less = (changed, others) if is_more else (others, changed)
+        turn = replace(self.now, more=more, less=less)
         if turn.is_empty and turn.less:
             raise Refused(422, "pick a picture or type what to look for first: less alone finds nothing")
         return self._add(turn)

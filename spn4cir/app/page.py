@@ -56,6 +56,7 @@ def build_page(desk: Desk) -> gr.Blocks:
         "TOO_LARGE", too_many_bytes(desk.limits)
     )
     has_sketch = any(one.describes for one in served)
+    blocks: gr.Blocks
     with gr.Blocks(title="spn4cir", analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as blocks:
         dialogue = gr.State(start, time_to_live=SESSION_SECONDS)
         gr.HTML(_heading(served), apply_default_css=False)

@@ -38,14 +38,15 @@ class Question:
     """A query from outside: decoded pictures and texts; ``members`` are ids of the index that are left out of the hits.
 
     Attributes:
-        images, unlike: decoded pictures.
+        images: decoded pictures, each alone or with its weight.
+        unlike: decoded pictures.
         texts, without: texts.
         members: ids of the index.
         selection: how many hits, cut-offs, groups and folding.
         where: conditions on columns.
     """
 
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image | tuple[Image.Image, float]] = ()
     texts: Sequence[str] = ()
     unlike: Sequence[Image.Image] = ()
     without: Sequence[str] = ()
