@@ -65,7 +65,7 @@ def _demo() -> None:
         batch_size=args.batch_size,
     )  # fmt: skip
     with _listen(args.host, args.port) as listening:
-        _serve(_addresses(args), limits, listening, args)
+        _serve(addresses_of(args), limits, listening, args)
 
 
 demo_command = partial(run_command, _demo)
@@ -97,7 +97,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _addresses(args: argparse.Namespace) -> list[str]:
+def addresses_of(args: argparse.Namespace) -> list[str]:
     """The indexes to serve; those of the embedded pictures are built where they are missing."""
     from spn4cir.checkpoints import runs_root
 

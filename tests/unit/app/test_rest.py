@@ -1,7 +1,9 @@
 """The REST service answers what the Python API finds, and every problem in one line."""
 
+import argparse
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +17,16 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed")
 from fastapi.testclient import TestClient
 
+from spn4cir import app_cli
 from spn4cir.app.limits import Limits
 from spn4cir.app.rest import KEPT_UPLOADS, Uploads, build_service
 from spn4cir.app.served import ServedIndex, open_served
+from spn4cir.checkpoints import save_model
 from spn4cir.errors import InputError
 from spn4cir.index.local import Index
+from spn4cir.model import Model
 from tests.served_index import HOSTILE, KINDS, NAMES, huge_png, png
+from tests.tiny_backbones import tiny_backbone
 
 LIMITS = Limits(upload_bytes=1_000_000, pixels=2_000_000, hits=20, parts=3)
 
@@ -232,3 +238,44 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         demo_command()
     assert capsys.readouterr().err == "error: the page needs Gradio: pip install 'spn4cir[app]'\n"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Neither torch nor Gradio."""
+    code = (
+        "import sys; from spn4cir.app_cli import demo_command; sys.argv = ['spn4cir-demo', '--help']\n"
+        "try:\n    demo_command()\n"
+        "except SystemExit:\n    print({'torch', 'gradio', 'fastapi'} & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.endswith("set()\n") and "two models side by side" in told
+
+
+def test_what_is_opened_without_an_index(
+    runs: Path, shop_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The only index; else one over the embedded pictures, by the newest run on them, or by the embedded weights."""
+    built: list[tuple[str, str]] = []
+
+    def build(model: Model, source: str, path: Path) -> None:
+        built.append((model.name, source))
+        shutil.copytree(shop_index, path)
+
+    monkeypatch.setattr(Index, "build", build)
+    args = argparse.Namespace(index=None, model=None)
+    (first,) = app_cli.addresses_of(args)
+    assert built == [("embedded", "emoji")] and Path(first).parent == runs / "index"
+    assert "model: embedded weights, since there is no run" in capsys.readouterr().out
+    assert app_cli.addresses_of(args) == [first] and len(built) == 1
+    args.model = ["embedded"]
+    assert app_cli.addresses_of(args) == [first] and len(built) == 1
+    shutil.rmtree(runs / "index")
+    run = runs / "emoji" / "clip4cir" / "stage1-20260101-000000"
+    save_model(run, tiny_backbone("clip4cir", tmp_path), {})
+    (run / "result.json").write_text("{}", encoding="utf-8")
+    args.model = None
+    (second,) = app_cli.addresses_of(args)
+    assert built[1:] == [(str(run.resolve()), "emoji")] and Path(second).name.startswith(f"emoji-{run.name}-")
+    assert f"model: {run}" in capsys.readouterr().out
+    args.index = ["a", "b"]
+    assert app_cli.addresses_of(args) == ["a", "b"]
