@@ -15,7 +15,7 @@ from spn4cir.app.dialogue import Dialogue, Reference, Turn
 from spn4cir.app.limits import Limits, Refused
 from spn4cir.app.markup import MOST_TITLE, render_hits, render_start
 from spn4cir.app.rest import Uploads
-from spn4cir.app.served import CATEGORY, Question, ServedIndex, encode_thumbnail
+from spn4cir.app.served import CATEGORY, ClientQuery, ServedIndex, encode_thumbnail
 from spn4cir.index.searchable import Hit
 from spn4cir.selection import Selection
 
@@ -68,10 +68,10 @@ class Desk:
             parts.append(render_hits(one, hits, dialogue, heading))
         return parts
 
-    def _question(self, one: ServedIndex, turn: Turn, categories: Sequence[str], k: int) -> Question:
+    def _question(self, one: ServedIndex, turn: Turn, categories: Sequence[str], k: int) -> ClientQuery:
         liked = LIKED if turn.reference else 1.0
         images = [(self._open(turn.reference), 1.0)] if turn.reference else []
-        return Question(
+        return ClientQuery(
             [*images, *((self._open(each), liked) for each in turn.more)],
             [turn.text] if turn.text else [],
             [self._open(each) for each in turn.less],

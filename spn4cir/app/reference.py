@@ -11,12 +11,12 @@ STYLE = (
     ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;"
     "padding:0 1rem}table{border-collapse:collapse;display:block;overflow-x:auto}"
     "td,th{text-align:left;padding:.3rem .8rem .3rem 0;"
-    "border-bottom:1px solid #8884;vertical-align:top}pre{background:#8882;padding:.8rem;overflow-x:auto}"
+    "border-bottom:1px solid #8884;vertical-align:top}pre{background:#8882;padding:.8rem;white-space:pre-wrap}"
     "h2{margin-top:2rem}"
 )
 
 
-def render_reference(schema: Mapping[str, Any], address: str = "http://127.0.0.1:7860") -> str:
+def render_reference(schema: Mapping[str, Any], address: str) -> str:
     """A page that describes each operation of an OpenAPI schema: its values, and what it answers."""
     parts = [
         f"<p>{escape(schema['info'].get('description', ''))} The same as a file: "
@@ -37,9 +37,9 @@ def _render_operation(schema: Mapping[str, Any], name: str, operation: Mapping[s
         (one["name"], one["in"], _type_of(one.get("schema", {})), one.get("description", ""))
         for one in operation.get("parameters", ())
     ]
-    for media, content in operation.get("requestBody", {}).get("content", {}).items():
+    for content in operation.get("requestBody", {}).get("content", {}).values():
         for field, about in _resolve(schema, content["schema"]).get("properties", {}).items():
-            rows.append((field, media.partition("/")[2], _type_of(about), about.get("description", "")))
+            rows.append((field, "form", _type_of(about), about.get("description", "")))
     answers = [
         (status, _answer_of(schema, about), about.get("description", ""))
         for status, about in operation["responses"].items()

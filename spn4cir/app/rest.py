@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from spn4cir.app.limits import Limits, Refused, read_upload
 from spn4cir.app.reference import render_reference
-from spn4cir.app.served import Question, ServedIndex, public_hit
+from spn4cir.app.served import ClientQuery, ServedIndex, public_hit
 from spn4cir.errors import InputError
 from spn4cir.selection import Selection
 
@@ -100,6 +100,7 @@ def _values(what: str) -> Any:
 def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Uploads) -> FastAPI:
     """The service over one or two indexes; ``uploads`` takes the pictures that are uploaded on the page."""
     failures: dict[int | str, dict[str, Any]] = {
+        404: {"model": Problem, "description": "The index has no image of this id."},
         413: {"model": Problem, "description": "The upload has too many bytes or pixels."},
         422: {"model": Problem, "description": "A value is out of range, or an upload is no picture."},
         503: {"model": Problem, "description": "Too many queries wait, or the index has been removed."},
@@ -133,9 +134,9 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         one = _choose(served, index)
         files = [[await file.read(limits.upload_bytes + 1) for file in part] for part in (image, unlike)]
 
-        def ask() -> Question:
+        def ask() -> ClientQuery:
             likes, unlikes = ([read_upload(data, limits, one.own_mode) for data in part] for part in files)
-            return Question(
+            return ClientQuery(
                 [*likes, *map(one.open_member, image_id)], text, [*unlikes, *map(one.open_member, unlike_id)], without,
                 [*image_id, *unlike_id], Selection(k, min_score, min_z, fold, group), where,
             )  # fmt: skip
@@ -148,7 +149,7 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         return {"index": one.name, "hits": [public_hit(one, hit) for hit in hits]}
 
     @app.get("/image/{image_id:path}", summary="A thumbnail of an image of the index", response_class=Response,
-             responses={200: {"content": {"image/webp": {}}}, 404: {"model": Problem}})  # fmt: skip
+             responses={200: {"content": {"image/webp": {}}}, 404: failures[404], 422: failures[422], 503: failures[503]})  # fmt: skip
     def image(image_id: str, index: Annotated[int, Query(description="which index: 0 or 1")] = 0) -> Response:
         """The image with this id, at most 256 pixels wide and high, as WebP."""
         data = _choose(served, index).thumbnail(image_id)
@@ -161,9 +162,9 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         return {"token": uploads.put(picture)}
 
     @app.get("/docs", include_in_schema=False)
-    def docs() -> HTMLResponse:
+    def docs(request: Request) -> HTMLResponse:
         """The description of the service as a page."""
-        return HTMLResponse(render_reference(app.openapi()))
+        return HTMLResponse(render_reference(app.openapi(), str(request.base_url).rstrip("/")))
 
     _answer_problems(app)
     return app

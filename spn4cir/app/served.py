@@ -34,7 +34,7 @@ MOST_VALUES = 3000
 
 
 @dataclass(frozen=True)
-class Question:
+class ClientQuery:
     """A query from outside: decoded pictures and texts; ``members`` are ids of the index that are left out of the hits.
 
     Attributes:
@@ -90,7 +90,7 @@ class ServedIndex:
         if changed:
             self.thumbnail.cache_clear()
 
-    def submit(self, question: Question) -> Future[Tensor]:
+    def submit(self, question: ClientQuery) -> Future[Tensor]:
         """Check a query and queue it to be encoded → the query (E,), later.
 
         Raises:
@@ -111,12 +111,12 @@ class ServedIndex:
         )
         return self.encoder.submit(parts)
 
-    def select(self, query: Tensor, question: Question) -> list[Hit]:
+    def select(self, query: Tensor, question: ClientQuery) -> list[Hit]:
         """The hits of an encoded query (E,)."""
         members = [one for one in question.members if self.index.find_image(one) is not None]
         return self.index.search_vector(query, question.selection, question.where, exclude=members)
 
-    def search(self, question: Question) -> list[Hit]:
+    def search(self, question: ClientQuery) -> list[Hit]:
         """The hits of a query. Raises ``InputError`` and ``Refused`` as ``submit``."""
         return self.select(self.submit(question).result(), question)
 

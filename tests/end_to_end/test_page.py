@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,16 @@ def stop(server: Server) -> str:
     """Interrupt it as Ctrl-C does; what it printed since."""
     server.process.send_signal(signal.SIGINT)
     return server.process.communicate(timeout=30)[0]
+
+
+@pytest.fixture
+def starting() -> Iterator[Callable[..., Server]]:
+    """Starts servers, and ends those that a failed test leaves."""
+    started: list[Server] = []
+    yield lambda *given: started.append(start(*given)) or started[-1]
+    for one in started:
+        one.process.kill()
+        one.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +229,7 @@ def test_a_phone(browser: Any, server: Server) -> None:
     context.close()
 
 
-def test_two_models_and_a_sketch(browser: Any, server: Server, tmp_path: Path) -> None:
+def test_two_models_and_a_sketch(browser: Any, server: Server, starting: Callable[..., Server], tmp_path: Path) -> None:
     """Side by side; a model that sees styles takes a sketch that is drawn with the mouse."""
     torch.manual_seed(0)
     backbone = build_backbone("freestyle")
@@ -228,7 +238,7 @@ def test_two_models_and_a_sketch(browser: Any, server: Server, tmp_path: Path) -
     save_model(tmp_path / "model", backbone, {})
     shop = server.folder / "shop" / "table.csv"
     Index.build(load(tmp_path / "model"), shop, tmp_path / "style.index")
-    running = start(tmp_path, "--index", server.folder / "shop.index", tmp_path / "style.index")
+    running = starting(tmp_path, "--index", server.folder / "shop.index", tmp_path / "style.index")
     page = open_page(browser.new_context(), running.url)
     page.locator("text=Draw a sketch").click()
     area = page.locator("canvas").bounding_box()
@@ -248,11 +258,13 @@ def test_two_models_and_a_sketch(browser: Any, server: Server, tmp_path: Path) -
     assert "Traceback" not in stop(running)
 
 
-def test_an_index_that_is_removed(browser: Any, server: Server, tmp_path: Path) -> None:
+def test_an_index_that_is_removed(
+    browser: Any, server: Server, starting: Callable[..., Server], tmp_path: Path
+) -> None:
     """While the page is open: a message; the page goes on, and finds the index when it is back."""
     moved = tmp_path / "shop.index"
     shutil.copytree(server.folder / "shop.index", moved)
-    running = start(tmp_path, "--index", moved)
+    running = starting(tmp_path, "--index", moved)
     page = open_page(browser.new_context(), running.url)
     moved.rename(tmp_path / "elsewhere")
     type_text(page, "a shoe")
