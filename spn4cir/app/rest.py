@@ -149,7 +149,7 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         return {"index": one.name, "hits": [public_hit(one, hit) for hit in hits]}
 
     @app.get("/image/{image_id:path}", summary="A thumbnail of an image of the index", response_class=Response,
-             responses={200: {"content": {"image/webp": {}}}, 404: failures[404], 422: failures[422], 503: failures[503]})  # fmt: skip
+             responses={200: {"content": {"image/webp": {}}}, **failures})  # fmt: skip
     def image(image_id: str, index: Annotated[int, Query(description="which index: 0 or 1")] = 0) -> Response:
         """The image with this id, at most 256 pixels wide and high, as WebP."""
         data = _choose(served, index).thumbnail(image_id)
