@@ -73,7 +73,7 @@ STYLE = """
 @media (max-width:600px){
  .spn-reference img{width:80px;height:80px}
  .spn-grid{grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:8px}
- .spn-lean button{min-height:40px}
+ .spn-lean button{min-height:40px;padding:4px 1px;font-size:.82rem}
  .spn-head h1{font-size:1.2rem}
 }
 """
