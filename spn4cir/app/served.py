@@ -83,6 +83,9 @@ class ServedIndex:
         """Read the newest commit of the index. Raises ``Refused`` if the index has been removed or is damaged."""
         try:
             changed = self.index.refresh_if_changed()
+            if changed:
+                self.index.find_image("")  # reads the tables of the new commit, where it is damaged here and now
+                self.index.check_selection((), Selection())
         except InputError as error:
             print(f"index {self.name}: {error}", flush=True)  # with its path, which clients are not to see
             what = "has been removed, is damaged or is of another model"
