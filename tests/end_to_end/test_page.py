@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,21 +54,28 @@ def stop(server: Server) -> str:
     return server.process.communicate(timeout=30)[0]
 
 
-@pytest.fixture
-def starting() -> Iterator[Callable[..., Server]]:
-    """Starts servers, and ends those that a failed test leaves."""
-    started: list[Server] = []
-    yield lambda *given: started.append(start(*given)) or started[-1]
-    for one in started:
-        one.process.kill()
-        one.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The page over one small index."""
     folder = tmp_path_factory.mktemp("served")
     running = start(folder, "--index", build_shop(folder), "--max-upload-mb", 1, "--max-megapixels", 2)
+    yield running
+    said = stop(running)
+    assert "Traceback" not in said, said
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Server]:
+    """The page over a copy of that index and one by a model that sees styles."""
+    folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(server.folder / "shop.index", folder / "shop.index")
+    torch.manual_seed(0)
+    backbone = build_backbone("freestyle")
+    pixels = torch.randn(24, 3, 64, 64)
+    backbone.fit_statistics(pixels[:18], ["sketch", "art", "mosaic"] * 6, pixels[18:])
+    save_model(folder / "model", backbone, {})
+    Index.build(load(folder / "model"), server.folder / "shop" / "table.csv", folder / "style.index")
+    running = start(folder, "--index", "shop.index", "style.index")
     yield running
     said = stop(running)
     assert "Traceback" not in said, said
@@ -229,17 +236,9 @@ def test_a_phone(browser: Any, server: Server) -> None:
     context.close()
 
 
-def test_two_models_and_a_sketch(browser: Any, server: Server, starting: Callable[..., Server], tmp_path: Path) -> None:
+def test_two_models_and_a_sketch(browser: Any, pair: Server) -> None:
     """Side by side; a model that sees styles takes a sketch that is drawn with the mouse."""
-    torch.manual_seed(0)
-    backbone = build_backbone("freestyle")
-    pixels = torch.randn(24, 3, 64, 64)
-    backbone.fit_statistics(pixels[:18], ["sketch", "art", "mosaic"] * 6, pixels[18:])
-    save_model(tmp_path / "model", backbone, {})
-    shop = server.folder / "shop" / "table.csv"
-    Index.build(load(tmp_path / "model"), shop, tmp_path / "style.index")
-    running = starting(tmp_path, "--index", server.folder / "shop.index", tmp_path / "style.index")
-    page = open_page(browser.new_context(), running.url)
+    page = open_page(browser.new_context(), pair.url)
     page.locator("text=Draw a sketch").click()
     area = page.locator("canvas").bounding_box()
     page.mouse.move(area["x"] + 40, area["y"] + 40)
@@ -255,28 +254,23 @@ def test_two_models_and_a_sketch(browser: Any, server: Server, starting: Callabl
     page.wait_for_selector(".spn-trail li:nth-child(2)")
     assert not page.problems and not page.outside
     page.context.close()
-    assert "Traceback" not in stop(running)
 
 
-def test_an_index_that_is_removed(
-    browser: Any, server: Server, starting: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_an_index_that_is_removed(browser: Any, pair: Server) -> None:
     """While the page is open: a message; the page goes on, and finds the index when it is back."""
-    moved = tmp_path / "shop.index"
-    shutil.copytree(server.folder / "shop.index", moved)
-    running = starting(tmp_path, "--index", moved)
-    page = open_page(browser.new_context(), running.url)
-    moved.rename(tmp_path / "elsewhere")
+    page = open_page(browser.new_context(), pair.url)
+    moved, elsewhere = pair.folder / "shop.index", pair.folder / "elsewhere"
+    moved.rename(elsewhere)
     type_text(page, "a shoe")
     page.wait_for_selector(f"{NOTICE} >> text=has been removed")
     page.locator(".spn-pick").nth(0).click()
     page.wait_for_selector(f"{NOTICE} >> text=has been removed")
-    assert httpx.post(f"{running.url}/search", data={"text": "a shoe"}).status_code == 503
-    (tmp_path / "elsewhere").rename(moved)
+    assert httpx.post(f"{pair.url}/search", data={"text": "a shoe"}).status_code == 503
+    assert httpx.post(f"{pair.url}/search", data={"text": "a shoe", "index": 1}).status_code == 200
+    elsewhere.rename(moved)
     type_text(page, "a shoe again")
     page.wait_for_selector(SCORE)
     page.context.close()
-    assert "Traceback" not in stop(running)
 
 
 def test_sixteen_clients(server: Server) -> None:
