@@ -73,6 +73,7 @@ def main() -> None:
     print("\n" + text_table(found, args.max_annotated))
     print(f"\n{time.time() - started:.0f} s; example queries in {picture}, runs in {runs}")
     print(f"next: spn4cir-eval --run {last} --split test --ablate")
+    print(f"      spn4cir-demo --model {last}    # opens a page that searches the pictures by this model")
 
 
 def train_row(recipe: str, runs: Path, generated: str, annotated: int, seed: int) -> Path:

@@ -242,7 +242,7 @@ def _percentiles(call: Callable[[], object], repeats: int) -> dict[str, float]:
 
 
 def _query_tiles(index: SearchableIndex, query: Query) -> list[Tile]:
-    from spn4cir.index.searchable import NEGATIVE
+    from spn4cir.index.query_parts import NEGATIVE
     from spn4cir.index.sheet import Tile
 
     tiles = []

@@ -19,11 +19,11 @@ from spn4cir.index.approximate import open_approximate
 from spn4cir.index.changes import Changes
 from spn4cir.index.columns import Mask
 from spn4cir.index.searchable import Nearest, SearchableIndex
-from spn4cir.index.snapshot import Snapshot, other_model, read_head
+from spn4cir.index.snapshot import HEAD, Snapshot, other_model, read_head
 from spn4cir.index.source import Source, read_source, stored_image
 from spn4cir.model import Model, load
 from spn4cir.search import blocks, score_one
-from spn4cir.selection import Condition, Kind
+from spn4cir.selection import Condition, Kind, Selection, Value
 from spn4cir.types import ImageRef
 
 
@@ -99,15 +99,36 @@ class Index(SearchableIndex):
     def refresh(self) -> None:
         """Read the last commit, such as one that another process made meanwhile."""
         while True:
-            snapshot = Snapshot(self.path)
+            commit, snapshot = _commit_stamp(self.path), Snapshot(self.path)
             try:
                 self._state = snapshot, self._open_approximate(snapshot)  # at once, for searches in other threads
                 break
             except InputError:
                 if read_head(self.path) == snapshot.head:  # else another process has committed in between
                     raise
+        self._commit = commit
         self._sources.clear()
         self.__dict__.pop("background", None)
+
+    def refresh_if_changed(self) -> bool:
+        """Read the newest commit if another process has made one since, and say whether it has.
+
+        Raises:
+            InputError: if the index has been removed since, or is of another model.
+        """
+        if _commit_stamp(self.path) == self._commit:
+            return False
+        self.refresh()
+        if self._model is not None and self._model.fingerprint != self.snapshot.head.fingerprint:
+            self._commit = None  # raises each time
+            raise other_model(self.path, self.snapshot.head.model, self._model.name)
+        return True
+
+    def column_values(self, column: str) -> list[Value]:
+        """The values of a column, in order. Raises ``InputError`` for a column that the index lacks."""
+        self.check_selection((), Selection(group=column))
+        values: list[Value] = self.snapshot.columns[column].filter(self.snapshot.alive).unique().drop_null().to_pylist()
+        return sorted(values)
 
     def add(self, source: str | Path, dataset: str | None = None) -> Changes:
         """Add the images of another source. Raises ``InputError`` for an id that the index holds already."""
@@ -235,6 +256,15 @@ class Index(SearchableIndex):
             note = self.snapshot.head.sources[number]
             self._sources[number] = read_source(note.place, note.dataset)
         return self._sources[number]
+
+
+def _commit_stamp(path: Path) -> tuple[int, int, int] | None:
+    """What tells one commit of an index from the next; None where there is none."""
+    try:
+        status = (path / HEAD).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class _Lazy(Sequence[Any]):

@@ -11,30 +11,26 @@ from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from spn4cir.errors import InputError
 from spn4cir.files import short
 from spn4cir.images import takes_own_mode
+from spn4cir.index.query_parts import QueryParts, split_query, weighted
 from spn4cir.model import Model, Picture, open_picture
 from spn4cir.selection import (
     Condition,
     Kind,
-    Part,
     Pick,
     Selection,
     Value,
     Where,
-    combine_vectors,
-    pair_parts,
     parse_where,
     score_statistics,
     select,
 )
 from spn4cir.types import ImageRef
 
-NEGATIVE = 0.5
-"""Weight of what a query shall be unlike, or without, if none is given: a whole one drowns what it is taken from."""
-MOST_WEIGHT = 1e6
 SPARE = 16  # candidates fetched beyond those needed
 ROUNDING = 1e-5  # two ways to add up a dot product of unit vectors in float32 differ by less
 
@@ -107,6 +103,25 @@ class SearchableIndex(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def refresh_if_changed(self) -> bool:
+        """Read the newest commit where there is one, and say whether there was; an engine always searches the newest.
+
+        Raises:
+            InputError: if the index has been removed since, or is of another model.
+        """
+        return False
+
+    def column_values(self, column: str) -> list[Value]:
+        """The values of a column, in order; an engine looks at images near the background sample alone.
+
+        Raises:
+            InputError: for a column that the index lacks.
+        """
+        self.check_selection((), Selection(group=column))
+        direction = F.normalize(self.background.mean((0, 1)), dim=0)
+        rows = self.nearest(direction, len(self.background)).columns
+        return sorted({row[column] for row in rows if row.get(column) is not None})
+
     def search(
         self,
         image: Images | None = None,
@@ -150,14 +165,14 @@ class SearchableIndex(ABC):
             >>> index.search("shoes/7.jpg", "but in red", k=3, where=["price<=50"])  # doctest: +SKIP
         """
         selection = Selection(k, min_score, min_z, fold, group)
-        self._check(where, selection)  # before a model is loaded
+        self.check_selection(where, selection)  # before a model is loaded
         query = self.embed(image, text, unlike=unlike, without=without)
         members, paths = self.own_pictures(image, unlike)
         return self.search_vector(query, selection, where, exclude=members, exclude_paths=paths)
 
     def own_pictures(self, image: Images | None, unlike: Images | None) -> tuple[list[str], list[str]]:
         """Ids, and real paths, of a query's pictures, which are left out of its hits."""
-        pictures = [one for part in (image, unlike) for one, _ in _weighted(part, 1.0)]
+        pictures = [one for part in (image, unlike) for one, _ in weighted(part, 1.0)]
         members = [image_id for one in pictures if (image_id := self._member(one)) is not None]
         return members, [os.path.realpath(one) for one in pictures if isinstance(one, str | Path)]
 
@@ -178,26 +193,25 @@ class SearchableIndex(ABC):
         Raises:
             InputError: as ``search``.
         """
-        images, texts = _weighted(image, 1.0), _weighted(text, 1.0)
-        negative_images, negative_texts = _weighted(unlike, NEGATIVE), _weighted(without, NEGATIVE)
-        if not images and not texts:
-            raise InputError("a search needs an image or a text to look for")
-        for given in (images, texts, negative_images, negative_texts):
-            if wrong := [weight for _, weight in given if not 0 < weight < MOST_WEIGHT]:
-                raise InputError(
-                    f"weights must be positive numbers below {MOST_WEIGHT:g}, got {wrong[0]}: use unlike or without to "
-                    "subtract"
-                )
-        parts = pair_parts([weight for _, weight in images], [weight for _, weight in texts])
-        parts += [Part(len(images) + n, None, -weight) for n, (_, weight) in enumerate(negative_images)]
-        parts += [Part(None, len(texts) + n, -weight) for n, (_, weight) in enumerate(negative_texts)]
-        pictures = [self._open(one) for one, _ in images + negative_images]
-        words = [_check_text(one) for one, _ in texts + negative_texts]
-        vectors = self.model.embed_queries(
-            [None if part.image is None else pictures[part.image] for part in parts],
-            [None if part.text is None else words[part.text] for part in parts],
-        )
-        return combine_vectors(vectors, [part.weight for part in parts])
+        parts = self.query_parts(image, text, unlike=unlike, without=without)
+        return parts.combine(self.model.embed_queries(parts.images, parts.texts))
+
+    def query_parts(
+        self,
+        image: Images | None = None,
+        text: Texts | None = None,
+        *,
+        unlike: Images | None = None,
+        without: Texts | None = None,
+    ) -> QueryParts:
+        """The parts of a query, pictures decoded, which ``embed`` embeds and combines.
+
+        So the parts of several queries can be embedded at once.
+
+        Raises:
+            InputError: as ``search``.
+        """
+        return split_query(image, text, unlike, without, self._open)
 
     def describe(self, image: Images) -> list[dict[str, float]]:
         """What the model sees in a query's pictures, by name: for ``freestyle`` the weights of the styles.
@@ -205,7 +219,7 @@ class SearchableIndex(ABC):
         Raises:
             InputError: as ``search``.
         """
-        return self.model.describe_images([self._open(one) for one, _ in _weighted(image, 1.0)])
+        return self.model.describe_images([self._open(one) for one, _ in weighted(image, 1.0)])
 
     def search_vector(
         self,
@@ -227,7 +241,7 @@ class SearchableIndex(ABC):
         Raises:
             InputError: for a column that the index lacks, or a query of another width.
         """
-        conditions, group = self._check(where, selection), selection.group
+        conditions, group = self.check_selection(where, selection), selection.group
         statistics = self._statistics(query)
         low = _lowest(selection, statistics)
         hits, seen, left_out, count = list[Hit](), set[Value](), list(exclude), selection.k + SPARE
@@ -252,7 +266,7 @@ class SearchableIndex(ABC):
             else:
                 count *= 4
 
-    def _check(self, where: Where, selection: Selection) -> list[Condition]:
+    def check_selection(self, where: Where, selection: Selection) -> list[Condition]:
         """The conditions. Raises ``InputError`` for a column that the index lacks."""
         if selection.group is not None and not (isinstance(selection.group, str) and selection.group in self.kinds):
             raise InputError(f"group: the index has no column {selection.group!r}; columns: {', '.join(self.kinds)}")
@@ -305,23 +319,3 @@ def _lowest(selection: Selection, statistics: tuple[float, float]) -> float:
     if selection.min_z is not None:
         low = max(low, mean + selection.min_z * deviation)
     return low
-
-
-def _weighted(given: Any, default: float) -> list[tuple[Any, float]]:
-    """Images or texts, one or several, each with its weight."""
-    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str | tuple) else [given]
-    parts: list[tuple[Any, float]] = []
-    for one in several:
-        if isinstance(one, tuple) and not isinstance(one, ImageRef):
-            if len(one) != 2 or isinstance(one[1], bool) or not isinstance(one[1], int | float):
-                raise InputError("a tuple is an image or a text with its weight, a number: give several as a list")
-            parts.append((one[0], float(one[1])))
-        elif one is not None:
-            parts.append((one, default))
-    return parts
-
-
-def _check_text(text: Any) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"a text must say something, got {text!r}")
-    return text

@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"},
     {"class_objective", "pair_objective", "run"}, {"data"}, {"preparation", "shortcuts", "summary"},
     {"class_stage", "pair_stage"}, {"stages"}, {"train", "report"},
-    {"cli", "train_cli", "index_cli", "search_cli", "eval_cli"}, {"__main__"},
+    {"cli", "train_cli", "index_cli", "search_cli", "eval_cli", "app"}, {"app_cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LINKED = ("data_gen", "recipes")  # folders at the top that are part of the package through a link

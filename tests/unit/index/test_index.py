@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -502,6 +503,29 @@ def test_a_search_outlives_the_commits_of_others(
     assert len(reader.search(text="x", k=COUNT)) == COUNT
     reader.refresh()
     assert len(reader.search(text="x", k=COUNT)) == COUNT
+
+
+def test_an_open_index_notices_the_commits_of_others(model: Counting, pictures: Path, tmp_path: Path) -> None:
+    """Each once; an index that has been removed, or is of another model, is an error until it is back."""
+    writer, path = Index.build(model, pictures, tmp_path / "index"), tmp_path / "index"
+    reader = Index(path, model)
+    assert reader.refresh_if_changed() is False
+    writer.remove("red/01.png")
+    assert reader.refresh_if_changed() is True and reader.refresh_if_changed() is False
+    assert len(reader) == COUNT - 1 and "red" in reader.column_values("category")
+    writer.remove([one for one in writer.ids if one.startswith("red/")])
+    assert "red" in reader.column_values("category")
+    assert reader.refresh_if_changed() is True and "red" not in reader.column_values("category")
+    path.rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds no index"):
+            reader.refresh_if_changed()
+    (tmp_path / "elsewhere").rename(path)
+    assert reader.refresh_if_changed() is False and len(reader) > 0
+    snapshot.write_head(path, replace(reader.snapshot.head, fingerprint="0" * 16))
+    for _ in range(2):
+        with pytest.raises(InputError, match="was built with another model"):
+            reader.refresh_if_changed()
 
 
 def test_a_picture_that_decodes_again_is_encoded(

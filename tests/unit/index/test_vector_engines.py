@@ -147,6 +147,10 @@ def test_an_engine_knows_all_about_the_index(both: Both) -> None:
     assert list(both.engine.note.sample) == ids
     order = both.engine.background.flatten(1).sort(0).values
     assert torch.equal(order, both.local.background.flatten(1).sort(0).values)
+    assert both.engine.column_values("category") == both.local.column_values("category")
+    with pytest.raises(InputError, match="no column 'colour'"):
+        both.engine.column_values("colour")
+    assert both.engine.refresh_if_changed() is False
 
 
 @pytest.fixture

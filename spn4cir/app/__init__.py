@@ -1,0 +1,1 @@
+"""The page and the REST service over an index; they read ``SearchableIndex`` only."""

@@ -1,0 +1,75 @@
+"""Turns of a dialogue, and the HTML that shows them."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from spn4cir.app.dialogue import MOST_TURNS, Dialogue, Reference
+from spn4cir.app.limits import Refused
+from spn4cir.app.markup import escape_text, render_query
+from tests.served_index import HOSTILE
+
+CAT, DOG = Reference("cat", "/image/cat", id="cat"), Reference("dog", "/image/dog", id="dog")
+
+
+def test_a_trail_and_back() -> None:
+    """A text joins a picture that was just picked; everything else is a turn of its own."""
+    dialogue = Dialogue().pick(CAT).ask(" but black ")
+    assert len(dialogue.turns) == 1 and dialogue.now.reference == CAT and dialogue.now.text == "but black"
+    further = dialogue.ask("smaller").pick(DOG).lean(CAT, True).lean(CAT, False)
+    assert [turn.text for turn in further.turns] == ["but black", "smaller", "", "", ""]
+    assert further.now.less == (CAT,) and further.now.more == () and further.turns[-2].more == (CAT,)
+    assert further.lean(CAT, False).now.less == ()
+    assert further.back() == Dialogue(further.turns[:-1]) and further.back(4) == dialogue
+    assert further.back(99) == Dialogue() == dialogue.drop_reference().back(2)
+    assert dialogue.ask("but black") == dialogue
+    assert list(further.now.pictures()) == [DOG, CAT]
+
+
+def test_what_cannot_be_looked_for() -> None:
+    with pytest.raises(Refused, match="pick or upload a picture"):
+        Dialogue().ask("  ")
+    with pytest.raises(Refused, match="less alone finds nothing"):
+        Dialogue().lean(CAT, False)
+    assert Dialogue().pick(CAT).drop_reference() == Dialogue()
+
+
+def test_a_dialogue_is_bounded() -> None:
+    dialogue = Dialogue()
+    for n in range(3 * MOST_TURNS):
+        dialogue = dialogue.pick(Reference(str(n), ""))
+    assert len(dialogue.turns) == MOST_TURNS and dialogue.now.reference == Reference("59", "")
+
+
+class Elements(HTMLParser):
+    """Tags and attributes of some HTML."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags, self.attributes = set[str](), set[tuple[str, str | None]]()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= set(attrs)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_are_escaped(text: str) -> None:
+    """In titles, texts and messages; neither HTML nor the templates of the page read them."""
+    hostile = Reference(text, "/image/x", id=text, seen=text)
+    shown = render_query(Dialogue().pick(hostile).lean(hostile, True).ask(text), text)
+    read = Elements()
+    read.feed(shown)
+    assert read.tags <= {"p", "nav", "button", "ol", "li", "img", "span", "div", "figure", "figcaption", "small", "b"}
+    assert not [name for name, _ in read.attributes if name.startswith("on")]
+    assert ("data-id", text) in read.attributes and ("alt", text) in read.attributes
+    assert not re.search(r"[`{}$]", shown)
+    assert escape_text(text, 5).count("…") == 1
+
+
+def test_pictures_do_not_count_when_references_are_compared() -> None:
+    """Nor are they shown where a message shows a dialogue."""
+    first, second = (Reference("upload", "data:", picture=Image.new("RGB", (2, 2), c)) for c in ("red", "blue"))
+    assert first == second and "PIL" not in repr(first)

@@ -1,0 +1,91 @@
+"""What a server takes, and what it refuses: bytes, pixels, files that are no picture, other routes."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from spn4cir.app import limits as module
+from spn4cir.app.limits import FORM_BYTES, Gate, Limits, Refused, read_upload
+from tests.served_index import huge_png, png
+
+SMALL = Limits(upload_bytes=1_000_000, pixels=2_000_000)
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
+
+
+def test_a_picture_is_decoded() -> None:
+    assert read_upload(png((7, 5)), SMALL).size == (7, 5)
+
+
+def test_pixels_are_counted_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a few kilobytes that holds 100 megapixels is never decoded."""
+    data = huge_png()
+    assert len(data) < 100_000
+    monkeypatch.setattr(module, "decode", None)
+    with pytest.raises(Refused, match=r"10000 × 10000 pixels, 100.0 megapixels: at most 2 megapixels") as error:
+        read_upload(data, SMALL)
+    assert error.value.status == 413
+
+
+@pytest.mark.parametrize(("data", "status", "words"), [
+    (b"", 422, "is no picture"),
+    (b"no picture", 422, "is no picture"),
+    (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, 422, "is no picture"),
+    (png((600, 400))[:-200], 422, "does not decode"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", 422, "is no picture"),
+    (EPS, 422, "does not decode"),
+    (b"\0" * 1_000_001, 413, "at most 1 MB"),
+], ids=["empty", "text", "header", "cut", "svg", "program", "bytes"])  # fmt: skip
+def test_uploads_that_are_refused(data: bytes, status: int, words: str) -> None:
+    """One line each, without an address of an object."""
+    with pytest.raises(Refused, match=words) as error:
+        read_upload(data, SMALL)
+    assert error.value.status == status and "\n" not in str(error.value) and "0x" not in str(error.value)
+
+
+def send(chunks: list[bytes], path: str = "/search", headers: tuple[tuple[bytes, bytes], ...] = ()) -> dict[str, Any]:
+    """What a gate answers to a body in chunks, and how many bytes its application was given."""
+    given = {"bytes": 0}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            given["bytes"] += len(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    waiting = [{"type": "http.request", "body": body, "more_body": True} for body in chunks]
+    waiting[-1]["more_body"] = False
+    answers: list[Any] = []
+
+    async def receive() -> Any:
+        return waiting.pop(0)
+
+    async def answer(message: Any) -> None:
+        answers.append(message)
+
+    gate = Gate(app, SMALL, lambda path: path == "/search")
+    asyncio.run(gate({"type": "http", "path": path, "headers": headers}, receive, answer))
+    return {"status": answers[0]["status"], "headers": dict(answers[0]["headers"]), "body": answers[1]["body"], **given}
+
+
+def test_bytes_are_counted_while_they_arrive() -> None:
+    """Also where no length is declared; what is too large is dropped, and answered at its end."""
+    most = SMALL.upload_bytes + FORM_BYTES
+    assert send([b"x" * most])["status"] == 200
+    refused = send([b"x" * 500_000] * 5)
+    assert refused["status"] == 413 and refused["bytes"] <= most and b"at most 1 MB" in refused["body"]
+
+
+def test_a_declared_length_is_refused_at_once() -> None:
+    told = send([b"x"], headers=((b"content-length", b"99000000"),))
+    assert told["status"] == 413 and told["bytes"] == 0
+
+
+def test_no_other_route_is_answered() -> None:
+    """And a browser is told to ask no other server."""
+    told = send([b""], "/gradio_api/file=/etc/passwd")
+    assert told["status"] == 404 and told["bytes"] == 0
+    assert b"default-src 'self'" in send([b""])["headers"][b"content-security-policy"]
