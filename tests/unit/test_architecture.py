@@ -17,12 +17,12 @@ FLOORS: list[set[str]] = [
     {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "measures", "store", "streaming", "triplets"},
     {"config", "losses", "results", "search", "near_duplicates", "pixels", "selection", "terms"},
-    {"images", "in_batch", "margins", "faiss_search"},
+    {"images", "in_batch", "margins", "faiss_search", "model_card"},
     {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"},
     {"class_objective", "pair_objective", "run"}, {"data"}, {"preparation"},
     {"class_stage", "pair_stage"}, {"stages"}, {"train"},
-    {"cli", "train_cli", "index_cli", "search_cli"}, {"__main__"},
+    {"export"}, {"cli", "train_cli", "index_cli", "search_cli", "export_cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LINKED = ("data_gen", "recipes")  # folders at the top that are part of the package through a link
