@@ -63,7 +63,8 @@ def render_card(folder: Path) -> str:
     evaluations = [result] * bool(result) + _read_evaluations(folder)
     settings = _read_settings(folder)
     about = {"backbone": note.get("backbone"), "stage": result.get("stage", note.get("stage"))}
-    name = f"{about['backbone']}, {settings['dataset']}" if settings else str(about["backbone"])
+    stage = f"stage {about['stage']}" if about["stage"] is not None else ""
+    name = ", ".join(filter(None, [str(about["backbone"]), str(settings.get("dataset") or ""), stage]))
     parts = [
         f"---\n{yaml.safe_dump(_metadata(name, note, settings, evaluations), sort_keys=False, allow_unicode=True)}---",
         GENERATED,
@@ -165,7 +166,7 @@ def _metadata(
             {
                 "task": task,
                 "dataset": {"type": str(one["protocol"]).partition("/")[0], "name": str(one["protocol"])},
-                "metrics": [{"type": metric, "name": metric, "value": v} for metric, v in one["metrics"].items()],
+                "metrics": [{"type": metric, "name": metric, "value": round(v, 2)} for metric, v in one["metrics"].items()],
             }
             for one in evaluations
         ]
@@ -181,7 +182,7 @@ def _describe_data(folder: Path, settings: Mapping[str, Any], result: Mapping[st
         rows += [("catalogue", catalogue.name), ("images of the catalogue", f"{catalogue.images:,}")]
     if counts := result.get("triplets"):
         total = counts["annotated"] + counts["generated"]
-        share = f"{100 * counts['generated'] / total:.1f} % of all" if total else ""
+        share = f"{100 * counts['generated'] / total:.1f} % of all" if counts["generated"] else ""
         rows += [("annotated triplets", f"{counts['annotated']:,}")]
         rows += [("generated triplets", f"{counts['generated']:,}{share and f', {share}'}")]
     if settings.get("generated_share"):
