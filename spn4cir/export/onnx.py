@@ -4,11 +4,12 @@ import io
 import json
 import logging
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,7 +108,8 @@ def export_onnx(model: Model, folder: Path) -> float:
     with fresh_folder(folder) as beside:
         if tokenizer:
             tokenizer.tokenizer.save(str(beside / "tokenizer.json"))
-        _write_graphs(model, beside, settings)
+        for name, trace in build_graphs(model.backbone).items():
+            _write_graph(trace, beside / name)
         write_text(beside / "preprocessor.json", json.dumps(settings, indent=1) + "\n")
         shutil.copy(Path(__file__).with_name("search_onnx.py"), beside)
         return _compare(model, beside)
@@ -121,18 +123,18 @@ def fresh_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"{folder} is there already: give a new or empty folder")
-    beside = folder.with_name(folder.name + ".tmp")
+    place = folder.absolute()
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        if folder.is_dir():
-            folder.rmdir()
-        beside.rename(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=place.parent) as beside:
+            inner = Path(beside) / "model"  # with the rights of any folder, which a temporary one lacks
+            inner.mkdir()
+            yield inner
+            if place.is_dir():
+                place.rmdir()
+            inner.rename(place)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _describe(backbone: Backbone) -> tuple[dict[str, Any], PortableTokenizer | None]:
@@ -163,46 +165,53 @@ def check_tokenizer(backbone: Backbone, tokenizer: PortableTokenizer) -> None:
             raise InputError(f"backbone {backbone.name}: the exported tokenizer gives other {name} than the model's own")
 
 
-def _write_graphs(model: Model, folder: Path, settings: dict[str, Any]) -> None:
-    """Write ``image.onnx`` and ``query.onnx``."""
+class Trace(NamedTuple):
+    """A module, example inputs, which of their dimensions vary, and names of inputs and outputs."""
+
+    graph: nn.Module
+    inputs: tuple[Any, ...]
+    shapes: tuple[Any, ...]
+    input_names: list[str]
+    output_names: list[str]
+
+
+def build_graphs(backbone: Backbone) -> dict[str, Trace]:
+    """The modules to export, by file name."""
     from torch.export import Dim
 
-    backbone, batch = model.backbone, Dim("batch")
-    size = settings["image"]["size"]
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    rows = {0: Dim("batch")}
     with torch.no_grad():
+        blank = backbone.transform(Image.new("RGB", (64, 64)))  # (3, H, W)
+        pixels = torch.randn(2, *blank.shape, generator=torch.Generator().manual_seed(0))
         features = backbone.encode_image(pixels)
-    names = {"inputs": ["pixels"], "outputs": ["target", "reference"]}
-    _write_graph(ImageGraph(backbone), (pixels,), ({0: batch},), names, folder / "image.onnx")
-    rows = {0: batch}
-    names = {"inputs": ["reference", "target"], "outputs": ["query"]}
+    image = Trace(ImageGraph(backbone), (pixels,), (rows,), ["pixels"], ["target", "reference"])
+    inputs: tuple[Any, ...] = (features.reference, features.target)
+    names = ["reference", "target"]
     if not backbone.reads_texts:
-        inputs: tuple[Any, ...] = (features.reference, features.target)
-        _write_graph(ImageQueryGraph(backbone), inputs, (rows, rows), names, folder / "query.onnx")
-        return
-    tokens = backbone.tokenize(["a red heart on a blue ground", "a hat"])
-    is_fixed = {name: value.shape[1] == backbone.tokenize(["a"])[name].shape[1] for name, value in tokens.items()}
-    columns = {name: rows if is_fixed[name] else {0: batch, 1: Dim("length")} for name in tokens}
-    masks = torch.tensor([True, False]), torch.tensor([True, True])
-    names["inputs"] = [*tokens, *names["inputs"], "has_image", "has_text"]
-    inputs = (tokens, features.reference, features.target, *masks)
-    _write_graph(QueryGraph(backbone), inputs, (columns, rows, rows, rows, rows), names, folder / "query.onnx")
+        query = Trace(ImageQueryGraph(backbone), inputs, (rows, rows), names, ["query"])
+        return {"image.onnx": image, "query.onnx": query}
+    tokens = backbone.tokenize(["a red heart on a blue ground", "a hat"])  # (2, T) each
+    shortest, longest = (next(iter(backbone.tokenize([text]).values())).shape[1] for text in ("", "word " * 1000))
+    columns = rows if shortest == longest else {**rows, 1: Dim("length", min=shortest, max=longest)}
+    inputs = (tokens, *inputs, torch.tensor([True, False]), torch.tensor([True, True]))
+    names = [*tokens, *names, "has_image", "has_text"]
+    query = Trace(QueryGraph(backbone), inputs, (dict.fromkeys(tokens, columns), rows, rows, rows, rows), names, ["query"])
+    return {"image.onnx": image, "query.onnx": query}
 
 
-def _write_graph(
-    graph: nn.Module, inputs: tuple[Any, ...], shapes: tuple[Any, ...], names: dict[str, list[str]], path: Path
-) -> None:
-    """Trace a module and write it. Raises ``InputError`` if it cannot be traced."""
-    weights = sum(value.nbytes for value in graph.state_dict().values())
+def _write_graph(trace: Trace, path: Path) -> None:
+    """Write a module as ONNX. Raises ``InputError`` if it cannot be traced."""
+    weights = sum(value.nbytes for value in trace.graph.state_dict().values())
     logger = logging.getLogger("onnxscript")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells what it does not fold
+    logger.setLevel(logging.ERROR)  # it reports what it does not fold
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                graph.eval(), inputs, path, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
-                input_names=names["inputs"], output_names=names["outputs"], external_data=weights > LARGEST_FILE,
+                trace.graph.eval(), trace.inputs, path, dynamo=True, opset_version=OPSET, verbose=False,
+                dynamic_shapes=trace.shapes, input_names=trace.input_names, output_names=trace.output_names,
+                external_data=weights > LARGEST_FILE,
             )  # fmt: skip
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
