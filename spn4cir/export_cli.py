@@ -41,13 +41,15 @@ export_command = partial(run_command, _export)
 
 
 def _export_run(args: argparse.Namespace, stack: ExitStack) -> None:
-    from spn4cir.checkpoints import read_model
     from spn4cir.export import require_packages
 
     if args.onnx:
         require_packages("onnx", "onnxscript", "onnxruntime", "tokenizers")
     if args.sentence_transformers:
         require_packages("sentence_transformers")
+    from spn4cir.checkpoints import read_model
+    from spn4cir.model_card import CARD, write_card
+
     folder = _find_run(args.run)
     print(f"model {folder or 'embedded weights, not trained on any triplet'}", flush=True)
     if folder is None:
@@ -56,8 +58,6 @@ def _export_run(args: argparse.Namespace, stack: ExitStack) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         _save_embedded(folder)
     read_model(folder)  # raises
-    from spn4cir.model_card import CARD, write_card
-
     note = write_card(folder)
     print(note or f"model card {folder / CARD}", flush=True)
     if args.onnx or args.sentence_transformers:
