@@ -30,8 +30,8 @@ OWN_PLACES = ("data_root", "init", "output", "resume", "trackers")
 ORIGINS = ("model", "image", "text", "pretrained")
 """Options of backbones that name pretrained weights."""
 EMBEDDED_LICENCE = (
-    "the small weights that ship with spn4cir, under its MIT licence; they were trained on Twemoji graphics, © Twitter, "
-    "Inc and other contributors, CC-BY 4.0, and on names from Unicode CLDR, under the Unicode licence"
+    "the small weights that ship with spn4cir, under its MIT licence; they were trained on Twemoji graphics, © "
+    "Twitter, Inc and other contributors, CC-BY 4.0, and on names from Unicode CLDR, under the Unicode licence"
 )
 
 
@@ -166,7 +166,9 @@ def _metadata(
             {
                 "task": task,
                 "dataset": {"type": str(one["protocol"]).partition("/")[0], "name": str(one["protocol"])},
-                "metrics": [{"type": metric, "name": metric, "value": round(v, 2)} for metric, v in one["metrics"].items()],
+                "metrics": [
+                    {"type": metric, "name": metric, "value": round(v, 2)} for metric, v in one["metrics"].items()
+                ],
             }
             for one in evaluations
         ]
@@ -179,7 +181,7 @@ def _describe_data(folder: Path, settings: Mapping[str, Any], result: Mapping[st
         return "This folder does not say on which data the model was trained."
     rows: list[tuple[str, object]] = [("dataset", settings["dataset"])]
     if catalogue := read_provenance(folder):
-        rows += [("catalogue", catalogue.name), ("images of the catalogue", f"{catalogue.images:,}")]
+        rows += [("collection of images", catalogue.name), ("images of the collection", f"{catalogue.images:,}")]
     if counts := result.get("triplets"):
         total = counts["annotated"] + counts["generated"]
         share = f"{100 * counts['generated'] / total:.1f} % of all" if counts["generated"] else ""
@@ -245,7 +247,7 @@ def _describe_fingerprints(folder: Path, result: Mapping[str, Any]) -> str:
     weights = folder / "model.safetensors"
     rows = [("weights, SHA-256 of model.safetensors", hash_files(weights) if weights.is_file() else "missing")]
     catalogue = read_provenance(folder)
-    rows += [("catalogue", catalogue.digest)] if catalogue else []
+    rows += [("collection of images", catalogue.digest)] if catalogue else []
     rows += [(name, str(result[key])) for name, key in (("benchmark", "data"), ("code", "git")) if result.get(key)]
     return _table(("", ""), rows)
 

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import encode_text, has_openai_text, has_openai_vision, load_clip, portable_clip_tokenizer
+from spn4cir.backbones.shared_clip import (
+    encode_text,
+    has_openai_text,
+    has_openai_vision,
+    load_clip,
+    portable_clip_tokenizer,
+)
 from spn4cir.backbones.shared_style import StyleFilters, StyleSpace
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError

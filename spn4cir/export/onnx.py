@@ -30,7 +30,8 @@ from spn4cir.types import ImageFeatures, Tokens
 TOLERANCE = 1e-5
 """Largest difference of any number of an exported embedding, of unit norm, from the model's own."""
 CHECKED_TEXTS = (
-    "a red heart", "", "Make it  BLUE, and add 2 hats!", "it’s “naïve” – isn't it (really)?", "word " * 300, "☂ 1234 ~x.y",
+    "a red heart", "", "Make it  BLUE, and add 2 hats!", "it’s “naïve” – isn't it (really)?", "word " * 300,
+    "☂ 1234 ~x.y",
 )  # fmt: skip
 PICTURES = 6
 LARGEST_FILE = 1_500_000_000
@@ -59,9 +60,7 @@ class QueryGraph(nn.Module):
         self.backbone = backbone
         self.has_own_text = type(backbone).compose_text is not Backbone.compose_text
 
-    def forward(
-        self, tokens: Tokens, reference: Tensor, target: Tensor, has_image: Tensor, has_text: Tensor
-    ) -> Tensor:
+    def forward(self, tokens: Tokens, reference: Tensor, target: Tensor, has_image: Tensor, has_text: Tensor) -> Tensor:
         """As ``Backbone.compose_partial`` without a shape that depends on the data; masks are (B,) booleans."""
         # zeros stand for a missing reference, as in Backbone.compose_text
         known = torch.where(has_image[:, None, None], reference, torch.zeros_like(reference))
@@ -86,9 +85,9 @@ class ImageQueryGraph(nn.Module):
 def export_onnx(model: Model, folder: Path) -> float:
     """Write a model for onnxruntime into a new folder and compare its embeddings with the model's own.
 
-    The folder holds ``image.onnx`` (pixels → target, reference), ``query.onnx`` (reference, target, tokens and the masks
-    ``has_image`` and ``has_text`` → query), ``preprocessor.json``, ``tokenizer.json`` unless the model reads no texts,
-    and ``search_onnx.py``, which runs them.
+    The folder holds ``image.onnx`` (pixels → target, reference), ``query.onnx`` (reference, target, tokens and the
+    masks ``has_image`` and ``has_text`` → query), ``preprocessor.json``, ``tokenizer.json`` unless the model reads no
+    texts, and ``search_onnx.py``, which runs them.
 
     Args:
         model: on the CPU, in float32.
@@ -162,7 +161,9 @@ def check_tokenizer(backbone: Backbone, tokenizer: PortableTokenizer) -> None:
     for name, column in tokenizer.columns.items():
         found = [getattr(encoding, column) for encoding in encodings]
         if expected[name].tolist() != found:
-            raise InputError(f"backbone {backbone.name}: the exported tokenizer gives other {name} than the model's own")
+            raise InputError(
+                f"backbone {backbone.name}: the exported tokenizer gives other {name} than the model's own"
+            )
 
 
 class Trace(NamedTuple):
@@ -195,7 +196,8 @@ def build_graphs(backbone: Backbone) -> dict[str, Trace]:
     columns = rows if shortest == longest else {**rows, 1: Dim("length", min=shortest, max=longest)}
     inputs = (tokens, *inputs, torch.tensor([True, False]), torch.tensor([True, True]))
     names = [*tokens, *names, "has_image", "has_text"]
-    query = Trace(QueryGraph(backbone), inputs, (dict.fromkeys(tokens, columns), rows, rows, rows, rows), names, ["query"])
+    shapes = dict.fromkeys(tokens, columns), *[rows] * 4
+    query = Trace(QueryGraph(backbone), inputs, shapes, names, ["query"])
     return {"image.onnx": image, "query.onnx": query}
 
 

@@ -34,9 +34,7 @@ class OnnxModel:
         providers: of onnxruntime, such as ``CUDAExecutionProvider``.
     """
 
-    def __init__(
-        self, folder: str | Path, batch_size: int = 32, providers: Sequence[str] = ("CPUExecutionProvider",)
-    ):
+    def __init__(self, folder: str | Path, batch_size: int = 32, providers: Sequence[str] = ("CPUExecutionProvider",)):
         place = Path(folder)
         self.settings: dict[str, Any] = json.loads((place / "preprocessor.json").read_text(encoding="utf-8"))
         self.batch_size = batch_size

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ TOKEN = "token_"
 QUERY, DOCUMENT = "query", "document"  # sentence-transformers' tasks
 
 
-class Entry(NamedTuple):
+class _Input(NamedTuple):
     """One input of ``encode``: a picture, a text, or both."""
 
     image: Any
@@ -42,6 +42,8 @@ class ComposedModule(InputModule):  # type: ignore[misc]
     Raises:
         InputError: if the backbone has several target vectors or reads given features.
     """
+
+    output: ClassVar[str] = "sentence_embedding"
 
     def __init__(self, backbone: Backbone):
         super().__init__()
@@ -106,7 +108,7 @@ class ComposedModule(InputModule):  # type: ignore[misc]
             given = None if bool(has_image.all()) else has_image, None if bool(has_text.all()) else has_text
             query = self.backbone.compose_partial(seen, tokens, *given).query.float()
             found = torch.where(is_target[:, None], found, query)
-        return {**features, "sentence_embedding": found}
+        return {**features, self.output: found}
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Write the backbone in the layout that ``spn4cir.load`` reads, too."""
@@ -119,18 +121,19 @@ class ComposedModule(InputModule):  # type: ignore[misc]
         return cls(load_model(Path(cls.load_dir_path(model_name_or_path, subfolder=subfolder, **kept))))
 
 
-def _read_entry(value: Any) -> Entry:
+def _read_entry(value: Any) -> _Input:
     """One input as picture and text. Raises ``InputError`` for another kind."""
     if isinstance(value, dict):
         image, text = value.get("image"), value.get("text")
         if value.keys() <= {"image", "text"} and (image is not None or text) and isinstance(text, str | None):
-            return Entry(image, text)
+            return _Input(image, text)
     elif isinstance(value, str):
         is_file = len(value) < 1000 and "\n" not in value and Path(value).suffix != "" and Path(value).is_file()
-        return Entry(value, None) if is_file else Entry(None, value)
+        return _Input(value, None) if is_file else _Input(None, value)
     elif isinstance(value, Image.Image | Path):
-        return Entry(value, None)
-    shown = f"{type(value).__name__} with {', '.join(map(str, value))}" if isinstance(value, dict) else type(value).__name__
+        return _Input(value, None)
+    keys = f" with {', '.join(map(str, value))}" if isinstance(value, dict) else ""
+    shown = f"{type(value).__name__}{keys}"
     raise InputError(f"an input is a text, a picture, or a dictionary with image and text, got {shown:.80}")
 
 

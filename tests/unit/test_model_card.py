@@ -85,7 +85,7 @@ def test_a_checkpoint_without_a_run(tmp_path: Path) -> None:
     assert "No evaluation is stored" in text and "does not say on which data" in text
     for held in ("[]", '{"backbone": "x"}', "{"):
         (folder / "model.json").write_text(held)
-        with pytest.raises(InputError, match="model.json"):
+        with pytest.raises(InputError, match=r"model\.json"):
             render_card(folder)
     with pytest.raises(InputError, match="missing"):
         write_card(tmp_path)

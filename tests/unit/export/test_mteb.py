@@ -32,7 +32,7 @@ def pictures(ids: list[str]) -> list[Image.Image]:
 
 def embedded_queries() -> tuple[list[Query], list[str]]:
     """Queries with both parts, and a gallery of their references and targets."""
-    queries = [query for query in load_dataset("emoji").benchmark("val").queries[:: 1800 // QUERIES]][:QUERIES]
+    queries = list(load_dataset("emoji").benchmark("val").queries[:: 1800 // QUERIES])[:QUERIES]
     return queries, list(dict.fromkeys(i for query in queries for i in (str(query.reference), query.targets[0])))
 
 
