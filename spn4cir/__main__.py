@@ -17,6 +17,7 @@ COMMANDS = {
     "index": "spn4cir.index_cli:index_command",
     "search": "spn4cir.search_cli:search_command",
     "demo": "spn4cir.app_cli:demo_command",
+    "export": "spn4cir.export_cli:export_command",
     "triplets": "spn4cir.data_gen.make_triplets:main",
 }
 """What pyproject.toml installs as ``spn4cir-NAME``."""

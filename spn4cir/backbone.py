@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
+from spn4cir.text_tokenizer import PortableTokenizer
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 
@@ -41,6 +42,8 @@ class Backbone(nn.Module, ABC):
     """The temperature that its weights were trained with, as far as their checkpoint says."""
     fixed_options: ClassVar[frozenset[str]] = frozenset()
     """Options, or settings of one such as ``style.names``, that a checkpoint of it decides."""
+    reads_texts: ClassVar[bool] = True
+    """Whether a query may have a text."""
     chunk: int | None = None
     """Images, and texts, in one pass of a training step; None for all."""
 
@@ -104,6 +107,10 @@ class Backbone(nn.Module, ABC):
 
         A subfolder ``tokenizer`` is given back as the option of that name.
         """
+
+    def portable_tokenizer(self) -> PortableTokenizer:
+        """``tokenize`` for programs without this package, for exports. Raises ``InputError`` where there is none."""
+        raise InputError(f"backbone {self.name} has no portable_tokenizer: its texts cannot be read outside Python")
 
     def encode_text_target(self, tokens: Tokens) -> Tensor:
         """B texts as gallery items → (B, K, E), unit norm. Raises ``InputError`` where texts are no targets."""

@@ -25,6 +25,7 @@ from spn4cir.config import GROUPS, TrainConfig, recipes_folder, training_command
 from spn4cir.dataset import Dataset
 from spn4cir.errors import InputError
 from spn4cir.files import locked, write_text
+from spn4cir.model_card import write_card
 from spn4cir.provenance import Provenance, folder_of, read_provenance
 from spn4cir.results import Result, git_commit, metrics_table
 
@@ -202,16 +203,25 @@ class Run(AbstractContextManager["Run"]):
         progress = state if scaler is None else {**state, "scaler": scaler.state_dict()}
         checkpoints.save_progress(self.folder / "last.safetensors", module, optimizer, progress)
 
-    def finish(self, state: dict[str, Any], selected_on: str) -> None:
-        """Mark the run as complete; print its metrics, the benchmark that selected its state, and the next command."""
+    def finish(self, state: dict[str, Any], selected_on: str, triplets: dict[str, int]) -> None:
+        """Mark the run as complete and write its model card; print its metrics and the next command.
+
+        Args:
+            state: progress, with the best evaluation.
+            selected_on: id of the benchmark that selected the best state.
+            triplets: number of ``annotated`` and of ``generated`` triplets.
+        """
         if self.main:
             best = state["best"]
             stopped = "the end of its epochs or max_steps" if self.is_patient(state) else "patience"
             steps = {"steps": state["step"], "best_step": best["step"], "selected_on": selected_on}
             steps["stopped_by"] = stopped
             seconds = round(time.time() - self.started, 1)  # since the start or the last resume
-            note = {"stage": self.stage, **steps, **best["result"], "git": git_commit(), "seconds": seconds}
+            note = {"stage": self.stage, **steps, "triplets": triplets, **best["result"], "git": git_commit()}
+            note["seconds"] = seconds
             write_text(self.folder / "result.json", json.dumps(note, indent=1) + "\n")
+            if kept := write_card(self.folder):
+                print(kept)
             result = Result.from_json(best["result"])
             chosen = f"stage {self.stage}: step {best['step']} of {state['step']}, the best on {selected_on}"
             if result.is_holdout:

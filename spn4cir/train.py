@@ -65,7 +65,8 @@ def train(config: TrainConfig, stage: Any) -> Path:
             result = evaluate(best, data.reported, images, batch_size=config.eval_batch_size)
             if run.main:
                 state["best"]["result"] = result.as_json()
-        run.finish(state, data.selection.name)
+        annotated, generated = data.split_rows()
+        run.finish(state, data.selection.name, {"annotated": len(annotated), "generated": len(generated)})
     return run.folder
 
 

@@ -12,6 +12,7 @@ from spn4cir.backbones.shared_blip import BERT, load_bert_tokenizer, load_librar
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
+from spn4cir.text_tokenizer import PortableTokenizer, copy_tokenizer
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "blip"
@@ -116,6 +117,17 @@ class BLIP4CIR(Backbone):
         found = self._tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         found["input_ids"][:, 0] = self._enc
         return {"ids": found["input_ids"], "mask": found["attention_mask"]}
+
+    def portable_tokenizer(self) -> PortableTokenizer:
+        """BERT's, with ``[ENC]`` before each text."""
+        from tokenizers.processors import TemplateProcessing
+
+        found, own = copy_tokenizer(self._tokenizer), self._tokenizer
+        ends = [(MARKS[1], self._enc), (own.sep_token, own.sep_token_id)]
+        found.post_processor = TemplateProcessing(f"{MARKS[1]} $A {own.sep_token}", special_tokens=ends)
+        found.enable_padding(pad_id=own.pad_token_id, pad_token=own.pad_token)
+        found.enable_truncation(self.options["config"]["text_config"]["max_position_embeddings"])
+        return PortableTokenizer(found, {"ids": "ids", "mask": "attention_mask"})
 
     def save_assets(self, folder: Path) -> None:
         """Write the tokenizer."""

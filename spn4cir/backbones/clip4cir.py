@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import encode_text, load_clip
+from spn4cir.backbones.shared_clip import encode_text, load_clip, portable_clip_tokenizer
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
+from spn4cir.text_tokenizer import PortableTokenizer
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 FUSIONS = ("sum", "combiner")
@@ -88,6 +89,10 @@ class CLIP4CIR(Backbone):
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``{"text": (B, context)}``; an empty one, which CIRR's test1 has, is a text without words."""
         return {"text": self._tokenizer(list(texts))}
+
+    def portable_tokenizer(self) -> PortableTokenizer:
+        """That of CLIP."""
+        return PortableTokenizer(portable_clip_tokenizer(self._tokenizer), {"text": "ids"})
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """(B, 3, H, W) → reference (B, 1, E) as CLIP gives it, target (B, 1, E) of unit norm."""

@@ -39,6 +39,7 @@ class Embedding(Backbone):
     """
 
     name = "embedding"
+    reads_texts = False
 
     def __init__(
         self,

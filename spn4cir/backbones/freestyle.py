@@ -9,10 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import encode_text, has_openai_text, has_openai_vision, load_clip
+from spn4cir.backbones.shared_clip import (
+    encode_text,
+    has_openai_text,
+    has_openai_vision,
+    load_clip,
+    portable_clip_tokenizer,
+)
 from spn4cir.backbones.shared_style import StyleFilters, StyleSpace
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
+from spn4cir.text_tokenizer import PortableTokenizer
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 PHOTO = "photo"
@@ -44,7 +51,7 @@ class PromptTable(nn.Module):
     def forward(self, mixture: Tensor) -> Tensor:
         """Weights of the rows (B, R) → tokens (B, T, D), or (B, R·T, D)."""
         if self.is_static:
-            return self.weight.flatten(0, 1).expand(len(mixture), -1, -1)
+            return self.weight.flatten(0, 1).expand(mixture.shape[0], -1, -1)
         return torch.einsum("br,rtd->btd", mixture.to(self.weight), self.weight)
 
 
@@ -157,6 +164,10 @@ class Freestyle(Backbone):
         """B texts → ``{"text": (B, context)}``; what is longer than the context is cut."""
         return {"text": self._tokenizer(list(texts))}
 
+    def portable_tokenizer(self) -> PortableTokenizer:
+        """That of CLIP."""
+        return PortableTokenizer(portable_clip_tokenizer(self._tokenizer), {"text": "ids"})
+
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """(B, 3, H, W) → reference (B, 1 + N + S, D) in float32, target (B, 1, E) of unit norm."""
         visual = self.clip.visual
@@ -174,7 +185,8 @@ class Freestyle(Backbone):
         x, style, target = torch.split(found, split, 1)
         rows = -(-style.shape[1] // width)
         padded = F.pad(style, (0, rows * width - style.shape[1]))
-        reference = torch.cat([x.view(len(x), -1, width), padded.view(len(x), rows, width)], 1)
+        count = x.shape[0]  # an exported graph takes len() as fixed
+        reference = torch.cat([x.view(count, -1, width), padded.view(count, rows, width)], 1)
         if self.is_shared:
             return ImageFeatures(reference, self.embed_prompted(reference)[:, None])
         return ImageFeatures(reference, l2_normalize(target)[:, None])

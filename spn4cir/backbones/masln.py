@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import encode_text, load_clip
+from spn4cir.backbones.shared_clip import encode_text, load_clip, portable_clip_tokenizer
 from spn4cir.backbones.shared_towers import Tower, load_tower, split_tag
 from spn4cir.backbones.shared_vision import encode_images
 from spn4cir.errors import InputError
 from spn4cir.images import VectorTransform
+from spn4cir.text_tokenizer import PortableTokenizer
 from spn4cir.types import VECTOR, Composed, ImageFeatures, Tokens
 
 GIVEN = "given:"
@@ -48,6 +49,10 @@ class TextTower(nn.Module):
         """B texts → (B, context)."""
         found: Tensor = self._tokenizer(list(texts))
         return found
+
+    def portable_tokenizer(self) -> PortableTokenizer:
+        """That of CLIP."""
+        return PortableTokenizer(portable_clip_tokenizer(self._tokenizer), {"text": "ids"})
 
     def forward(self, text: Tensor) -> Tensor:
         """(B, context) → (B, D)."""
@@ -111,6 +116,12 @@ class MASLN(Backbone):
                 raise InputError(f"masln: {what}: set backbone_options.text to given:{count}")
             return {"text": self.text_tower.tokenize(texts)}
         return {"text": torch.stack([_parse_numbers(text, self.text_width) for text in texts])}
+
+    def portable_tokenizer(self) -> PortableTokenizer:
+        """That of the text tower. Raises ``InputError`` for given features."""
+        if not isinstance(self.text_tower, TextTower):
+            raise InputError("masln: its texts are vectors of given features, which have no tokenizer")
+        return self.text_tower.portable_tokenizer()
 
     def read_image(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W), or given vectors (B, D_v) → frozen features (B, D_v) in float32."""

@@ -9,14 +9,18 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor
 
 from spn4cir.backbones.shared_weights import READS_WEIGHTS
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
+from spn4cir.text_tokenizer import copy_tokenizer, prepend_normalizers
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+"""What OpenAI's tokenizer splits a text into: endings, words, single digits, runs of other signs."""
 
 
 def load_clip(
@@ -74,7 +78,7 @@ def has_openai_vision(clip: Any) -> bool:
 
 def encode_text(clip: Any, text: Tensor, padding: int) -> Tensor:
     """(B, context) → (B, E), as open_clip's ``encode_text``, without the columns that are padding in all rows."""
-    if not has_openai_text(clip):
+    if not has_openai_text(clip) or torch.compiler.is_compiling():  # an exported graph has no shape that a text decides
         return clip.encode_text(text)  # type: ignore[no-any-return]
     # with causal attention no position sees what comes after it, so cutting the tail changes nothing but the time;
     # one column more than the last that is not padding, as some models pad with the end token
@@ -84,6 +88,38 @@ def encode_text(clip: Any, text: Tensor, padding: int) -> Tensor:
     x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:used, :used]))  # (B, T, width)
     pooled = text_global_pool(x, text, clip.text_pool_type, eos_token_id=clip.text_eos_id)  # (B, width)
     return pooled @ clip.text_projection  # type: ignore[no-any-return]
+
+
+def portable_clip_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer of open_clip (B texts → (B, context)) as a ``tokenizers.Tokenizer`` that pads to the context.
+
+    It cleans whitespace and straightens quotes; it repairs no broken encodings as ftfy does, and no HTML entities.
+    Raises ``InputError`` for a kind of tokenizer that has no such form.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    pad = 0, "<pad>"
+    if isinstance(tokenizer, HFTokenizer):
+        found, inner = copy_tokenizer(tokenizer.tokenizer), tokenizer.tokenizer
+        pad = inner.pad_token_id, inner.pad_token
+    elif isinstance(tokenizer, SimpleTokenizer):
+        first, last = (tokenizer.decoder[n] for n in (tokenizer.sot_token_id, tokenizer.eot_token_id))
+        merges = list(tokenizer.bpe_ranks)
+        found = Tokenizer(models.BPE(vocab=tokenizer.encoder, merges=merges, end_of_word_suffix="</w>"))
+        found.normalizer = normalizers.Lowercase()
+        split = pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True)
+        by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        found.pre_tokenizer = pre_tokenizers.Sequence([split, by_byte])
+        ends = [(first, tokenizer.sot_token_id), (last, tokenizer.eot_token_id)]
+        found.post_processor = processors.TemplateProcessing(f"{first} $A {last}", special_tokens=ends)
+    else:
+        raise InputError(f"open_clip's {type(tokenizer).__name__} has no form that the library tokenizers can read")
+    straight = {"[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"', r"\s+": " "}
+    replace = [normalizers.Replace(Regex(pattern), text) for pattern, text in straight.items()]
+    prepend_normalizers(found, normalizers.NFC(), *replace, normalizers.Strip())
+    found.enable_padding(length=tokenizer.context_length, pad_id=pad[0], pad_token=pad[1])
+    found.enable_truncation(tokenizer.context_length)
+    return found
 
 
 @contextmanager

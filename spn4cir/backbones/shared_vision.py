@@ -11,5 +11,5 @@ IMAGES_IN_ONE_PASS = 64
 
 def encode_images(encode: Callable[[Tensor], Tensor], pixels: Tensor, trains: bool) -> Tensor:
     """Encode a batch, ``IMAGES_IN_ONE_PASS`` images at a time, or all at once by a tower that trains."""
-    parts = [pixels] if trains else torch.split(pixels, IMAGES_IN_ONE_PASS)
+    parts = [pixels] if trains or torch.compiler.is_compiling() else torch.split(pixels, IMAGES_IN_ONE_PASS)
     return torch.cat([encode(part) for part in parts])

@@ -17,10 +17,13 @@ from spn4cir.compute import gradient_cached
 from spn4cir.errors import InputError
 from spn4cir.images import Transform
 from spn4cir.in_batch import InBatch
+from spn4cir.text_tokenizer import PortableTokenizer, copy_tokenizer, prepend_normalizers
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "blip2"
 WORDS = 50
+PUNCTUATION = r'[.!"()*#:;~]'
+"""What BLIP's preprocessing takes out of a text."""
 PARTS = ("vision_config", "qformer_config", "num_query_tokens", "image_text_hidden_size")
 VISION = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
@@ -116,10 +119,20 @@ class SPRC(Backbone):
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``text`` and ``mask`` (B, T), T that of the longest; an empty one is a text without words."""
-        plain = [" ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split()[:WORDS]) for text in texts]
+        plain = [" ".join(re.sub(PUNCTUATION, " ", text.lower()).split()[:WORDS]) for text in texts]
         length = self.options["text_length"]
         tokens = self.tokenizer(plain, padding="longest", truncation=True, max_length=length, return_tensors="pt")
         return {"text": tokens["input_ids"], "mask": tokens["attention_mask"]}
+
+    def portable_tokenizer(self) -> PortableTokenizer:
+        """BERT's, which also takes punctuation out; ``WORDS`` is no limit below as many tokens."""
+        from tokenizers import Regex, normalizers
+
+        found = copy_tokenizer(self.tokenizer)
+        prepend_normalizers(found, normalizers.Lowercase(), normalizers.Replace(Regex(PUNCTUATION), " "))
+        found.enable_padding(pad_id=self.tokenizer.pad_token_id, pad_token=self.tokenizer.pad_token)
+        found.enable_truncation(self.options["text_length"])
+        return PortableTokenizer(found, {"text": "ids", "mask": "attention_mask"})
 
     def save_assets(self, folder: Path) -> None:
         """The tokenizer's files."""
@@ -128,7 +141,7 @@ class SPRC(Backbone):
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """(B, 3, H, W) → reference (B, L, D), the vision tower's tokens; target (B, K, E), each vector of unit norm."""
         tokens = self.blip2.vision_model(pixels).last_hidden_state  # (B, L, D)
-        queries = self.blip2.query_tokens.expand(len(pixels), -1, -1)
+        queries = self.blip2.query_tokens.expand(pixels.shape[0], -1, -1)  # an exported graph takes len() as fixed
         states = self.blip2.qformer(
             query_embeds=queries, query_length=self.count, encoder_hidden_states=tokens
         ).last_hidden_state  # (B, K, H)
@@ -138,8 +151,8 @@ class SPRC(Backbone):
         """(B, L, D) and texts → queries (B, E)."""
         text = tokens["text"]  # (B, T)
         # K tokens that are all read stand before the text
-        mask = torch.cat([tokens["mask"].new_ones(len(text), self.count), tokens["mask"]], dim=1)  # (B, K + T)
-        queries = self.blip2.query_tokens.expand(len(text), -1, -1)
+        mask = torch.cat([tokens["mask"].new_ones(text.shape[0], self.count), tokens["mask"]], dim=1)  # (B, K + T)
+        queries = self.blip2.query_tokens.expand(text.shape[0], -1, -1)
         embedded = self.blip2.embeddings(input_ids=text, query_embeds=queries)
         hidden = self.blip2.qformer(
             query_embeds=embedded, query_length=self.count, attention_mask=mask, encoder_hidden_states=reference

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spn4cir.backbone import Backbone, l2_normalize, to_float32
-from spn4cir.backbones.shared_clip import has_openai_text, has_openai_vision, load_clip
+from spn4cir.backbones.shared_clip import has_openai_text, has_openai_vision, load_clip, portable_clip_tokenizer
 from spn4cir.distributed import gather_with_gradient
 from spn4cir.errors import InputError
 from spn4cir.in_batch import InBatch
 from spn4cir.search import scores_of
+from spn4cir.text_tokenizer import PortableTokenizer
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 GLOBALS, LOCALS = 4, 8
@@ -76,6 +77,10 @@ class TGCIR(Backbone):
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """B texts → ``{"text": (B, context)}``; what is longer than the context is cut."""
         return {"text": self._tokenizer(list(texts))}
+
+    def portable_tokenizer(self) -> PortableTokenizer:
+        """That of CLIP."""
+        return PortableTokenizer(portable_clip_tokenizer(self._tokenizer), {"text": "ids"})
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """(B, 3, H, W) → reference (B, 12, E), target (B, 1, E) of unit norm."""

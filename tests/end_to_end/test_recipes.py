@@ -62,6 +62,7 @@ def test_a_stage_leaves_a_complete_run(work: Path, stage: int) -> None:
     """All files of a run, nothing temporary, the settings that were given, the result of the protocol."""
     run = only(work, f"runs/emoji/clip4cir/stage{stage}-*")
     files = {"config.yaml", "model.json", "model.safetensors", "last.safetensors", "metrics.jsonl", "result.json"}
+    files |= {"README.md"}
     assert {path.name for path in run.iterdir()} == files
     assert yaml.safe_load((run / "config.yaml").read_text())["max_annotated"] == 64
     result = json.loads((run / "result.json").read_text())

@@ -17,12 +17,12 @@ FLOORS: list[set[str]] = [
     {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "intervals", "measures", "store", "streaming", "triplets"},
     {"config", "losses", "query_values", "results", "search", "near_duplicates", "pixels", "selection", "terms"},
-    {"images", "in_batch", "margins", "faiss_search", "ranking", "comparison"},
+    {"images", "in_batch", "margins", "faiss_search", "ranking", "comparison", "model_card"},
     {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"},
     {"class_objective", "pair_objective", "run"}, {"data"}, {"preparation", "shortcuts", "summary"},
-    {"class_stage", "pair_stage"}, {"stages"}, {"train", "report"},
-    {"cli", "train_cli", "index_cli", "search_cli", "eval_cli", "app"}, {"app_cli"}, {"__main__"},
+    {"class_stage", "pair_stage"}, {"stages"}, {"train", "report", "export"},
+    {"cli", "train_cli", "index_cli", "search_cli", "eval_cli", "app", "export_cli"}, {"app_cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LINKED = ("data_gen", "recipes")  # folders at the top that are part of the package through a link

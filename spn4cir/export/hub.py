@@ -1,0 +1,81 @@
+"""Upload a model to the Hugging Face hub, so that ``spn4cir.load("OWNER/NAME")`` reads it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spn4cir.checkpoints import read_model
+from spn4cir.errors import InputError
+from spn4cir.model_card import CARD, OWN_PLACES, strip_places
+
+SHARED = (CARD, "model.json", "model.safetensors", "result.json")
+"""Files of a run that are uploaded, beside its settings and its tokenizer."""
+FOLDER = re.compile(r"(local-dir|timm|transformers):(.+)")
+
+
+def push_to_hub(folder: Path, name: str, private: bool = False) -> str:
+    """Upload what ``spn4cir.load`` reads of a run or checkpoint folder, with its card and settings, in one commit.
+
+    ``config.yaml`` goes without the folders of this machine.
+
+    Args:
+        folder: of the run.
+        name: hub id ``OWNER/NAME``; the repository is made if it is missing.
+        private: whether a repository that is made is private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        InputError: if the folder holds no model, the model needs a folder of this machine, the name is no hub id, or
+            the hub does not take it: offline, without a token, or without the right to write.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    _, options = read_model(folder)
+    if place := find_local_folder(options):
+        raise InputError(f"{folder} names the folder {place}, which others lack: train from weights with a public name")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"--push-to-hub takes OWNER/NAME, got {name!r}")
+    files: dict[str, Path | bytes] = {file: folder / file for file in SHARED if (folder / file).is_file()}
+    files |= {f"tokenizer/{path.name}": path for path in sorted((folder / "tokenizer").glob("*")) if path.is_file()}
+    if (folder / "config.yaml").is_file():
+        files["config.yaml"] = _settings_for_others(folder / "config.yaml")
+    try:
+        api = HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(file, content) for file, content in files.items()]
+        api.create_commit(name, operations, commit_message="Upload by spn4cir-export")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, _unreachable()) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        advice = "needs a network, and a token that may write: hf auth login, or HF_TOKEN"
+        raise InputError(f"--push-to-hub {name}: the hub did not take it ({advice}): {said}") from None
+    return str(address)
+
+
+def _unreachable() -> type[Exception]:
+    """The error of the library that the hub's client calls the network by."""
+    import httpx
+
+    return httpx.HTTPError
+
+
+def find_local_folder(options: Mapping[str, Any]) -> str | None:
+    """A folder of this machine that the architecture is read from, or None."""
+    for value in options.values():
+        if isinstance(value, str) and (found := FOLDER.search(value)) and Path(found[2]).is_dir():
+            return found[2]
+    return None
+
+
+def _settings_for_others(path: Path) -> bytes:
+    """The settings of a run as YAML, without what holds for this machine alone."""
+    text = path.read_text(encoding="utf-8")
+    title = text.splitlines()[0] + "\n" if text.startswith("#") else ""
+    held = yaml.safe_load(text)
+    kept = {key: strip_places(value) for key, value in held.items() if key not in OWN_PLACES}
+    return (title + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)).encode()

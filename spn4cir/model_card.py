@@ -1,0 +1,262 @@
+"""The model card of a run: its README.md, with the metadata that the Hugging Face hub reads."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spn4cir.config import TrainConfig
+from spn4cir.errors import InputError
+from spn4cir.files import hash_files, read_json, write_text
+from spn4cir.provenance import read_provenance
+
+CARD = "README.md"
+GENERATED = "<!-- spn4cir writes this file again when the run changes: delete this line to keep a text of your own -->"
+KINDS = {
+    "classes": "This model embeds images. It was trained on classes of images, by a softmax over class centres.",
+    "crossmodal": "This model embeds images and texts in one space, so that each finds the other.",
+}
+"""What a model of a stage with a name is."""
+COMPOSED = (
+    "This is a model for composed image retrieval. A query is a reference image, a text that says what should differ, "
+    "or both; the model ranks the images of a gallery by their similarity to the query."
+)
+OWN_PLACES = ("data_root", "init", "output", "resume", "trackers")
+"""Settings that say where files lie, or what watches the run: nothing that another machine needs."""
+ORIGINS = ("model", "image", "text", "pretrained")
+"""Options of backbones that name pretrained weights."""
+EMBEDDED_LICENCE = (
+    "the small weights that ship with spn4cir, under its MIT licence; they were trained on Twemoji graphics, © "
+    "Twitter, Inc and other contributors, CC-BY 4.0, and on names from Unicode CLDR, under the Unicode licence"
+)
+
+
+def write_card(folder: Path) -> str:
+    """Write the card of a run or checkpoint folder, unless a person wrote one.
+
+    Returns:
+        A line for people if the file is a person's own and stays; else nothing.
+
+    Raises:
+        InputError: if the folder holds no model, or the file cannot be written.
+    """
+    path = folder / CARD
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    if before is not None and GENERATED not in before.splitlines():
+        return f"{path} is your own and stays as it is: delete it for a generated model card"
+    text = render_card(folder)
+    if text != before:
+        write_text(path, text)
+    return ""
+
+
+def render_card(folder: Path) -> str:
+    """The card of a run or checkpoint folder as Markdown behind YAML. Raises ``InputError`` if it holds no model."""
+    note = read_json(folder / "model.json", "training or spn4cir-import")
+    if not isinstance(note, dict) or not isinstance(note.get("options"), dict):
+        raise InputError(f"{folder / 'model.json'} is damaged: it names no backbone and options")
+    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+    evaluations = [result] * bool(result) + _read_evaluations(folder)
+    settings = _read_settings(folder)
+    about = {"backbone": note.get("backbone"), "stage": result.get("stage", note.get("stage"))}
+    stage = f"stage {about['stage']}" if about["stage"] is not None else ""
+    name = ", ".join(filter(None, [str(about["backbone"]), str(settings.get("dataset") or ""), stage]))
+    parts = [
+        f"---\n{yaml.safe_dump(_metadata(name, note, settings, evaluations), sort_keys=False, allow_unicode=True)}---",
+        GENERATED,
+        f"# {escape(name)}",
+        KINDS.get(str(about["stage"]), COMPOSED),
+        "## Use",
+        _USE,
+        "## Data",
+        _describe_data(folder, settings, result),
+        "## Results",
+        _describe_results(result, evaluations),
+        "## Recipe",
+        _describe_recipe(about["stage"], settings, result),
+        "## Weights and licence",
+        _describe_weights(note["options"], bool(settings)),
+        "## Fingerprints",
+        _describe_fingerprints(folder, result),
+        "## Limits",
+        _describe_limits(note["options"], result),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_USE = """```python
+import spn4cir
+
+model = spn4cir.load("OWNER/NAME")  # the hub id of this model, or its folder
+gallery = model.embed_images(["a.png", "b.png"])  # (2, K, E)
+query = model.embed_queries(["a.png"], ["but in red"])  # (1, E)
+scores = (query @ gallery.flatten(0, 1).T).view(1, len(gallery), -1).amax(2)  # (1, 2)
+```
+
+`spn4cir-index build PICTURES --model OWNER/NAME` and `spn4cir-search` search a folder of pictures."""
+
+
+def escape(value: object) -> str:
+    """A value as one line of Markdown text, in which no character is markup."""
+    return re.sub(r"([\\`*_\[\]<>|~#&$!])", r"\\\1", " ".join(str(value).split()))
+
+
+def _code(text: str, language: str) -> str:
+    """A block of code, whatever the text holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *[[escape(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def strip_places(value: Any) -> Any:
+    """A setting without the folders of this machine: of each absolute path its name."""
+    if isinstance(value, Mapping):
+        return {key: strip_places(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strip_places(inner) for inner in value]
+    return re.sub(r"(^|:)(~|[A-Za-z]:)?[/\\].*[/\\]", r"\1", value) if isinstance(value, str) else value
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """All settings of ``config.yaml``, completed by the defaults; {} for a folder without them."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return {**dataclasses.asdict(TrainConfig()), **(held if isinstance(held, dict) else {})}
+
+
+def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Results that ``spn4cir-eval --json`` wrote into the folder, by file name."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name in ("model.json", "result.json", "made_from.json"):
+            continue
+        held = read_json(path)
+        if isinstance(held, dict) and "protocol" in held and isinstance(held.get("metrics"), dict):
+            found.append(held)
+    return found
+
+
+def _metadata(
+    name: str, note: Mapping[str, Any], settings: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the hub reads."""
+    tags = ["spn4cir", "composed-image-retrieval", "image-retrieval", str(note.get("backbone"))]
+    found: dict[str, Any] = {"library_name": "spn4cir", "pipeline_tag": "image-feature-extraction", "tags": tags}
+    if not settings and not evaluations and set(_origins(note["options"])) == {"embedded"}:
+        found["license"] = "mit"
+    if settings:
+        found["datasets"] = [str(settings["dataset"])]
+    if evaluations:
+        found["metrics"] = list(dict.fromkeys(metric for one in evaluations for metric in one.get("metrics", {})))
+        task = {"type": "image-feature-extraction", "name": "Image retrieval"}
+        results = [
+            {
+                "task": task,
+                "dataset": {"type": str(one["protocol"]).partition("/")[0], "name": str(one["protocol"])},
+                "metrics": [
+                    {"type": metric, "name": metric, "value": round(v, 2)} for metric, v in one["metrics"].items()
+                ],
+            }
+            for one in evaluations
+        ]
+        found["model-index"] = [{"name": name, "results": results}]
+    return found
+
+
+def _describe_data(folder: Path, settings: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    if not settings:
+        return "This folder does not say on which data the model was trained."
+    rows: list[tuple[str, object]] = [("dataset", settings["dataset"])]
+    if catalogue := read_provenance(folder):
+        rows += [("collection of images", catalogue.name), ("images of the collection", f"{catalogue.images:,}")]
+    if counts := result.get("triplets"):
+        total = counts["annotated"] + counts["generated"]
+        share = f"{100 * counts['generated'] / total:.1f} % of all" if counts["generated"] else ""
+        rows += [("annotated triplets", f"{counts['annotated']:,}")]
+        rows += [("generated triplets", f"{counts['generated']:,}{share and f', {share}'}")]
+    if settings.get("generated_share"):
+        rows.append(("generated share of each batch", settings["generated_share"]))
+    if settings.get("holdout"):
+        rows.append(("held-out share of the annotated triplets", settings["holdout"]))
+    return _table(("", ""), rows)
+
+
+def _describe_results(result: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return "No evaluation is stored beside this model."
+    blocks = []
+    for one in evaluations:
+        kind = ", over held-out training triplets" if one.get("is_holdout") else ""
+        skipped = f"; {one['skipped']} images on a skip list are left out" if one.get("skipped") else ""
+        head = f"Protocol **{escape(one['protocol'])}**, {one.get('count', '?')} queries{kind}{skipped}; in percent."
+        names = [escape(name) for name in one["metrics"]]
+        blocks.append(f"{head}\n\n{_table(names, [[f'{value:.2f}' for value in one['metrics'].values()]])}")
+    if result.get("selected_on"):
+        how = f"step {result['best_step']} of {result['steps']}, the best on {escape(result['selected_on'])}"
+        blocks.append(f"The weights are those of {how}. Numbers of different protocols are not comparable.")
+    return "\n\n".join(blocks)
+
+
+def _describe_recipe(stage: object, settings: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    if not settings:
+        return "The weights were not trained by a run of this folder: there is no recipe."
+    known = dataclasses.asdict(TrainConfig())
+    named = ("dataset", "backbone")
+    changed = {k: v for k, v in settings.items() if k in named or (v != known.get(k) and k not in OWN_PLACES)}
+    command = ["spn4cir-train", "--stage", str(stage), "--config", "config.yaml"]
+    init = f" It started from the weights of {escape(Path(str(settings['init'])).name)}." if settings["init"] else ""
+    took = f" It took {result['seconds']:,.0f} s." if isinstance(result.get("seconds"), int | float) else ""
+    text = f"`{shlex.join(command)}`, with `--data-root` where the data lie.{init}{took} Settings that are no defaults:"
+    return f"{text}\n\n{_code(yaml.safe_dump(strip_places(changed), sort_keys=False, allow_unicode=True), 'yaml')}"
+
+
+def _origins(options: Mapping[str, Any]) -> Iterator[str]:
+    """Names of pretrained weights among the options of a backbone."""
+    for name in ORIGINS:
+        if isinstance(options.get(name), str):
+            yield str(strip_places(options[name]))
+
+
+def _describe_weights(options: Mapping[str, Any], is_trained: bool) -> str:
+    origins = list(_origins(options))
+    lines = [
+        f"- {escape(name)}: {EMBEDDED_LICENCE}."
+        if name == "embedded"
+        else f"- {escape(name)}: see the licence of its publisher; this package does not know it."
+        for name in dict.fromkeys(origins)
+    ]
+    begin = "Training started from these pretrained weights:" if is_trained else "Pretrained weights:"
+    known = "\n".join([f"{begin}\n", *lines]) if lines else "No pretrained weights are named."
+    return f"{known}\n\nThe code of spn4cir is under the MIT licence."
+
+
+def _describe_fingerprints(folder: Path, result: Mapping[str, Any]) -> str:
+    weights = folder / "model.safetensors"
+    rows = [("weights, SHA-256 of model.safetensors", hash_files(weights) if weights.is_file() else "missing")]
+    catalogue = read_provenance(folder)
+    rows += [("collection of images", catalogue.digest)] if catalogue else []
+    rows += [(name, str(result[key])) for name, key in (("benchmark", "data"), ("code", "git")) if result.get(key)]
+    return _table(("", ""), rows)
+
+
+def _describe_limits(options: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    lines = ["- Scores rank images of one gallery; they are no probabilities, and those of two models do not compare."]
+    if "embedded" in _origins(options):
+        lines.append("- The weights it started from are small and know emoji alone: it serves to try the code.")
+    if result.get("is_holdout"):
+        lines.append("- The numbers are over held-out training triplets, not over annotated queries.")
+    lines.append("- It has the biases of its data and of its pretrained weights, which nobody has measured here.")
+    return "\n".join(lines)

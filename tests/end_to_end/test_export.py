@@ -1,0 +1,72 @@
+"""``spn4cir-export``: from the command line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+from tiny_backbones import tiny_backbone
+
+from spn4cir.checkpoints import save_model
+from spn4cir.export_cli import export_command
+
+
+def export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["spn4cir-export", *map(str, arguments)])
+    export_command()
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that the command prints."""
+    with pytest.raises(SystemExit) as stopped:
+        export(monkeypatch, *arguments)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+    return told
+
+
+@pytest.fixture
+def run(runs: Path, tmp_path: Path) -> Path:
+    """A completed run, the newest one."""
+    folder = runs / "emoji" / "clip4cir" / "stage1-20260101-000000"
+    save_model(folder, tiny_backbone("clip4cir", tmp_path), {"stage": 1})
+    (folder / "result.json").write_text(json.dumps({"protocol": "emoji/val", "metrics": {"R@1": 1.0}, "count": 2}))
+    return folder
+
+
+def test_the_newest_run_is_exported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both exports in one call, each with the card; the run gets its card."""
+    export(monkeypatch, "--onnx", tmp_path / "onnx", "--sentence-transformers", tmp_path / "st")
+    told = capsys.readouterr().out
+    assert f"model {run}" in told and told.count("largest difference from the model") == 2
+    assert "others need that folder" in told  # the tiny CLIP is described in a folder
+    cards = [(folder / "README.md").read_text() for folder in (run, tmp_path / "onnx", tmp_path / "st")]
+    assert len(set(cards)) == 1 and "clip4cir" in cards[0]
+    loaded = SentenceTransformer(str(tmp_path / "st"), device="cpu", trust_remote_code=True)
+    assert loaded.encode("a red heart").shape == (24,)
+
+
+def test_a_card_alone(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without an option the card is written; a person's own is left and named."""
+    export(monkeypatch)
+    assert f"model card {run / 'README.md'}" in capsys.readouterr().out
+    (run / "README.md").write_text("mine")
+    export(monkeypatch, "--run", run)
+    assert "is your own and stays" in capsys.readouterr().out and (run / "README.md").read_text() == "mine"
+
+
+def test_wrong_calls_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No run, a missing one, a folder without a model, a taken output, --private alone, the hub offline."""
+    assert "no run to write a model card of" in fails(monkeypatch, capsys)
+    assert "--run nowhere is missing" in fails(monkeypatch, capsys, "--run", "nowhere")
+    assert "holds no model" in fails(monkeypatch, capsys, "--run", tmp_path)
+    assert "--private is for" in fails(monkeypatch, capsys, "--private")
+    (tmp_path / "file").write_text("x")
+    taken = fails(monkeypatch, capsys, "--run", "embedded", "--sentence-transformers", tmp_path / "file")
+    assert "new or empty folder" in taken
+    assert "HF_TOKEN" in fails(monkeypatch, capsys, "--run", "embedded", "--push-to-hub", "a/b")
