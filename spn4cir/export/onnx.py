@@ -215,7 +215,7 @@ def _write_graph(trace: Trace, path: Path) -> None:
                 dynamic_shapes=trace.shapes, input_names=trace.input_names, output_names=trace.output_names,
                 external_data=weights > LARGEST_FILE,
             )  # fmt: skip
-    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+    except (torch.onnx.OnnxExporterError, RuntimeError, ImportError) as error:  # or onnxscript is too old
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{path.name}: torch {torch.__version__} cannot export this backbone: {said}") from None
     finally:

@@ -12,7 +12,7 @@ from spn4cir.errors import InputError
 from spn4cir.files import write_text
 from spn4cir.images import is_vector, open_image
 from spn4cir.report.content import query_content
-from spn4cir.report.page import build_page
+from spn4cir.report.document import build_report
 from spn4cir.results import Result
 from spn4cir.shortcuts import label_queries
 from spn4cir.summary import MetricRow, metric_rows
@@ -62,7 +62,7 @@ def write_report(
     rows = rows or {model: metric_rows(result) for model, result in results.items()}
     path = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, build_page(results, rows, labels, differences or {}, content))
+    write_text(path, build_report(results, rows, labels, differences or {}, content))
     return path
 
 

@@ -26,7 +26,7 @@ MEANINGS = {
 }
 
 
-def build_page(
+def build_report(
     results: Mapping[str, Result],
     rows: Mapping[str, Sequence[MetricRow]],
     labels: Sequence[str],
