@@ -68,7 +68,7 @@ def render_card(folder: Path) -> str:
     parts = [
         f"---\n{yaml.safe_dump(_metadata(name, note, settings, evaluations), sort_keys=False, allow_unicode=True)}---",
         GENERATED,
-        f"# {escape(name)}",
+        f"# {escape_markdown(name)}",
         KINDS.get(str(about["stage"]), COMPOSED),
         "## Use",
         _USE,
@@ -100,7 +100,7 @@ scores = (query @ gallery.flatten(0, 1).T).view(1, len(gallery), -1).amax(2)  # 
 `spn4cir-index build PICTURES --model OWNER/NAME` and `spn4cir-search` search a folder of pictures."""
 
 
-def escape(value: object) -> str:
+def escape_markdown(value: object) -> str:
     """A value as one line of Markdown text, in which no character is markup."""
     return re.sub(r"([\\`*_\[\]<>|~#&$!])", r"\\\1", " ".join(str(value).split()))
 
@@ -112,7 +112,7 @@ def _code(text: str, language: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *[[escape(cell) for cell in row] for row in rows]]
+    lines = [head, ["---"] * len(head), *[[escape_markdown(cell) for cell in row] for row in rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -201,11 +201,12 @@ def _describe_results(result: Mapping[str, Any], evaluations: Sequence[Mapping[s
     for one in evaluations:
         kind = ", over held-out training triplets" if one.get("is_holdout") else ""
         skipped = f"; {one['skipped']} images on a skip list are left out" if one.get("skipped") else ""
-        head = f"Protocol **{escape(one['protocol'])}**, {one.get('count', '?')} queries{kind}{skipped}; in percent."
-        names = [escape(name) for name in one["metrics"]]
+        protocol, count = escape_markdown(one["protocol"]), one.get("count", "?")
+        head = f"Protocol **{protocol}**, {count} queries{kind}{skipped}; in percent."
+        names = [escape_markdown(name) for name in one["metrics"]]
         blocks.append(f"{head}\n\n{_table(names, [[f'{value:.2f}' for value in one['metrics'].values()]])}")
     if result.get("selected_on"):
-        how = f"step {result['best_step']} of {result['steps']}, the best on {escape(result['selected_on'])}"
+        how = f"step {result['best_step']} of {result['steps']}, the best on {escape_markdown(result['selected_on'])}"
         blocks.append(f"The weights are those of {how}. Numbers of different protocols are not comparable.")
     return "\n\n".join(blocks)
 
@@ -217,7 +218,11 @@ def _describe_recipe(stage: object, settings: Mapping[str, Any], result: Mapping
     named = ("dataset", "backbone")
     changed = {k: v for k, v in settings.items() if k in named or (v != known.get(k) and k not in OWN_PLACES)}
     command = ["spn4cir-train", "--stage", str(stage), "--config", "config.yaml"]
-    init = f" It started from the weights of {escape(Path(str(settings['init'])).name)}." if settings["init"] else ""
+    init = (
+        f" It started from the weights of {escape_markdown(Path(str(settings['init'])).name)}."
+        if settings["init"]
+        else ""
+    )
     took = f" It took {result['seconds']:,.0f} s." if isinstance(result.get("seconds"), int | float) else ""
     text = f"`{shlex.join(command)}`, with `--data-root` where the data lie.{init}{took} Settings that are no defaults:"
     return f"{text}\n\n{_code(yaml.safe_dump(strip_places(changed), sort_keys=False, allow_unicode=True), 'yaml')}"
@@ -233,9 +238,9 @@ def _origins(options: Mapping[str, Any]) -> Iterator[str]:
 def _describe_weights(options: Mapping[str, Any], is_trained: bool) -> str:
     origins = list(_origins(options))
     lines = [
-        f"- {escape(name)}: {EMBEDDED_LICENCE}."
+        f"- {escape_markdown(name)}: {EMBEDDED_LICENCE}."
         if name == "embedded"
-        else f"- {escape(name)}: see the licence of its publisher; this package does not know it."
+        else f"- {escape_markdown(name)}: see the licence of its publisher; this package does not know it."
         for name in dict.fromkeys(origins)
     ]
     begin = "Training started from these pretrained weights:" if is_trained else "Pretrained weights:"

@@ -18,7 +18,8 @@ BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", TUTORIAL, re.MULTILINE | re.D
 FEW = ["--epochs", "1", "--max-steps", "2", "--batch-size", "8", "--workers", "0", "--mixed-precision", "no"]
 WINDOWS = ("'[1,200]' --pairs-per-image 40", "'[1,19]' --pairs-per-image 18")
 FETCHED = ("npm pack famfamfam-silk@1.0.0", "tar xzf famfamfam-silk-1.0.0.tgz")
-THINGS, ACTIONS = ("basket", "cart", "lorry", "table", "folder", "page", "user", "server"), ("", "_add", "_delete", "_key")
+THINGS = ("basket", "cart", "lorry", "table", "folder", "page", "user", "server")
+ACTIONS = ("", "_add", "_delete", "_key")
 
 
 def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +37,7 @@ def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         module, _, function = COMMANDS[program.removeprefix("spn4cir-")].partition(":")
         command = getattr(importlib.import_module(module), function)
         if words[-1] == "--help":
-            with pytest.raises(SystemExit, match="^0$"):
+            with pytest.raises(SystemExit, match=r"^0$"):
                 command()
         else:
             command()

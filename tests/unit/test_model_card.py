@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from spn4cir.config import TrainConfig, write_yaml
 from spn4cir.errors import InputError
-from spn4cir.model_card import CARD, GENERATED, escape, render_card, strip_places, write_card
+from spn4cir.model_card import CARD, GENERATED, escape_markdown, render_card, strip_places, write_card
 from spn4cir.provenance import Provenance
 
 RESULT: dict[str, Any] = {
@@ -119,7 +119,7 @@ def test_nothing_in_the_data_is_markup(tmp_path: Path) -> None:
 
 def test_helpers() -> None:
     """Escapes and places."""
-    assert escape("a|b\n<c>") == r"a\|b \<c\>"
+    assert escape_markdown("a|b\n<c>") == r"a\|b \<c\>"
     assert strip_places({"a": "/x/y/z.pt", "b": ["local-dir:/m/clip", "C:\\d\\e"], "c": 3, "d": "owner/name"}) == {
         "a": "z.pt", "b": ["local-dir:clip", "e"], "c": 3, "d": "owner/name",
     }  # fmt: skip
