@@ -18,7 +18,7 @@ class Difference(NamedTuple):
         metric: its name.
         base, value: percentages of the first and of the other model.
         difference: the other minus the first, in points.
-        low, high: its 95 % interval, by resampling queries.
+        low, high: its 95 % interval, by resampling queries; of a mean over tags, within each tag.
         p: of the paired test (``spn4cir.intervals.paired_test``).
         adjusted: p after Holm's correction for all metrics of all compared models.
         verdict: ``better`` or ``worse`` than the first model where the adjusted p is below 0.05; else ``noise``.

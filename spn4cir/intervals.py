@@ -24,9 +24,10 @@ def bootstrap_interval(
 
     Args:
         values: (M, Q), value of each query in each of M metrics.
-        groups: column indices of each group of queries, such as those of a tag: the statistic is then the unweighted
-            mean of the groups' means, computed anew in each resample. A group that has no query in a resample is left
-            out of its mean. None for the mean over all queries.
+        groups: column indices of each group of queries, such as the queries of a tag: the statistic is then the
+            unweighted mean of the groups' means. Each group is resampled by itself and keeps its number of queries
+            (stratified bootstrap). A query of several groups is drawn in each of them independently. None for the mean
+            over all queries.
         resamples: number of resamples; the same ones for all metrics.
         seed: of the draws.
         confidence: share of the resamples between both ends.
@@ -37,7 +38,8 @@ def bootstrap_interval(
     Raises:
         ValueError: if there is no query.
 
-    Source: Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13 (percentile interval).
+    Sources: Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13 (percentile interval); Davison
+    and Hinkley, "Bootstrap methods and their application", 1997, section 3.2 (resampling within each stratum).
 
     Example:
         >>> import numpy as np
@@ -45,48 +47,48 @@ def bootstrap_interval(
         [[0.0, 1.0]]
     """
     parts = [np.arange(values.shape[1])] if groups is None else groups
-    means = np.nanmean(bootstrap_means(values, parts, resamples, seed), axis=1)  # (R, M)
+    means = bootstrap_means(values, parts, resamples, seed).mean(1)  # (R, M)
     tail = 50 * (1 - confidence)
     return np.percentile(means, [tail, 100 - tail], axis=0).T
 
 
 def bootstrap_means(values: Array, groups: Sequence[Rows], resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Mean of each metric over each group of queries in each resample of all queries.
+    """Mean of each metric over each group of queries, in each resample of that group.
 
     Args:
         values: (M, Q).
-        groups: G arrays of column indices.
+        groups: G arrays of column indices, none empty. Groups are drawn one after another, so the draws of the first
+            ones do not depend on those that follow.
         resamples: R, the number of resamples.
         seed: of the draws.
 
     Returns:
-        (R, G, M); NaN for a group that has no query in a resample.
+        (R, G, M).
 
     Raises:
-        ValueError: if there is no query.
+        ValueError: if there is no query, or a group is empty.
     """
     if values.ndim != 2 or not values.shape[1]:
         raise ValueError(f"values have the shape (metrics, queries) with at least one query, got {values.shape}")
-    columns = [np.ascontiguousarray(values[:, rows].T) for rows in groups]  # (g, M) each
-    means, start = np.full((resamples, len(groups), len(values)), np.nan), 0
-    for counts in _counts(values.shape[1], resamples, seed):  # (r, Q)
-        part = means[start : start + len(counts)]
-        for place, rows in enumerate(groups):
-            drawn = counts[:, rows]  # (r, g)
-            total = drawn.sum(1, keepdims=True)
-            np.divide(drawn @ columns[place], total, out=part[:, place], where=total > 0)
-        start += len(counts)
+    if not all(map(len, groups)):
+        raise ValueError("every group holds at least one query, got an empty one")
+    means, chance = np.empty((resamples, len(groups), len(values))), np.random.default_rng(seed)
+    for place, rows in enumerate(groups):
+        columns, start = np.ascontiguousarray(values[:, rows].T), 0  # (g, M)
+        for counts in _counts(len(rows), resamples, chance):
+            means[start : start + len(counts), place] = counts @ columns / len(rows)
+            start += len(counts)
     return means
 
 
-def _counts(queries: int, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each query is drawn in each resample, (r, Q) at a time."""
-    chance = np.random.default_rng(seed)
+def _counts(queries: int, resamples: int, chance: np.random.Generator) -> Iterator[Array]:
+    """How often each query is drawn in each resample, (r, queries) at a time."""
     size = max(1, CELLS // queries)
     for start in range(0, resamples, size):
         count = min(size, resamples - start)
         drawn = chance.integers(queries, size=(count, queries), dtype=np.int32)
-        yield np.stack([np.bincount(row, minlength=queries) for row in drawn]).astype(np.float64)
+        cells = drawn + queries * np.arange(count)[:, None]  # one count of all resamples at once
+        yield np.bincount(cells.ravel(), minlength=count * queries).reshape(count, queries).astype(np.float64)
 
 
 def paired_test(differences: Array, flips: int = FLIPS, seed: int = 0) -> Array:

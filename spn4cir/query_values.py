@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     groups: list[Rows] | None = None
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap interval of each metric, in percent."""
+        """95 % bootstrap interval of each metric, in percent; each of the groups is resampled by itself."""
         ends = 100 * bootstrap_interval(self.values, self.groups)
         return {name: (float(low), float(high)) for name, (low, high) in zip(self.names, ends, strict=True)}
 

@@ -58,27 +58,40 @@ def _samples_of(joint: Benchmark, ranks: Mapping[str, Ranks], numbers: Array | R
 
 
 def _rows(benchmark: Benchmark, samples: Mapping[str, Sequence[Sample]]) -> Iterator[MetricRow]:
-    """Rows of all modes, whose samples have the same metrics; resampled once for all modes and tags."""
+    """Rows of all modes, whose samples have the same metrics.
+
+    All queries are resampled once, and the queries of each tag once, for all modes. Tags of ``benchmark.macro`` are
+    drawn first, as ``Sample.intervals`` draws them, so both give the same ends.
+    """
     plain, tags = [of_mode[0] for of_mode in samples.values()], tag_rows(benchmark)
     columns = {name: place for place, name in enumerate(plain[0].names)}
-    groups = {"": plain[0].rows, **(tags if len(tags) > 1 or benchmark.macro else {})}
-    means = bootstrap_means(np.concatenate([sample.values for sample in plain]), list(groups.values()))
-    means = means.reshape(len(means), len(groups), len(plain), -1)  # (R, T, modes, M)
+    shown = tags if len(tags) > 1 or benchmark.macro else {}
+    order = dict.fromkeys([*benchmark.macro, *shown])
+    places, averaged = {tag: place for place, tag in enumerate(order)}, len(benchmark.macro or shown)
+    stacked = np.concatenate([sample.values for sample in plain])
+    whole = _split(bootstrap_means(stacked, [plain[0].rows]), len(plain))[:, 0]  # (R, modes, M)
+    by_tag = _split(bootstrap_means(stacked, [tags[tag] for tag in order]), len(plain))  # (R, T, modes, M)
     for parts in zip(*samples.values(), strict=True):
         first = parts[0]
         own = [columns.get(name.removeprefix(MACRO), -1) for name in first.names]
         if -1 in own:  # over wrong answers, or needs
             ends = bootstrap_interval(np.concatenate([sample.values for sample in parts]), first.groups)
         else:
-            used = [""] if first.groups is None else [tag for tag in groups if tag in (benchmark.macro or tags)]
-            drawn = np.nanmean(means[:, [list(groups).index(tag) for tag in used]], axis=1)[..., own]
-            ends = np.percentile(drawn, ENDS, axis=0).reshape(2, -1).T
+            ends = _ends((whole if first.groups is None else by_tag[:, :averaged].mean(1))[..., own])
         yield from _named("", samples, first, [sample.means() for sample in parts], ends)
-    for place, (tag, rows) in enumerate(groups.items()):
-        if tag:
-            ends = np.nanpercentile(means[:, place], ENDS, axis=0).reshape(2, -1).T
-            of_modes = [sample.values[:, rows].mean(1) for sample in plain]
-            yield from _named(tag, samples, plain[0]._replace(rows=rows), of_modes, ends)
+    for tag, rows in shown.items():
+        of_modes = [sample.values[:, rows].mean(1) for sample in plain]
+        yield from _named(tag, samples, plain[0]._replace(rows=rows), of_modes, _ends(by_tag[:, places[tag]]))
+
+
+def _split(means: Array, modes: int) -> Array:
+    """Means (R, T, modes · M) as (R, T, modes, M)."""
+    return means.reshape(*means.shape[:2], modes, means.shape[2] // modes)
+
+
+def _ends(means: Array) -> Array:
+    """Percentiles (modes · M, 2) of resampled means (R, modes, M)."""
+    return np.percentile(means, ENDS, axis=0).reshape(2, -1).T
 
 
 def _named(

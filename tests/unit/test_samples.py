@@ -24,27 +24,49 @@ from spn4cir.types import Benchmark, Measure, Query, recall_measures
 # --- intervals and tests
 
 
-def draws(queries: int, resamples: int, seed: int) -> list[list[int]]:
-    """The queries of each resample, as ``bootstrap_means`` draws them where they fit into one part."""
+def draws(sizes: list[int], resamples: int, seed: int) -> list[list[list[int]]]:
+    """Places drawn in each resample of each group, as ``bootstrap_means`` draws them where a group fits into one part."""
     chance = np.random.default_rng(seed)
-    return chance.integers(queries, size=(resamples, queries), dtype=np.int32).tolist()  # type: ignore[no-any-return]
+    return [chance.integers(size, size=(resamples, size), dtype=np.int32).tolist() for size in sizes]
 
 
 @pytest.mark.parametrize("queries", [1, 9, 40])
 def test_bootstrap_equals_a_loop(queries: int) -> None:
-    """The same draws, by lists: of all queries, and of a mean over tags of which one is often not drawn."""
+    """The same draws, by lists: of all queries, and of a mean over tags, each resampled by itself, one of one query."""
     values = np.random.default_rng(queries).random((2, queries))
     groups = [np.arange(queries), np.arange(0, queries, 2), np.array([0])]
-    drawn = draws(queries, 57, 3)
     for used in (None, groups):
         found = bootstrap_interval(values, used, resamples=57, seed=3)
+        parts = [one.tolist() for one in used or groups[:1]]
+        drawn = draws([len(one) for one in parts], 57, 3)
         for row, ends in zip(values.tolist(), found, strict=True):
             means = []
-            for rows in drawn:
-                of_groups = [[row[n] for n in rows if n in one] for one in used or groups[:1]]
-                kept = [sum(one) / len(one) for one in of_groups if one]
-                means.append(sum(kept) / len(kept))
+            for number in range(57):
+                of_groups = [
+                    sum(row[part[place]] for place in places[number]) / len(part)
+                    for part, places in zip(parts, drawn, strict=True)
+                ]
+                means.append(sum(of_groups) / len(of_groups))
             np.testing.assert_allclose(ends, np.percentile(means, [2.5, 97.5]), atol=1e-12)
+
+
+def test_a_small_tag_stays_in_every_resample() -> None:
+    """Two right queries of one tag, 20 of another of which two are right: never below half of the first tag."""
+    values = np.array([[1.0] * 4 + [0.0] * 18])
+    groups = [np.arange(2), np.arange(2, 22)]
+    low, high = bootstrap_interval(values, groups)[0]
+    assert 0.5 <= low < 0.55 < high <= 0.65
+    means = bootstrap_means(values, groups)
+    assert set(means[:, 0, 0]) == {1.0} and means[:, 1].std() == pytest.approx(np.sqrt(0.09 / 20), rel=0.1)
+
+
+def test_large_samples_are_drawn_in_parts() -> None:
+    """More random numbers than are held at once: the same mean and deviation as theory gives."""
+    values = np.random.default_rng(0).random((1, 2_000))
+    means = bootstrap_means(values, [np.arange(2_000), np.arange(1_000)])
+    for place, rows in enumerate((values, values[:, :1_000])):
+        assert means[:, place].mean() == pytest.approx(rows.mean(), abs=0.002)
+        assert means[:, place].std() == pytest.approx(rows.std() / np.sqrt(rows.size), rel=0.1)
 
 
 def test_bootstrap_agrees_with_scipy() -> None:
@@ -57,12 +79,12 @@ def test_bootstrap_agrees_with_scipy() -> None:
     assert few[1] - few[0] > 2 * (found[1] - found[0])
 
 
-def test_bootstrap_of_a_group_that_is_not_drawn() -> None:
-    """It has no mean in that resample, and the interval leaves it out."""
-    means = bootstrap_means(np.array([[1.0, 0.0, 0.0]]), [np.array([0]), np.array([1, 2])], resamples=50)
-    assert np.isnan(means[:, 0]).any() and set(means[:, 0][~np.isnan(means[:, 0])]) == {1.0}
+def test_bootstrap_without_queries() -> None:
+    """Neither a sample nor a group of it may be empty."""
     with pytest.raises(ValueError, match="at least one query"):
         bootstrap_interval(np.zeros((1, 0)))
+    with pytest.raises(ValueError, match="got an empty one"):
+        bootstrap_means(np.zeros((1, 3)), [np.arange(3), np.arange(0)])
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 1), (1, 5), (7, 7), (40, 61), (900, 1000)])
@@ -283,6 +305,30 @@ def test_comparison_of_two_results(evaluated: Callable[..., Result]) -> None:
         compare_results(base, {"other": replace(other, data="1")})
     with pytest.raises(InputError, match="no values of single queries"):
         compare_results(Result.from_json(base.as_json()), {"other": other})
+
+
+@pytest.mark.parametrize("macro", [(), ("v", "t")])
+def test_small_tags_of_rows_and_differences(evaluated: Callable[..., Result], macro: tuple[str, ...]) -> None:
+    """Ends of rows, of the result and of differences are those of each tag resampled by itself: a loop."""
+    base, other = evaluated(0, macro=macro), evaluated(1, macro=macro)
+    of_tag = [[n for n, q in enumerate(base.queries) if tag in q.tags] for tag in macro or ("t", "u", "v")]
+    name = "R@1" if macro else "macro R@1"
+    drawn = draws([len(one) for one in of_tag], 1_000, 0)
+    row_of = lambda result: result.samples()[0].values[0].tolist()  # noqa: E731
+    first, second = row_of(base), row_of(other)
+
+    def ends(values: list[float]) -> list[float]:
+        means = [
+            np.mean([np.mean([values[rows[n]] for n in places[r]]) for rows, places in zip(of_tag, drawn, strict=True)])
+            for r in range(1_000)
+        ]
+        return [float(end) for end in 100 * np.percentile(means, [2.5, 97.5])]
+
+    (row,) = (row for row in metric_rows(base) if (row.tag, row.metric) == ("", name))
+    assert [row.low, row.high] == pytest.approx(ends(first))
+    assert base.with_intervals().intervals[name] == pytest.approx(tuple(ends(first)))
+    (change,) = (one for one in compare_results(base, {"o": other})["o"] if one.metric == name)
+    assert [change.low, change.high] == pytest.approx(ends([b - a for a, b in zip(first, second, strict=True)]))
 
 
 def test_a_mean_over_tags_is_tested_as_a_whole(evaluated: Callable[..., Result]) -> None:
