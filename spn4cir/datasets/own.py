@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FILES = (*TABLES, ".tar")
 STEMS = ("catalogue", "metadata", "triplets")  # tables that a folder is read by, so its name suffices
 ASKED = {name: (name,) for name in ("reference", "modification", "target", "group", "negative", "need")}
+ASKED["negative"] = ("negative", "negatives")
 OPTIONAL = ("group", "negative", "need")
 QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and if you like group, negative"
 QUERIES += " (a wrong answer) and need (equal for phrasings of one need)"
@@ -152,36 +153,48 @@ class OwnImages(Dataset):
             raise InputError(f"{self.name}: nobody has annotated any query: {what}")
         chosen = self.choose_protocol(split, protocol)
         asked: dict[tuple[str, str, str], _Question] = {}
-        columns, names = self._read_queries(self._queries), self.further_names
-        empty = [""] * len(columns["target"])
-        rows = zip(*(columns.get(name, empty) for name in ASKED), strict=True)
-        for row, (reference, text, target, group, negative, need) in enumerate(rows, 1):
+        for row, cells in enumerate(self._read_queries(self._queries), 1):
             where = f"{self._queries}, row {row}"
-            named = {"reference": reference, "target": target, "negative": negative}
-            ids = {column: names.get(value, value) for column, value in named.items()}
-            for column, image_id in ids.items():
-                if image_id not in self._contents.places and (image_id or column == "reference"):
-                    raise wrong(where, column, f"{short(image_id)} is no image of the {self.name}")
-                if column != "reference" and image_id == ids["reference"]:
+            text, group, need = (cells[name][0] for name in ("modification", "group", "need"))
+            (reference,), (target,), negatives = (
+                self._find_images(where, column, cells[column]) for column in ("reference", "target", "negative")
+            )
+            for column, image_ids in (("target", (target,)), ("negative", negatives)):
+                if reference in image_ids:
                     raise wrong(where, column, "is the reference, which is not ranked")
             if not text.strip():
                 raise wrong(where, "modification", "is empty")
-            if not (ids["target"] or ids["negative"]):
+            if not (target or any(negatives)):
                 raise wrong(where, "target", "is empty, and the row names no wrong answer")
-            question = asked.setdefault((ids["reference"], text.strip(), group), _Question(where))
-            question.add(where, ids["target"], ids["negative"], need)
+            question = asked.setdefault((reference, text.strip(), group), _Question(where))
+            question.add(where, target, negatives, need)
         if not asked:
             raise InputError(f"{self._queries} holds no query")
         queries = tuple(question.query(*about) for about, question in asked.items())
         gallery, measures = tuple(self._contents.places), recall_measures(1, 5, 10, 50, primary=(10, 50))
         return Benchmark(chosen, gallery, queries, exclude_reference=True, measures=measures)
 
-    def _read_queries(self, path: Path) -> dict[str, list[str]]:
-        """The columns of ``queries.csv``, by name."""
+    def _find_images(self, where: str, column: str, cell: Sequence[str]) -> tuple[str, ...]:
+        """Image ids of a cell, whose names may be further ones. Raises ``InputError`` for what is no image."""
+        found = tuple(self.further_names.get(name, name) for name in cell)
+        for image_id in found:
+            if image_id not in self._contents.places and (image_id or column == "reference"):
+                raise wrong(where, column, f"{short(image_id)} is no image of the {self.name}")
+        return found
+
+    def _read_queries(self, path: Path) -> Iterator[dict[str, tuple[str, ...]]]:
+        """Each row of ``queries.csv`` by column: one text, empty for a blank cell; of ``negative`` one or more."""
         how = TableSettings(encoding=self._settings.encoding, strict=self._settings.strict)
         table = load_table(path, ASKED, how)
         columns = {name: table.find(name, names, name not in OPTIONAL) for name, names in ASKED.items()}
-        return {name: table.text(column) for name, column in columns.items() if column is not None}
+        texts = {
+            name: table.texts(column) if name == "negative" else [(text,) for text in table.text(column)]
+            for name, column in columns.items()
+            if column is not None
+        }
+        for row in range(len(table)):
+            cells = {name: texts[name][row] if name in texts else () for name in ASKED}
+            yield {name: tuple(filter(str.strip, cell)) or ("",) for name, cell in cells.items()}
 
 
 class _Question:
@@ -192,13 +205,13 @@ class _Question:
         self.targets: dict[str, None] = {}  # in the order of the rows
         self.negatives: dict[str, None] = {}
 
-    def add(self, where: str, target: str, negative: str, need: str) -> None:
+    def add(self, where: str, target: str, negatives: Sequence[str], need: str) -> None:
         """Add a row; empty cells say nothing. Raises ``InputError`` if it contradicts the rows before."""
         if need and self.need and need != self.need:
             raise wrong(where, "need", f"is {short(need)}, and in another row of this query {short(self.need)}")
         self.need = self.need or need
         self.targets |= {target: None} if target else {}
-        self.negatives |= {negative: None} if negative else {}
+        self.negatives |= {negative: None for negative in negatives if negative}
         if both := self.targets.keys() & self.negatives.keys():
             raise wrong(where, "negative", f"{short(both.pop())} is a target of this query too")
 

@@ -284,6 +284,25 @@ def test_wrong_answers_and_needs_of_ones_own(folder: Path) -> None:
     assert (second.negatives, second.need, third.need) == ((), "n1", "")
 
 
+def test_wrong_answers_under_a_further_name(folder: Path) -> None:
+    """A column ``negatives``, a list of several in one cell, and cells of blanks, which are empty."""
+    rows = ("top.gif,in blue,shoes/b.png, hats/ü h.webp,g", "top.gif,in red,shoes/b.png,  , \t")
+    text = "\n".join(("reference,modification,target,Negatives,group", *rows)).replace(", hats", ",hats")
+    (folder / "queries.csv").write_text(text + "\n", encoding="utf-8")
+    first, second = Catalogue(str(folder)).benchmark("val").queries
+    assert (first.negatives, first.tags, second.negatives, second.tags) == (("hats/ü h.webp",), ("g",), (), ())
+    (folder / "queries.csv").unlink()
+    asked = {"reference": "top.gif", "modification": "x", "target": "shoes/b.png"}
+    row = {**asked, "negatives": ["hats/ü h.webp", "shoes/b.png"]}
+    (folder / "queries.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"row 1, column 'negative': .* is a target of this query"):
+        Catalogue(str(folder)).benchmark("val")
+    row["negatives"] = ["hats/ü h.webp"]
+    (folder / "queries.jsonl").write_text(json.dumps({**row, "target": " "}) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="column 'target': is empty, and so it is in all rows"):
+        Catalogue(str(folder)).benchmark("val")
+
+
 @pytest.mark.parametrize(("rows", "said"), [
     (["top.gif,x,shoes/b.png,gone,"], "row 1, column 'negative': \"gone\" is no image"),
     (["top.gif,x,,,"], "row 1, column 'target': is empty, and the row names no wrong answer"),
