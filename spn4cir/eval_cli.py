@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from spn4cir.cli import Parser, check_output, report_stream, write_json
 from spn4cir.config import TrainConfig, read_settings
@@ -35,9 +35,9 @@ def _evaluate() -> None:
     add("--run", type=Path, help="run or checkpoint folder, or embedded (default: the newest run on these images)")
     add("--ablate", action="store_true", help="also rank by the image alone, by the text alone, and by late fusion")
     add("--json", metavar="FILE", help="write the result as JSON; - for standard output")
-    add("--csv", metavar="FILE", type=Path, help="write each metric with its interval: by model, tag and mode")
+    add("--csv", metavar="FILE", help="write each metric with its interval: by model, tag and mode; - as of --json")
     add("--compare", metavar="RUN", type=Path, nargs="+", help="further runs, with a test of each difference")
-    add("--report", metavar="DIR", type=Path, help="write a page of figures and pictures, and the data beside")
+    add("--report", metavar="DIR", help="write a page of figures and pictures, and the data beside")
     add("--report-queries", metavar="N", type=int, help="queries with pictures in each list of it (default: 60)")
     add("--ranks", metavar="FILE", type=Path, help="write the ranks of each query's targets (.parquet, .jsonl)")
     add("--top-k", metavar="FILE", type=Path, help="write the first items of each query, with scores")
@@ -50,6 +50,11 @@ def _evaluate() -> None:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.k is not None and (args.k < 1 or not args.top_k):
         raise InputError(f"--k must be at least 1 and needs --top-k FILE, got {args.k}")
+    for option, given in {"--report": args.report, "--csv": args.csv, "--json": args.json}.items():
+        if given == "":
+            raise InputError(f"{option} is empty: say where to write")
+    if args.csv == "-" == args.json:
+        raise InputError("--csv - and --json - both write to standard output: give a file for one of them")
     if args.report_queries is not None and (args.report_queries < 0 or not args.report):
         raise InputError(f"--report-queries must be at least 0 and needs --report DIR, got {args.report_queries}")
     written = {"--ranks": args.ranks, "--top-k": args.top_k, "--csv": args.csv, "--report": args.report}
@@ -61,13 +66,13 @@ def _evaluate() -> None:
     for option, path in {"--json": args.json, **written}.items():
         if option != "--report":
             check_output(option, path)
-        elif path:
-            _check_folder(option, path)
         if option in ("--ranks", "--top-k") and path and path.suffix not in (".parquet", ".jsonl"):
             raise InputError(f"{option} {path}: one row per query is written as .parquet or .jsonl")
     if args.combine:
         _combine(args.combine, args.json)
     else:
+        if args.report:
+            args.report = _make_report_folder(Path(args.report))
         _evaluate_run(args)
 
 
@@ -115,7 +120,7 @@ def _evaluate_run(args: argparse.Namespace) -> None:
             print(dataset.check_submission(path))
         return
     shown = filter(None, [note, *notes, *dataset.notes(), *skip_notes(dataset)])
-    print(model, *shown, metrics_table(result), sep="\n", file=report_stream(args.json))
+    print(model, *shown, metrics_table(result), sep="\n", file=_stream(args))
     for path, column in ((args.ranks, "ranks"), (args.top_k, "top")):
         if path:
             result.write_rows(path, column)
@@ -179,14 +184,14 @@ def _write_findings(args: argparse.Namespace, dataset: Any, results: dict[str, A
     first, *others = results
     found = compare_results(results[first], {label: results[label] for label in others})
     for label, differences in found.items():
-        print(f"\n{comparison_table(label, differences)}", file=report_stream(args.json))
+        print(f"\n{comparison_table(label, differences)}", file=_stream(args))
     if results[first].ablation:
         from spn4cir.shortcuts import label_queries, share_labels
 
         about["modalities"] = share_labels(label_queries(list(results.values())))
         shares = ", ".join(f"{label} {share:.1f} %" for label, share in about["modalities"].items())
         if shares:
-            print(f"\nqueries of both parts: {shares}", file=report_stream(args.json))
+            print(f"\nqueries of both parts: {shares}", file=_stream(args))
     if found:
         about["compare"] = [
             {
@@ -200,8 +205,10 @@ def _write_findings(args: argparse.Namespace, dataset: Any, results: dict[str, A
         from spn4cir.summary import format_csv, metric_rows
 
         rows = {label: metric_rows(result) for label, result in results.items()}
-        if args.csv:
-            write_text(args.csv, format_csv(rows))
+        if args.csv == "-":
+            print(format_csv(rows), end="")
+        elif args.csv:
+            write_text(Path(args.csv), format_csv(rows))
         if args.report:
             from spn4cir.report import write_report
 
@@ -209,7 +216,7 @@ def _write_findings(args: argparse.Namespace, dataset: Any, results: dict[str, A
             path = write_report(args.report, results, dataset.image, found, dataset.label, shown, rows)
             write_text(args.report / "metrics.csv", format_csv(rows))
             write_json(str(args.report / "result.json"), about)
-            print(f"\nreport {path}", file=report_stream(args.json))
+            print(f"\nreport {path}", file=_stream(args))
 
 
 def _choose_run(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any], Any, str]:
@@ -265,6 +272,27 @@ def _check_submission(folder: Path, benchmark: Any) -> None:
     if count := benchmark.skipped:
         raise InputError(f"a submission needs every image of {benchmark.name}: {count} are on the skip list")
     _check_folder("--submission", folder)
+
+
+def _make_report_folder(folder: Path) -> Path:
+    """Make the folder of ``--report``. Raises ``InputError`` where it cannot be made, or holds files of others."""
+    _check_folder("--report", folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_empty = next(folder.iterdir(), None) is None
+    except OSError as error:
+        raise InputError(f"--report {folder} cannot be made: {error.strerror or error}") from None
+    if not is_empty:
+        from spn4cir.report import is_report
+
+        if not is_report(folder):
+            raise InputError(f"--report {folder} holds files but no report: give a new or empty folder")
+    return folder
+
+
+def _stream(args: argparse.Namespace) -> TextIO:
+    """The stream for what a person reads: standard error if ``--json -`` or ``--csv -`` writes to standard output."""
+    return report_stream("-" if args.csv == "-" else args.json)
 
 
 def _check_folder(option: str, folder: Path) -> None:

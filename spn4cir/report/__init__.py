@@ -1,5 +1,5 @@
 """An evaluation as one HTML page that needs no network."""
 
-from spn4cir.report.report import write_report
+from spn4cir.report.report import is_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["is_report", "write_report"]

@@ -18,6 +18,7 @@ from spn4cir.results import Result
 from spn4cir.shortcuts import FIRST, LABELS, ONE_PART, REQUIRED, SHORTCUT, UNRESOLVED, main_ranks
 from spn4cir.summary import MACRO, MetricRow
 
+GENERATOR = '<meta name="generator" content="spn4cir-eval --report">'  # marks a page as ours, near its beginning
 MEANINGS = {
     REQUIRED: f"a target is among the first {FIRST} by image and text together, and by neither alone",
     SHORTCUT: f"a target is among the first {FIRST} by the image alone or by the text alone",
@@ -50,6 +51,7 @@ def build_report(
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{GENERATOR}"
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
         f'content="light dark"><title>{escape(first.protocol)}: evaluation</title><style>{style}</style></head>'

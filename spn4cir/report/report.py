@@ -12,7 +12,7 @@ from spn4cir.errors import InputError
 from spn4cir.files import write_text
 from spn4cir.images import is_vector, open_image
 from spn4cir.report.content import query_content
-from spn4cir.report.document import build_report
+from spn4cir.report.document import GENERATOR, build_report
 from spn4cir.results import Result
 from spn4cir.shortcuts import label_queries
 from spn4cir.summary import MetricRow, metric_rows
@@ -64,6 +64,15 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, build_report(results, rows, labels, differences or {}, content))
     return path
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder holds a page that ``write_report`` wrote: its head names the generator."""
+    path = folder / "index.html"
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(2_000)
 
 
 def thumbnail(image: ImageRef | Path) -> str:

@@ -106,9 +106,27 @@ def test_both_names_of_the_embedded_weights(call: Call, shop: Path, other: Path)
         assert row["difference"] == pytest.approx(-back["compare"][0]["differences"][name]["difference"])
 
 
+def test_csv_on_standard_output(call: Call, shop: Path) -> None:
+    """It is all of standard output; what a person reads goes to standard error. A report is renewed in its folder."""
+    data = ("--dataset", "catalogue", "--data-root", shop, "--run", "embedded", "--report", "r")
+    Path("r").mkdir()
+    code, out, err = call(*data, "--csv", "-")
+    assert code == 0 and out == Path("r/metrics.csv").read_text() and not Path("-").exists()
+    assert "95 % interval from" in err and "\nreport r/index.html" in err
+    Path("r/metrics.csv").write_text("old")
+    assert call(*data)[0] == 0 and Path("r/metrics.csv").read_text() == out
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--report", "file"], "--report file is a file: give a folder"),
     (["--report", "file/below"], "--report file/below cannot be made"),
+    (["--report", ""], "--report is empty: say where to write"),
+    (["--csv", ""], "--csv is empty: say where to write"),
+    (["--report", "site"], "--report site holds files but no report: give a new or empty folder"),
+    (["--report", "site/data"], "--report site/data holds files but no report"),
+    (["--report", "/dev/null/r"], "--report /dev/null/r cannot be made"),
+    (["--report", "/proc/nope"], "--report /proc/nope cannot be made"),
+    (["--csv", "-", "--json", "-"], "--csv - and --json - both write to standard output"),
     (["--csv", "gone/x.csv"], "--csv gone/x.csv: the folder gone is missing"),
     (["--report-queries", "5"], "--report-queries must be at least 0 and needs --report DIR, got 5"),
     (["--report", "r", "--report-queries", "-1"], "--report-queries must be at least 0"),
@@ -120,10 +138,13 @@ def test_both_names_of_the_embedded_weights(call: Call, shop: Path, other: Path)
 def test_bad_input_is_one_line(arguments: list[str], said: str, call: Call, shop: Path) -> None:
     """Before a model is loaded, and nothing is written."""
     Path("file").touch()
-    before = sorted(Path().iterdir())
+    Path("site/data").mkdir(parents=True)
+    Path("site/index.html").write_text("<!doctype html><title>home</title>")
+    Path("site/data/metrics.csv").write_text("mine")
+    before = sorted(Path().rglob("*"))
     code, out, err = call("--dataset", "catalogue", "--data-root", shop, "--run", "embedded", *arguments)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err and not out
-    assert sorted(Path().iterdir()) == before
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_model_of_another_kind_is_one_line(call: Call, shop: Path, other: Path) -> None:
