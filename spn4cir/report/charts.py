@@ -42,6 +42,7 @@ def draw_curves(title: str, ks: Sequence[int], lines: Mapping[str, Array]) -> st
         points = " ".join(f"{x(k)},{y(value)}" for k, value in zip(ks, values.tolist(), strict=True))
         label = escape(f"{name}: " + ", ".join(f"{value:.1f} at {k}" for k, value in zip(ks, values, strict=True)))
         parts.append(f'<polyline class="line c{number % 8}" points="{points}"><title>{label}</title></polyline>')
-    keys = "".join(f'<li><i class="c{n % 8}"></i>{escape(name)}</li>' for n, name in enumerate(lines))
+    swatch = '<svg viewBox="0 0 30 4" aria-hidden="true"><line class="line c{}" x1="0" x2="30" y1="2" y2="2"/></svg>'
+    keys = "".join(f"<li>{swatch.format(n % 8)}{escape(name)}</li>" for n, name in enumerate(lines))
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return f'<figure><figcaption>{escape(title)}</figcaption>{svg}<ul class="key">{keys}</ul></figure>'

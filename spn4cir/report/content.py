@@ -57,6 +57,21 @@ def choose_shown(results: Mapping[str, Result], shown: int) -> dict[str, list[in
     return {name: numbers for name, numbers in lists.items() if numbers}
 
 
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Each model's name on the page: the fewest last folders of its path that tell it from the other models.
+
+    Example:
+        >>> short_names(["emoji/clip4cir/a", "emoji/tgcir/a", "embedded weights"])
+        {'emoji/clip4cir/a': 'clip4cir/a', 'emoji/tgcir/a': 'tgcir/a', 'embedded weights': 'embedded weights'}
+    """
+    ends = {model: ["/".join(model.split("/")[-n:]) for n in range(1, model.count("/") + 2)] for model in models}
+    found = {}
+    for model, own in ends.items():
+        others = {end for other in models if other != model for end in ends[other]}
+        found[model] = next((end for end in own if end.strip() and end not in others), model)
+    return found
+
+
 def query_content(
     results: Mapping[str, Result], labels: Sequence[str], shown: int, describe: Callable[[str], str]
 ) -> tuple[dict[str, Any], dict[str, int]]:
@@ -86,16 +101,19 @@ def query_content(
         tops[number] = [[[place(item), _state(query, item)] for item in found] for found in firsts]
     tags = sorted({tag for query in first.queries for tag in query.tags})
     tag_place = {tag: n for n, tag in enumerate(tags)}
+    modes = sorted(first.by_mode, key=lambda mode: mode != COMPOSED)
     ranks = {
         (model, mode): mean_ranks(result, mode)
-        for n, (model, result) in enumerate(results.items())
-        for mode in sorted(result.by_mode, key=lambda mode: mode != COMPOSED)
-        if n == 0 or mode == COMPOSED
+        for model, result in results.items()
+        for mode in modes
+        if mode in result.by_mode
     }
+    models = list(results)
     rows = first.queries
     content = {
-        "columns": [mode if len(results) == 1 else f"{model}: {mode}" for model, mode in ranks],
-        "models": list(results),
+        "columns": [[models.index(model), modes.index(mode)] for model, mode in ranks],  # of ranks
+        "models": models,
+        "modes": modes,
         "ranks": [[_short_number(value) for value in column.tolist()] for column in ranks.values()],
         "text": [query.text for query in rows],
         "reference": [None if query.reference is None else place(query.reference) for query in rows],

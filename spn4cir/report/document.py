@@ -33,20 +33,24 @@ def build_report(
     labels: Sequence[str],
     differences: Mapping[str, Sequence[Difference]],
     content: Mapping[str, Any],
+    paths: Sequence[str],
 ) -> str:
-    """The whole page. Arguments are what ``write_report`` computed; all of them are escaped here."""
+    """The whole page. Arguments are what ``write_report`` computed, by short name; ``paths`` are the full names.
+
+    All of them are escaped here.
+    """
     here = Path(__file__).parent
     script, style = (here.joinpath(name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
     first = next(iter(results.values()))
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     sections = [
-        _header(first, list(results)),
+        _header(first, dict(zip(results, paths, strict=True))),
         _section("Metrics", _metrics(rows), "In percent, each with its 95 % interval over queries."),
         _comparisons(differences),
         _section("Image, text and both", _modalities(rows, labels), _modality_note(len(results))),
         _section("Curves", _curves(results), "Logarithmic axis. Hover over a curve for its values."),
-        _section("By tag", _by_tag(next(iter(rows.values())), first), "Of the first model; composed queries."),
+        _section("By tag", _by_tag(rows), "Composed queries; the most frequent tag first."),
         f"<section><h2>Queries</h2>{_list_frame(content)}</section>",
     ]
     return (
@@ -66,7 +70,7 @@ def _section(title: str, body: str, note: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{body}{said}</section>" if body else ""
 
 
-def _header(first: Result, models: Sequence[str]) -> str:
+def _header(first: Result, models: Mapping[str, str]) -> str:
     benchmark = first.benchmark
     assert benchmark is not None
     reference = "the reference is not ranked" if benchmark.exclude_reference else "the reference is ranked too"
@@ -77,7 +81,10 @@ def _header(first: Result, models: Sequence[str]) -> str:
         *([f"{first.skipped:,} images skipped"] if first.skipped else []),
         f"data {first.data}",
     ]
-    named = "".join(f"<li><bdi>{escape(model)}</bdi></li>" for model in models)
+    named = "".join(
+        f"<li><bdi>{escape(model)}</bdi>{'' if path == model else f'<small><bdi>{escape(path)}</bdi></small>'}</li>"
+        for model, path in models.items()
+    )
     listed = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     return f'<header><h1>{escape(first.protocol)}</h1><ul class="facts">{listed}</ul><ol>{named}</ol></header>'
 
@@ -162,8 +169,7 @@ def _modalities(rows: Mapping[str, Sequence[MetricRow]], labels: Sequence[str]) 
             del modes[COMPOSED]
         if len(modes) < 2:
             return ""
-        title = f"<h3><bdi>{escape(model)}</bdi></h3>" if len(rows) > 1 else ""
-        table += title + _by_row("ranked by", modes)
+        table += _model_title(model, rows) + _by_row("ranked by", modes)
     composed = np.array([label for label in labels if label != ONE_PART])
     if not len(composed):
         return table
@@ -182,34 +188,50 @@ def _modality_note(models: int) -> str:
 
 
 def _curves(results: Mapping[str, Result]) -> str:
-    first = next(iter(results.values()))
-    assert first.benchmark is not None
-    lines = {mode: main_ranks(first, mode) for mode in sorted(first.by_mode, key=lambda mode: mode != COMPOSED)}
+    """Of several models the composed queries in one pair of figures, then a pair for each model by mode."""
+    parts = []
     if len(results) > 1:
-        models = {f"{model}: {COMPOSED}": main_ranks(result) for model, result in results.items()}
-        lines = {**models, **{f"first model: {mode}": ranks for mode, ranks in lines.items() if mode != COMPOSED}}
+        parts.append("<h3>Composed queries</h3>" + _figures({model: (one, COMPOSED) for model, one in results.items()}))
+    for model, result in results.items():
+        modes = sorted(result.by_mode, key=lambda mode: mode != COMPOSED)
+        parts.append(_model_title(model, results) + _figures({mode: (result, mode) for mode in modes}))
+    return "".join(parts)
+
+
+def _figures(lines: Mapping[str, tuple[Result, str]]) -> str:
+    """Recall and mAP over k: a line for each name, of a result and a mode."""
+    ranks = {name: main_ranks(result, mode) for name, (result, mode) in lines.items()}
+    benchmark = next(iter(lines.values()))[0].benchmark
+    assert benchmark is not None
     figures = []
     for kind, title, ks in (("recall", "Recall at k", RECALL_KS), ("map", "mAP at k", MAP_KS)):
-        kept = [k for k in ks if k <= max(2, len(first.benchmark.gallery))]
-        figures.append(draw_curves(title, kept, {name: curve(kind, ranks, kept) for name, ranks in lines.items()}))
+        kept = [k for k in ks if k <= max(2, len(benchmark.gallery))]
+        figures.append(draw_curves(title, kept, {name: curve(kind, found, kept) for name, found in ranks.items()}))
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _by_tag(rows: Sequence[MetricRow], first: Result) -> str:
-    """A line for each tag, the most frequent first."""
-    tags: dict[str, dict[str, MetricRow]] = {}
-    for row in rows:
-        if row.tag and row.mode == COMPOSED:
-            tags.setdefault(row.tag, {})[row.metric] = row
-    if not tags:
-        return ""
-    names = list(next(iter(tags.values())))
-    ordered = sorted(tags.items(), key=lambda pair: -next(iter(pair[1].values())).queries)
-    lines = [
-        [f"<bdi>{escape(tag)}</bdi>", f"{found[names[0]].queries:,}", *(_cell(found[name]) for name in names)]
-        for tag, found in ordered
-    ]
-    return _table(["tag", "queries", *names], lines)
+def _model_title(model: str, models: Mapping[str, object]) -> str:
+    """A heading of a part about one model; empty where there is no other model."""
+    return f"<h3><bdi>{escape(model)}</bdi></h3>" if len(models) > 1 else ""
+
+
+def _by_tag(rows: Mapping[str, Sequence[MetricRow]]) -> str:
+    """A table for each model with a line for each tag, the most frequent first."""
+    parts = []
+    for model, found in rows.items():
+        tags: dict[str, dict[str, MetricRow]] = {}
+        for row in found:
+            if row.tag and row.mode == COMPOSED:
+                tags.setdefault(row.tag, {})[row.metric] = row
+        if not tags:
+            return ""
+        names = list(next(iter(tags.values())))
+        lines = [
+            [f"<bdi>{escape(tag)}</bdi>", f"{of_tag[names[0]].queries:,}", *(_cell(of_tag[name]) for name in names)]
+            for tag, of_tag in sorted(tags.items(), key=lambda pair: -pair[1][names[0]].queries)
+        ]
+        parts.append(_model_title(model, rows) + _table(["tag", "queries", *names], lines))
+    return "".join(parts)
 
 
 def _list_frame(content: Mapping[str, Any]) -> str:
@@ -222,13 +244,18 @@ def _list_frame(content: Mapping[str, Any]) -> str:
     titles = {"worst": "worst", "changed": "most changed", "wrong": "wrong answer first"}
     shown = [(name, f"{titles[name]} ({len(numbers):,})") for name, numbers in content["lists"].items()]
     tags = [("", "any"), *enumerate(content["tagNames"])]
+    models, modes = content["models"], content["modes"]
+    ranked = [
+        modes[mode] if len(models) == 1 else f"{model + 1}: {modes[mode]} ({models[model]})"  # cut, it differs still
+        for model, mode in content["columns"]
+    ]
     used = [(n, name) for n, name in enumerate(content["labelNames"]) if n in content["labels"]]
     return (
         f'<form id="filter">{select("list", "Show", [*shown, ("", "all queries")])}'
         '<label>Text, tag, item or need<input id="words" type="search" autocomplete="off"></label>'
         + (select("tag", "Tag", tags) if len(tags) > 1 else "")
         + (select("label", "Solved by", [("", "any"), *used]) if used else "")
-        + select("column", "Rank by", enumerate(content["columns"]))
+        + select("column", "Rank by", enumerate(ranked))
         + '<label>Rank from<input id="from" type="number" min="1" inputmode="numeric"></label>'
         '<label>to<input id="to" type="number" min="1" inputmode="numeric"></label>'
         + select("order", "Order", [("list", "as listed"), ("worst", "worst first"), ("best", "best first")])

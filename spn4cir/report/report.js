@@ -71,6 +71,23 @@ function makeRow(title, className) {
   return row;
 }
 
+// Ranks of a query: a line for each model, a column for each mode.
+function makeRanks(n) {
+  const frame = make("div", "wide"), table = make("table", "ranks");
+  const head = table.createTHead().insertRow(), body = table.createTBody();
+  const title = (scope, text) => { const cell = make("th"); cell.scope = scope; cell.append(make("bdi", "", text)); return cell; };
+  head.append(title("col", "rank"), ...content.modes.map((mode) => title("col", mode)));
+  const rows = content.models.map((model) => {
+    const row = body.insertRow();
+    row.append(title("row", model));
+    for (const _ of content.modes) row.insertCell().textContent = "–";
+    return row;
+  });
+  content.columns.forEach(([model, mode], at) => { rows[model].cells[mode + 1].textContent = String(content.ranks[at][n]); });
+  frame.append(table);
+  return frame;
+}
+
 function makeQuery(n) {
   const card = make("article"), text = make("p"), about = make("div", "about");
   text.append(make("bdi", "", content.text[n] === null ? "(no text)" : content.text[n]));
@@ -80,11 +97,12 @@ function makeQuery(n) {
     about.append(part);
   };
   fact("query", String(n));
-  content.columns.forEach((column, at) => fact(column, String(content.ranks[at][n])));
+  if (content.models.length === 1) content.columns.forEach(([, mode], at) => fact(content.modes[mode], String(content.ranks[at][n])));
   if (content.labels.length) fact("solved by", content.labelNames[content.labels[n]]);
   for (const tag of content.tags[n]) fact("tag", content.tagNames[tag]);
   if (content.need[n]) fact("need", content.need[n]);
   card.append(text, about);
+  if (content.models.length > 1) card.append(makeRanks(n));
   const tops = content.tops[n];
   if (!tops) {
     const ids = make("div", "about"), name = (item) => content.names[item] || content.items[item];

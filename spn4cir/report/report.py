@@ -11,7 +11,7 @@ from spn4cir.comparison import Difference
 from spn4cir.errors import InputError
 from spn4cir.files import write_text
 from spn4cir.images import is_vector, open_image
-from spn4cir.report.content import query_content
+from spn4cir.report.content import query_content, short_names
 from spn4cir.report.document import GENERATOR, build_report
 from spn4cir.results import Result
 from spn4cir.shortcuts import label_queries
@@ -34,7 +34,8 @@ def write_report(
 
     Args:
         folder: where the page lies; it needs no other file.
-        results: model to evaluation, of the same benchmark, by ``evaluate(..., ablate=True, top=6)``.
+        results: model to evaluation, of the same benchmark, by ``evaluate(..., ablate=True, top=6)``. The page names a
+            model by the last folders of its path, and shows the path once.
         find_image: image id to the image.
         differences: what ``compare_results`` returned, if there are several models.
         describe: image id to a title.
@@ -54,15 +55,18 @@ def write_report(
         raise InputError(f"{first.protocol}: a report needs an evaluation with ablate, and with top above 0")
     assert first.benchmark is not None
     labels = label_queries(list(results.values()))
-    content, items = query_content(results, labels, shown, describe)
+    names = short_names(list(results))
+    named = {names[model]: result for model, result in results.items()}
+    content, items = query_content(named, labels, shown, describe)
     texts = first.benchmark.texts
     pictures = {number: thumbnail(find_image(item)) for item, number in items.items() if item not in texts}
     content["pictures"] = {number: picture for number, picture in pictures.items() if picture}
     content["texts"] = {number: texts[item] for item, number in items.items() if item in texts}
-    rows = rows or {model: metric_rows(result) for model, result in results.items()}
+    found = {names[model]: rows[model] if rows else metric_rows(result) for model, result in results.items()}
+    changes = {names[model]: change for model, change in (differences or {}).items()}
     path = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, build_report(results, rows, labels, differences or {}, content))
+    write_text(path, build_report(named, found, labels, changes, content, list(names)))
     return path
 
 

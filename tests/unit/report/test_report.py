@@ -21,7 +21,7 @@ from spn4cir.evaluate import COMPOSED, IMAGE_ONLY, LATE_FUSION, TEXT_ONLY
 from spn4cir.query_values import NegativeRanks
 from spn4cir.report import write_report
 from spn4cir.report.charts import draw_curves
-from spn4cir.report.content import change_of_ranks, mean_ranks
+from spn4cir.report.content import change_of_ranks, mean_ranks, short_names
 from spn4cir.report.escaping import escape, script_json, show_hidden
 from spn4cir.results import Ranking, Result, compute_ablation, compute_metrics
 from spn4cir.shortcuts import label_queries, share_labels
@@ -142,7 +142,10 @@ def test_the_content_is_what_was_evaluated(page: Path) -> None:
     """Ranks by model and mode, texts, lists of bounded length, each picture once."""
     content, result = content_of(page), evaluated()
     assert content["text"] == [show_hidden(str(query.text)) for query in result.queries]
-    assert content["ranks"][0] == mean_ranks(result).tolist() and len(content["ranks"]) == 5
+    assert content["ranks"][0] == mean_ranks(result).tolist()
+    assert content["columns"] == [[model, mode] for model in (0, 1) for mode in range(4)]
+    assert content["modes"] == list(MODES) and len(content["ranks"]) == 8
+    assert content["ranks"][6] == mean_ranks(evaluated(seed=1), TEXT_ONLY).tolist()
     worst = content["lists"]["worst"]
     assert [content["ranks"][0][n] for n in worst] == sorted(content["ranks"][0], reverse=True)[:7]
     changed = change_of_ranks({"a": result, "b": evaluated(seed=1)})
@@ -207,6 +210,45 @@ def test_many_queries_are_quick_and_small(tmp_path: Path, picture: ImageRef) -> 
     assert time.process_time() - start < 10 and path.stat().st_size < 20e6
 
 
+# --- several models
+
+RUNS = tuple(f"emoji/clip4cir/{name}" for name in ("stage1-20260101-120000-seed0", "stage1-20260101-120000-seed1", "x"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, picture: ImageRef) -> Path:
+    """The report of three runs, whose names differ at the end."""
+    texts = tuple(f"is darker and has longer sleeves, number {n}" for n in range(9))
+    results = {run: evaluated(seed=seed, texts=texts) for seed, run in enumerate(RUNS)}
+    others = {run: results[run] for run in RUNS[1:]}
+    differences = compare_results(results[RUNS[0]], others)
+    return write_report(tmp_path_factory.mktemp("three"), results, lambda _: picture, differences, shown=3)
+
+
+def test_every_model_has_its_tags_and_curves(three: Path) -> None:
+    """Curves by mode and a table of tags for each model, by its short name; the whole path once."""
+    text, short = three.read_text(encoding="utf-8"), [run.rpartition("/")[2] for run in RUNS]
+    assert [text.count(run) for run in RUNS] == [1, 1, 1] and content_of(three)["models"] == short
+    sections = {part.partition("</h2>")[0]: part for part in text.split("<section><h2>")[1:]}
+    for name, titles in (("Curves", ["Composed queries", *short]), ("By tag", short)):
+        found = re.findall("<h3>(?:<bdi>)?([^<]+)", sections[name])
+        assert found == titles
+    assert sections["Curves"].count("<figure>") == 2 + 2 * 3 and sections["By tag"].count("<table>") == 3
+    *_, second, third = sections["By tag"].split("<h3>")
+    assert second.partition("</h3>")[2] != third.partition("</h3>")[2]
+    (options,) = re.findall('<select id="column">(.*?)</select>', text)
+    starts = [option[:12] for option in re.findall("<option[^>]*>([^<]+)", options)]
+    assert len(set(starts)) == 3 * len(MODES)  # told apart however narrow the field is
+
+
+def test_short_names_tell_models_apart() -> None:
+    """The fewest last folders; never an empty name, nor one name for two models."""
+    assert list(short_names(["a/b/x", "a/c/x", "c/x", "embedded weights"]).values()) == [
+        "b/x", "a/c/x", "c/x", "embedded weights",
+    ]  # fmt: skip
+    assert short_names(["runs/a/"]) == {"runs/a/": "a/"} and short_names(["", "/"]) == {"": "", "/": "/"}
+
+
 # --- in a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -268,4 +310,40 @@ def test_the_page_in_a_browser(browser: Any, page: Path, width: int) -> None:
     assert count_after(lambda: tab.select_option("#label", "1")).startswith(f"{wanted} ")
     assert tab.evaluate("window.pwned") is None and not said
     assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    tab.close()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_several_models_in_a_browser(browser: Any, three: Path, width: int) -> None:
+    """No word of a table is broken, keys show the dashes of their lines, and a card lists all ranks."""
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    tab.goto(three.as_uri())
+    tab.wait_for_selector("article")
+    broken = tab.evaluate("""() => {
+      const found = [];
+      for (const cell of document.querySelectorAll("th, h3")) {
+        const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+        while (walker.nextNode()) for (const word of walker.currentNode.data.matchAll(/[^\\s-]+/g)) {
+          const range = document.createRange();
+          range.setStart(walker.currentNode, word.index);
+          range.setEnd(walker.currentNode, word.index + word[0].length);
+          if (new Set([...range.getClientRects()].map((one) => one.top)).size > 1) found.push(word[0]);
+        }
+      }
+      return found;
+    }""")
+    assert broken == [] and tab.evaluate("document.documentElement.scrollWidth") <= width
+    dashes = "all => all.map(one => getComputedStyle(one).strokeDasharray + getComputedStyle(one).stroke)"
+    lines, keys = (
+        tab.eval_on_selector_all(f"figure:first-of-type {one}", dashes) for one in ("polyline.line", ".key line.line")
+    )
+    assert lines == keys and len(set(keys)) >= 4
+    content, card = content_of(three), tab.locator("article").first
+    number = content["lists"]["worst"][0]
+    rows = card.locator(".ranks tbody tr")
+    for model in range(3):
+        shown = rows.nth(model).locator("td").all_text_contents()
+        assert list(map(float, shown)) == [column[number] for column in content["ranks"][4 * model : 4 * model + 4]]
+    assert not any(run in str(card.text_content()) for run in RUNS)
     tab.close()
