@@ -49,7 +49,7 @@ def bootstrap_interval(
     parts = [np.arange(values.shape[1])] if groups is None else groups
     means = bootstrap_means(values, parts, resamples, seed).mean(1)  # (R, M)
     tail = 50 * (1 - confidence)
-    return np.percentile(means, [tail, 100 - tail], axis=0).T
+    return np.asarray(np.percentile(means, [tail, 100 - tail], axis=0).T)
 
 
 def bootstrap_means(values: Array, groups: Sequence[Rows], resamples: int = RESAMPLES, seed: int = 0) -> Array:

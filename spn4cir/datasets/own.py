@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 FILES = (*TABLES, ".tar")
 STEMS = ("catalogue", "metadata", "triplets")  # tables that a folder is read by, so its name suffices
-ASKED = {name: (name,) for name in ("reference", "modification", "target", "group", "negative", "need")}
-ASKED["negative"] = ("negative", "negatives")
+ASKED = {
+    **{name: (name,) for name in ("reference", "modification", "target", "group")},
+    "negative": ("negative", "negatives"),
+    "need": ("need",),
+}
 OPTIONAL = ("group", "negative", "need")
 QUERIES = "queries.csv (or .jsonl) with the columns reference, modification and target, and if you like group, negative"
 QUERIES += " (a wrong answer) and need (equal for phrasings of one need)"
