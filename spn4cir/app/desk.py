@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from torch import Tensor
 
 from spn4cir.app.dialogue import Dialogue, Reference, Turn
 from spn4cir.app.limits import Limits, Refused
@@ -70,18 +70,21 @@ class Desk:
 
     def _question(self, one: ServedIndex, turn: Turn, categories: Sequence[str], k: int) -> ClientQuery:
         liked = LIKED if turn.reference else 1.0
-        images = [(self._open(turn.reference), 1.0)] if turn.reference else []
+        images = [(self._pixels(one, turn.reference), 1.0)] if turn.reference else []
         return ClientQuery(
-            [*images, *((self._open(each), liked) for each in turn.more)],
+            [*images, *((self._pixels(one, each), liked) for each in turn.more)],
             [turn.text] if turn.text else [],
-            [self._open(each) for each in turn.less],
+            [self._pixels(one, each) for each in turn.less],
             members=[each.id for each in turn.pictures() if each.id],
             selection=Selection(k if k in COUNTS else COUNTS[0]),
             where={CATEGORY: [str(value) for value in categories]} if categories else (),
         )
 
-    def _open(self, reference: Reference) -> Image.Image:
-        return reference.picture or self.served[reference.index].open_member(reference.id)
+    def _pixels(self, one: ServedIndex, reference: Reference) -> Tensor:
+        """A picture as the model of ``one`` takes it (3, H, W)."""
+        if reference.picture:
+            return one.index.model.pixels(reference.picture)
+        return self.served[reference.index].use_member(reference.id, one.index.model.pixels)
 
     def _member(self, event: Event) -> Reference:
         """The image of an index that a click names."""
@@ -89,7 +92,7 @@ class Desk:
         if not number.isdecimal() or int(number) >= len(self.served):
             raise Refused(422, "this result is of another server: start over")
         one = self.served[int(number)]
-        one.open_member(image_id)  # raises what is wrong with it
+        one.thumbnail(image_id)  # raises what is wrong with it
         title = str(event.get("title") or Path(image_id).name)[:MOST_TITLE]
         return Reference(title, one.address(image_id), one.number, image_id)
 

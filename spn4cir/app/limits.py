@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from threading import Condition
 from typing import Any
 
 from PIL import Image
@@ -55,7 +58,8 @@ class Limits:
 
     Args:
         upload_bytes: of a request.
-        pixels: of an uploaded picture, read from its header before it is decoded.
+        pixels: of all uploaded pictures of a request, read from their headers before one is decoded; and of all
+            pictures that are decoded at once.
         hits: of a search.
         parts: pictures, and texts, of a query.
         waiting: queries that wait to be encoded; further ones are refused.
@@ -69,13 +73,56 @@ class Limits:
     waiting: int = 128
     batch_size: int = 32
 
+    @cached_property
+    def decoding(self) -> PixelBudget:
+        """Pixels that all requests together decode at once."""
+        return PixelBudget(self.pixels)
 
-def read_upload(data: bytes, limits: Limits, own_mode: bool = False) -> Image.Image:
-    """Decode an uploaded picture, as ``images.decode`` does.
+
+class PixelBudget:
+    """Bounds the pixels that several threads hold at once: a thread waits until its picture fits in.
+
+    Args:
+        whole: pixels; a picture that has more is held alone.
+
+    Example:
+        >>> with PixelBudget(1_000_000).hold(640 * 480):
+        ...     pass  # decode and reduce the picture
+    """
+
+    def __init__(self, whole: int):
+        self._whole, self._free, self._changed = whole, whole, Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait for these pixels, and hold them in the block."""
+        taken = min(pixels, self._whole)
+        with self._changed:
+            self._changed.wait_for(lambda: taken <= self._free)
+            self._free -= taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
+
+
+def check_uploads(files: Sequence[bytes], limits: Limits) -> list[int]:
+    """The pixels of each uploaded picture, read from its header.
 
     Raises:
-        Refused: if it is too large, or is no picture that decodes.
+        Refused: if they are too large, alone or together, or one is no picture.
     """
+    pixels = [count_upload_pixels(data, limits) for data in files]
+    if sum(pixels) > limits.pixels:
+        size = f"{sum(pixels) / 1e6:.1f} megapixels"
+        raise Refused(413, f"the {len(files)} pictures have {size} together: at most {limits.pixels / 1e6:g}")
+    return pixels
+
+
+def count_upload_pixels(data: bytes, limits: Limits) -> int:
+    """The pixels of an uploaded picture, read from its header. Raises ``Refused`` as ``read_upload``."""
     if len(data) > limits.upload_bytes:
         raise Refused(413, too_many_bytes(limits))
     register_openers()
@@ -89,6 +136,16 @@ def read_upload(data: bytes, limits: Limits, own_mode: bool = False) -> Image.Im
     if width * height > limits.pixels:
         size = f"{width} × {height} pixels, {width * height / 1e6:.1f} megapixels"
         raise Refused(413, f"the picture has {size}: at most {limits.pixels / 1e6:g} megapixels")
+    return width * height
+
+
+def read_upload(data: bytes, limits: Limits, own_mode: bool = False) -> Image.Image:
+    """Decode an uploaded picture, as ``images.decode`` does; whoever calls it holds its pixels of ``limits.decoding``.
+
+    Raises:
+        Refused: if it is too large, or is no picture that decodes.
+    """
+    count_upload_pixels(data, limits)
     try:
         return decode(ImageRef(lambda: data), own_mode)
     except Exception:

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from spn4cir.app.limits import Limits, Refused, read_upload
+from spn4cir.app.limits import Limits, Refused, check_uploads, read_upload
 from spn4cir.app.reference import render_reference
 from spn4cir.app.served import ClientQuery, ServedIndex, public_hit
 from spn4cir.errors import InputError
@@ -135,9 +135,11 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         files = [[await file.read(limits.upload_bytes + 1) for file in part] for part in (image, unlike)]
 
         def ask() -> ClientQuery:
-            likes, unlikes = ([read_upload(data, limits, one.own_mode) for data in part] for part in files)
+            counts = iter(check_uploads([*files[0], *files[1]], limits))
+            likes, unlikes = ([one.upload_pixels(data, next(counts)) for data in part] for part in files)
             return ClientQuery(
-                [*likes, *map(one.open_member, image_id)], text, [*unlikes, *map(one.open_member, unlike_id)], without,
+                [*likes, *map(one.member_pixels, image_id)], text,
+                [*unlikes, *map(one.member_pixels, unlike_id)], without,
                 [*image_id, *unlike_id], Selection(k, min_score, min_z, fold, group), where,
             )  # fmt: skip
 
@@ -158,8 +160,13 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
     @app.post("/upload", include_in_schema=False)
     async def upload(request: Request) -> dict[str, str]:
         """Keep a picture, the body of the request, for the page that uploads it."""
-        picture = await run_in_threadpool(read_upload, await request.body(), limits)
-        return {"token": uploads.put(picture)}
+        data = await request.body()
+
+        def keep() -> str:
+            with limits.decoding.hold(*check_uploads([data], limits)):
+                return uploads.put(read_upload(data, limits))
+
+        return {"token": await run_in_threadpool(keep)}
 
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> HTMLResponse:

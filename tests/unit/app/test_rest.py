@@ -64,6 +64,23 @@ def test_a_search_finds_what_python_finds(client: TestClient, shop_index: Path, 
     assert str(shop_index.parent) not in told.text and str(Path.cwd()) not in told.text
 
 
+def test_no_picture_is_kept_while_a_query_waits(
+    client: TestClient, served: list[ServedIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures are reduced to the model's pixels one by one; the encoder is given those alone."""
+    given: list[Any] = []
+    encode = served[0].encoder._embed
+
+    def embed(images: Any, texts: Any) -> Any:
+        given.extend(images)
+        return encode(images, texts)
+
+    monkeypatch.setattr(served[0].encoder, "_embed", embed)
+    told = client.post("/search", files=[("image", ("a.png", png((900, 900))))] * 2, data={"unlike_id": "ü.png"})
+    assert told.status_code == 200 and len(given) == 3
+    assert {tuple(one.shape) for one in given} == {tuple(served[0].index.model.pixels(Image.new("RGB", (9, 9))).shape)}
+
+
 def test_requests_at_once_are_answered_alike(client: TestClient, served: list[ServedIndex]) -> None:
     """16 clients, each with a query of its own; some are encoded together; a corrupt upload fails alone."""
     alone = [client.post("/search", data={"text": f"shoe {n}"}).json() for n in range(16)]
@@ -104,6 +121,7 @@ def test_requests_at_once_are_answered_alike(client: TestClient, served: list[Se
     ({"text": "in red"}, {"image": png((300, 300))[:200]}, 422, "does not decode"),
     ({"text": "in red"}, {"image": huge_png()}, 413, "100.0 megapixels: at most 2"),
     ({"text": "in red"}, {"unlike": b"\0" * 1_000_001}, 413, "at most 1 MB"),
+    ({}, {"image": png((1000, 900)), "unlike": png((1200, 1000))}, 413, "2.1 megapixels together: at most 2"),
 ])  # fmt: skip
 def test_bad_requests(client: TestClient, form: dict[str, Any], files: Any, status: int, words: str) -> None:
     """Each is one line of JSON, and the service goes on."""
