@@ -40,6 +40,11 @@ class Desk:
         """Images to begin with."""
         return self.served[0].sample(STARTERS)
 
+    @cached_property
+    def categories(self) -> list[str]:
+        """Categories to choose from: those that all indexes have."""
+        return sorted(set.intersection(*(set(one.categories()) for one in self.served)))
+
     def act(self, dialogue: Dialogue, event: Event) -> Dialogue:
         """The dialogue after a click. Raises ``InputError`` for one that cannot be followed."""
         action = event.get("action")
@@ -59,7 +64,7 @@ class Desk:
 
     def results(self, dialogue: Dialogue, categories: Sequence[str], k: int) -> list[str]:
         """The results of each index as HTML. Raises ``InputError`` as a search does."""
-        if not dialogue.turns:
+        if dialogue.now.is_empty:
             return [render_start(one, self.starters) if not one.number else "" for one in self.served]
         parts = []
         for one in self.served:

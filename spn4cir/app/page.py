@@ -77,7 +77,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                     elem_id="upload",
                 )
                 with gr.Accordion("Filters", open=False):
-                    values = sorted({value for one in served for value in one.categories()})
+                    values = desk.categories
                     categories = gr.Dropdown(
                         values, label="Category", multiselect=True, visible=bool(values), elem_id="category"
                     )
@@ -135,10 +135,12 @@ class _Answer:
 
 
 def _heading(served: Sequence[ServedIndex]) -> str:
-    names = " and ".join(f"{one.name} ({len(one.index):,} images)" for one in served)
+    names = [escape_text(f"{one.name} ({len(one.index):,} images)") for one in served]
+    if len(served) > 1:  # on a phone the results of the second are far below
+        names = [f'<a href="#results-{one.number}">{name}</a>' for one, name in zip(served, names, strict=True)]
     return (
         '<div class="spn-head"><h1>Find a picture by a picture and a change</h1>'
-        f'<p>{escape_text(names)} · <a href="docs">REST service</a></p></div>'
+        f'<p>{" and ".join(names)} · <a href="docs">REST service</a></p></div>'
     )
 
 

@@ -33,8 +33,8 @@ SIDE = 256
 THUMBNAILS = 4096
 """Thumbnails kept in memory, some 5 kB each."""
 CATEGORY = "category"
-MOST_VALUES = 3000
-"""Values of a column that are offered to choose from."""
+MOST_VALUES, LEAST_IMAGES = 200, 5
+"""Values of a column that are offered to choose from, and images of each on average."""
 T = TypeVar("T")
 
 
@@ -168,11 +168,12 @@ class ServedIndex:
         return list(hits.values())
 
     def categories(self) -> list[str]:
-        """Values of the column ``category``; none if there is no such column, or it has too many."""
+        """Values of the column ``category``; none if there is no such column, or it does not group the images."""
         if self.index.kinds.get(CATEGORY) != "text":
             return []
         values = [str(value) for value in self.index.column_values(CATEGORY)]
-        return values if 1 < len(values) <= MOST_VALUES else []
+        groups = 1 < len(values) <= min(MOST_VALUES, len(self.index) / LEAST_IMAGES)
+        return values if groups else []
 
     def _draw_thumbnail(self, image_id: str) -> bytes:
         return self.use_member(image_id, encode_thumbnail)
