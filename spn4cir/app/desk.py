@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,8 @@ COUNTS = (12, 24, 48, 96)
 STARTERS = 24
 LIKED = 0.5
 """Weight of a picture to be like, beside a reference of weight 1."""
+CLUSTER = re.compile(r"cluster \d+")
+"""A style without a name of its own."""
 Event = Mapping[str, Any]
 
 
@@ -105,6 +108,7 @@ class Desk:
         picture = self.uploads.take(str(event.get("token", "")))
         small = base64.b64encode(encode_thumbnail(picture)).decode()
         one = next((each for each in self.served if each.describes), self.served[0])
-        seen = ", ".join(f"{name} {weight:.2f}" for name, weight in list(one.describe(picture).items())[:2])
+        named = [(name, w) for name, w in list(one.describe(picture).items())[:2] if not CLUSTER.fullmatch(name)]
+        seen = ", ".join(f"{name} {weight:.2f}" for name, weight in named)
         title = str(event.get("title") or "upload")[:MOST_TITLE]
         return Reference(title, f"data:image/webp;base64,{small}", picture=picture, seen=seen)

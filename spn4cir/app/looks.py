@@ -122,7 +122,8 @@ box.addEventListener('drop', (event) => {
 const canvas = element.querySelector('canvas');
 if (canvas) {
   const paper = canvas.getContext('2d');
-  const clear = () => { paper.fillStyle = 'white'; paper.fillRect(0, 0, canvas.width, canvas.height); };
+  let isEmpty = true;
+  const clear = () => { isEmpty = true; paper.fillStyle = 'white'; paper.fillRect(0, 0, canvas.width, canvas.height); };
   const place = (event) => {
     const area = canvas.getBoundingClientRect();
     return [(event.clientX - area.left) * canvas.width / area.width,
@@ -134,6 +135,7 @@ if (canvas) {
   let isDrawing = false;
   canvas.addEventListener('pointerdown', (event) => {
     isDrawing = true;
+    isEmpty = false;
     canvas.setPointerCapture(event.pointerId);
     paper.beginPath();
     paper.moveTo(...place(event));
@@ -145,8 +147,10 @@ if (canvas) {
   });
   canvas.addEventListener('pointerup', () => { isDrawing = false; });
   element.querySelector('[data-sketch=clear]').addEventListener('click', clear);
-  element.querySelector('[data-sketch=use]').addEventListener('click', () =>
-    canvas.toBlob((picture) => send(picture, 'sketch'), 'image/png'));
+  element.querySelector('[data-sketch=use]').addEventListener('click', () => {
+    if (isEmpty) trigger('click', {action: 'problem', message: 'draw something first'});
+    else canvas.toBlob((picture) => send(picture, 'sketch'), 'image/png');
+  });
 }
 """
 """Of the part that uploads a file or a sketch."""

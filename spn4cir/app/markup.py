@@ -7,6 +7,7 @@ from html import escape
 
 from spn4cir.app.dialogue import Dialogue, Reference, Turn
 from spn4cir.app.served import ServedIndex, title_of
+from spn4cir.hidden_characters import show_hidden
 from spn4cir.index.searchable import Hit
 
 MOST_TITLE = 120
@@ -14,9 +15,12 @@ MOST_TITLE = 120
 
 
 def escape_text(text: str, most: int = MOST_TITLE) -> str:
-    """A text as HTML, cut; the page's templates do not read it either."""
-    cut = text if len(text) <= most else text[: most - 1] + "…"
-    return escape(cut).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
+    """A text as HTML, cut, invisible characters as codes; the page's templates do not read it either."""
+    return _quote(show_hidden(text if len(text) <= most else text[: most - 1] + "…"))
+
+
+def _quote(text: str) -> str:
+    return escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
 def render_query(dialogue: Dialogue, message: str = "") -> str:
@@ -111,5 +115,5 @@ def _thumbnail(one: Reference) -> str:
 
 
 def _data(index: int, image_id: str, title: str) -> str:
-    named = f'data-id="{escape_text(image_id, len(image_id))}" data-title="{escape_text(title)}"'
+    named = f'data-id="{_quote(image_id)}" data-title="{escape_text(title)}"'
     return f'data-index="{index}" {named}'

@@ -240,13 +240,17 @@ def test_two_models_and_a_sketch(browser: Any, pair: Server) -> None:
     """Side by side; a model that sees styles takes a sketch that is drawn with the mouse."""
     page = open_page(browser.new_context(), pair.url)
     page.locator("text=Draw a sketch").click()
+    page.locator("text=Search by the sketch").click()
+    page.wait_for_selector(f"{NOTICE} >> text=draw something first")
     area = page.locator("canvas").bounding_box()
     page.mouse.move(area["x"] + 40, area["y"] + 40)
     page.mouse.down()
     page.mouse.move(area["x"] + 200, area["y"] + 180, steps=5)
     page.mouse.up()
+    page.locator("#text input, #text textarea").fill("but blue")
     page.locator("text=Search by the sketch").click()
     page.wait_for_selector(f"#results-1 {SCORE}")
+    assert page.locator("#text input, #text textarea").input_value() == "but blue"
     assert page.locator(".spn-reference b").inner_text() == "sketch"
     assert re.search(r"(photo|sketch|art|mosaic) [01]\.\d\d", page.locator(".spn-reference small").inner_text())
     assert page.locator(f"#results-0 {CARD}").count() == page.locator(f"#results-1 {CARD}").count() == 12

@@ -87,6 +87,14 @@ def test_texts_are_escaped(text: str) -> None:
     assert escape_text(text, 5).count("…") == 1
 
 
+def test_invisible_characters_are_codes() -> None:
+    """In what is shown, and not in ids, by which the server is asked."""
+    title = "a" + chr(0x202E) + "gpj" + chr(7)
+    shown = render_query(Dialogue().pick(CAT).lean(Reference(title, "/image/x", id=title), True).ask(title), title)
+    assert shown.count("a⟨U+202E⟩gpj⟨U+0007⟩") >= 4 and shown.count(chr(0x202E)) == 1
+    assert f'data-id="{title}"' in shown
+
+
 def test_pictures_do_not_count_when_references_are_compared() -> None:
     """Nor are they shown where a message shows a dialogue."""
     first, second = (Reference("upload", "data:", picture=Image.new("RGB", (2, 2), c)) for c in ("red", "blue"))
