@@ -81,6 +81,9 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if not 0 < value < 1e6:
             raise InputError(f"--{option.replace('_', '-')} must be above 0 and below a million, got {value:g}")
+    for place in args.index or ():
+        if not is_engine(place) and not (Path(place) / "index.json").is_file():  # before Gradio and torch are imported
+            raise InputError(f"{place} holds no index: make one by spn4cir-index build FOLDER --index {place}")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be from 0 to 65535, got {args.port}")
 
