@@ -142,6 +142,7 @@ def _serve(addresses: list[str], limits: Limits, listening: socket.socket, args:
         import uvicorn
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        from spn4cir.app.limits import RefusalsAsJson
         from spn4cir.app.page import build_app
         from spn4cir.app.served import open_served
 
@@ -150,6 +151,7 @@ def _serve(addresses: list[str], limits: Limits, listening: socket.socket, args:
         host, port = listening.getsockname()[:2]
         if args.host in LOOPBACK or args.public_name:  # else another site could point its name at this machine
             app = TrustedHostMiddleware(app, [*LOOPBACK, "[::1]", args.host, *args.public_name], www_redirect=False)
+        app = RefusalsAsJson(app)
         for one in served:
             place = addresses[one.number] if is_engine(addresses[one.number]) else Path(addresses[one.number])
             print(f"index {place}: {len(one.index):,} images, model {one.index.model.name}")

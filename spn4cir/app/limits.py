@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Seque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from http import HTTPStatus
 from threading import Condition
 from typing import Any
 
@@ -45,7 +46,7 @@ HEADERS = (
 
 
 class Refused(InputError):
-    """A request that is refused, with its HTTP status: 404, 413, 422 or 503."""
+    """A request that is refused, with its HTTP status, such as 404, 413, 422 or 503."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -207,6 +208,50 @@ class Gate:
                 count += len(message.get("body", b""))
             if not begun:
                 await _refuse(send, Refused(413, too_many_bytes(self.limits)))
+
+
+class RefusalsAsJson:
+    """ASGI middleware: an error of another kind, such as plain text, becomes JSON with a message of one line.
+
+    Gradio's own routes, whose errors the page reads, stay as they are.
+
+    Args:
+        app: what answers.
+    """
+
+    def __init__(self, app: App):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; an error without a message is given that of its status."""
+        if scope["type"] != "http" or scope["path"].startswith("/gradio_api/"):
+            await self.app(scope, receive, send)
+            return
+        start: Message | None = None
+        body = b""
+
+        async def checked(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    await _send_refusal(send, start, body)
+
+        await self.app(scope, receive, checked)
+
+
+async def _send_refusal(send: Send, start: Message, body: bytes) -> None:
+    if body.startswith(b'{"message"'):
+        await send(start)
+        await send({"type": "http.response.body", "body": body})
+        return
+    status = start["status"]
+    told = "the name by which this server is asked is not its own: --public-name" if b"host header" in body else ""
+    await _refuse(send, Refused(status, told or HTTPStatus(status).phrase.lower()))
 
 
 class _TooLarge(BaseException):

@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Annotated, Any
 
@@ -37,6 +37,8 @@ FIELDS = (
     "index",
 )  # fmt: skip
 """Values of a search."""
+OTHERS = ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"]
+"""Methods that addresses which take POST refuse."""
 
 
 class FoundImage(BaseModel):
@@ -100,7 +102,9 @@ def _values(what: str) -> Any:
 def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Uploads) -> FastAPI:
     """The service over one or two indexes; ``uploads`` takes the pictures that are uploaded on the page."""
     failures: dict[int | str, dict[str, Any]] = {
+        400: {"model": Problem, "description": "The request has another host name, or is no form."},
         404: {"model": Problem, "description": "The index has no image of this id."},
+        405: {"model": Problem, "description": "The address takes another method."},
         413: {"model": Problem, "description": "The upload has too many bytes or pixels."},
         422: {"model": Problem, "description": "A value is out of range, or an upload is no picture."},
         503: {"model": Problem, "description": "Too many queries wait, or the index has been removed."},
@@ -129,6 +133,8 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         index: Annotated[int, Form(description="which index, if there are two: 0 or 1")] = 0,
     ) -> dict[str, Any]:
         """Hits of a query, best first, with scores and columns; the images of the query are left out."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().endswith("json"):
+            raise Refused(422, "send a form (multipart), not JSON")
         if unknown := [name for name in await request.form() if name not in FIELDS]:
             raise Refused(422, f"there is no value {unknown[0]!r:.60}; known: {', '.join(FIELDS)}")
         one = _choose(served, index)
@@ -149,6 +155,12 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         query = await asyncio.wrap_future(await run_in_threadpool(one.submit, question))
         hits = await run_in_threadpool(one.select, query, question)
         return {"index": one.name, "hits": [public_hit(one, hit) for hit in hits]}
+
+    @app.api_route("/search", methods=OTHERS, include_in_schema=False)
+    @app.api_route("/upload", methods=OTHERS, include_in_schema=False)
+    def other_method(request: Request) -> None:
+        """Refuse a method; without this the page, which is mounted below all addresses, would answer."""
+        raise StarletteHTTPException(405, f"{request.url.path} takes POST, not {request.method}", {"Allow": "POST"})
 
     @app.get("/image/{image_id:path}", summary="A thumbnail of an image of the index", response_class=Response,
              responses={200: {"content": {"image/webp": {}}}, **failures})  # fmt: skip
@@ -186,8 +198,8 @@ def _choose(served: Sequence[ServedIndex], number: int) -> ServedIndex:
 def _answer_problems(app: FastAPI) -> None:
     """Every problem is answered as JSON with a message of one line."""
 
-    def answer(status: int, message: str) -> JSONResponse:
-        headers = {"Retry-After": "1"} if status == 503 else None
+    def answer(status: int, message: str, given: Mapping[str, str] | None = None) -> JSONResponse:
+        headers = {"Retry-After": "1"} if status == 503 else given
         return JSONResponse({"message": " ".join(message.split())}, status, headers)
 
     @app.exception_handler(InputError)
@@ -197,11 +209,13 @@ def _answer_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def refuse_form(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "value_error" and first["loc"][1:2] and first["loc"][1] in ("image", "unlike"):
+            return answer(422, f"{first['loc'][1]}: send a file")
         return answer(422, f"{first['loc'][min(1, len(first['loc']) - 1)]}: {first['msg']}")
 
     @app.exception_handler(StarletteHTTPException)
     async def refuse_request(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail))
+        return answer(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:

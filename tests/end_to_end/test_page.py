@@ -306,6 +306,7 @@ def test_what_is_not_served(server: Server, path: str) -> None:
         with httpx.Client() as client:
             told = client.send(httpx.Request(method, raw))
         assert told.status_code in (403, 404, 405) and b"root:" not in told.content, told.text
+        assert "/gradio_api/" in path or list(told.json()) == ["message"], told.text
 
 
 def test_limits_of_the_process(server: Server) -> None:
@@ -319,7 +320,10 @@ def test_limits_of_the_process(server: Server) -> None:
     assert told.status_code == 413 and told.json() == {"message": "the upload is too large: at most 1 MB"}
     told = httpx.post(f"{server.url}/search", files={"image": huge_png()})
     assert told.status_code == 413 and "100.0 megapixels" in told.json()["message"]
-    assert httpx.get(server.url, headers={"host": "elsewhere.example"}).status_code == 400
+    told = httpx.get(server.url, headers={"host": "elsewhere.example"})
+    assert told.status_code == 400 and "the name by which this server is asked" in told.json()["message"]
+    told = httpx.get(f"{server.url}/search")
+    assert told.status_code == 405 and told.json() == {"message": "/search takes POST, not GET"}
     for name in NAMES:
         assert httpx.get(f"{server.url}/image/{quote(name, safe='')}").status_code == 200, name
 

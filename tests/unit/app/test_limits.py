@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from spn4cir.app import limits as module
-from spn4cir.app.limits import FORM_BYTES, Gate, Limits, PixelBudget, Refused, check_uploads, read_upload
+from spn4cir.app.limits import (
+    FORM_BYTES,
+    Gate,
+    Limits,
+    PixelBudget,
+    RefusalsAsJson,
+    Refused,
+    check_uploads,
+    read_upload,
+)
 from tests.served_index import huge_png, png
 
 SMALL = Limits(upload_bytes=1_000_000, pixels=2_000_000)
@@ -119,3 +128,29 @@ def test_threads_hold_no_more_pixels_than_told() -> None:
     with pytest.raises(ValueError, match="broken"), budget.hold(1000):
         raise ValueError("broken")
     use(100)
+
+
+@pytest.mark.parametrize(("status", "chunks", "path", "told"), [
+    (404, [b"Not ", b"Found"], "/static/../x", b'{"message": "not found"}'),
+    (405, [b'{"detail":"Method Not Allowed"}'], "/image/a", b'{"message": "method not allowed"}'),
+    (422, [b'{"message":"a line"}'], "/search", b'{"message":"a line"}'),
+    (200, [b"a ", b"page"], "/", b"a page"),
+    (404, [b'{"detail":"x"}'], "/gradio_api/queue/data", b'{"detail":"x"}'),
+])  # fmt: skip
+def test_errors_of_any_kind_are_one_line_of_json(status: int, chunks: list[bytes], path: str, told: bytes) -> None:
+    """But for routes that the page's own scripts read."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        for n, body in enumerate(chunks):
+            await send({"type": "http.response.body", "body": body, "more_body": n + 1 < len(chunks)})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    asyncio.run(RefusalsAsJson(app)({"type": "http", "path": path}, receive, send))
+    assert sent[0]["status"] == status and b"".join(one["body"] for one in sent[1:]) == told
