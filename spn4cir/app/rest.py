@@ -65,6 +65,16 @@ class Problem(BaseModel):
     message: str
 
 
+FAILURES: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The form does not parse, or the request names another host."},
+    404: {"model": Problem, "description": "The index has no image of this id."},
+    405: {"model": Problem, "description": "The address takes another method."},
+    413: {"model": Problem, "description": "The upload has too many bytes or pixels."},
+    422: {"model": Problem, "description": "A value is out of range, or an upload is no picture."},
+    503: {"model": Problem, "description": "Too many queries wait, or the index has been removed."},
+}
+
+
 class Uploads:
     """Pictures between their upload and the event that takes them into a session; the oldest are dropped."""
 
@@ -101,21 +111,13 @@ def _values(what: str) -> Any:
 
 def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Uploads) -> FastAPI:
     """The service over one or two indexes; ``uploads`` takes the pictures that are uploaded on the page."""
-    failures: dict[int | str, dict[str, Any]] = {
-        400: {"model": Problem, "description": "The request has another host name, or is no form."},
-        404: {"model": Problem, "description": "The index has no image of this id."},
-        405: {"model": Problem, "description": "The address takes another method."},
-        413: {"model": Problem, "description": "The upload has too many bytes or pixels."},
-        422: {"model": Problem, "description": "A value is out of range, or an upload is no picture."},
-        503: {"model": Problem, "description": "Too many queries wait, or the index has been removed."},
-    }
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # limits are ours, and smaller
     app = FastAPI(
         title="spn4cir", version="1", docs_url=None, redoc_url=None, openapi_url="/openapi.json",
         description="Search an index by a picture, a text, or a picture changed by a text.",
     )  # fmt: skip
 
-    @app.post("/search", response_model=Found, responses=failures, summary="Search the index")
+    @app.post("/search", response_model=Found, responses=FAILURES, summary="Search the index")
     async def search(
         request: Request,
         image: Annotated[list[UploadFile], _files("reference pictures, as files")],
@@ -156,14 +158,8 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         hits = await run_in_threadpool(one.select, query, question)
         return {"index": one.name, "hits": [public_hit(one, hit) for hit in hits]}
 
-    @app.api_route("/search", methods=OTHERS, include_in_schema=False)
-    @app.api_route("/upload", methods=OTHERS, include_in_schema=False)
-    def other_method(request: Request) -> None:
-        """Refuse a method; without this the page, which is mounted below all addresses, would answer."""
-        raise StarletteHTTPException(405, f"{request.url.path} takes POST, not {request.method}", {"Allow": "POST"})
-
     @app.get("/image/{image_id:path}", summary="A thumbnail of an image of the index", response_class=Response,
-             responses={200: {"content": {"image/webp": {}}}, **failures})  # fmt: skip
+             responses={200: {"content": {"image/webp": {}}}, **FAILURES})  # fmt: skip
     def image(image_id: str, index: Annotated[int, Query(description="which index: 0 or 1")] = 0) -> Response:
         """The image with this id, at most 256 pixels wide and high, as WebP."""
         data = _choose(served, index).thumbnail(image_id)
@@ -185,6 +181,7 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         """The description of the service as a page."""
         return HTMLResponse(render_reference(app.openapi(), str(request.base_url).rstrip("/")))
 
+    _refuse_other_methods(app)
     _answer_problems(app)
     return app
 
@@ -193,6 +190,15 @@ def _choose(served: Sequence[ServedIndex], number: int) -> ServedIndex:
     if not 0 <= number < len(served):
         raise Refused(422, f"index is {number}: this server has {len(served)}, counted from 0")
     return served[number]
+
+
+def _refuse_other_methods(app: FastAPI) -> None:
+    """Without this the page, which is mounted below all addresses, would answer."""
+
+    @app.api_route("/search", methods=OTHERS, include_in_schema=False)
+    @app.api_route("/upload", methods=OTHERS, include_in_schema=False)
+    def refuse_method(request: Request) -> None:
+        raise StarletteHTTPException(405, f"{request.url.path} takes POST, not {request.method}", {"Allow": "POST"})
 
 
 def _answer_problems(app: FastAPI) -> None:
