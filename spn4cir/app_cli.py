@@ -81,6 +81,9 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if not 0 < value < 1e6:
             raise InputError(f"--{option.replace('_', '-')} must be above 0 and below a million, got {value:g}")
+    for place in args.index or ():
+        if not is_engine(place) and not (Path(place) / "index.json").is_file():  # before Gradio and torch are imported
+            raise InputError(f"{place} holds no index: make one by spn4cir-index build FOLDER --index {place}")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be from 0 to 65535, got {args.port}")
 
@@ -139,6 +142,7 @@ def _serve(addresses: list[str], limits: Limits, listening: socket.socket, args:
         import uvicorn
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        from spn4cir.app.limits import RefusalsAsJson
         from spn4cir.app.page import build_app
         from spn4cir.app.served import open_served
 
@@ -147,6 +151,7 @@ def _serve(addresses: list[str], limits: Limits, listening: socket.socket, args:
         host, port = listening.getsockname()[:2]
         if args.host in LOOPBACK or args.public_name:  # else another site could point its name at this machine
             app = TrustedHostMiddleware(app, [*LOOPBACK, "[::1]", args.host, *args.public_name], www_redirect=False)
+        app = RefusalsAsJson(app)
         for one in served:
             place = addresses[one.number] if is_engine(addresses[one.number]) else Path(addresses[one.number])
             print(f"index {place}: {len(one.index):,} images, model {one.index.model.name}")

@@ -86,12 +86,13 @@ class Model:
 
     @torch.no_grad()
     def embed_queries(
-        self, images: Sequence[Picture | None] | None = None, texts: Sequence[str | None] | None = None
+        self, images: Sequence[Picture | Tensor | None] | None = None, texts: Sequence[str | None] | None = None
     ) -> Tensor:
         """Embed queries of a reference image, a modification text or both → (N, E), unit norm, float32, on the CPU.
 
         Args:
-            images: of each query its reference image, or None; None if no query has one.
+            images: of each query its reference image, or None; None if no query has one. A tensor (3, H, W) holds the
+                pixels that the backbone's transform gives.
             texts: of each query its text, or None; None if no query has one.
 
         Raises:
@@ -135,10 +136,19 @@ class Model:
         k, e = self._features([Image.new("RGB", (64, 64))]).target.shape[1:]
         return k, e
 
-    def _features(self, images: Sequence[Picture]) -> ImageFeatures:
+    def _features(self, images: Sequence[Picture | Tensor]) -> ImageFeatures:
+        return self.features(
+            torch.stack([image if isinstance(image, Tensor) else self.pixels(image) for image in images])
+        )
+
+    def pixels(self, image: Picture) -> Tensor:
+        """Decode and transform a picture → (3, H, W), as ``embed_queries`` takes it too.
+
+        Raises:
+            InputError: if a file is missing or does not decode.
+        """
         transform = self.backbone.transform
-        own_mode = takes_own_mode(transform)
-        return self.features(torch.stack([transform(open_picture(image, own_mode)) for image in images]))
+        return transform(open_picture(image, takes_own_mode(transform)))
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> ImageFeatures:
@@ -146,7 +156,7 @@ class Model:
         with self._precision():
             return self.backbone.encode_image(pixels.to(self.device))
 
-    def _compose(self, queries: Sequence[tuple[Picture | None, str | None]]) -> Tensor:
+    def _compose(self, queries: Sequence[tuple[Picture | Tensor | None, str | None]]) -> Tensor:
         has_image = torch.tensor([image is not None for image, _ in queries], device=self.device)
         features, blank = None, Image.new("RGB", (64, 64))
         if bool(has_image.any()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from torch import Tensor
 
 from spn4cir.app.dialogue import Dialogue, Reference, Turn
 from spn4cir.app.limits import Limits, Refused
@@ -24,6 +25,8 @@ COUNTS = (12, 24, 48, 96)
 STARTERS = 24
 LIKED = 0.5
 """Weight of a picture to be like, beside a reference of weight 1."""
+CLUSTER = re.compile(r"cluster \d+")
+"""A style without a name of its own."""
 Event = Mapping[str, Any]
 
 
@@ -39,6 +42,11 @@ class Desk:
     def starters(self) -> list[Hit]:
         """Images to begin with."""
         return self.served[0].sample(STARTERS)
+
+    @cached_property
+    def categories(self) -> list[str]:
+        """Categories to choose from: those that all indexes have."""
+        return sorted(set.intersection(*(set(one.categories()) for one in self.served)))
 
     def act(self, dialogue: Dialogue, event: Event) -> Dialogue:
         """The dialogue after a click. Raises ``InputError`` for one that cannot be followed."""
@@ -59,7 +67,7 @@ class Desk:
 
     def results(self, dialogue: Dialogue, categories: Sequence[str], k: int) -> list[str]:
         """The results of each index as HTML. Raises ``InputError`` as a search does."""
-        if not dialogue.turns:
+        if dialogue.now.is_empty:
             return [render_start(one, self.starters) if not one.number else "" for one in self.served]
         parts = []
         for one in self.served:
@@ -70,18 +78,21 @@ class Desk:
 
     def _question(self, one: ServedIndex, turn: Turn, categories: Sequence[str], k: int) -> ClientQuery:
         liked = LIKED if turn.reference else 1.0
-        images = [(self._open(turn.reference), 1.0)] if turn.reference else []
+        images = [(self._pixels(one, turn.reference), 1.0)] if turn.reference else []
         return ClientQuery(
-            [*images, *((self._open(each), liked) for each in turn.more)],
+            [*images, *((self._pixels(one, each), liked) for each in turn.more)],
             [turn.text] if turn.text else [],
-            [self._open(each) for each in turn.less],
+            [self._pixels(one, each) for each in turn.less],
             members=[each.id for each in turn.pictures() if each.id],
             selection=Selection(k if k in COUNTS else COUNTS[0]),
             where={CATEGORY: [str(value) for value in categories]} if categories else (),
         )
 
-    def _open(self, reference: Reference) -> Image.Image:
-        return reference.picture or self.served[reference.index].open_member(reference.id)
+    def _pixels(self, one: ServedIndex, reference: Reference) -> Tensor:
+        """A picture as the model of ``one`` takes it (3, H, W)."""
+        if reference.picture:
+            return one.index.model.pixels(reference.picture)
+        return self.served[reference.index].use_member(reference.id, one.index.model.pixels)
 
     def _member(self, event: Event) -> Reference:
         """The image of an index that a click names."""
@@ -89,7 +100,7 @@ class Desk:
         if not number.isdecimal() or int(number) >= len(self.served):
             raise Refused(422, "this result is of another server: start over")
         one = self.served[int(number)]
-        one.open_member(image_id)  # raises what is wrong with it
+        one.thumbnail(image_id)  # raises what is wrong with it
         title = str(event.get("title") or Path(image_id).name)[:MOST_TITLE]
         return Reference(title, one.address(image_id), one.number, image_id)
 
@@ -97,6 +108,7 @@ class Desk:
         picture = self.uploads.take(str(event.get("token", "")))
         small = base64.b64encode(encode_thumbnail(picture)).decode()
         one = next((each for each in self.served if each.describes), self.served[0])
-        seen = ", ".join(f"{name} {weight:.2f}" for name, weight in list(one.describe(picture).items())[:2])
+        named = [(name, w) for name, w in list(one.describe(picture).items())[:2] if not CLUSTER.fullmatch(name)]
+        seen = ", ".join(f"{name} {weight:.2f}" for name, weight in named)
         title = str(event.get("title") or "upload")[:MOST_TITLE]
         return Reference(title, f"data:image/webp;base64,{small}", picture=picture, seen=seen)

@@ -73,8 +73,8 @@ class Dialogue:
         return self.turns[-1] if self.turns else Turn()
 
     def pick(self, reference: Reference) -> Dialogue:
-        """Begin a turn with another reference, and nothing else."""
-        return self._add(Turn(reference))
+        """Begin a turn with another reference, and nothing else; pictures to be unlike that wait for one are kept."""
+        return self._add(Turn(reference, less=self.now.less if self.now.is_empty else ()))
 
     def ask(self, text: str) -> Dialogue:
         """Change the text: in a new turn, unless the one that is shown has none yet. Raises ``Refused`` for nothing."""
@@ -93,18 +93,18 @@ class Dialogue:
         others = tuple(one for one in others if one != reference)
         more, less = (changed, others) if is_more else (others, changed)
         turn = replace(self.now, more=more, less=less)
-        if turn.is_empty and turn.less:
+        if turn.is_empty and len(turn.less) > len(self.now.less):
             raise Refused(422, "pick a picture or type what to look for first: less alone finds nothing")
         return self._add(turn)
 
     def drop_reference(self) -> Dialogue:
-        """Begin a turn without the reference."""
-        turn = replace(self.now, reference=None)
-        return Dialogue() if turn.is_empty else self._add(turn)
+        """Begin a turn without the reference; it may be empty until a picture or a text fills it."""
+        return self._add(replace(self.now, reference=None)) if self.now.reference else self
 
     def back(self, count: int = 1) -> Dialogue:
         """Return to an earlier turn; before the first one, to the beginning."""
         return Dialogue(self.turns[: max(len(self.turns) - max(count, 0), 0)])
 
     def _add(self, turn: Turn) -> Dialogue:
-        return Dialogue((*self.turns, turn)[-MOST_TURNS:])
+        before = self.turns[:-1] if self.now.is_empty else self.turns
+        return Dialogue((*before, turn)[-MOST_TURNS:])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from http import HTTPStatus
+from threading import Condition
 from typing import Any
 
 from PIL import Image
@@ -42,7 +46,7 @@ HEADERS = (
 
 
 class Refused(InputError):
-    """A request that is refused, with its HTTP status: 404, 413, 422 or 503."""
+    """A request that is refused, with its HTTP status, such as 404, 413, 422 or 503."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -55,7 +59,8 @@ class Limits:
 
     Args:
         upload_bytes: of a request.
-        pixels: of an uploaded picture, read from its header before it is decoded.
+        pixels: of all uploaded pictures of a request, read from their headers before one is decoded; and of all
+            pictures that are decoded at once.
         hits: of a search.
         parts: pictures, and texts, of a query.
         waiting: queries that wait to be encoded; further ones are refused.
@@ -69,13 +74,56 @@ class Limits:
     waiting: int = 128
     batch_size: int = 32
 
+    @cached_property
+    def decoding(self) -> PixelBudget:
+        """Pixels that all requests together decode at once."""
+        return PixelBudget(self.pixels)
 
-def read_upload(data: bytes, limits: Limits, own_mode: bool = False) -> Image.Image:
-    """Decode an uploaded picture, as ``images.decode`` does.
+
+class PixelBudget:
+    """Bounds the pixels that several threads hold at once: a thread waits until its picture fits in.
+
+    Args:
+        whole: pixels; a picture that has more is held alone.
+
+    Example:
+        >>> with PixelBudget(1_000_000).hold(640 * 480):
+        ...     pass  # decode and reduce the picture
+    """
+
+    def __init__(self, whole: int):
+        self._whole, self._free, self._changed = whole, whole, Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait for these pixels, and hold them in the block."""
+        taken = min(pixels, self._whole)
+        with self._changed:
+            self._changed.wait_for(lambda: taken <= self._free)
+            self._free -= taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
+
+
+def check_uploads(files: Sequence[bytes], limits: Limits) -> list[int]:
+    """The pixels of each uploaded picture, read from its header.
 
     Raises:
-        Refused: if it is too large, or is no picture that decodes.
+        Refused: if they are too large, alone or together, or one is no picture.
     """
+    pixels = [count_upload_pixels(data, limits) for data in files]
+    if sum(pixels) > limits.pixels:
+        size = f"{sum(pixels) / 1e6:.1f} megapixels"
+        raise Refused(413, f"the {len(files)} pictures have {size} together: at most {limits.pixels / 1e6:g}")
+    return pixels
+
+
+def count_upload_pixels(data: bytes, limits: Limits) -> int:
+    """The pixels of an uploaded picture, read from its header. Raises ``Refused`` as ``read_upload``."""
     if len(data) > limits.upload_bytes:
         raise Refused(413, too_many_bytes(limits))
     register_openers()
@@ -89,6 +137,16 @@ def read_upload(data: bytes, limits: Limits, own_mode: bool = False) -> Image.Im
     if width * height > limits.pixels:
         size = f"{width} × {height} pixels, {width * height / 1e6:.1f} megapixels"
         raise Refused(413, f"the picture has {size}: at most {limits.pixels / 1e6:g} megapixels")
+    return width * height
+
+
+def read_upload(data: bytes, limits: Limits, own_mode: bool = False) -> Image.Image:
+    """Decode an uploaded picture, as ``images.decode`` does; whoever calls it holds its pixels of ``limits.decoding``.
+
+    Raises:
+        Refused: if it is too large, or is no picture that decodes.
+    """
+    count_upload_pixels(data, limits)
     try:
         return decode(ImageRef(lambda: data), own_mode)
     except Exception:
@@ -150,6 +208,50 @@ class Gate:
                 count += len(message.get("body", b""))
             if not begun:
                 await _refuse(send, Refused(413, too_many_bytes(self.limits)))
+
+
+class RefusalsAsJson:
+    """ASGI middleware: an error of another kind, such as plain text, becomes JSON with a message of one line.
+
+    Gradio's own routes, whose errors the page reads, stay as they are.
+
+    Args:
+        app: what answers.
+    """
+
+    def __init__(self, app: App):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; an error without a message is given that of its status."""
+        if scope["type"] != "http" or scope["path"].startswith("/gradio_api/"):
+            await self.app(scope, receive, send)
+            return
+        start: Message | None = None
+        body = b""
+
+        async def checked(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    await _send_refusal(send, start, body)
+
+        await self.app(scope, receive, checked)
+
+
+async def _send_refusal(send: Send, start: Message, body: bytes) -> None:
+    if body.startswith(b'{"message"'):
+        await send(start)
+        await send({"type": "http.response.body", "body": body})
+        return
+    status = start["status"]
+    told = "the name by which this server is asked is not its own: --public-name" if b"host header" in body else ""
+    await _refuse(send, Refused(status, told or HTTPStatus(status).phrase.lower()))
 
 
 class _TooLarge(BaseException):

@@ -20,8 +20,9 @@ STYLE = """
 .spn-trail li{display:flex;align-items:center;flex:none;list-style:none}
 .spn-trail li+li::before{content:"›";margin-right:6px;color:var(--body-text-color-subdued)}
 .spn-trail li button{max-width:220px;white-space:nowrap;overflow:hidden;padding:3px 8px}
-.spn-trail li button span{overflow:hidden;text-overflow:ellipsis}
-.spn-trail li button img{width:28px;height:28px;object-fit:contain;background:#fff;border-radius:4px}
+.spn-trail li button span{overflow:hidden;text-overflow:ellipsis;min-width:0}
+.spn-trail li button b{flex:none;font-weight:600}
+.spn-trail li button img{flex:none;width:28px;height:28px;object-fit:contain;background:#fff;border-radius:4px}
 .spn-trail [aria-current]{border-color:var(--color-accent)!important;box-shadow:inset 0 0 0 1px var(--color-accent)}
 .spn-query{display:flex;flex-wrap:wrap;gap:14px;align-items:center}
 .spn-empty{color:var(--body-text-color-subdued);padding:14px;border:1px dashed var(--border-color-primary);
@@ -121,7 +122,8 @@ box.addEventListener('drop', (event) => {
 const canvas = element.querySelector('canvas');
 if (canvas) {
   const paper = canvas.getContext('2d');
-  const clear = () => { paper.fillStyle = 'white'; paper.fillRect(0, 0, canvas.width, canvas.height); };
+  let isEmpty = true;
+  const clear = () => { isEmpty = true; paper.fillStyle = 'white'; paper.fillRect(0, 0, canvas.width, canvas.height); };
   const place = (event) => {
     const area = canvas.getBoundingClientRect();
     return [(event.clientX - area.left) * canvas.width / area.width,
@@ -133,6 +135,7 @@ if (canvas) {
   let isDrawing = false;
   canvas.addEventListener('pointerdown', (event) => {
     isDrawing = true;
+    isEmpty = false;
     canvas.setPointerCapture(event.pointerId);
     paper.beginPath();
     paper.moveTo(...place(event));
@@ -144,8 +147,10 @@ if (canvas) {
   });
   canvas.addEventListener('pointerup', () => { isDrawing = false; });
   element.querySelector('[data-sketch=clear]').addEventListener('click', clear);
-  element.querySelector('[data-sketch=use]').addEventListener('click', () =>
-    canvas.toBlob((picture) => send(picture, 'sketch'), 'image/png'));
+  element.querySelector('[data-sketch=use]').addEventListener('click', () => {
+    if (isEmpty) trigger('click', {action: 'problem', message: 'draw something first'});
+    else canvas.toBlob((picture) => send(picture, 'sketch'), 'image/png');
+  });
 }
 """
 """Of the part that uploads a file or a sketch."""

@@ -7,6 +7,7 @@ from html import escape
 
 from spn4cir.app.dialogue import Dialogue, Reference, Turn
 from spn4cir.app.served import ServedIndex, title_of
+from spn4cir.hidden_characters import show_hidden
 from spn4cir.index.searchable import Hit
 
 MOST_TITLE = 120
@@ -14,9 +15,12 @@ MOST_TITLE = 120
 
 
 def escape_text(text: str, most: int = MOST_TITLE) -> str:
-    """A text as HTML, cut; the page's templates do not read it either."""
-    cut = text if len(text) <= most else text[: most - 1] + "…"
-    return escape(cut).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
+    """A text as HTML, cut, invisible characters as codes; the page's templates do not read it either."""
+    return _quote(show_hidden(text if len(text) <= most else text[: most - 1] + "…"))
+
+
+def _quote(text: str) -> str:
+    return escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
 def render_query(dialogue: Dialogue, message: str = "") -> str:
@@ -35,7 +39,7 @@ def render_query(dialogue: Dialogue, message: str = "") -> str:
 def render_hits(served: ServedIndex, hits: Sequence[Hit], dialogue: Dialogue, heading: str) -> str:
     """Hits as a grid of cards: a click makes one the next reference, two buttons lean towards it or away from it."""
     if not hits:
-        empty = "nothing fits: choose other categories" if dialogue.turns else "this index holds no image"
+        empty = "nothing fits: choose other categories" if not dialogue.now.is_empty else "this index holds no image"
         return f'<section class="spn-hits"><h2>{escape_text(heading)}</h2><p>{empty}</p></section>'
     cards = "".join(_card(served, hit, dialogue) for hit in hits)
     return f'<section class="spn-hits"><h2>{escape_text(heading)}</h2><div class="spn-grid">{cards}</div></section>'
@@ -57,8 +61,8 @@ def _card(served: ServedIndex, hit: Hit, dialogue: Dialogue) -> str:
     about = f"{title}, {escape_text(str(category))}" if category and str(category) != title_of(hit) else title
     kept = {name: any((one.index, one.id) == (served.number, hit.id) for one in getattr(dialogue.now, name))
             for name in ("more", "less")}  # fmt: skip
-    score = f'<span class="spn-score" title="z {hit.z:.2f}">{hit.score:.3f}</span>' if dialogue.turns else ""
-    signs = (("more", "+"), ("less", "−")) if dialogue.turns else ()
+    score = f'<span class="spn-score" title="z {hit.z:.2f}">{hit.score:.3f}</span>' if not dialogue.now.is_empty else ""
+    signs = (("more", "+"), ("less", "−")) if not dialogue.now.is_empty else ()
     buttons = "".join(
         f'<button data-action="{name}" {data} aria-label="{name} like {title}" '
         f'aria-pressed="{"true" if kept[name] else "false"}">{sign} {name}</button>'
@@ -75,10 +79,10 @@ def _card(served: ServedIndex, hit: Hit, dialogue: Dialogue) -> str:
 def _trail_step(dialogue: Dialogue, number: int) -> str:
     turn, count = dialogue.turns[number], len(dialogue.turns) - 1 - number
     shown = [_thumbnail(one) for one in [*([turn.reference] if turn.reference else []), *turn.more][:2]]
-    signs = "".join(f" {sign}{len(part)}" for sign, part in (("+", turn.more), ("−", turn.less)) if part)
+    signs = " ".join(f"{sign}{len(part)}" for sign, part in (("+", turn.more), ("−", turn.less)) if part)
     text = escape_text(turn.text, 40) or ("" if shown else "…")
     current = ' aria-current="step"' if not count else ""
-    said = f"<span>{text}{signs}</span>" if text or signs else ""
+    said = (f"<span>{text}</span>" if text else "") + (f"<b>{signs}</b>" if signs else "")
     return f'<li><button data-action="turn" data-count="{count}"{current}>{"".join(shown)}{said}</button></li>'
 
 
@@ -111,5 +115,5 @@ def _thumbnail(one: Reference) -> str:
 
 
 def _data(index: int, image_id: str, title: str) -> str:
-    named = f'data-id="{escape_text(image_id, len(image_id))}" data-title="{escape_text(title)}"'
+    named = f'data-id="{_quote(image_id)}" data-title="{escape_text(title)}"'
     return f'data-index="{index}" {named}'

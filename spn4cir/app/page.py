@@ -22,6 +22,8 @@ from spn4cir.app.served import ServedIndex
 from spn4cir.errors import InputError
 from spn4cir.model import MAX_TEXT
 
+REPLACE_TEXT = ("back", "turn", "restart", "say")
+"""Clicks that put the text of their turn in the box, whatever is typed there."""
 SESSIONS, SESSION_SECONDS, MOST_QUEUED = 16, 3600, 128
 OPEN = (
     "/search", "/upload", "/docs", "/openapi.json", "/config", "/theme.css", "/favicon.ico", "/robots.txt",
@@ -77,7 +79,7 @@ def build_page(desk: Desk) -> gr.Blocks:
                     elem_id="upload",
                 )
                 with gr.Accordion("Filters", open=False):
-                    values = sorted({value for one in served for value in one.categories()})
+                    values = desk.categories
                     categories = gr.Dropdown(
                         values, label="Category", multiselect=True, visible=bool(values), elem_id="category"
                     )
@@ -94,7 +96,7 @@ def build_page(desk: Desk) -> gr.Blocks:
         answer = _Answer(desk, len(results))
         settings: dict[str, Any] = {"outputs": shown, "show_progress": "hidden", "api_visibility": "private"}
         for part in (query, files, *results):
-            part.click(answer.follow, [dialogue, categories, count], **settings)
+            part.click(answer.follow, [dialogue, text, categories, count], **settings)
         for listen in (text.submit, button.click):
             listen(answer.ask, [dialogue, text, categories, count], **settings)
         for change in (categories.input, count.input):
@@ -109,23 +111,35 @@ class _Answer:
     def __init__(self, desk: Desk, indexes: int):
         self.desk, self.indexes = desk, indexes
 
-    def follow(self, dialogue: Dialogue, categories: list[str], count: int, event: gr.EventData) -> list[Any]:
-        """The answer to a click on a part of the page."""
-        return self._show(dialogue, lambda: self.desk.act(dialogue, event._data or {}), categories, count)
+    def follow(
+        self, dialogue: Dialogue, text: str, categories: list[str], count: int, event: gr.EventData
+    ) -> list[Any]:
+        """The answer to a click on a part of the page; a text that is typed and not searched by yet stays."""
+        clicked = event._data or {}
+        is_pending = (text or "").strip() not in ("", dialogue.now.text) and clicked.get("action") not in REPLACE_TEXT
+        return self._show(dialogue, lambda: self.desk.act(dialogue, clicked), categories, count, is_pending)
 
     def ask(self, dialogue: Dialogue, text: str, categories: list[str], count: int) -> list[Any]:
         """The answer to a text."""
         return self._show(dialogue, lambda: dialogue.ask(text or ""), categories, count)
 
     def refine(self, dialogue: Dialogue, categories: list[str], count: int) -> list[Any]:
-        """The same turn with other filters."""
-        return self._show(dialogue, lambda: dialogue, categories, count)
+        """The same turn with other filters; the text box stays."""
+        return self._show(dialogue, lambda: dialogue, categories, count, is_pending=True)
 
-    def _show(self, before: Dialogue, change: Callable[[], Dialogue], categories: list[str], count: int) -> list[Any]:
+    def _show(
+        self,
+        before: Dialogue,
+        change: Callable[[], Dialogue],
+        categories: list[str],
+        count: int,
+        is_pending: bool = False,
+    ) -> list[Any]:
         try:
             dialogue = change()
             results = self.desk.results(dialogue, categories or [], count)
-            return [dialogue, render_query(dialogue), dialogue.now.text, *results]
+            text = gr.skip() if is_pending else dialogue.now.text
+            return [dialogue, render_query(dialogue), text, *results]
         except InputError as error:
             message = str(error)
         except Exception:  # whatever it is, the page goes on, and the terminal has it
@@ -135,10 +149,12 @@ class _Answer:
 
 
 def _heading(served: Sequence[ServedIndex]) -> str:
-    names = " and ".join(f"{one.name} ({len(one.index):,} images)" for one in served)
+    names = [escape_text(f"{one.name} ({len(one.index):,} images)") for one in served]
+    if len(served) > 1:  # on a phone the results of the second are far below
+        names = [f'<a href="#results-{one.number}">{name}</a>' for one, name in zip(served, names, strict=True)]
     return (
         '<div class="spn-head"><h1>Find a picture by a picture and a change</h1>'
-        f'<p>{escape_text(names)} · <a href="docs">REST service</a></p></div>'
+        f'<p>{" and ".join(names)} · <a href="docs">REST service</a></p></div>'
     )
 
 

@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from spn4cir.app.limits import Limits, Refused, read_upload
+from spn4cir.app.limits import Limits, Refused, check_uploads, read_upload
 from spn4cir.app.reference import render_reference
 from spn4cir.app.served import ClientQuery, ServedIndex, public_hit
 from spn4cir.errors import InputError
@@ -37,6 +37,8 @@ FIELDS = (
     "index",
 )  # fmt: skip
 """Values of a search."""
+OTHERS = ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"]
+"""Methods that addresses which take POST refuse."""
 
 
 class FoundImage(BaseModel):
@@ -61,6 +63,16 @@ class Problem(BaseModel):
     """What is wrong with a request, in one line."""
 
     message: str
+
+
+FAILURES: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The form does not parse, or the request names another host."},
+    404: {"model": Problem, "description": "The index has no image of this id."},
+    405: {"model": Problem, "description": "The address takes another method."},
+    413: {"model": Problem, "description": "The upload has too many bytes or pixels."},
+    422: {"model": Problem, "description": "A value is out of range, or an upload is no picture."},
+    503: {"model": Problem, "description": "Too many queries wait, or the index has been removed."},
+}
 
 
 class Uploads:
@@ -99,19 +111,13 @@ def _values(what: str) -> Any:
 
 def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Uploads) -> FastAPI:
     """The service over one or two indexes; ``uploads`` takes the pictures that are uploaded on the page."""
-    failures: dict[int | str, dict[str, Any]] = {
-        404: {"model": Problem, "description": "The index has no image of this id."},
-        413: {"model": Problem, "description": "The upload has too many bytes or pixels."},
-        422: {"model": Problem, "description": "A value is out of range, or an upload is no picture."},
-        503: {"model": Problem, "description": "Too many queries wait, or the index has been removed."},
-    }
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # limits are ours, and smaller
     app = FastAPI(
         title="spn4cir", version="1", docs_url=None, redoc_url=None, openapi_url="/openapi.json",
         description="Search an index by a picture, a text, or a picture changed by a text.",
     )  # fmt: skip
 
-    @app.post("/search", response_model=Found, responses=failures, summary="Search the index")
+    @app.post("/search", response_model=Found, responses=FAILURES, summary="Search the index")
     async def search(
         request: Request,
         image: Annotated[list[UploadFile], _files("reference pictures, as files")],
@@ -129,15 +135,19 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         index: Annotated[int, Form(description="which index, if there are two: 0 or 1")] = 0,
     ) -> dict[str, Any]:
         """Hits of a query, best first, with scores and columns; the images of the query are left out."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().endswith("json"):
+            raise Refused(422, "send a form (multipart), not JSON")
         if unknown := [name for name in await request.form() if name not in FIELDS]:
             raise Refused(422, f"there is no value {unknown[0]!r:.60}; known: {', '.join(FIELDS)}")
         one = _choose(served, index)
         files = [[await file.read(limits.upload_bytes + 1) for file in part] for part in (image, unlike)]
 
         def ask() -> ClientQuery:
-            likes, unlikes = ([read_upload(data, limits, one.own_mode) for data in part] for part in files)
+            counts = iter(check_uploads([*files[0], *files[1]], limits))
+            likes, unlikes = ([one.upload_pixels(data, next(counts)) for data in part] for part in files)
             return ClientQuery(
-                [*likes, *map(one.open_member, image_id)], text, [*unlikes, *map(one.open_member, unlike_id)], without,
+                [*likes, *map(one.member_pixels, image_id)], text,
+                [*unlikes, *map(one.member_pixels, unlike_id)], without,
                 [*image_id, *unlike_id], Selection(k, min_score, min_z, fold, group), where,
             )  # fmt: skip
 
@@ -149,7 +159,7 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         return {"index": one.name, "hits": [public_hit(one, hit) for hit in hits]}
 
     @app.get("/image/{image_id:path}", summary="A thumbnail of an image of the index", response_class=Response,
-             responses={200: {"content": {"image/webp": {}}}, **failures})  # fmt: skip
+             responses={200: {"content": {"image/webp": {}}}, **FAILURES})  # fmt: skip
     def image(image_id: str, index: Annotated[int, Query(description="which index: 0 or 1")] = 0) -> Response:
         """The image with this id, at most 256 pixels wide and high, as WebP."""
         data = _choose(served, index).thumbnail(image_id)
@@ -158,14 +168,20 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
     @app.post("/upload", include_in_schema=False)
     async def upload(request: Request) -> dict[str, str]:
         """Keep a picture, the body of the request, for the page that uploads it."""
-        picture = await run_in_threadpool(read_upload, await request.body(), limits)
-        return {"token": uploads.put(picture)}
+        data = await request.body()
+
+        def keep() -> str:
+            with limits.decoding.hold(*check_uploads([data], limits)):
+                return uploads.put(read_upload(data, limits))
+
+        return {"token": await run_in_threadpool(keep)}
 
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> HTMLResponse:
         """The description of the service as a page."""
         return HTMLResponse(render_reference(app.openapi(), str(request.base_url).rstrip("/")))
 
+    _refuse_other_methods(app)
     _answer_problems(app)
     return app
 
@@ -176,11 +192,20 @@ def _choose(served: Sequence[ServedIndex], number: int) -> ServedIndex:
     return served[number]
 
 
+def _refuse_other_methods(app: FastAPI) -> None:
+    """Without this the page, which is mounted below all addresses, would answer."""
+
+    @app.api_route("/search", methods=OTHERS, include_in_schema=False)
+    @app.api_route("/upload", methods=OTHERS, include_in_schema=False)
+    def refuse_method(request: Request) -> None:
+        raise StarletteHTTPException(405, f"{request.url.path} takes POST, not {request.method}", {"Allow": "POST"})
+
+
 def _answer_problems(app: FastAPI) -> None:
     """Every problem is answered as JSON with a message of one line."""
 
-    def answer(status: int, message: str) -> JSONResponse:
-        headers = {"Retry-After": "1"} if status == 503 else None
+    def answer(status: int, message: str, given: Mapping[str, str] | None = None) -> JSONResponse:
+        headers = {"Retry-After": "1"} if status == 503 else given
         return JSONResponse({"message": " ".join(message.split())}, status, headers)
 
     @app.exception_handler(InputError)
@@ -190,11 +215,13 @@ def _answer_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def refuse_form(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "value_error" and first["loc"][1:2] and first["loc"][1] in ("image", "unlike"):
+            return answer(422, f"{first['loc'][1]}: send a file")
         return answer(422, f"{first['loc'][min(1, len(first['loc']) - 1)]}: {first['msg']}")
 
     @app.exception_handler(StarletteHTTPException)
     async def refuse_request(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail))
+        return answer(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import torch
@@ -17,38 +18,42 @@ from PIL import Image
 from torch import Tensor
 
 from spn4cir.app.batching import BatchedEncoder
-from spn4cir.app.limits import Limits, Refused
+from spn4cir.app.limits import Limits, Refused, read_upload
 from spn4cir.errors import InputError
+from spn4cir.files import refuse_special_file
 from spn4cir.images import takes_own_mode
+from spn4cir.index.query_parts import split_query
 from spn4cir.index.searchable import Hit, SearchableIndex
 from spn4cir.model import open_picture
 from spn4cir.selection import Selection, Where
+from spn4cir.types import ImageRef
 
 SIDE = 256
 """Pixels of a thumbnail's longer side."""
 THUMBNAILS = 4096
 """Thumbnails kept in memory, some 5 kB each."""
 CATEGORY = "category"
-MOST_VALUES = 3000
-"""Values of a column that are offered to choose from."""
+MOST_VALUES, LEAST_IMAGES = 200, 5
+"""Values of a column that are offered to choose from, and images of each on average."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ClientQuery:
-    """A query from outside: decoded pictures and texts; ``members`` are ids of the index that are left out of the hits.
+    """A query from outside: pixels and texts; ``members`` are ids of the index that are left out of the hits.
 
     Attributes:
-        images: decoded pictures, each alone or with its weight.
-        unlike: decoded pictures.
+        images: pixels (3, H, W) of pictures, as ``Model.pixels`` gives them, each alone or with its weight.
+        unlike: pixels of pictures.
         texts, without: texts.
         members: ids of the index.
         selection: how many hits, cut-offs, groups and folding.
         where: conditions on columns.
     """
 
-    images: Sequence[Image.Image | tuple[Image.Image, float]] = ()
+    images: Sequence[Tensor | tuple[Tensor, float]] = ()
     texts: Sequence[str] = ()
-    unlike: Sequence[Image.Image] = ()
+    unlike: Sequence[Tensor] = ()
     without: Sequence[str] = ()
     members: Sequence[str] = ()
     selection: Selection = field(default_factory=Selection)
@@ -109,8 +114,8 @@ class ServedIndex:
         if question.selection.k > self.limits.hits:
             raise Refused(422, f"k is {question.selection.k}: at most {self.limits.hits}")
         self.index.check_selection(question.where, question.selection)
-        parts = self.index.query_parts(
-            list(question.images), list(question.texts), unlike=list(question.unlike), without=list(question.without)
+        parts = split_query(
+            list(question.images), list(question.texts), list(question.unlike), list(question.without), lambda one: one
         )
         return self.encoder.submit(parts)
 
@@ -123,14 +128,24 @@ class ServedIndex:
         """The hits of a query. Raises ``InputError`` and ``Refused`` as ``submit``."""
         return self.select(self.submit(question).result(), question)
 
-    def open_member(self, image_id: str) -> Image.Image:
-        """The picture of an image of the index. Raises ``Refused`` for an id that the index lacks."""
+    def upload_pixels(self, data: bytes, count: int) -> Tensor:
+        """Decode and transform an upload of ``count`` pixels → (3, H, W). Raises ``Refused`` as ``read_upload``."""
+        with self.limits.decoding.hold(count):
+            return self.index.model.pixels(read_upload(data, self.limits, self.own_mode))
+
+    def member_pixels(self, image_id: str) -> Tensor:
+        """Decode and transform an image of the index → (3, H, W). Raises ``Refused`` for an id that the index lacks."""
+        return self.use_member(image_id, self.index.model.pixels)
+
+    def use_member(self, image_id: str, use: Callable[[Image.Image], T]) -> T:
+        """Decode an image of the index and use it; the picture is not kept. Raises ``Refused`` as ``member_pixels``."""
         self.refresh()
         image = self.index.find_image(image_id)
         if image is None:
             raise Refused(404, f"the index {self.name} has no image {image_id!r:.80}")
         try:
-            return open_picture(image, self.own_mode)
+            with self.limits.decoding.hold(_count_pixels(image)):
+                return use(open_picture(image, self.own_mode))
         except InputError as error:
             print(f"index {self.name}: {error}", flush=True)
             raise Refused(404, f"the picture of {image_id!r:.80} is missing or does not decode") from None
@@ -153,14 +168,26 @@ class ServedIndex:
         return list(hits.values())
 
     def categories(self) -> list[str]:
-        """Values of the column ``category``; none if there is no such column, or it has too many."""
+        """Values of the column ``category``; none if there is no such column, or it does not group the images."""
         if self.index.kinds.get(CATEGORY) != "text":
             return []
         values = [str(value) for value in self.index.column_values(CATEGORY)]
-        return values if 1 < len(values) <= MOST_VALUES else []
+        groups = 1 < len(values) <= min(MOST_VALUES, len(self.index) / LEAST_IMAGES)
+        return values if groups else []
 
     def _draw_thumbnail(self, image_id: str) -> bytes:
-        return encode_thumbnail(self.open_member(image_id))
+        return self.use_member(image_id, encode_thumbnail)
+
+
+def _count_pixels(image: ImageRef) -> int:
+    """The pixels of a picture by its header; 0 for one that does not decode."""
+    source = image.source
+    with suppress(Exception):  # foreign bytes; decoding says what is wrong
+        if isinstance(source, Path):
+            refuse_special_file(source)
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source())) as header:
+            return header.width * header.height
+    return 0
 
 
 def encode_thumbnail(picture: Image.Image, side: int = SIDE) -> bytes:

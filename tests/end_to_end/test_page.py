@@ -240,13 +240,17 @@ def test_two_models_and_a_sketch(browser: Any, pair: Server) -> None:
     """Side by side; a model that sees styles takes a sketch that is drawn with the mouse."""
     page = open_page(browser.new_context(), pair.url)
     page.locator("text=Draw a sketch").click()
+    page.locator("text=Search by the sketch").click()
+    page.wait_for_selector(f"{NOTICE} >> text=draw something first")
     area = page.locator("canvas").bounding_box()
     page.mouse.move(area["x"] + 40, area["y"] + 40)
     page.mouse.down()
     page.mouse.move(area["x"] + 200, area["y"] + 180, steps=5)
     page.mouse.up()
+    page.locator("#text input, #text textarea").fill("but blue")
     page.locator("text=Search by the sketch").click()
     page.wait_for_selector(f"#results-1 {SCORE}")
+    assert page.locator("#text input, #text textarea").input_value() == "but blue"
     assert page.locator(".spn-reference b").inner_text() == "sketch"
     assert re.search(r"(photo|sketch|art|mosaic) [01]\.\d\d", page.locator(".spn-reference small").inner_text())
     assert page.locator(f"#results-0 {CARD}").count() == page.locator(f"#results-1 {CARD}").count() == 12
@@ -302,6 +306,7 @@ def test_what_is_not_served(server: Server, path: str) -> None:
         with httpx.Client() as client:
             told = client.send(httpx.Request(method, raw))
         assert told.status_code in (403, 404, 405) and b"root:" not in told.content, told.text
+        assert "/gradio_api/" in path or list(told.json()) == ["message"], told.text
 
 
 def test_limits_of_the_process(server: Server) -> None:
@@ -315,7 +320,10 @@ def test_limits_of_the_process(server: Server) -> None:
     assert told.status_code == 413 and told.json() == {"message": "the upload is too large: at most 1 MB"}
     told = httpx.post(f"{server.url}/search", files={"image": huge_png()})
     assert told.status_code == 413 and "100.0 megapixels" in told.json()["message"]
-    assert httpx.get(server.url, headers={"host": "elsewhere.example"}).status_code == 400
+    told = httpx.get(server.url, headers={"host": "elsewhere.example"})
+    assert told.status_code == 400 and "the name by which this server is asked" in told.json()["message"]
+    told = httpx.get(f"{server.url}/search")
+    assert told.status_code == 405 and told.json() == {"message": "/search takes POST, not GET"}
     for name in NAMES:
         assert httpx.get(f"{server.url}/image/{quote(name, safe='')}").status_code == 200, name
 

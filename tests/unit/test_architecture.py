@@ -14,7 +14,7 @@ from spn4cir.importers import IMPORTERS
 
 ROOT = Path(__file__).parents[2]
 FLOORS: list[set[str]] = [
-    {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
+    {"errors"}, {"distributed", "files", "hidden_characters", "provenance", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "intervals", "measures", "store", "streaming", "triplets"},
     {"config", "losses", "query_values", "results", "search", "near_duplicates", "pixels", "selection", "terms"},
     {"images", "in_batch", "margins", "faiss_search", "ranking", "comparison", "model_card"},

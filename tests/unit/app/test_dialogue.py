@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from spn4cir.app.dialogue import MOST_TURNS, Dialogue, Reference
+from spn4cir.app.dialogue import MOST_TURNS, Dialogue, Reference, Turn
 from spn4cir.app.limits import Refused
 from spn4cir.app.markup import escape_text, render_query
 from tests.served_index import HOSTILE
@@ -33,7 +33,25 @@ def test_what_cannot_be_looked_for() -> None:
         Dialogue().ask("  ")
     with pytest.raises(Refused, match="less alone finds nothing"):
         Dialogue().lean(CAT, False)
-    assert Dialogue().pick(CAT).drop_reference() == Dialogue()
+    assert Dialogue().drop_reference() == Dialogue()
+
+
+def test_a_reference_that_is_removed() -> None:
+    """Earlier turns stay within reach, and so do pictures to be unlike; the empty turn is filled by the next action."""
+    before = Dialogue().pick(CAT).ask("but black").pick(DOG)
+    removed = before.drop_reference()
+    assert removed.now.is_empty and removed.back() == before and len(removed.turns) == 3
+    assert removed.pick(CAT).turns == (*before.turns, Turn(CAT)) and removed.ask("red").back() == before
+    unlike = before.lean(CAT, False).drop_reference()
+    assert unlike.now == Turn(less=(CAT,)) and "Less like" in render_query(unlike)
+    assert unlike.pick(DOG).now == Turn(DOG, less=(CAT,)) and unlike.ask("red").now == Turn(None, "red", (), (CAT,))
+    assert unlike.lean(CAT, False).now == Turn()
+
+
+def test_the_trail_shows_how_many_pictures_it_leans_to() -> None:
+    """Beside the text, which is cut where it is long; never within it."""
+    shown = render_query(Dialogue().pick(CAT).ask("a" * 60).lean(DOG, True).lean(CAT, False))
+    assert f"<span>{'a' * 39}…</span><b>+1 −1</b></button>" in shown
 
 
 def test_a_dialogue_is_bounded() -> None:
@@ -67,6 +85,14 @@ def test_texts_are_escaped(text: str) -> None:
     assert ("data-id", text) in read.attributes and ("alt", text) in read.attributes
     assert not re.search(r"[`{}$]", shown)
     assert escape_text(text, 5).count("…") == 1
+
+
+def test_invisible_characters_are_codes() -> None:
+    """In what is shown, and not in ids, by which the server is asked."""
+    title = "a" + chr(0x202E) + "gpj" + chr(7)
+    shown = render_query(Dialogue().pick(CAT).lean(Reference(title, "/image/x", id=title), True).ask(title), title)
+    assert shown.count("a⟨U+202E⟩gpj⟨U+0007⟩") >= 4 and shown.count(chr(0x202E)) == 1
+    assert f'data-id="{title}"' in shown
 
 
 def test_pictures_do_not_count_when_references_are_compared() -> None:

@@ -1,12 +1,23 @@
 """What a server takes, and what it refuses: bytes, pixels, files that are no picture, other routes."""
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from spn4cir.app import limits as module
-from spn4cir.app.limits import FORM_BYTES, Gate, Limits, Refused, read_upload
+from spn4cir.app.limits import (
+    FORM_BYTES,
+    Gate,
+    Limits,
+    PixelBudget,
+    RefusalsAsJson,
+    Refused,
+    check_uploads,
+    read_upload,
+)
 from tests.served_index import huge_png, png
 
 SMALL = Limits(upload_bytes=1_000_000, pixels=2_000_000)
@@ -89,3 +100,57 @@ def test_no_other_route_is_answered() -> None:
     told = send([b""], "/gradio_api/file=/etc/passwd")
     assert told["status"] == 404 and told["bytes"] == 0
     assert b"default-src 'self'" in send([b""])["headers"][b"content-security-policy"]
+
+
+def test_pixels_of_all_pictures_are_counted_before_one_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that are each small enough may not be too large together."""
+    monkeypatch.setattr(module, "decode", None)
+    assert check_uploads([png((1000, 900)), png((10, 10))], SMALL) == [900_000, 100]
+    with pytest.raises(Refused, match=r"the 3 pictures have 2\.7 megapixels together: at most 2") as error:
+        check_uploads([png((1000, 900))] * 3, SMALL)
+    assert error.value.status == 413
+
+
+def test_threads_hold_no_more_pixels_than_told() -> None:
+    """Small pictures at once, a huge one alone; what fails gives its pixels back."""
+    budget, held, most = PixelBudget(100), [0], [0]
+
+    def use(pixels: int) -> None:
+        with budget.hold(pixels):
+            held[0] += pixels
+            most[0] = max(most[0], held[0])
+            time.sleep(0.01)
+            held[0] -= pixels
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, [40, 40, 60, 100, 30, 30, 30, 90, 10, 50]))
+    assert 60 <= most[0] <= 100
+    with pytest.raises(ValueError, match="broken"), budget.hold(1000):
+        raise ValueError("broken")
+    use(100)
+
+
+@pytest.mark.parametrize(("status", "chunks", "path", "told"), [
+    (404, [b"Not ", b"Found"], "/static/../x", b'{"message": "not found"}'),
+    (405, [b'{"detail":"Method Not Allowed"}'], "/image/a", b'{"message": "method not allowed"}'),
+    (422, [b'{"message":"a line"}'], "/search", b'{"message":"a line"}'),
+    (200, [b"a ", b"page"], "/", b"a page"),
+    (404, [b'{"detail":"x"}'], "/gradio_api/queue/data", b'{"detail":"x"}'),
+])  # fmt: skip
+def test_errors_of_any_kind_are_one_line_of_json(status: int, chunks: list[bytes], path: str, told: bytes) -> None:
+    """But for routes that the page's own scripts read."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        for n, body in enumerate(chunks):
+            await send({"type": "http.response.body", "body": body, "more_body": n + 1 < len(chunks)})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    asyncio.run(RefusalsAsJson(app)({"type": "http", "path": path}, receive, send))
+    assert sent[0]["status"] == status and b"".join(one["body"] for one in sent[1:]) == told

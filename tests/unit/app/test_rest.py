@@ -18,7 +18,9 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 from fastapi.testclient import TestClient
 
 from spn4cir import app_cli
+from spn4cir.app.desk import Desk
 from spn4cir.app.limits import Limits
+from spn4cir.app.page import _heading
 from spn4cir.app.rest import KEPT_UPLOADS, Uploads, build_service
 from spn4cir.app.served import ServedIndex, open_served
 from spn4cir.checkpoints import save_model
@@ -64,6 +66,23 @@ def test_a_search_finds_what_python_finds(client: TestClient, shop_index: Path, 
     assert str(shop_index.parent) not in told.text and str(Path.cwd()) not in told.text
 
 
+def test_no_picture_is_kept_while_a_query_waits(
+    client: TestClient, served: list[ServedIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures are reduced to the model's pixels one by one; the encoder is given those alone."""
+    given: list[Any] = []
+    encode = served[0].encoder._embed
+
+    def embed(images: Any, texts: Any) -> Any:
+        given.extend(images)
+        return encode(images, texts)
+
+    monkeypatch.setattr(served[0].encoder, "_embed", embed)
+    told = client.post("/search", files=[("image", ("a.png", png((900, 900))))] * 2, data={"unlike_id": "ü.png"})
+    assert told.status_code == 200 and len(given) == 3
+    assert {tuple(one.shape) for one in given} == {tuple(served[0].index.model.pixels(Image.new("RGB", (9, 9))).shape)}
+
+
 def test_requests_at_once_are_answered_alike(client: TestClient, served: list[ServedIndex]) -> None:
     """16 clients, each with a query of its own; some are encoded together; a corrupt upload fails alone."""
     alone = [client.post("/search", data={"text": f"shoe {n}"}).json() for n in range(16)]
@@ -99,11 +118,13 @@ def test_requests_at_once_are_answered_alike(client: TestClient, served: list[Se
     ({"text": "a", "group": "colour"}, None, 422, "no column 'colour'"),
     ({"text": "a", "index": 1}, None, 422, "index is 1: this server has 1"),
     ({"text": "a", "txet": "b"}, None, 422, "there is no value 'txet'; known: image"),
-    ({"image": "a path"}, None, 422, "image: "),
+    ({"image": "a path"}, None, 422, "image: send a file"),
+    ({"unlike": "a path"}, None, 422, "unlike: send a file"),
     ({"text": "in red"}, {"image": b"no picture"}, 422, "is no picture"),
     ({"text": "in red"}, {"image": png((300, 300))[:200]}, 422, "does not decode"),
     ({"text": "in red"}, {"image": huge_png()}, 413, "100.0 megapixels: at most 2"),
     ({"text": "in red"}, {"unlike": b"\0" * 1_000_001}, 413, "at most 1 MB"),
+    ({}, {"image": png((1000, 900)), "unlike": png((1200, 1000))}, 413, "2.1 megapixels together: at most 2"),
 ])  # fmt: skip
 def test_bad_requests(client: TestClient, form: dict[str, Any], files: Any, status: int, words: str) -> None:
     """Each is one line of JSON, and the service goes on."""
@@ -120,6 +141,19 @@ def test_other_problems_are_json_too(client: TestClient) -> None:
     for method, path in asked:
         told = client.request(method, path, content=b"x", headers=form)
         assert told.status_code in (400, 404, 405, 422) and list(told.json()) == ["message"], told.text
+
+
+def test_other_methods(client: TestClient) -> None:
+    """Are refused, with the one to use."""
+    for path in ("/search", "/upload"):
+        told = client.get(path)
+        assert told.status_code == 405 and told.headers["allow"] == "POST"
+        assert told.json() == {"message": f"{path} takes POST, not GET"}
+
+
+def test_json_is_no_form(client: TestClient) -> None:
+    told = client.post("/search", json={"text": "a shoe"})
+    assert told.status_code == 422 and told.json() == {"message": "send a form (multipart), not JSON"}
 
 
 def test_a_failure_is_one_line(
@@ -170,7 +204,7 @@ def test_the_description(client: TestClient) -> None:
     assert json.dumps(schema).count("megapixels") == 0
 
 
-def test_two_indexes_and_hostile_titles(client: TestClient, shop_index: Path) -> None:
+def test_two_indexes_and_hostile_titles(client: TestClient, shop_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by its number; titles are data and stay as they are in JSON."""
     both = open_served([str(shop_index), str(shop_index)], LIMITS)
     two = TestClient(build_service(both, LIMITS, Uploads()))
@@ -181,6 +215,12 @@ def test_two_indexes_and_hostile_titles(client: TestClient, shop_index: Path) ->
     titles = {one["columns"]["title"] for one in two.post("/search", data={"text": "x", "k": 20}).json()["hits"]}
     assert titles & set(HOSTILE) or len(titles) == 20
     assert both[0].categories() == sorted(KINDS)
+    assert Desk(both, LIMITS, Uploads()).categories == sorted(KINDS)
+    assert 'href="#results-1"' in _heading(both) and "#results" not in _heading(both[:1])
+    monkeypatch.setattr(both[1].index, "column_values", lambda column: ["dress", "shirt", "sock"])
+    assert Desk(both, LIMITS, Uploads()).categories == ["dress", "shirt"]
+    monkeypatch.setattr(both[1].index, "column_values", lambda column: [f"kind {n}" for n in range(7)])
+    assert both[1].categories() == [] == Desk(both, LIMITS, Uploads()).categories  # 30 images: 4 of each
     assert len({hit.id for hit in both[0].sample(24)}) > 12
     for one in both:
         one.encoder.close()
@@ -249,6 +289,17 @@ def test_help_imports_nothing_heavy() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.endswith("set()\n") and "two models side by side" in told
+
+
+def test_a_missing_index_is_seen_at_once(tmp_path: Path) -> None:
+    """Before torch and Gradio are imported."""
+    code = (
+        "import sys; from spn4cir.app_cli import demo_command; sys.argv = ['spn4cir-demo', '--index', 'nosuch']\n"
+        "try:\n    demo_command()\n"
+        "except SystemExit:\n    print({'torch', 'gradio', 'fastapi'} & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert told.stdout == "set()\n" and told.stderr.startswith("error: nosuch holds no index: make one by")
 
 
 def test_what_is_opened_without_an_index(

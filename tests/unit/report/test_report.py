@@ -18,11 +18,12 @@ from PIL import Image
 from spn4cir.comparison import compare_results
 from spn4cir.errors import InputError
 from spn4cir.evaluate import COMPOSED, IMAGE_ONLY, LATE_FUSION, TEXT_ONLY
+from spn4cir.hidden_characters import show_hidden
 from spn4cir.query_values import NegativeRanks
 from spn4cir.report import write_report
 from spn4cir.report.charts import draw_curves
 from spn4cir.report.content import change_of_ranks, mean_ranks, short_names
-from spn4cir.report.escaping import escape, script_json, show_hidden
+from spn4cir.report.escaping import escape, script_json
 from spn4cir.results import Ranking, Result, compute_ablation, compute_metrics
 from spn4cir.shortcuts import label_queries, share_labels
 from spn4cir.types import Benchmark, ImageRef, Query, recall_measures
