@@ -58,10 +58,10 @@ def push_to_hub(folder: Path, name: str, private: bool = False) -> str:
 
 
 def _unreachable() -> type[Exception]:
-    """The error of the library that the hub's client calls the network by."""
-    import httpx
+    """The base of all errors of the library that the hub's client calls the network by, whichever it is."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return httpx.HTTPError
+    return HfHubHTTPError.__bases__[0]
 
 
 def find_local_folder(options: Mapping[str, Any]) -> str | None:

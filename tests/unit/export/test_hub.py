@@ -1,6 +1,9 @@
 """Uploads, with the hub's client replaced at its boundary: what is sent is what ``spn4cir.load`` reads."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,15 @@ def test_the_client_itself_is_offline(run: Path) -> None:
     """The real client, which HF_HUB_OFFLINE keeps from the network."""
     with pytest.raises(InputError, match="the hub did not take it"):
         push_to_hub(run, "a/b")
+
+
+def test_the_client_itself_finds_no_network(run: Path) -> None:
+    """A port at which nothing listens: the client's own error of transport, in a process that is not offline."""
+    code = f"import pathlib, spn4cir.export.hub as hub; hub.push_to_hub(pathlib.Path({str(run)!r}), 'a/b')"
+    given = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE" and "proxy" not in k.lower()}
+    given |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x"}
+    told = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
+    assert "InputError: --push-to-hub a/b: the hub did not take it" in told.stderr.splitlines()[-1]
 
 
 def test_what_is_not_pushed(run: Path, hub: type[FakeHub], tmp_path: Path) -> None:
