@@ -63,6 +63,13 @@ def test_embeddings_equal_the_models(exported: tuple[Model, Path]) -> None:
         loaded.embed_queries([None], [None])
 
 
+def test_graphs_hold_no_path_of_this_machine(exported: tuple[Model, Path]) -> None:
+    """The exporter notes stack traces of its own run at each node: none is left."""
+    for name in ("image.onnx", "query.onnx"):
+        content = (exported[1] / name).read_bytes()
+        assert str(ROOT).encode() not in content and b".py" not in content and b"stack_trace" not in content
+
+
 def test_the_example_of_the_page_needs_no_torch(exported: tuple[Model, Path], tmp_path: Path) -> None:
     """The code in docs/sharing.md runs in a folder with the export, and imports neither torch nor this package."""
     model, folder = exported
