@@ -31,10 +31,23 @@ def _export() -> None:
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the model and its card to the Hugging Face hub")
     add("--private", action="store_true", help="with --push-to-hub: a repository that is made is private")
     args = parser.parse_args()
-    if args.private and not args.push_to_hub:
-        raise InputError("--private is for --push-to-hub OWNER/NAME")
+    _check_arguments(args)
     with ExitStack() as stack:
         _export_run(args, stack)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse before any work what cannot succeed."""
+    if args.private and args.push_to_hub is None:
+        raise InputError("--private is for --push-to-hub OWNER/NAME")
+    if args.run == "":
+        raise InputError(f"--run is empty: give a run or checkpoint folder, or {EMBEDDED}")
+    if args.push_to_hub is not None:
+        from spn4cir.export.hub import check_hub_id
+
+        check_hub_id(args.push_to_hub)
+    if args.onnx and args.sentence_transformers and args.onnx.resolve() == args.sentence_transformers.resolve():
+        raise InputError(f"--onnx and --sentence-transformers both name {args.onnx}: give each a folder of its own")
 
 
 export_command = partial(run_command, _export)

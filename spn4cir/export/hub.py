@@ -9,7 +9,8 @@ import yaml
 
 from spn4cir.checkpoints import read_model
 from spn4cir.errors import InputError
-from spn4cir.model_card import CARD, OWN_PLACES, strip_places
+from spn4cir.model_card import CARD, OWN_PLACES
+from spn4cir.run_record import strip_places
 
 SHARED = (CARD, "model.json", "model.safetensors", "result.json")
 """Files of a run that are uploaded, beside its settings and its tokenizer."""
@@ -39,8 +40,7 @@ def push_to_hub(folder: Path, name: str, private: bool = False) -> str:
     _, options = read_model(folder)
     if place := find_local_folder(options):
         raise InputError(f"{folder} names the folder {place}, which others lack: train from weights with a public name")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"--push-to-hub takes OWNER/NAME, got {name!r}")
+    check_hub_id(name)
     files: dict[str, Path | bytes] = {file: folder / file for file in SHARED if (folder / file).is_file()}
     files |= {f"tokenizer/{path.name}": path for path in sorted((folder / "tokenizer").glob("*")) if path.is_file()}
     if (folder / "config.yaml").is_file():
@@ -55,6 +55,21 @@ def push_to_hub(folder: Path, name: str, private: bool = False) -> str:
         advice = "needs a network, and a token that may write: hf auth login, or HF_TOKEN"
         raise InputError(f"--push-to-hub {name}: the hub did not take it ({advice}): {said}") from None
     return str(address)
+
+
+def check_hub_id(name: str) -> None:
+    """Raises ``InputError`` if a name is no hub id ``OWNER/NAME``."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        is_valid = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII))
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        rule = "letters, digits, single '-', '.' and '_' inside, 96 characters at most"
+        raise InputError(f"--push-to-hub takes OWNER/NAME ({rule}), got {name!r:.120}")
 
 
 def _unreachable() -> type[Exception]:
@@ -77,5 +92,5 @@ def _settings_for_others(path: Path) -> bytes:
     text = path.read_text(encoding="utf-8")
     title = text.splitlines()[0] + "\n" if text.startswith("#") else ""
     held = yaml.safe_load(text)
-    kept = {key: strip_places(value) for key, value in held.items() if key not in OWN_PLACES}
+    kept = {key: strip_places(value, key) for key, value in held.items() if key not in OWN_PLACES}
     return (title + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)).encode()

@@ -66,6 +66,12 @@ def test_wrong_calls_are_one_line(
     assert "--run nowhere is missing" in fails(monkeypatch, capsys, "--run", "nowhere")
     assert "holds no model" in fails(monkeypatch, capsys, "--run", tmp_path)
     assert "--private is for" in fails(monkeypatch, capsys, "--private")
+    assert "--run is empty" in fails(monkeypatch, capsys, "--run", "")
+    for name in ("", "../x", "a/b.git"):
+        assert "takes OWNER/NAME" in fails(monkeypatch, capsys, "--run", "embedded", "--push-to-hub", name)
+    same = ("--onnx", tmp_path / "same", "--sentence-transformers", tmp_path / "x" / ".." / "same")
+    assert "a folder of its own" in fails(monkeypatch, capsys, "--run", "embedded", *same)
+    assert not (tmp_path / "same").exists()
     (tmp_path / "file").write_text("x")
     taken = fails(monkeypatch, capsys, "--run", "embedded", "--sentence-transformers", tmp_path / "file")
     assert "new or empty folder" in taken

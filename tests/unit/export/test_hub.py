@@ -109,7 +109,7 @@ def test_the_client_itself_finds_no_network(run: Path) -> None:
 
 def test_what_is_not_pushed(run: Path, hub: type[FakeHub], tmp_path: Path) -> None:
     """No hub id, no model, an architecture in a folder of this machine."""
-    for name in ("name", "a/b/c", "", "a b/c"):
+    for name in ("name", "a/b/c", "", "a b/c", "../x", "a/b.git", f"a/{'b' * 120}", "é/b", "a/b--c"):
         with pytest.raises(InputError, match="OWNER/NAME"):
             push_to_hub(run, name)
     with pytest.raises(InputError, match="holds no model"):
