@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"errors"}, {"distributed", "files", "provenance", "schedules", "text_tokenizer", "types"},
     {"compute", "config_groups", "dataset", "intervals", "measures", "store", "streaming", "triplets"},
     {"config", "losses", "query_values", "results", "search", "near_duplicates", "pixels", "selection", "terms"},
-    {"images", "in_batch", "margins", "faiss_search", "ranking", "comparison", "model_card"},
+    {"images", "in_batch", "margins", "faiss_search", "ranking", "comparison", "model_card", "run_record"},
     {"identity"}, {"embedded"}, {"datasets"}, {"backbone"}, {"backbones"}, {"checkpoints"}, {"bank", "importers"},
     {"batches", "model"}, {"objective", "evaluate", "index", "dataset_check"},
     {"class_objective", "pair_objective", "run"}, {"data"}, {"preparation", "shortcuts", "summary"},
