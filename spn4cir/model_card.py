@@ -72,12 +72,17 @@ def write_card(folder: Path) -> str:
     """
     path = folder / CARD
     before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    if before is not None and GENERATED not in before.splitlines():
+    if before is not None and not is_generated(before):
         return f"{path} is your own and stays as it is: delete it for a generated model card"
     text = render_card(folder)
     if text != before:
         write_text(path, text)
     return ""
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card is not a person's own."""
+    return GENERATED in text.splitlines()
 
 
 def render_card(folder: Path, form: CardForm | None = None) -> str:
