@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 """Largest difference of any number of an exported embedding, of unit norm, from the model's own."""
 CHECKED_TEXTS = (
     "a red heart", "", "Make it  BLUE, and add 2 hats!", "it’s “naïve” – isn't it (really)?", "word " * 300,
-    "☂ 1234 ~x.y",
+    "☂ 1234 ~x.y", "ﬁne Ｆｕｌｌ　ﾀﾞ", "a\x00 red\x07 \x1b[1mhat\x1b[0m", "zero\u200bwidth \ufeffred\u2028hat",
 )  # fmt: skip
 PICTURES = 6
 LARGEST_FILE = 1_500_000_000
