@@ -60,7 +60,8 @@ def _export_run(args: argparse.Namespace, stack: ExitStack) -> None:
         require_packages("onnx", "onnxscript", "onnxruntime", "tokenizers")
     if args.sentence_transformers:
         require_packages("sentence_transformers")
-    from spn4cir.checkpoints import read_model
+    from spn4cir.backbones import check_backbone
+    from spn4cir.checkpoints import read_model, read_note
     from spn4cir.model_card import CARD, write_card
 
     folder = _find_run(args.run)
@@ -70,7 +71,8 @@ def _export_run(args: argparse.Namespace, stack: ExitStack) -> None:
             raise InputError("there is no run to write a model card of: train one, or give --run FOLDER")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         _save_embedded(folder)
-    read_model(folder)  # raises
+    check_backbone(read_model(folder)[0])  # raises for a damaged model, as does the next line
+    read_note(folder / "model.safetensors")
     note = write_card(folder)
     print(note or f"model card {folder / CARD}", flush=True)
     if args.onnx or args.sentence_transformers:
@@ -102,25 +104,23 @@ def _save_embedded(folder: Path) -> None:
 
 
 def _write_exports(args: argparse.Namespace, folder: Path) -> None:
-    import shutil
-
+    from spn4cir.export.export_cards import write_onnx_card, write_sentence_transformers_card
     from spn4cir.export.hub import find_local_folder
     from spn4cir.model import load
-    from spn4cir.model_card import CARD
 
     model = load(folder, device="cpu")
     if args.onnx:
         from spn4cir.export.onnx import export_onnx
 
         difference = export_onnx(model, args.onnx)
+        write_onnx_card(folder, args.onnx)
         print(f"{args.onnx}: ONNX; largest difference from the model {difference:.1g}", flush=True)
     if args.sentence_transformers:
         from spn4cir.export.sentence_transformers import export_sentence_transformers
 
         difference = export_sentence_transformers(model, args.sentence_transformers)
+        write_sentence_transformers_card(folder, args.sentence_transformers)
         told = f"largest difference from the model {difference:.1g}"
         print(f"{args.sentence_transformers}: sentence-transformers; {told}", flush=True)
         if place := find_local_folder(model.backbone.options):
             print(f"it reads its architecture from {place}: others need that folder, too")
-    for target in filter(None, (args.onnx, args.sentence_transformers)):
-        shutil.copy(folder / CARD, target / CARD)

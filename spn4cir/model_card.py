@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from spn4cir.backbones import BACKBONES
 from spn4cir.config import TrainConfig
 from spn4cir.errors import InputError
 from spn4cir.files import hash_files, read_json, write_text
@@ -35,8 +36,6 @@ COMPOSED = (
 )
 OWN_PLACES = ("data_root", "init", "output", "resume", "trackers")
 """Settings that say where files lie, or what watches the run: nothing that another machine needs."""
-IMAGE_BACKBONES = ("embedding",)
-"""Backbones that read no texts."""
 EXAMPLES = {"classes": "classes of images", "crossmodal": "pairs of an image and a text"}
 """What a stage with a name trains on; other stages train on triplets."""
 ORIGINS = ("model", "image", "text", "pretrained")
@@ -100,11 +99,12 @@ def render_card(folder: Path, form: CardForm | None = None) -> str:
     form = form or CardForm("spn4cir", write_use(about), [folder / "model.safetensors"])
     stage = f"stage {about['stage']}" if about["stage"] is not None else ""
     name = ", ".join(filter(None, [str(about["backbone"]), str(settings.get("dataset") or ""), stage]))
+    metadata = _metadata(name, form.library, {**note, **about}, settings, evaluations)
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(name, form.library, {**note, **about}, settings, evaluations), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
         GENERATED,
         f"# {escape_markdown(name)}",
-        KINDS.get(str(about["stage"]), IMAGES if about["backbone"] in IMAGE_BACKBONES else COMPOSED),
+        KINDS.get(str(about["stage"]), COMPOSED if _reads_texts(about) else IMAGES),
         "## Use",
         form.use,
         "## Data",
@@ -125,9 +125,15 @@ def render_card(folder: Path, form: CardForm | None = None) -> str:
 
 def query_arguments(about: Mapping[str, Any]) -> str:
     """The arguments of ``embed_queries`` in the example of a card: what a model of that backbone and stage reads."""
-    if about["backbone"] in IMAGE_BACKBONES:
+    if not _reads_texts(about):
         return '["a.png"]'
     return 'texts=["a red heart"]' if about["stage"] == "crossmodal" else '["a.png"], ["but in red"]'
+
+
+def _reads_texts(about: Mapping[str, Any]) -> bool:
+    """Whether a backbone reads texts, as one that is unknown here is supposed to."""
+    kind = BACKBONES.get(str(about.get("backbone")))
+    return kind is None or kind.reads_texts
 
 
 def write_use(about: Mapping[str, Any]) -> str:
@@ -168,7 +174,7 @@ def _metadata(
     evaluations: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What the hub reads."""
-    reads_images_alone = note.get("backbone") in IMAGE_BACKBONES or note.get("stage") == "classes"
+    reads_images_alone = not _reads_texts(note) or note.get("stage") == "classes"
     is_composed = not reads_images_alone and note.get("stage") not in KINDS
     tags = ["spn4cir", *["composed-image-retrieval"] * is_composed, "image-retrieval", str(note.get("backbone"))]
     task_name = "image-feature-extraction" if reads_images_alone else "feature-extraction"

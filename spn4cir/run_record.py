@@ -48,7 +48,7 @@ def _is_path(name: str, schemes: str, place: str) -> bool:
         return True
     if name not in SOURCES or schemes.endswith("hf-hub:"):
         return False
-    return not HUB_NAME.fullmatch(place) or place.endswith(FILE_NAMES) or os.path.exists(place)
+    return not HUB_NAME.fullmatch(place) or place.endswith(FILE_NAMES) or os.path.exists(place)  # noqa: PTH110 - long names are no error
 
 
 def read_run_settings(folder: Path) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _commit(files: Mapping[str, Path | bytes], name: str, private: bool) -> str:
 def check_hub_id(name: str) -> None:
     """Raises ``InputError`` if a name is no hub id ``OWNER/NAME``."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public in its documentation
 
     try:
         validate_repo_id(name)

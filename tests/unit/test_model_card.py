@@ -48,7 +48,8 @@ def test_what_a_card_holds(tmp_path: Path) -> None:
         ("pairs/val", "R@1", 12.35), ("pairs/val", "R@10", 50.0),
     ]  # fmt: skip
     for part in (
-        "| annotated triplets trained on | 300 |", "| generated triplets trained on | 100, 25.0 % of all |", r"my \| shoes", "1,234",
+        "| annotated triplets trained on | 300 |", "| generated triplets trained on | 100, 25.0 % of all |",
+        r"my \| shoes", "1,234",
         "| generated share of each batch | 0.25 |", "Protocol **pairs/val**, 1833 queries; 2 images on a skip list",
         "| 12.35 | 50.00 |", "step 30 of 40, the best on pairs/holdout-0.1", "spn4cir-train --stage 2",
         "--config config.yaml --data-root FOLDER --init RUN --generated FILE`", "which are not beside this card",
