@@ -31,10 +31,23 @@ def _export() -> None:
     add("--push-to-hub", metavar="OWNER/NAME", help="upload the model and its card to the Hugging Face hub")
     add("--private", action="store_true", help="with --push-to-hub: a repository that is made is private")
     args = parser.parse_args()
-    if args.private and not args.push_to_hub:
-        raise InputError("--private is for --push-to-hub OWNER/NAME")
+    _check_arguments(args)
     with ExitStack() as stack:
         _export_run(args, stack)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse before any work what cannot succeed."""
+    if args.private and args.push_to_hub is None:
+        raise InputError("--private is for --push-to-hub OWNER/NAME")
+    if args.run == "":
+        raise InputError(f"--run is empty: give a run or checkpoint folder, or {EMBEDDED}")
+    if args.push_to_hub is not None:
+        from spn4cir.export.hub import check_hub_id
+
+        check_hub_id(args.push_to_hub)
+    if args.onnx and args.sentence_transformers and args.onnx.resolve() == args.sentence_transformers.resolve():
+        raise InputError(f"--onnx and --sentence-transformers both name {args.onnx}: give each a folder of its own")
 
 
 export_command = partial(run_command, _export)
@@ -47,7 +60,8 @@ def _export_run(args: argparse.Namespace, stack: ExitStack) -> None:
         require_packages("onnx", "onnxscript", "onnxruntime", "tokenizers")
     if args.sentence_transformers:
         require_packages("sentence_transformers")
-    from spn4cir.checkpoints import read_model
+    from spn4cir.backbones import check_backbone
+    from spn4cir.checkpoints import read_model, read_note
     from spn4cir.model_card import CARD, write_card
 
     folder = _find_run(args.run)
@@ -57,7 +71,8 @@ def _export_run(args: argparse.Namespace, stack: ExitStack) -> None:
             raise InputError("there is no run to write a model card of: train one, or give --run FOLDER")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         _save_embedded(folder)
-    read_model(folder)  # raises
+    check_backbone(read_model(folder)[0])  # raises for a damaged model, as does the next line
+    read_note(folder / "model.safetensors")
     note = write_card(folder)
     print(note or f"model card {folder / CARD}", flush=True)
     if args.onnx or args.sentence_transformers:
@@ -89,25 +104,23 @@ def _save_embedded(folder: Path) -> None:
 
 
 def _write_exports(args: argparse.Namespace, folder: Path) -> None:
-    import shutil
-
+    from spn4cir.export.export_cards import write_onnx_card, write_sentence_transformers_card
     from spn4cir.export.hub import find_local_folder
     from spn4cir.model import load
-    from spn4cir.model_card import CARD
 
     model = load(folder, device="cpu")
     if args.onnx:
         from spn4cir.export.onnx import export_onnx
 
         difference = export_onnx(model, args.onnx)
+        write_onnx_card(folder, args.onnx)
         print(f"{args.onnx}: ONNX; largest difference from the model {difference:.1g}", flush=True)
     if args.sentence_transformers:
         from spn4cir.export.sentence_transformers import export_sentence_transformers
 
         difference = export_sentence_transformers(model, args.sentence_transformers)
+        write_sentence_transformers_card(folder, args.sentence_transformers)
         told = f"largest difference from the model {difference:.1g}"
         print(f"{args.sentence_transformers}: sentence-transformers; {told}", flush=True)
         if place := find_local_folder(model.backbone.options):
             print(f"it reads its architecture from {place}: others need that folder, too")
-    for target in filter(None, (args.onnx, args.sentence_transformers)):
-        shutil.copy(folder / CARD, target / CARD)

@@ -93,7 +93,8 @@ def encode_text(clip: Any, text: Tensor, padding: int) -> Tensor:
 def portable_clip_tokenizer(tokenizer: Any) -> Any:
     """A tokenizer of open_clip (B texts → (B, context)) as a ``tokenizers.Tokenizer`` that pads to the context.
 
-    It cleans whitespace and straightens quotes; it repairs no broken encodings as ftfy does, and no HTML entities.
+    It cleans whitespace, and replaces single characters as ftfy does: quotes, ligatures, widths, control characters. It
+    repairs no broken encodings as ftfy does, and no HTML entities.
     Raises ``InputError`` for a kind of tokenizer that has no such form.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -114,12 +115,32 @@ def portable_clip_tokenizer(tokenizer: Any) -> Any:
         found.post_processor = processors.TemplateProcessing(f"{first} $A {last}", special_tokens=ends)
     else:
         raise InputError(f"open_clip's {type(tokenizer).__name__} has no form that the library tokenizers can read")
-    straight = {"[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"', r"\s+": " "}
-    replace = [normalizers.Replace(Regex(pattern), text) for pattern, text in straight.items()]
-    prepend_normalizers(found, normalizers.NFC(), *replace, normalizers.Strip())
+    replace = [normalizers.Replace(Regex(pattern), text) for pattern, text in _replacements().items()]
+    space = normalizers.Replace(Regex(r"\s+"), " ")
+    prepend_normalizers(found, *replace, normalizers.NFC(), space, normalizers.Strip())
     found.enable_padding(length=tokenizer.context_length, pad_id=pad[0], pad_token=pad[1])
     found.enable_truncation(tokenizer.context_length)
     return found
+
+
+def _replacements() -> dict[str, str]:
+    """What ftfy makes of single characters, in its order: a pattern of characters → their text."""
+    from ftfy import fixes
+
+    steps = (
+        fixes.fix_c1_controls, fixes.fix_latin_ligatures, fixes.fix_character_width, fixes.uncurl_quotes,
+        fixes.remove_terminal_escapes, fixes.remove_control_chars,
+    )  # fmt: skip
+    found: dict[str, list[str]] = {}
+    for character in map(chr, (n for n in range(0x10000) if not 0xD800 <= n < 0xE000)):
+        text = character
+        for step in steps:
+            text = step(text)
+        if text != character:
+            found.setdefault(text, []).append(character)
+    patterns = {"".join(f"\\x{{{ord(c):x}}}" for c in characters): text for text, characters in found.items()}
+    terminal = r"\x{1b}\[[\d;]*[a-zA-Z]"  # colours and cursor movements
+    return {terminal: "", **{f"[{pattern}]": text for pattern, text in patterns.items()}}
 
 
 @contextmanager

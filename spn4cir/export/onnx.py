@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 """Largest difference of any number of an exported embedding, of unit norm, from the model's own."""
 CHECKED_TEXTS = (
     "a red heart", "", "Make it  BLUE, and add 2 hats!", "it’s “naïve” – isn't it (really)?", "word " * 300,
-    "☂ 1234 ~x.y",
+    "☂ 1234 ~x.y", "ﬁne Ｆｕｌｌ　ﾀﾞ", "a\x00 red\x07 \x1b[1mhat\x1b[0m", "zero\u200bwidth \ufeffred\u2028hat",
 )  # fmt: skip
 PICTURES = 6
 LARGEST_FILE = 1_500_000_000
@@ -210,16 +210,30 @@ def _write_graph(trace: Trace, path: Path) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
-                trace.graph.eval(), trace.inputs, path, dynamo=True, opset_version=OPSET, verbose=False,
+            program = torch.onnx.export(
+                trace.graph.eval(), trace.inputs, dynamo=True, opset_version=OPSET, verbose=False,
                 dynamic_shapes=trace.shapes, input_names=trace.input_names, output_names=trace.output_names,
-                external_data=weights > LARGEST_FILE,
             )  # fmt: skip
+        assert program is not None
+        _strip_traces(program.model)
+        program.save(path, external_data=weights > LARGEST_FILE)
     except (torch.onnx.OnnxExporterError, RuntimeError, ImportError) as error:  # or onnxscript is too old
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{path.name}: torch {torch.__version__} cannot export this backbone: {said}") from None
     finally:
         logger.setLevel(level)
+
+
+def _strip_traces(model: Any) -> None:
+    """Remove what the exporter notes of its own run, such as stack traces with paths of this machine."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            for part in (node, *node.outputs):
+                part.doc_string = None
+                part.metadata_props.clear()
+        for part in (graph, *graph.inputs, *getattr(graph, "initializers", {}).values()):
+            part.doc_string = None
+            part.metadata_props.clear()
 
 
 def _compare(model: Model, folder: Path) -> float:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 File: TypeAlias = str | Path | Image.Image
+MAX_TEXT = 1000
 OWN_MODES = ("1", "P", "RGBA", "LA", "CMYK")
 
 
@@ -54,8 +55,15 @@ class OnnxModel:
         """Queries of a reference picture, a text or both → (B, E) float32, unit norm.
 
         A picture of the gallery scores the largest dot product of the query with its K vectors.
-        Raises ``ValueError`` if a query has neither, or a text where the model reads none.
+        Raises ``ValueError`` if a query has neither, a text is too long, or the model reads no texts.
         """
+        if isinstance(pictures, str) or isinstance(texts, str):
+            raise ValueError("give a list of pictures and a list of texts: a picture or a text of each query")
+        for text in texts or ():
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"a text must be a string, got {text!r:.60}")
+            if text and len(text) > MAX_TEXT:
+                raise ValueError(f"a text has {len(text)} characters; models read a sentence: at most {MAX_TEXT}")
         count = len(pictures or texts or ())
         queries = list(zip(pictures or [None] * count, texts or [None] * count, strict=True))
         if any(picture is None and not text for picture, text in queries):

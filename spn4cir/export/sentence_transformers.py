@@ -16,7 +16,8 @@ from spn4cir.errors import InputError
 from spn4cir.export import refuse_vectors
 from spn4cir.export.onnx import TOLERANCE, checked_pictures, fresh_folder
 from spn4cir.images import takes_own_mode
-from spn4cir.model import Model, open_picture
+from spn4cir.model import MAX_TEXT, Model, open_picture
+from spn4cir.run_record import strip_places
 
 TOKEN = "token_"
 """What the names of tokens begin with among the features."""
@@ -75,8 +76,8 @@ class ComposedModule(InputModule):  # type: ignore[misc]
             task: ``query``, ``document`` or None.
 
         Raises:
-            InputError: for an input of another kind, a text that the backbone reads as no query, or a text with a
-                picture as a gallery item.
+            InputError: for an input of another kind, a text that is empty or too long, a text that the backbone reads
+                as no query, or a text with a picture as a gallery item.
         """
         entries = [_read_entry(value) for value in inputs]
         has_text = [bool(entry.text) for entry in entries]
@@ -90,6 +91,8 @@ class ComposedModule(InputModule):  # type: ignore[misc]
         if any(has_image):
             features["pixels"] = _pixels(self.backbone, [entry.image for entry in entries])  # (B, 3, H, W)
         texts = [f"{prompt or ''}{entry.text}" if entry.text else "" for entry in entries]
+        if long := [text for text in texts if len(text) > MAX_TEXT]:
+            raise InputError(f"a text has {len(long[0])} characters; models read a sentence: at most {MAX_TEXT}")
         features |= {TOKEN + name: value for name, value in self.backbone.tokenize(texts).items()}
         return {**features, "modality": self.modalities[-1]}
 
@@ -111,8 +114,17 @@ class ComposedModule(InputModule):  # type: ignore[misc]
         return {**features, self.output: found}
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Write the backbone in the layout that ``spn4cir.load`` reads, too."""
-        save_model(Path(output_path), self.backbone, {})
+        """Write the backbone in the layout that ``spn4cir.load`` reads, too.
+
+        Of paths among its options only the last name is written, unless the architecture is read from that folder.
+        """
+        options = self.backbone.options
+        stripped = {key: _strip_option(key, value) for key, value in options.items()}
+        self.backbone.options = stripped
+        try:
+            save_model(Path(output_path), self.backbone, {})
+        finally:
+            self.backbone.options = options
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **places: Any) -> "ComposedModule":
@@ -121,12 +133,21 @@ class ComposedModule(InputModule):  # type: ignore[misc]
         return cls(load_model(Path(cls.load_dir_path(model_name_or_path, subfolder=subfolder, **kept))))
 
 
+def _strip_option(name: str, value: Any) -> Any:
+    """An option without folders of this machine that loading does not need; the tokenizer is saved with the model."""
+    folder = value.rpartition("local-dir:")[2] if isinstance(value, str) else ""
+    is_needed = name != "tokenizer" and folder != "" and Path(folder).is_dir()
+    return value if is_needed else strip_places(value, name)
+
+
 def _read_entry(value: Any) -> _Input:
     """One input as picture and text. Raises ``InputError`` for another kind."""
     if isinstance(value, dict):
         image, text = value.get("image"), value.get("text")
         if value.keys() <= {"image", "text"} and (image is not None or text) and isinstance(text, str | None):
             return _Input(image, text)
+    elif value == "":
+        raise InputError("a query needs a picture, a text or both, and this text is empty")
     elif isinstance(value, str):
         is_file = len(value) < 1000 and "\n" not in value and Path(value).suffix != "" and Path(value).is_file()
         return _Input(value, None) if is_file else _Input(None, value)

@@ -1,10 +1,12 @@
 """``spn4cir-export``: from the command line."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 from tiny_backbones import tiny_backbone
 
@@ -26,6 +28,15 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     return told
 
 
+def check_card(folder: Path, library: str, use: str, *files: str) -> None:
+    """A card names its library and its use, and gives the fingerprints of the files beside it."""
+    text = (folder / "README.md").read_text()
+    assert ModelCard(text).data.library_name == library and use in text.split("## Data")[0]
+    for file in files:
+        digest = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        assert f"| SHA-256 of {file} | {digest} |" in text
+
+
 @pytest.fixture
 def run(runs: Path, tmp_path: Path) -> Path:
     """A completed run, the newest one."""
@@ -43,8 +54,10 @@ def test_the_newest_run_is_exported(
     told = capsys.readouterr().out
     assert f"model {run}" in told and told.count("largest difference from the model") == 2
     assert "others need that folder" in told  # the tiny CLIP is described in a folder
-    cards = [(folder / "README.md").read_text() for folder in (run, tmp_path / "onnx", tmp_path / "st")]
-    assert len(set(cards)) == 1 and "clip4cir" in cards[0]
+    check_card(run, "spn4cir", "spn4cir.load", "model.safetensors")
+    check_card(tmp_path / "onnx", "onnx", "from search_onnx import OnnxModel", "image.onnx", "query.onnx")
+    check_card(tmp_path / "st", "sentence-transformers", "SentenceTransformer(", "model.safetensors")
+    assert "spn4cir.load" not in (tmp_path / "onnx" / "README.md").read_text()
     loaded = SentenceTransformer(str(tmp_path / "st"), device="cpu", trust_remote_code=True)
     assert loaded.encode("a red heart").shape == (24,)
 
@@ -58,6 +71,20 @@ def test_a_card_alone(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "is your own and stays" in capsys.readouterr().out and (run / "README.md").read_text() == "mine"
 
 
+def test_a_damaged_run_has_no_card(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unknown backbone, weights cut short, a result that is none."""
+    (run / "result.json").write_text("[1]")
+    assert str(run / "result.json") in fails(monkeypatch, capsys)
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(weights[:-10])
+    assert "model.safetensors is not a complete" in fails(monkeypatch, capsys)
+    (run / "model.json").write_text(json.dumps({"backbone": "other", "options": {}}))
+    assert "other" in fails(monkeypatch, capsys)
+    assert not (run / "README.md").exists()
+
+
 def test_wrong_calls_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +93,12 @@ def test_wrong_calls_are_one_line(
     assert "--run nowhere is missing" in fails(monkeypatch, capsys, "--run", "nowhere")
     assert "holds no model" in fails(monkeypatch, capsys, "--run", tmp_path)
     assert "--private is for" in fails(monkeypatch, capsys, "--private")
+    assert "--run is empty" in fails(monkeypatch, capsys, "--run", "")
+    for name in ("", "../x", "a/b.git"):
+        assert "takes OWNER/NAME" in fails(monkeypatch, capsys, "--run", "embedded", "--push-to-hub", name)
+    same = ("--onnx", tmp_path / "same", "--sentence-transformers", tmp_path / "x" / ".." / "same")
+    assert "a folder of its own" in fails(monkeypatch, capsys, "--run", "embedded", *same)
+    assert not (tmp_path / "same").exists()
     (tmp_path / "file").write_text("x")
     taken = fails(monkeypatch, capsys, "--run", "embedded", "--sentence-transformers", tmp_path / "file")
     assert "new or empty folder" in taken

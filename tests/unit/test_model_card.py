@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 
 from spn4cir.config import TrainConfig, write_yaml
 from spn4cir.errors import InputError
-from spn4cir.model_card import CARD, GENERATED, escape_markdown, render_card, strip_places, write_card
+from spn4cir.model_card import CARD, GENERATED, escape_markdown, render_card, write_card
 from spn4cir.provenance import Provenance
+from spn4cir.run_record import strip_places
 
 RESULT: dict[str, Any] = {
     "stage": 2, "steps": 40, "best_step": 30, "selected_on": "pairs/holdout-0.1", "triplets": {"annotated": 300,
@@ -36,25 +37,27 @@ def test_what_a_card_holds(tmp_path: Path) -> None:
     """Metadata that the hub's client reads, data, metrics, recipe, licences, fingerprints."""
     run = make_run(
         tmp_path / "run", generated_share=0.25, lr=0.003, data_root="/secret/data", init="/secret/runs/stage1-x",
-        generated="/secret/made.jsonl",
+        generated="../secret/made.jsonl", negatives={"near_duplicates": True},
     )  # fmt: skip
     Provenance("pairs", "my | shoes", "/secret/place", 1234, "feedbeef", {}).write(run)
     assert write_card(run) == ""
     text, card = (run / CARD).read_text(), ModelCard.load(run / CARD)
-    assert card.data.library_name == "spn4cir" and card.data.datasets == ["pairs"]
+    assert card.data.library_name == "spn4cir" and card.data.datasets is None  # a local word
     assert card.data.metrics == ["R@1", "R@10"] and "license" not in card.data.to_dict()
     assert [(one.dataset_name, one.metric_type, one.metric_value) for one in card.data.eval_results] == [
         ("pairs/val", "R@1", 12.35), ("pairs/val", "R@10", 50.0),
     ]  # fmt: skip
     for part in (
-        "| annotated triplets | 300 |", "| generated triplets | 100, 25.0 % of all |", r"my \| shoes", "1,234",
+        "| annotated triplets trained on | 300 |", "| generated triplets trained on | 100, 25.0 % of all |",
+        r"my \| shoes", "1,234",
         "| generated share of each batch | 0.25 |", "Protocol **pairs/val**, 1833 queries; 2 images on a skip list",
         "| 12.35 | 50.00 |", "step 30 of 40, the best on pairs/holdout-0.1", "spn4cir-train --stage 2",
+        "--config config.yaml --data-root FOLDER --init RUN --generated FILE`", "which are not beside this card",
         "lr: 0.003", "generated: made.jsonl", "weights of stage1-x", "openai: see the licence of its publisher",
         "feedbeef", "0123abcd", "abc123", hashlib.sha256(b"weights").hexdigest(), "It took 61 s",
     ):  # fmt: skip
         assert part in text, part
-    assert "secret" not in text and "data_root" not in text
+    assert "secret" not in text and "data_root" not in text and "max_similarity" not in text
     assert render_card(run) == text
 
 
@@ -106,7 +109,7 @@ def test_nothing_in_the_data_is_markup(tmp_path: Path) -> None:
     write_card(run)
     text = (run / CARD).read_text()
     data = ModelCard(text).data.to_dict()
-    assert data["datasets"] == [EVIL] and data["metrics"] == [EVIL] and EVIL in data["tags"]
+    assert "datasets" not in data and data["metrics"] == [EVIL] and EVIL in data["tags"]
     body = text.split(GENERATED)[1]
     block = body.index("````yaml")
     outside = body[:block] + body[body.index("````", block + 4) + 4 :]
@@ -117,9 +120,74 @@ def test_nothing_in_the_data_is_markup(tmp_path: Path) -> None:
     assert len(cells) > 8 and set(cells) == {2, 3}  # one metric, or a name and a value
 
 
+@pytest.mark.parametrize(
+    ("backbone", "stage", "query", "trained_on", "task"),
+    [
+        ("embedding", "classes", '["a.png"])', "classes of images", "image-feature-extraction"),
+        ("masln", "crossmodal", 'texts=["a red heart"])', "pairs of an image and a text", "feature-extraction"),
+        ("clip4cir", 2, '["a.png"], ["but in red"])', "annotated triplets", "feature-extraction"),
+    ],
+)
+def test_each_kind_of_model(
+    tmp_path: Path, backbone: str, stage: object, query: str, trained_on: str, task: str
+) -> None:
+    """The example, the data and the task of the hub are those of what the stage trains."""
+    run = make_run(tmp_path / "run")
+    (run / "model.json").write_text(json.dumps({"backbone": backbone, "options": {}, "stage": stage}))
+    (run / "result.json").write_text(json.dumps({**RESULT, "stage": stage}))
+    text = render_card(run)
+    assert f"embed_queries({query}" in text and trained_on in text and f"pipeline_tag: {task}\n" in text
+    assert ("triplets" in text.split("## Results")[0]) == (stage == 2) == ("composed-image-retrieval" in text)
+
+
+def test_one_evaluation_is_not_the_best_of_several(tmp_path: Path) -> None:
+    """Held-out generated triplets are called that, too."""
+    run = make_run(tmp_path / "run", holdout=0.1)
+    result = {**RESULT, "best_step": 40, "selected_on": "pairs/holdout-generated-0.1", "is_holdout": True, "count": 9}
+    (run / "result.json").write_text(json.dumps(result))
+    (run / "metrics.jsonl").write_text('{"step": 10, "loss": 1}\n{"step": 40, "R@1": 1.0}\n')
+    text = render_card(run)
+    assert "step 40 of 40." in text and "the best on" not in text
+    assert "| held-out share of the generated triplets | 0.1 |" in text
+    assert "| queries of held-out generated triplets | 9 |" in text
+    (run / "metrics.jsonl").write_text('{"step": 20, "R@1": 1.0}\n{"step": 40, "R@1": 1.0}\n')
+    assert "step 40 of 40, the best on" in render_card(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", "[1]"),
+        ("result.json", json.dumps({**RESULT, "metrics": None})),
+        ("result.json", json.dumps({**RESULT, "metrics": {"R@1": "high"}})),
+        ("result.json", json.dumps({**RESULT, "protocol": 3})),
+        ("result.json", json.dumps({**RESULT, "triplets": [1]})),
+        ("stray.json", "{"),
+        ("stray.json", json.dumps({"protocol": "x/val", "metrics": {"R@1": None}})),
+        ("config.yaml", "[1]"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> None:
+    """In one line, by its name."""
+    run = make_run(tmp_path / "run")
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(str(run / name))) as raised:
+        render_card(run)
+    assert "\n" not in str(raised.value)
+
+
 def test_helpers() -> None:
     """Escapes and places."""
     assert escape_markdown("a|b\n<c>") == r"a\|b \<c\>"
     assert strip_places({"a": "/x/y/z.pt", "b": ["local-dir:/m/clip", "C:\\d\\e"], "c": 3, "d": "owner/name"}) == {
         "a": "z.pt", "b": ["local-dir:clip", "e"], "c": 3, "d": "owner/name",
+    }  # fmt: skip
+    given = {
+        "generated": "../../home/alice/triplets.json", "bank": {"extra": "alice/more"}, "data_root": "alice/data/",
+        "model": "owner/name", "image": "hf-hub:timm/vit.b", "text": "runs/alice/x", "pretrained": "alice/weights.pt",
+        "tokenizer": "~alice/bert", "protocol": "fashioniq/original-noref", "prompts": ["run:alice/run"],
+    }  # fmt: skip
+    assert strip_places(given) == {
+        **given, "generated": "triplets.json", "bank": {"extra": "more"}, "data_root": "data", "text": "x",
+        "pretrained": "weights.pt", "tokenizer": "bert", "prompts": ["run:run"],
     }  # fmt: skip

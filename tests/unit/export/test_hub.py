@@ -1,6 +1,10 @@
 """Uploads, with the hub's client replaced at its boundary: what is sent is what ``spn4cir.load`` reads."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
+from safetensors.torch import save_file
 from tiny_backbones import tiny_backbone
 
 import spn4cir
@@ -74,6 +79,35 @@ def test_what_is_pushed_can_be_loaded(run: Path, hub: type[FakeHub]) -> None:
     assert torch.equal(own.embed_queries(pictures, ["a", "b"]), loaded.embed_queries(pictures, ["a", "b"]))
 
 
+def test_no_path_is_pushed(run: Path, hub: type[FakeHub]) -> None:
+    """Files that the weights came from are not needed any more: of their paths the last names go."""
+    settings = TrainConfig(init="secret/run", generated="../alice/secret/t.json")
+    write_yaml(settings, run / "config.yaml")
+    backbone = spn4cir.load(run, device="cpu").backbone
+    backbone.options["tokenizer"] = "/home/alice/secret/bert"
+    save_model(run, backbone, {"stage": 1})
+    assert b"secret" in (run / "model.safetensors").read_bytes()
+    write_card(run)
+    push_to_hub(run, "a/b")
+    for path in hub.root.rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+    digest = hashlib.sha256((hub.root / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (hub.root / "README.md").read_text()
+    assert spn4cir.load("a/b", device="cpu").backbone.options["tokenizer"] == "bert"
+
+
+def test_a_damaged_model_is_not_pushed(run: Path, hub: type[FakeHub]) -> None:
+    """Weights that are cut short, or are those of another model."""
+    whole = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        push_to_hub(run, "a/b")
+    save_file({"x": torch.zeros(1)}, run / "model.safetensors")
+    with pytest.raises(InputError, match="does not fit this model"):
+        push_to_hub(run, "a/b")
+    assert not hub.made
+
+
 @pytest.mark.parametrize("error", [LocalTokenNotFoundError("no token"), OSError("no network"), ConnectionError("x\ny")])
 def test_a_hub_out_of_reach_is_one_line(
     run: Path, hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -95,9 +129,18 @@ def test_the_client_itself_is_offline(run: Path) -> None:
         push_to_hub(run, "a/b")
 
 
+def test_the_client_itself_finds_no_network(run: Path) -> None:
+    """A port at which nothing listens: the client's own error of transport, in a process that is not offline."""
+    code = f"import pathlib, spn4cir.export.hub as hub; hub.push_to_hub(pathlib.Path({str(run)!r}), 'a/b')"
+    given = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE" and "proxy" not in k.lower()}
+    given |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x"}
+    told = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
+    assert "InputError: --push-to-hub a/b: the hub did not take it" in told.stderr.splitlines()[-1]
+
+
 def test_what_is_not_pushed(run: Path, hub: type[FakeHub], tmp_path: Path) -> None:
     """No hub id, no model, an architecture in a folder of this machine."""
-    for name in ("name", "a/b/c", "", "a b/c"):
+    for name in ("name", "a/b/c", "", "a b/c", "../x", "a/b.git", f"a/{'b' * 120}", "é/b", "a/b--c"):
         with pytest.raises(InputError, match="OWNER/NAME"):
             push_to_hub(run, name)
     with pytest.raises(InputError, match="holds no model"):

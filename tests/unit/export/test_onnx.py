@@ -23,7 +23,7 @@ from spn4cir.export import onnx as export
 from spn4cir.export.onnx import CHECKED_TEXTS, build_graphs, check_tokenizer, checked_pictures, export_onnx
 from spn4cir.export.search_onnx import OnnxModel, read_pixels
 from spn4cir.images import RgbLastTransform, Transform, view
-from spn4cir.model import Model
+from spn4cir.model import MAX_TEXT, Model
 from spn4cir.types import Composed, ImageFeatures, Tokens
 
 ROOT = Path(__file__).parents[3]
@@ -59,8 +59,20 @@ def test_embeddings_equal_the_models(exported: tuple[Model, Path]) -> None:
     assert np.allclose(loaded.embed_queries(texts=["in red"]), model.embed_queries(texts=["in red"]), atol=1e-5)
     assert not np.allclose(queries[0], loaded.embed_queries([pictures[0]], ["in blue"])[0], atol=1e-2)
     assert loaded.embed_images([]).shape == (0, 4, 24) and loaded.embed_queries([]).shape == (0, 24)
-    with pytest.raises(ValueError, match="a picture, a text or both"):
-        loaded.embed_queries([None], [None])
+    for text in (None, ""):
+        with pytest.raises(ValueError, match="a picture, a text or both"):
+            loaded.embed_queries([None], [text])
+    loaded.embed_queries(texts=["x" * MAX_TEXT])
+    for texts in (["x" * (MAX_TEXT + 1)], [3], "red"):
+        with pytest.raises(ValueError, match="a text"):
+            loaded.embed_queries(texts=texts)  # type: ignore[arg-type]
+
+
+def test_graphs_hold_no_path_of_this_machine(exported: tuple[Model, Path]) -> None:
+    """The exporter notes stack traces of its own run at each node: none is left."""
+    for name in ("image.onnx", "query.onnx"):
+        content = (exported[1] / name).read_bytes()
+        assert str(ROOT).encode() not in content and b".py" not in content and b"stack_trace" not in content
 
 
 def test_the_example_of_the_page_needs_no_torch(exported: tuple[Model, Path], tmp_path: Path) -> None:
@@ -121,7 +133,12 @@ def test_tokenizers_agree(name: str, tmp_path: Path) -> None:
 def test_openai_tokenizer_agrees() -> None:
     """The tokenizer of published CLIP models, which is Python in open_clip, as a file of tokenizers."""
     tokenizer = open_clip.get_tokenizer("RN50")
-    texts = [*CHECKED_TEXTS, "don't you've 3rd été <b> a_b", "\n tabs\tand  more "]
+    texts = [
+        *CHECKED_TEXTS,
+        "don't you've 3rd été <b> a_b",
+        "\n tabs\tand  more ",
+        "\x80 a\x1cb ŉ ǆ ｈ‘q’ e\u0301 ａ\u0301",
+    ]
     found = [encoding.ids for encoding in portable_clip_tokenizer(tokenizer).encode_batch(texts)]
     assert tokenizer(texts).tolist() == found
 

@@ -65,6 +65,16 @@ def test_each_kind_of_input(freestyle: tuple[Model, SentenceTransformer], tmp_pa
     assert len(loaded.encode([])) == 0
 
 
+def test_no_path_of_weights_is_written(tmp_path: Path) -> None:
+    """The file that the weights came from is in neither note, and the model keeps its options."""
+    model = Model(build_backbone("clip4cir"), "tiny", device="cpu")
+    model.backbone.options["pretrained"] = "/home/alice/secret/weights.pt"
+    export_sentence_transformers(model, tmp_path / "exported")
+    for path in (tmp_path / "exported").rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+    assert model.backbone.options["pretrained"] == "/home/alice/secret/weights.pt"
+
+
 def test_what_is_refused(freestyle: tuple[Model, SentenceTransformer], tmp_path: Path) -> None:
     """One line each: several vectors, texts that are no targets, inputs of other kinds, a taken folder."""
     model, loaded = freestyle
@@ -78,6 +88,11 @@ def test_what_is_refused(freestyle: tuple[Model, SentenceTransformer], tmp_path:
     for wrong in (3, {"audio": picture}, {"image": picture, "text": 3}, {"text": ""}, None):
         with pytest.raises(InputError, match="an input is a text, a picture"):
             loaded[0].preprocess([wrong])
+    with pytest.raises(InputError, match="this text is empty"):
+        loaded.encode_query([""])
+    for long in ("x" * 1001, {"image": picture, "text": "x" * 1001}):
+        with pytest.raises(InputError, match="1001 characters"):
+            loaded.encode_query([long])
     with pytest.raises(InputError, match=r"is missing"):
         loaded[0].preprocess([Path("nowhere.png")])
     with pytest.raises(ValueError, match="mixes multiple modalities"):  # sentence-transformers' own rule
