@@ -17,7 +17,7 @@ TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", TUTORIAL, re.MULTILINE | re.DOTALL)
 FEW = ["--epochs", "1", "--max-steps", "2", "--batch-size", "8", "--workers", "0", "--mixed-precision", "no"]
 WINDOWS = ("'[1,200]' --pairs-per-image 40", "'[1,19]' --pairs-per-image 18")
-FETCHED = ("npm pack famfamfam-silk@1.0.0", "tar xzf famfamfam-silk-1.0.0.tgz")
+FETCHED = ("npm pack --silent famfamfam-silk@1.0.0", "tar xzf famfamfam-silk-1.0.0.tgz")
 THINGS = ("basket", "cart", "lorry", "table", "folder", "page", "user", "server")
 ACTIONS = ("", "_add", "_delete", "_key")
 
@@ -27,8 +27,8 @@ def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)
     if words[0] == "spn4cir-demo":
         words = [*words, "--help"]  # it would serve for ever
-    elif words[:2] == ["accelerate", "launch"]:
-        words = [*words[2:], *FEW]
+    elif words[0] == "spn4cir-train":
+        words = [*words, *FEW]
     elif words[0] == "python":
         words = words[1:]
     program = words[0]
