@@ -43,7 +43,7 @@ def _demo() -> None:
     add("--port", type=int, default=PORT, help=f"0 takes a free one (default: {PORT})")
     add("--public-name", action="append", default=[], metavar="HOST", help="name by which a proxy asks for the page")
     add("--max-upload-mb", type=float, default=20.0, metavar="N", help="megabytes of an upload (default: 20)")
-    add("--max-megapixels", type=float, default=50.0, metavar="N", help="of an uploaded picture (default: 50)")
+    add("--max-megapixels", type=float, default=50.0, metavar="N", help="of a request's uploads (default: 50)")
     add(
         "--batch-size",
         type=int,
