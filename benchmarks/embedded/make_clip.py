@@ -137,7 +137,7 @@ def main() -> None:
     found = ((image @ text.T).argmax(1) == torch.arange(len(ids))).float().mean().item()
     report = {
         "what": "train images whose own name is nearest among all train names, in percent; "
-        "composed retrieval without training is in benchmarks/results/claims.json",
+        "composed retrieval without training is in docs/results.md",
         "command": f"python -m benchmarks.embedded.make_clip --tower {args.tower} --epochs {args.epochs} "
         f"--seed {args.seed}",
         "minutes": round((time.time() - started) / 60, 1),
