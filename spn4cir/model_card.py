@@ -102,7 +102,7 @@ def render_card(folder: Path, form: CardForm | None = None) -> str:
     metadata = _metadata(name, form.library, {**note, **about}, settings, evaluations)
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
-        GENERATED,
+        *[GENERATED] * (form.library == "spn4cir"),  # an export is not written again
         f"# {escape_markdown(name)}",
         KINDS.get(str(about["stage"]), COMPOSED if _reads_texts(about) else IMAGES),
         "## Use",

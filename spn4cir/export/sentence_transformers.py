@@ -135,8 +135,8 @@ class ComposedModule(InputModule):  # type: ignore[misc]
 
 def _strip_option(name: str, value: Any) -> Any:
     """An option without folders of this machine that loading does not need; the tokenizer is saved with the model."""
-    folder = value.rpartition("local-dir:")[2] if isinstance(value, str) else ""
-    is_needed = name != "tokenizer" and folder != "" and Path(folder).is_dir()
+    place = value.rpartition(":")[2] if isinstance(value, str) and not value.startswith("run:") else ""
+    is_needed = name not in ("tokenizer", "pretrained") and place != "" and Path(place).is_dir()
     return value if is_needed else strip_places(value, name)
 
 
