@@ -84,8 +84,8 @@ def test_the_evaluation_prints_json(work: Path) -> None:
     assert told.returncode == 0, told.stderr
     result = json.loads(told.stdout)
     assert list(result) == [
-        "protocol", "run", "metrics", "tags", "ablation", "ablation_tags", "count", "data", "is_holdout", "skipped",
-        "git",
+        "protocol", "run", "metrics", "intervals", "tags", "ablation", "ablation_tags", "count", "data", "is_holdout",
+        "skipped", "git", "modalities",
     ]  # fmt: skip
     two = only(work, "runs/emoji/clip4cir/stage2-*")
     assert (work / result["run"]).resolve() == two.resolve()

@@ -71,7 +71,7 @@ def names(wheel: Path) -> set[str]:
 
 def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     """All code, recipes and embedded files, as in the checkout; no module beside spn4cir."""
-    ours = {".py", ".yaml", ".md", ".json", ".jsonl", ".jinja", ".safetensors", ".typed"}
+    ours = {".py", ".yaml", ".md", ".json", ".jsonl", ".jinja", ".safetensors", ".typed", ".css", ".js"}
     held = [path for top in ("spn4cir", "data_gen", "recipes") for path in (ROOT / top).rglob("*")]
     wanted = {path.relative_to(ROOT).as_posix() for path in held if path.is_file() and path.suffix in ours}
     wanted = {name if name.startswith("spn4cir/") else f"spn4cir/{name}" for name in wanted}
