@@ -91,7 +91,7 @@ def _split(means: Array, modes: int) -> Array:
 
 def _ends(means: Array) -> Array:
     """Percentiles (modes · M, 2) of resampled means (R, modes, M)."""
-    return np.percentile(means, ENDS, axis=0).reshape(2, -1).T
+    return np.asarray(np.percentile(means, ENDS, axis=0).reshape(2, -1).T)
 
 
 def _named(
