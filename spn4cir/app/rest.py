@@ -101,6 +101,10 @@ class Uploads:
         return picture
 
 
+async def _read_all(files: Sequence[UploadFile], limits: Limits) -> list[bytes]:
+    return [await file.read(limits.upload_bytes + 1) for file in files]
+
+
 def _files(what: str) -> Any:
     return File(description=what, default_factory=list)
 
@@ -140,7 +144,7 @@ def build_service(served: Sequence[ServedIndex], limits: Limits, uploads: Upload
         if unknown := [name for name in await request.form() if name not in FIELDS]:
             raise Refused(422, f"there is no value {unknown[0]!r:.60}; known: {', '.join(FIELDS)}")
         one = _choose(served, index)
-        files = [[await file.read(limits.upload_bytes + 1) for file in part] for part in (image, unlike)]
+        files = await _read_all(image, limits), await _read_all(unlike, limits)
 
         def ask() -> ClientQuery:
             counts = iter(check_uploads([*files[0], *files[1]], limits))
