@@ -149,7 +149,7 @@ def read_upload(data: bytes, limits: Limits, own_mode: bool = False) -> Image.Im
     count_upload_pixels(data, limits)
     try:
         return decode(ImageRef(lambda: data), own_mode)
-    except Exception:
+    except Exception:  # hostile bytes again: whatever a decoder raises, the picture is refused
         raise Refused(422, "the picture does not decode: it is damaged or cut short") from None
 
 
