@@ -90,9 +90,9 @@ def ask(place: tuple[str, int], number: int, count: int) -> tuple[list[float], i
         started = time.perf_counter()
         client.request("POST", "/search", body, headers)
         answer = client.getresponse()
-        told = json.loads(answer.read())
+        reply = json.loads(answer.read())
         seconds.append(time.perf_counter() - started)
-        errors += answer.status != 200 or len(told["hits"]) != 10
+        errors += answer.status != 200 or len(reply["hits"]) != 10
     client.close()
     return seconds, errors
 
@@ -101,10 +101,10 @@ def load_server(place: tuple[str, int], count: int) -> dict[str, Any]:
     """What 16 clients at once see: requests a second, seconds of each request, and errors."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         started = time.perf_counter()
-        told = list(pool.map(lambda number: ask(place, number, count), range(CLIENTS)))
+        replies = list(pool.map(lambda number: ask(place, number, count), range(CLIENTS)))
         elapsed = time.perf_counter() - started
-    seconds = [one for part, _ in told for one in part]
-    return {"rate": len(seconds) / elapsed, "seconds": seconds, "errors": sum(errors for _, errors in told)}
+    seconds = [one for part, _ in replies for one in part]
+    return {"rate": len(seconds) / elapsed, "seconds": seconds, "errors": sum(errors for _, errors in replies)}
 
 
 def measure_model(name: str) -> tuple[dict[str, Any], Row]:

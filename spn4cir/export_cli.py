@@ -120,7 +120,7 @@ def _write_exports(args: argparse.Namespace, folder: Path) -> None:
 
         difference = export_sentence_transformers(model, args.sentence_transformers)
         write_sentence_transformers_card(folder, args.sentence_transformers)
-        told = f"largest difference from the model {difference:.1g}"
-        print(f"{args.sentence_transformers}: sentence-transformers; {told}", flush=True)
+        accuracy = f"largest difference from the model {difference:.1g}"
+        print(f"{args.sentence_transformers}: sentence-transformers; {accuracy}", flush=True)
         if place := find_local_folder(model.backbone.options):
             print(f"it reads its architecture from {place}: others need that folder, too")

@@ -250,8 +250,8 @@ async def _send_refusal(send: Send, start: Message, body: bytes) -> None:
         await send({"type": "http.response.body", "body": body})
         return
     status = start["status"]
-    told = "the name by which this server is asked is not its own: --public-name" if b"host header" in body else ""
-    await _refuse(send, Refused(status, told or HTTPStatus(status).phrase.lower()))
+    advice = "unknown host name: allow it by --public-name" if b"host header" in body else ""
+    await _refuse(send, Refused(status, advice or HTTPStatus(status).phrase.lower()))
 
 
 class _TooLarge(BaseException):

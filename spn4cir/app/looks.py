@@ -100,9 +100,9 @@ const send = async (picture, source) => {
   if (picture.size > MOST_BYTES) return fail('TOO_LARGE');
   try {
     const answer = await fetch(new URL('upload', document.baseURI), {method: 'POST', body: picture});
-    const told = await answer.json().catch(() => ({message: `the upload failed with status ${answer.status}`}));
-    if (!answer.ok) return fail(told.message);
-    trigger('click', {action: 'upload', token: told.token, title: source});
+    const reply = await answer.json().catch(() => ({message: `the upload failed with status ${answer.status}`}));
+    if (!answer.ok) return fail(reply.message);
+    trigger('click', {action: 'upload', token: reply.token, title: source});
   } catch (error) {
     fail('the server does not answer');
   }

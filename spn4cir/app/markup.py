@@ -89,8 +89,8 @@ def _trail_step(dialogue: Dialogue, number: int) -> str:
 def _reference_card(turn: Turn) -> str:
     one = turn.reference
     if one is None:
-        told = "No reference: pick a picture, upload one, or type what to look for."
-        return f'<div class="spn-empty">{told}</div>'
+        hint = "No reference: pick a picture, upload one, or type what to look for."
+        return f'<div class="spn-empty">{hint}</div>'
     seen = f"<small>{escape_text(one.seen)}</small>" if one.seen else ""
     return (
         f'<figure class="spn-reference">{_thumbnail(one)}<figcaption>Reference<b>{escape_text(one.title)}</b>{seen}'

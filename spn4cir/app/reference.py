@@ -76,7 +76,7 @@ def _resolve(schema: Mapping[str, Any], about: Mapping[str, Any]) -> Mapping[str
 
 def _answer_of(schema: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """The media type and, of JSON, the fields of an answer; of lists those of their items."""
-    told = []
+    forms = []
     for media, content in about.get("content", {}).items():
         fields = _resolve(schema, content.get("schema", {})).get("properties", {})
         named = [
@@ -85,5 +85,5 @@ def _answer_of(schema: Mapping[str, Any], about: Mapping[str, Any]) -> str:
             else name
             for name, field in fields.items()
         ]
-        told.append(f"{media} {{{', '.join(named)}}}" if named else media)
-    return "; ".join(told)
+        forms.append(f"{media} {{{', '.join(named)}}}" if named else media)
+    return "; ".join(forms)
